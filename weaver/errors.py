@@ -1,0 +1,213 @@
+"""Every error that Weaver raises on purpose, as one tree.
+
+The class is for `except`, the stable `code` is for programs and for the wire::
+
+    WeaverError                          weaver_error
+    ├── InvalidRequestError (ValueError) invalid_request          before any state changed
+    │   ├── InvalidDatumError            invalid_datum            lengths, dtypes, NaN
+    │   ├── InvalidParamsError           invalid_params           AdamParams, LoraConfig ...
+    │   ├── UnknownLossError             unknown_loss
+    │   ├── InvalidLossConfigError       invalid_loss_config
+    │   ├── UnknownModelError            unknown_model
+    │   ├── TokenOutOfRangeError         token_out_of_range       not in the vocabulary
+    │   ├── ContextLengthError           context_length_exceeded
+    │   ├── InvalidNameError             invalid_name             names and weaver:// paths
+    │   └── UnsupportedError             unsupported              not possible here, and why
+    ├── NotFoundError (LookupError)      not_found
+    │   ├── RunNotFoundError             run_not_found
+    │   └── CheckpointNotFoundError      checkpoint_not_found
+    ├── ConflictError                    conflict                 same seq or id with another body
+    │   └── NameTakenError               name_taken
+    ├── CheckpointError                  checkpoint_error
+    │   ├── CheckpointCorruptError       checkpoint_corrupt
+    │   └── CheckpointMismatchError      checkpoint_mismatch      of another model, rank or mode
+    ├── OperationError                   operation_failed         accepted, then failed
+    │   ├── NonFiniteError               non_finite               the state is untouched
+    │   ├── GradientsDiscardedError      gradients_discarded      an earlier pass failed
+    │   ├── NoGradientsError             no_gradients
+    │   ├── OperationCancelledError      cancelled
+    │   ├── StorageError                 storage_error            disk full, not writable
+    │   └── EngineError                  engine_error             a defect, or no memory
+    ├── WaitTimeoutError (TimeoutError)  timeout                  the operation goes on
+    ├── ServiceConnectionError           connection_failed
+    ├── ClosedError                      closed                   the client was closed
+    ├── MissingDependencyError (Import)  missing_dependency       which extra to install
+    └── ConfigError                      invalid_config           a WEAVER_* setting
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+class WeaverError(Exception):
+    """Base of all errors. `field` names the argument at fault, `hint` says what to do next."""
+
+    code: ClassVar[str] = "weaver_error"
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
+        self.message = message
+        self.field = field
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        todo = f" {self.hint}" if self.hint else ""
+        return f"{where}{self.message}{todo}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.field, self.hint))
+
+
+class InvalidRequestError(WeaverError, ValueError):
+    code = "invalid_request"
+
+
+class InvalidDatumError(InvalidRequestError):
+    code = "invalid_datum"
+
+
+class InvalidParamsError(InvalidRequestError):
+    code = "invalid_params"
+
+
+class UnknownLossError(InvalidRequestError):
+    code = "unknown_loss"
+
+
+class InvalidLossConfigError(InvalidRequestError):
+    code = "invalid_loss_config"
+
+
+class UnknownModelError(InvalidRequestError):
+    code = "unknown_model"
+
+
+class TokenOutOfRangeError(InvalidRequestError):
+    code = "token_out_of_range"
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class InvalidNameError(InvalidRequestError):
+    code = "invalid_name"
+
+
+class UnsupportedError(InvalidRequestError):
+    code = "unsupported"
+
+
+class NotFoundError(WeaverError, LookupError):
+    code = "not_found"
+
+
+class RunNotFoundError(NotFoundError):
+    code = "run_not_found"
+
+
+class CheckpointNotFoundError(NotFoundError):
+    code = "checkpoint_not_found"
+
+
+class ConflictError(WeaverError):
+    code = "conflict"
+
+
+class NameTakenError(ConflictError):
+    code = "name_taken"
+
+
+class CheckpointError(WeaverError):
+    code = "checkpoint_error"
+
+
+class CheckpointCorruptError(CheckpointError):
+    code = "checkpoint_corrupt"
+
+
+class CheckpointMismatchError(CheckpointError):
+    code = "checkpoint_mismatch"
+
+
+class OperationError(WeaverError):
+    code = "operation_failed"
+
+
+class NonFiniteError(OperationError):
+    code = "non_finite"
+
+
+class GradientsDiscardedError(OperationError):
+    code = "gradients_discarded"
+
+
+class NoGradientsError(OperationError):
+    code = "no_gradients"
+
+
+class OperationCancelledError(OperationError):
+    code = "cancelled"
+
+
+class StorageError(OperationError):
+    code = "storage_error"
+
+
+class EngineError(OperationError):
+    code = "engine_error"
+
+
+class WaitTimeoutError(WeaverError, TimeoutError):
+    code = "timeout"
+
+
+class ServiceConnectionError(WeaverError):
+    code = "connection_failed"
+
+
+class ClosedError(WeaverError):
+    code = "closed"
+
+
+class MissingDependencyError(WeaverError, ImportError):
+    code = "missing_dependency"
+
+
+class ConfigError(WeaverError):
+    code = "invalid_config"
+
+
+def _tree(root: type[WeaverError]) -> Iterable[type[WeaverError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _tree(child)
+
+
+CODES: Mapping[str, type[WeaverError]] = {cls.code: cls for cls in _tree(WeaverError)}
+
+
+def from_code(
+    code: str, message: str, *, field: str | None = None, hint: str | None = None
+) -> WeaverError:
+    """The error that `code` names; a code of a newer peer becomes a plain `WeaverError`."""
+    return _rebuild(CODES.get(code, WeaverError), message, field, hint)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: the nearest valid one, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
+
+
+def _rebuild(
+    cls: type[WeaverError], message: str, field: str | None, hint: str | None
+) -> WeaverError:
+    return cls(message, field=field, hint=hint)

@@ -1,0 +1,276 @@
+"""The protocol: operations, their results, and the `Service` that carries them out.
+
+Clients speak it, `LocalService` implements it in process and `HttpService` over a socket; one
+contract suite runs over both.
+
+Order. A run's operations carry `seq` = 1, 2, 3 ... per (session, run), stamped when the client's
+method is called; the service runs them strictly in that order. A refused or cancelled operation
+still takes its place. Operations without a run (sampling, creating a model) have no seq.
+
+Exactly once. `Submission.id` is made by the client. A resend with the same id gets the first
+answer; the same (session, run, seq) or id with another body is a `ConflictError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from weaver.errors import WeaverError, from_code
+from weaver.types import (
+    AdamParams,
+    CheckpointInfo,
+    Datum,
+    ForwardBackwardResult,
+    JsonDict,
+    LoraConfig,
+    Message,
+    MetricPoint,
+    ModelInfo,
+    ModelInput,
+    OptimStepResult,
+    SampleDelta,
+    SampleResult,
+    SamplingParams,
+    TrainingMode,
+    TrainingRun,
+    Value,
+)
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+class CreateModel(Value):
+    kind: Literal["create_model"] = "create_model"
+    base_model: str
+    training_mode: TrainingMode = "lora"
+    lora_config: LoraConfig | None = None
+    seed: int = 0
+    """Of the adapter's initial values, where `lora_config.seed` is None."""
+    user_metadata: JsonDict = Field(default_factory=dict)
+
+
+class ForwardBackward(Value):
+    """`backward=False` is the verb `forward`: no gradient is kept."""
+
+    kind: Literal["forward_backward"] = "forward_backward"
+    datums: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str] = Field(default_factory=dict)
+    backward: bool = True
+
+
+class OptimStep(Value):
+    kind: Literal["optim_step"] = "optim_step"
+    params: AdamParams
+
+
+class SaveCheckpoint(Value):
+    """Saves the run. `purpose` "state" can be loaded again, "sampler" can be sampled from.
+
+    Without a name the service makes one; a sampler without a name lives as long as its session.
+    """
+
+    kind: Literal["save_checkpoint"] = "save_checkpoint"
+    purpose: Literal["state", "sampler"]
+    name: str | None = None
+    include_optimizer: bool = True
+    ttl_seconds: int | None = Field(default=None, ge=1)
+    overwrite: bool = False
+
+
+class LoadCheckpoint(Value):
+    kind: Literal["load_checkpoint"] = "load_checkpoint"
+    path: str
+    """`weaver://...` or a folder that `save_state` wrote."""
+    include_optimizer: bool = False
+
+
+class OpenSampler(Value):
+    """Makes weights ready to sample; both None is refused."""
+
+    kind: Literal["open_sampler"] = "open_sampler"
+    base_model: str | None = None
+    model_path: str | None = None
+    """`weaver://...` or a folder: an adapter in PEFT's layout, or a whole model."""
+
+
+class Sample(Value):
+    kind: Literal["sample"] = "sample"
+    sampler_id: str
+    prompt: ModelInput | str | tuple[Message, ...]
+    """Text is encoded with the model's tokenizer; messages with its chat template."""
+    params: SamplingParams = SamplingParams()
+    num_samples: int = Field(default=1, ge=0, le=4096)
+    """0 with `include_prompt_logprobs` only scores the prompt: the verb `compute_logprobs`."""
+    include_prompt_logprobs: bool = False
+    stream: bool = False
+
+
+Operation = Annotated[
+    CreateModel
+    | ForwardBackward
+    | OptimStep
+    | SaveCheckpoint
+    | LoadCheckpoint
+    | OpenSampler
+    | Sample,
+    Field(discriminator="kind"),
+]
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+class ModelCreated(Value):
+    kind: Literal["model_created"] = "model_created"
+    run: TrainingRun
+    model: ModelInfo
+
+
+class GradientsDone(Value):
+    kind: Literal["gradients_done"] = "gradients_done"
+    output: ForwardBackwardResult
+
+
+class StepDone(Value):
+    kind: Literal["step_done"] = "step_done"
+    output: OptimStepResult
+
+
+class CheckpointSaved(Value):
+    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
+    checkpoint: CheckpointInfo
+
+
+class CheckpointLoaded(Value):
+    kind: Literal["checkpoint_loaded"] = "checkpoint_loaded"
+    checkpoint: CheckpointInfo
+    """What was loaded; `step` is where the run now stands."""
+
+
+class SamplerOpened(Value):
+    kind: Literal["sampler_opened"] = "sampler_opened"
+    sampler_id: str
+    model: ModelInfo
+    weights_version: int
+
+
+class Sampled(Value):
+    kind: Literal["sampled"] = "sampled"
+    output: SampleResult
+
+
+Result = Annotated[
+    ModelCreated
+    | GradientsDone
+    | StepDone
+    | CheckpointSaved
+    | CheckpointLoaded
+    | SamplerOpened
+    | Sampled,
+    Field(discriminator="kind"),
+]
+
+
+# --- envelopes ----------------------------------------------------------------------------------
+
+
+class ErrorInfo(Value):
+    """A `WeaverError` as data."""
+
+    code: str
+    message: str
+    field: str | None = None
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, error: WeaverError) -> ErrorInfo:
+        return cls(code=error.code, message=error.message, field=error.field, hint=error.hint)
+
+    def to_error(self) -> WeaverError:
+        return from_code(self.code, self.message, field=self.field, hint=self.hint)
+
+
+class Submission(Value):
+    """One operation on its way in. `run_id` and `seq` are set for a run's ordered operations.
+
+    `operation=None` is a tombstone: the place `seq` of an operation that was withdrawn unsent.
+    """
+
+    id: str
+    operation: Operation | None
+    run_id: str | None = None
+    seq: int | None = Field(default=None, ge=1)
+
+
+class Outcome(Value):
+    """What became of a submission: a result or an error, never both.
+
+    `cursor` grows by one with each outcome of a session.
+    """
+
+    submission_id: str
+    cursor: int
+    result: Result | None = None
+    error: ErrorInfo | None = None
+
+
+class SessionInfo(Value):
+    session_id: str
+    description: str
+    """What answers, for the log: `embedded engine, cpu, float32`."""
+
+
+class Service(Protocol):
+    """What a client needs. Every method may raise `WeaverError`; none waits without a bound."""
+
+    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo: ...
+
+    async def close_session(self, session_id: str) -> None:
+        """Cancels the session's samples and forgets its unnamed samplers; its runs stay."""
+
+    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        """Accepts all of them, durably, or raises. A refused operation becomes an outcome."""
+
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+        """Outcomes with a cursor above `after`, oldest first; waits until there is one.
+
+        Empty after `timeout_s`. Outcomes up to `after` may be forgotten.
+        """
+
+    async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        """Asks: what has not begun, and any sample, ends as `cancelled`; ignores unknown ids."""
+
+    def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+        """The pieces of a sample submitted with `stream=True`, to its end or its error."""
+
+    async def list_models(self) -> Sequence[ModelInfo]: ...
+
+    async def get_model(self, base_model: str) -> ModelInfo: ...
+
+    async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        """File names and contents from which transformers can load the tokenizer."""
+
+    async def list_runs(self) -> Sequence[TrainingRun]: ...
+
+    async def get_run(self, run_id: str) -> TrainingRun: ...
+
+    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]: ...
+
+    async def get_checkpoint(self, path: str) -> CheckpointInfo: ...
+
+    async def delete_checkpoint(self, path: str) -> None: ...
+
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo: ...
+
+    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
+
+    async def read_metrics(
+        self, run_id: str, *, name: str | None = None
+    ) -> Sequence[MetricPoint]: ...
+
+    async def aclose(self) -> None:
+        """Ends all work within a bounded time; saved state stays."""

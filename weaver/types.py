@@ -1,0 +1,387 @@
+"""The values that users build and receive: data, parameters, results, and what describes a run.
+
+All are frozen pydantic models that also read as the documented mappings: `sequence.tokens` and
+`sequence["tokens"]` are the same. A bad field raises a `WeaverError` that names it. Shapes use
+T for the tokens of one sequence; log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError, nearest
+from weaver.tensors import TensorData, as_token_ids
+
+TrainingMode = Literal["lora", "full_ft"]
+StopReason = Literal["stop", "length"]
+CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
+JsonDict = dict[str, Any]
+
+
+class Value(BaseModel):
+    """A frozen value with attribute and mapping access."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+    _error: ClassVar[type[InvalidRequestError]] = InvalidParamsError
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _named(error, type(self)) from None
+
+    def __getitem__(self, key: str) -> Any:
+        if key in type(self).model_fields:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in type(self).model_fields
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        return iter(type(self).model_fields)
+
+    def __len__(self) -> int:
+        return len(type(self).model_fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def keys(self) -> KeysView[str]:
+        return type(self).model_fields.keys()
+
+    def values(self) -> list[Any]:
+        return [getattr(self, key) for key in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(key, getattr(self, key)) for key in self]
+
+
+Mapping.register(Value)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _token_ids(tokens: object) -> tuple[int, ...]:
+    ids = as_token_ids(tokens)
+    if ids and min(ids) < 0:
+        raise InvalidDatumError(
+            f"has the negative token {min(ids)}.", field="tokens", hint="Token ids start at 0."
+        )
+    return ids
+
+
+TokenIds = Annotated[tuple[int, ...], BeforeValidator(_token_ids)]
+
+
+class EncodedTextChunk(Value):
+    """Token ids of a piece of text: `EncodedTextChunk(tokens=[1, 2, 3])`."""
+
+    _error = InvalidDatumError
+    type: Literal["encoded_text"] = "encoded_text"
+    tokens: TokenIds
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+class ModelInput(Value):
+    """A sequence of tokens in chunks: `ModelInput.from_ints([1, 2, 3])`."""
+
+    _error = InvalidDatumError
+    chunks: tuple[EncodedTextChunk, ...] = ()
+
+    @classmethod
+    def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
+        """From token ids: a list, a numpy array or a torch tensor of shape [T]."""
+        return cls(chunks=(EncodedTextChunk(tokens=tokens),))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        return cls()
+
+    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        return ModelInput(chunks=(*self.chunks, chunk))
+
+    def append_int(self, token: int) -> ModelInput:
+        return self.append(EncodedTextChunk(tokens=(token,)))
+
+    def to_ints(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        """T, in tokens."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+INTEGER_INPUTS = frozenset({"target_tokens"})
+
+
+class Datum(Value):
+    """One training sequence and what its loss needs.
+
+    `loss_fn_inputs` maps a name to an array of shape [T], T the length of `model_input`; position i
+    predicts token i+1. `target_tokens` is int64, everything else float32; lists, numpy arrays and
+    torch tensors are accepted. Example::
+
+        Datum(model_input=ModelInput.from_ints([5, 6, 7]),
+              loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [0.0, 1.0, 1.0]})
+
+    Raises:
+        InvalidDatumError: an input is not an array of the right dtype.
+    """
+
+    _error = InvalidDatumError
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, TensorData] = Field(default_factory=dict)
+
+    @field_validator("model_input", mode="before")
+    @classmethod
+    def _accept_tokens(cls, value: object) -> object:
+        if isinstance(value, (ModelInput, Mapping)):
+            return value
+        return ModelInput.from_ints(value)  # type: ignore[arg-type]
+
+    @field_validator("loss_fn_inputs", mode="before")
+    @classmethod
+    def _accept_arrays(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            raise InvalidDatumError(
+                "must map names to arrays.", hint='Such as {"target_tokens": [...]}.'
+            )
+        return {
+            name: TensorData(
+                data,
+                dtype="int64" if name in INTEGER_INPUTS else "float32",
+                field=f"loss_fn_inputs[{name!r}]",
+            )
+            for name, data in value.items()
+        }
+
+
+class Message(Value):
+    """One chat message: `{"role": "user", "content": "Hello"}`."""
+
+    role: str
+    content: str
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+class AdamParams(Value):
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101): decoupled decay, bias-corrected moments."""
+
+    learning_rate: float = Field(default=1e-4, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip_norm: float = Field(default=0.0, ge=0)
+    """Global L2 norm to which gradients are clipped; 0 is off."""
+
+
+def _stop_strings(value: object) -> object:
+    strings = (value,) if isinstance(value, str) else value
+    if strings is None:
+        return ()
+    if isinstance(strings, Sequence) and "" in strings:
+        raise InvalidParamsError(
+            "has an empty string.", field="stop", hint="Leave it out, or give the text to stop at."
+        )
+    return tuple(strings) if isinstance(strings, list) else strings
+
+
+class SamplingParams(Value):
+    """How tokens are drawn.
+
+    The order is: repetition penalty, temperature, top-k, top-p, min-p. Temperature 0 is greedy.
+    """
+
+    max_tokens: int = Field(default=100, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    """0 or -1: off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drops tokens less likely than `min_p` times the likeliest (arXiv:2407.01082)."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides positive and multiplies negative logits of tokens seen (arXiv:1909.05858)."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
+    """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them."""
+    stop_token_ids: TokenIds = ()
+    """Tokens that end a sequence, beside the model's own end-of-sequence tokens."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Makes the samples reproducible, whatever else runs beside them."""
+
+
+class LoraConfig(Value):
+    """A LoRA adapter (Hu et al., arXiv:2106.09685); its scale is alpha / rank."""
+
+    rank: int = Field(default=32, ge=1, le=1024)
+    alpha: float = Field(default=32.0, gt=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+class ForwardBackwardResult(Value):
+    """What `forward` and `forward_backward` answer; also reads as `{"result": {...}}`.
+
+    `loss_fn_outputs[i]["logprobs"]` is a float32 array [T] for datum i, one value per position.
+    """
+
+    loss_fn_outputs: tuple[Mapping[str, TensorData], ...]
+    metrics: Mapping[str, float]
+
+    @property
+    def result(self) -> ForwardBackwardResult:
+        return self
+
+    def __getitem__(self, key: str) -> Any:
+        return self if key == "result" else super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key == "result" or super().__contains__(key)
+
+
+class OptimStepResult(Value):
+    """`metrics` holds `grad_norm` (before clipping), `learning_rate` and `step` (from 1)."""
+
+    metrics: Mapping[str, float]
+
+    @property
+    def result(self) -> OptimStepResult:
+        return self
+
+    def __getitem__(self, key: str) -> Any:
+        return self if key == "result" else super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key == "result" or super().__contains__(key)
+
+
+class SampledSequence(Value):
+    """One continuation. All lists have one entry for each of its tokens."""
+
+    tokens: tuple[int, ...]
+    """What was sampled, with the tokens that completed a stop."""
+    text: str
+    """The decoded tokens, without special tokens and without the stop string."""
+    logprobs: tuple[float, ...]
+    """Of the policy: untempered, unfiltered."""
+    sampling_logprobs: tuple[float, ...]
+    """Of the distribution that was drawn from: after penalty, temperature, top-k, top-p, min-p."""
+    stop_reason: StopReason
+    weights_version: int = 0
+    """The optimizer step of the weights that sampled it; 0 for a base model."""
+
+
+class SampleResult(Value):
+    sequences: tuple[SampledSequence, ...]
+    prompt_tokens: tuple[int, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] | None = None
+
+
+class SampleDelta(Value):
+    """A piece of a streamed sample: the new tokens of sequence `index`."""
+
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    stop_reason: StopReason | None = None
+    """Set in the last piece of a sequence."""
+
+
+# --- descriptions -------------------------------------------------------------------------------
+
+
+class ModelInfo(Value):
+    """A base model that can be trained and sampled."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    context_length: int
+    """The most tokens of one sequence."""
+    num_parameters: int
+    training_modes: tuple[TrainingMode, ...] = ("lora", "full_ft")
+
+
+class CheckpointInfo(Value):
+    """A saved state: `path` is what `load_state` and `create_sampling_client` take."""
+
+    path: str
+    """`weaver://<run_id>/<weights|sampler>/<name>`"""
+    run_id: str
+    name: str
+    kind: CheckpointKind
+    base_model: str
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    step: int
+    created_at: datetime
+    size_bytes: int
+    ttl_seconds: int | None = None
+    expires_at: datetime | None = None
+    folder: str | None = None
+    """Where it lies on this machine; None when a server keeps it."""
+
+
+class TrainingRun(Value):
+    """One model in training."""
+
+    run_id: str
+    base_model: str
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    step: int
+    status: Literal["active", "idle", "stopped"]
+    created_at: datetime
+    last_request_at: datetime
+    user_metadata: JsonDict = Field(default_factory=dict)
+
+
+class MetricPoint(Value):
+    """One logged number: `MetricPoint(name="reward", value=0.5, step=3)`."""
+
+    name: str
+    value: float
+    step: int | None = None
+    occurred_at: datetime | None = None
+
+
+def _named(error: ValidationError, cls: type[Value]) -> InvalidRequestError:
+    """The first problem that pydantic found, as our error: the field, the value, the bound."""
+    problem = error.errors(include_url=False)[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidRequestError):
+        return cause
+    field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+    if problem["type"] == "extra_forbidden":
+        return cls._error(
+            f"{cls.__name__} has no such field.", field=field, hint=nearest(field, cls.model_fields)
+        )
+    if problem["type"] == "missing":
+        return cls._error(f"{cls.__name__} needs it.", field=field, hint="Pass a value.")
+    given = repr(problem["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    return cls._error(f"is {given}.", field=field, hint=f"{problem['msg']}.")
