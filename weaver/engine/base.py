@@ -67,6 +67,8 @@ class SampleJob:
     num_samples: int
     """0: only score the prompt."""
     include_prompt_logprobs: bool = False
+    stream: bool = False
+    """Whether `SampleProgress.deltas` is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
