@@ -1,0 +1,170 @@
+"""Datums stand exactly where their tokens do, and corrections are the formulas of their docs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.rl.helpers import group, rollout, segment
+from weaver.loss_specs import check_datums
+from weaver_rl import datums
+from weaver_rl.objectives import LOSSES, Aggregate, Behaviour, Objective
+from weaver_rl.types import Group, Segment
+
+ON_POLICY = Behaviour(True, 1.0)
+
+
+def made(*rollouts: object, aggregate: Aggregate = "token") -> list[datums.Example]:
+    whole = Group(task={}, rollouts=rollouts)  # type: ignore[arg-type]
+    advantages = np.arange(1.0, len(rollouts) + 1)[None]
+    return datums.examples([whole], advantages, behaviour=ON_POLICY, aggregate=aggregate)
+
+
+def test_a_segment_by_hand() -> None:
+    two_turns = Segment(
+        tokens=(4, 5, 7, 2, 9, 3),
+        mask=(0, 0, 1, 1, 0, 1),
+        logprobs=(0, 0, -0.1, -0.2, 0, -0.5),
+        sampling_logprobs=(0, 0, -0.3, -0.4, 0, -0.6),
+        versions=(-1, -1, 0, 0, -1, 1),
+    )
+    (example,) = made(rollout(1.0, two_turns))
+    datum = datums.to_datum(example, "importance_sampling")
+    assert datum.model_input.to_ints() == [4, 5, 7, 2, 9]
+    inputs = datum.loss_fn_inputs
+    assert inputs["target_tokens"].tolist() == [5, 7, 2, 9, 3]
+    assert inputs["weights"].tolist() == [0, 1, 1, 0, 1]
+    assert inputs["advantages"].tolist() == [0, 1, 1, 0, 1]
+    np.testing.assert_allclose(inputs["logprobs"], [0, -0.3, -0.4, 0, -0.6], atol=1e-7)
+    (untempered,) = datums.examples(
+        [Group(task={}, rollouts=(rollout(1.0, two_turns),))],
+        np.ones((1, 1)),
+        behaviour=Behaviour(False, 1.0),
+        aggregate="token",
+    )
+    np.testing.assert_allclose(untempered.q, [0, -0.1, -0.2, 0, -0.5])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 99), min_size=1, max_size=5),
+            st.lists(st.integers(0, 99), max_size=5),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(LOSSES),
+)
+def test_what_was_sampled_is_what_is_trained(
+    pieces: list[tuple[list[int], list[int]]], loss_fn: str
+) -> None:
+    segments = [segment(prompt, sampled) for prompt, sampled in pieces]
+    batch = made(*(rollout(1.0, s) for s in segments))
+    wanted = [s for s in segments if any(s.mask)]
+    assert len(batch) == len(wanted)
+    if not batch:
+        return
+    data = [datums.to_datum(e, loss_fn) for e in batch]
+    check_datums(data, loss_fn, config={"denominator": 1.0})
+    for datum, example, s in zip(data, batch, wanted, strict=True):
+        targets = np.array(datum.loss_fn_inputs["target_tokens"])
+        sampled = [t for t, m in zip(s.tokens, s.mask, strict=True) if m]
+        assert targets[example.mask > 0].tolist() == sampled
+        assert (*datum.model_input.to_ints(), s.tokens[-1]) == s.tokens
+
+
+def test_failed_and_silent_rollouts_are_left_out() -> None:
+    batch = made(rollout(None), rollout(1.0, segment([1], [])), rollout(1.0))
+    assert [e.advantages.max() for e in batch] == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "want"),
+    [("token", [5.0, 0.2]), ("sequence", [2.0, 0.25]), ("constant", [20.0, 0.05])],
+)
+def test_denominators_and_shares(aggregate: Aggregate, want: list[float]) -> None:
+    """Rollout 0 has 2 tokens, rollout 1 has 1 + 2 in two segments."""
+    batch = made(
+        rollout(1.0),
+        rollout(1.0, segment([1], [2]), segment([1], [2, 3])),
+        aggregate=aggregate,
+    )
+    total = datums.denominator(batch, aggregate, max_tokens=10)
+    assert total == want[0]
+    assert batch[0].weights.max() / total == pytest.approx(want[1])
+    if aggregate == "sequence":
+        assert sum(e.weights.sum() for e in batch) == pytest.approx(total)
+
+
+def test_an_empty_batch_divides_by_one() -> None:
+    assert datums.denominator([], "token", max_tokens=4) == 1.0
+
+
+def test_corrections_by_hand() -> None:
+    batch = made(rollout(1.0, segment([1], [2, 3]), segment([1], [4])))
+    now = [e.q + e.mask * d for e, d in zip(batch, (0.1, 0.4), strict=True)]
+    by_token = datums.corrected(batch, now, objective=Objective(correction="token"))
+    np.testing.assert_allclose(by_token[0].weights, np.exp([0.1, 0.1]))
+    np.testing.assert_allclose(by_token[1].weights, [np.exp(0.4)])
+    capped = Objective(correction="sequence", correction_cap=1.5)
+    by_sequence = datums.corrected(batch, now, objective=capped)
+    np.testing.assert_allclose(by_sequence[0].weights, [1.5, 1.5])
+    loose = Objective(correction="sequence", correction_cap=9.0)
+    np.testing.assert_allclose(
+        datums.corrected(batch, now, objective=loose)[1].weights, [np.exp(0.6)]
+    )
+    plain = datums.corrected(batch, now, objective=Objective(correction="none"))
+    for before, after, lp in zip(batch, plain, now, strict=True):
+        np.testing.assert_array_equal(after.weights, before.weights)
+        np.testing.assert_array_equal(after.q, lp)
+
+
+@pytest.mark.parametrize("name", ["token", "sequence", "none"])
+def test_corrections_change_nothing_on_policy(name: str) -> None:
+    batch = made(rollout(1.0), rollout(0.0))
+    for before, after in zip(
+        batch,
+        datums.corrected(
+            batch,
+            [e.q for e in batch],
+            objective=Objective(correction=name),  # type: ignore[arg-type]
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(after.weights, before.weights)
+        np.testing.assert_array_equal(after.q, before.q)
+
+
+def test_kl_in_the_reward_and_in_the_loss() -> None:
+    (example,) = made(rollout(1.0, segment([1, 2], [3, 4], logprob=-0.5)))
+    reference = np.array([-9.0, -1.5, -0.51])
+    got = datums.with_kl_reward(example, reference, beta=0.1)
+    np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 0.0])
+    inputs = datums.kl_datum(example, reference).loss_fn_inputs
+    np.testing.assert_allclose(inputs["logprobs"], [0, -1.5, -0.51])
+    assert not np.any(inputs["advantages"])
+
+
+def test_the_gap_counts_only_tokens_of_these_weights() -> None:
+    batch = made(
+        rollout(1.0, segment([1], [2, 3], version=3)), rollout(1.0, segment([1], [2], version=2))
+    )
+    now = [[*batch[0].q, 0.0, 1e-05], batch[1].q + 0.5]
+    assert datums.logprob_gap(batch, now, version=3) == pytest.approx(1e-5)
+    assert datums.logprob_gap(batch, now, version=2) == pytest.approx(0.5)
+    assert datums.logprob_gap(batch, now, version=1) is None
+
+
+def test_shorter_groups_of_a_batch() -> None:
+    groups = [group(1.0, 0.0), group(1.0)]
+    got = datums.examples(
+        groups,
+        np.array([[1.0, -1.0], [2.0, 0.0]]),
+        behaviour=ON_POLICY,
+        aggregate="token",
+    )
+    assert [e.advantages.sum() for e in got] == [2.0, -2.0, 4.0]
+    assert [e.rollout for e in got] == [0, 1, 2]

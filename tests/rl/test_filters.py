@@ -1,0 +1,34 @@
+"""Groups that teach nothing are kept or dropped as asked, and always counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rl.helpers import group
+from weaver_rl import filters
+
+MIXED = group(0.0, 1.0)
+FLAT = group(0.1 + 0.2, 0.3)
+ONE = group(1.0, None)
+EMPTY = group(None, None)
+GROUPS = [MIXED, FLAT, ONE, EMPTY]
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"), [("keep", [MIXED, FLAT, ONE]), ("drop", [MIXED]), ("resample", [MIXED])]
+)
+def test_kept_and_counted(choice: filters.ZeroVariance, kept: list[object]) -> None:
+    got = filters.apply(GROUPS, choice)
+    assert list(got.kept) == kept
+    assert len(got.kept) + len(got.dropped) == len(GROUPS)
+    assert (got.zero_variance, got.empty) == (2, 1)
+    assert got.metrics["groups/dropped"] == 4 - len(kept)
+
+
+def test_nothing_in_nothing_out() -> None:
+    assert filters.apply([]).metrics == {
+        "groups/kept": 0.0,
+        "groups/dropped": 0.0,
+        "groups/zero_variance": 0.0,
+        "groups/empty": 0.0,
+    }

@@ -1,0 +1,76 @@
+"""Objectives are refused when they make no sense; q and temperature always belong together."""
+
+from __future__ import annotations
+
+import pytest
+
+from weaver.errors import ConfigError, InvalidLossConfigError
+from weaver.loss_specs import LOSS_SPECS
+from weaver.types import SamplingParams
+from weaver_rl.objectives import (
+    LOSSES,
+    Behaviour,
+    Objective,
+    as_objective,
+    behaviour,
+    named_correction,
+)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_name_is_a_loss_of_the_engine(name: str) -> None:
+    objective = as_objective(name)
+    assert name in LOSS_SPECS
+    assert as_objective(objective) is objective
+    assert objective.loss_fn_config(temperature=0.5, denominator=3.0) == {
+        "temperature": 0.5,
+        "denominator": 3.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"loss_fn": "pppo"}, "Did you mean 'ppo'"),
+        ({"config": {"denominator": 3.0}}, "set by the loop"),
+        ({"kl_reward": -1.0}, "At least 0"),
+        ({"kl_loss": float("nan")}, "At least 0"),
+        ({"loss_fn": "cross_entropy", "correction": "ratio"}, "no ratio"),
+        ({"loss_fn": "dro", "correction": "ratio"}, "no ratio"),
+    ],
+)
+def test_refused(kwargs: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        Objective(**kwargs)  # type: ignore[arg-type]
+
+
+def test_options_belong_to_their_loss() -> None:
+    assert Objective(loss_fn="ppo", config={"dual_clip": 3.0}).config["dual_clip"] == 3.0
+    with pytest.raises(InvalidLossConfigError, match="no option 'dual_clip'"):
+        Objective(loss_fn="cispo", config={"dual_clip": 3.0})
+
+
+def test_staleness_wants_a_named_correction() -> None:
+    assert named_correction(Objective(), max_staleness=0).correction is None
+    with pytest.raises(ConfigError, match="no correction"):
+        named_correction(Objective(), max_staleness=1)
+    for name in ("ratio", "token", "sequence", "none"):
+        objective = Objective(correction=name)  # type: ignore[arg-type]
+        assert named_correction(objective, max_staleness=8) is objective
+
+
+@pytest.mark.parametrize(
+    ("params", "want"),
+    [
+        (SamplingParams(), Behaviour(True, 1.0)),
+        (SamplingParams(temperature=0.7), Behaviour(True, 0.7)),
+        (SamplingParams(temperature=0.7, top_k=-1), Behaviour(True, 0.7)),
+        (SamplingParams(temperature=0.7, top_p=0.9), Behaviour(False, 1.0)),
+        (SamplingParams(top_k=5), Behaviour(False, 1.0)),
+        (SamplingParams(min_p=0.1), Behaviour(False, 1.0)),
+        (SamplingParams(repetition_penalty=1.1), Behaviour(False, 1.0)),
+        (SamplingParams(temperature=0.0), Behaviour(False, 1.0)),
+    ],
+)
+def test_behaviour(params: SamplingParams, want: Behaviour) -> None:
+    assert behaviour(params) == want

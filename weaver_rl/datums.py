@@ -1,0 +1,163 @@
+"""Training sequences: from rollouts with advantages to the datums of a loss, exactly aligned.
+
+Called by `weaver_rl.loops.step`. A segment of T tokens becomes arrays of length N = T − 1: position
+i reads token i and predicts token i+1, so what belongs to token i+1 stands at i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from weaver.types import Datum, ModelInput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from weaver_rl.objectives import Aggregate, Behaviour, Objective
+    from weaver_rl.types import FloatPG, Group, Segment
+
+FloatN = npt.NDArray[np.float64]
+IntN = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Example:
+    """One segment, ready to be trained on. Everything but `tokens` is of shape [N]."""
+
+    tokens: tuple[int, ...]
+    """All T = N + 1 of them."""
+    mask: FloatN
+    """1 where the target was sampled."""
+    q: FloatN
+    """Log-probability of the target when it was sampled, at the loss' temperature; 0 elsewhere."""
+    policy: FloatN
+    """The same, untempered."""
+    versions: IntN
+    """Weights that sampled the target; -1 elsewhere."""
+    advantages: FloatN
+    weights: FloatN
+    """Share of each token in the loss; 0 where mask is 0."""
+    rollout: int
+    """Which rollout of the batch it is part of, from 0."""
+
+
+def examples(
+    groups: Sequence[Group],
+    advantages_P_G: FloatPG,
+    *,
+    behaviour: Behaviour,
+    aggregate: Aggregate,
+) -> list[Example]:
+    """The segments of all rollouts that did not fail; those without a sampled token are left out.
+
+    Weights are the mask, for the aggregate "sequence" divided by the rollout's sampled tokens.
+    """
+    made: list[Example] = []
+    number = 0
+    for group, advantages_G in zip(groups, advantages_P_G, strict=True):
+        for rollout, advantage in zip(group.rollouts, advantages_G, strict=False):
+            sampled = rollout.trajectory.num_sampled
+            if rollout.failure is not None or not sampled:
+                continue
+            share = 1.0 / sampled if aggregate == "sequence" else 1.0
+            made.extend(
+                _example(segment, float(advantage), share, behaviour, number)
+                for segment in rollout.trajectory.segments
+                if any(segment.mask)
+            )
+            number += 1
+    return made
+
+
+def denominator(batch: Sequence[Example], aggregate: Aggregate, *, max_tokens: int) -> float:
+    """What the summed loss of a batch is divided by; see `Objective.aggregate`. At least 1."""
+    rollouts = len({example.rollout for example in batch})
+    if aggregate == "constant":
+        return float(max(rollouts * max_tokens, 1))
+    return float(max(rollouts if aggregate == "sequence" else sum(e.mask.sum() for e in batch), 1))
+
+
+def to_datum(example: Example, loss_fn: str) -> Datum:
+    """The inputs that a policy loss needs; for `cross_entropy` the advantage is the weight."""
+    inputs: dict[str, object] = {"target_tokens": example.tokens[1:]}
+    if loss_fn == "cross_entropy":
+        inputs["weights"] = example.weights * example.advantages
+    else:
+        inputs |= {
+            "logprobs": example.q,
+            "advantages": example.advantages,
+            "weights": example.weights,
+        }
+    return Datum(model_input=ModelInput.from_ints(example.tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def kl_datum(example: Example, reference: FloatN) -> Datum:
+    """For the loss `dro`: with zero advantages it is ½β(lp − lp_ref)², the KL penalty."""
+    flat = replace(example, q=reference * example.mask, advantages=np.zeros_like(example.mask))
+    return to_datum(flat, "dro")
+
+
+def with_kl_reward(example: Example, reference: FloatN, *, beta: float) -> Example:
+    """Takes β·(log π − log π_ref) of each sampled token off its advantage (both untempered)."""
+    penalty = beta * (example.policy - reference) * example.mask
+    return replace(example, advantages=example.advantages - penalty)
+
+
+def corrected(
+    batch: Sequence[Example], now: Sequence[FloatN], *, objective: Objective
+) -> list[Example]:
+    """Replaces q by the policy `now` ([N] each), weighting tokens by the truncated ratio π_now/q.
+
+    Token: min(exp(now − q), cap) (arXiv:2505.24298 decouples the same way). Sequence: the ratio of
+    the whole rollout, all its segments together. None: no weight.
+    """
+    gaps = [(lp - e.q) * e.mask for e, lp in zip(batch, now, strict=True)]
+    totals: dict[int, float] = {}
+    for example, gap in zip(batch, gaps, strict=True):
+        totals[example.rollout] = totals.get(example.rollout, 0.0) + float(gap.sum())
+    ceiling = np.log(max(objective.correction_cap, 1e-30))
+    made: list[Example] = []
+    for example, gap, lp in zip(batch, gaps, now, strict=True):
+        log_ratio = {
+            "token": gap,
+            "sequence": np.full_like(gap, totals[example.rollout]),
+        }.get(objective.correction or "none")
+        weight = 1.0 if log_ratio is None else np.exp(np.minimum(log_ratio, ceiling))
+        made.append(replace(example, q=lp * example.mask, weights=example.weights * weight))
+    return made
+
+
+def logprob_gap(batch: Iterable[Example], now: Iterable[FloatN], *, version: int) -> float | None:
+    """The largest |lp − q| of the tokens that the weights `version` sampled; None: there are none.
+
+    With `now` computed by those very weights this is trainer against sampler.
+    """
+    largest: float | None = None
+    for example, lp in zip(batch, now, strict=True):
+        here = (example.versions == version) & (example.mask > 0)
+        if here.any():
+            gap = float(np.abs(lp - example.q)[here].max())
+            largest = gap if largest is None else max(largest, gap)
+    return largest
+
+
+def _example(
+    segment: Segment, advantage: float, share: float, behaviour: Behaviour, rollout: int
+) -> Example:
+    mask = np.array(segment.mask[1:], dtype=np.float64)
+    policy = np.array(segment.logprobs[1:], dtype=np.float64)
+    drawn = np.array(segment.sampling_logprobs[1:], dtype=np.float64)
+    return Example(
+        tokens=segment.tokens,
+        mask=mask,
+        q=(drawn if behaviour.tempered else policy) * mask,
+        policy=policy * mask,
+        versions=np.array(segment.versions[1:], dtype=np.int64),
+        advantages=advantage * mask,
+        weights=share * mask,
+        rollout=rollout,
+    )

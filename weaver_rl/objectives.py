@@ -1,0 +1,154 @@
+"""What a policy step minimises: a named loss of the engine with its options, as one value.
+
+The RL loops take an `Objective`, or the name of a loss. `lp` is the log-probability of a sampled
+token under the policy now, `q` under the weights that sampled it, r = exp(lp − q), A its advantage.
+
+| loss_fn               | per token                       | paper                               |
+|-----------------------|---------------------------------|-------------------------------------|
+| `importance_sampling` | −r·A                            | off-policy REINFORCE                |
+| `ppo`                 | −min(r·A, clip(r)·A)            | arXiv:1707.06347; dual clip 1912.09729 |
+| `cispo`               | −stop(clip(r))·lp·A             | MiniMax-M1, arXiv:2506.13585        |
+| `gspo`                | −min(s·A, clip(s)·A), s = (Πr)^(1/T) | arXiv:2507.18071               |
+| `dro`                 | −(lp·A − ½β(lp−q)²)             | arXiv:2405.19107                    |
+| `cross_entropy`       | −lp·A, no ratio                 | REINFORCE                           |
+
+Two different additions pull the policy towards a reference model (both need `reference=`):
+`kl_reward` takes β·(log π − log π_ref) off each token's advantage; `kl_loss` adds β·½(lp − lp_ref)²
+to the loss, whose gradient is, on the policy's own samples, that of the reverse KL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from weaver.errors import ConfigError, nearest
+from weaver.loss_specs import check_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weaver.types import SamplingParams
+
+LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro", "cross_entropy")
+RATIO_LOSSES = frozenset(LOSSES) - {"cross_entropy", "dro"}
+
+Aggregate = Literal["token", "sequence", "constant"]
+Correction = Literal["ratio", "token", "sequence", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """`Objective(loss_fn="ppo", config={"clip_high_threshold": 1.28}, correction="ratio")`
+
+    Raises:
+        ConfigError, InvalidLossConfigError, UnknownLossError: at construction.
+    """
+
+    loss_fn: str = "importance_sampling"
+    config: Mapping[str, float] = field(default_factory=dict)
+    """Options of the loss: clip thresholds, `dual_clip`, `ratio_cap`, `entropy_coef`, `beta`."""
+    aggregate: Aggregate = "token"
+    """How a batch becomes one number. token: mean over sampled tokens (DAPO). sequence: mean over
+    rollouts of each one's mean (GRPO). constant: sum / (rollouts · max_tokens) (Dr. GRPO)."""
+    correction: Correction | None = None
+    """What makes up for samples of older weights; asynchronous loops want it named.
+
+    ratio: the loss' own r. token, sequence: the policy of the step's beginning takes the place of q
+    and each token is weighted by min(π_then/q, `correction_cap`), of the token or of the whole
+    rollout (truncated importance sampling; decoupled PPO, arXiv:2110.00641). none: nothing, on
+    purpose. None: not said; the loss' own r."""
+    correction_cap: float = 2.0
+    kl_reward: float = 0.0
+    """β of the KL penalty in the reward, in units of reward per nat."""
+    kl_loss: float = 0.0
+    """β of the KL penalty in the loss, per nat."""
+
+    def __post_init__(self) -> None:
+        if self.loss_fn not in LOSSES:
+            raise ConfigError(
+                f"no policy loss is called {self.loss_fn!r}.",
+                field="objective",
+                hint=nearest(str(self.loss_fn), LOSSES),
+            )
+        owned = {"temperature", "denominator", "reduction"} & set(self.config)
+        if owned:
+            raise ConfigError(
+                f"{min(owned)} is set by the loop.",
+                field="objective.config",
+                hint="Use sampling=SamplingParams(temperature=...) and aggregate=.",
+            )
+        check_loss(self.loss_fn, self.config)
+        for name, value in (
+            ("kl_reward", self.kl_reward),
+            ("kl_loss", self.kl_loss),
+            ("correction_cap", self.correction_cap),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"is {value!r}.", field=f"objective.{name}", hint="At least 0.")
+        if self.correction == "ratio" and self.loss_fn not in RATIO_LOSSES:
+            raise ConfigError(
+                f"{self.loss_fn} has no ratio that could correct for older weights.",
+                field="objective.correction",
+                hint=f"Use 'token' or 'sequence', or one of {', '.join(sorted(RATIO_LOSSES))}.",
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_reward > 0 or self.kl_loss > 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a step begins with a forward pass that takes the place of q."""
+        return self.correction in ("token", "sequence", "none")
+
+    def loss_fn_config(self, *, temperature: float, denominator: float) -> dict[str, float | str]:
+        """What goes to `forward_backward`."""
+        return {**self.config, "temperature": temperature, "denominator": denominator}
+
+
+def as_objective(choice: str | Objective) -> Objective:
+    """A name stands for that loss with its default options."""
+    return choice if isinstance(choice, Objective) else Objective(loss_fn=choice)
+
+
+def named_correction(objective: Objective, *, max_staleness: int) -> Objective:
+    """The objective, if it may be used with samples of `max_staleness` steps ago.
+
+    Raises:
+        ConfigError: asynchronous, and no correction is named.
+    """
+    if max_staleness > 0 and objective.correction is None:
+        raise ConfigError(
+            f"max_staleness is {max_staleness}, and no correction for older weights is named.",
+            field="objective.correction",
+            hint='Use Objective(loss_fn="ppo", correction="ratio"), "token", "sequence" or "none".',
+        )
+    return objective
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """Which log-probabilities of a sample are q, and the temperature of `lp` that matches them."""
+
+    tempered: bool
+    """q is `sampling_logprobs`; else `logprobs`."""
+    temperature: float
+
+
+def behaviour(params: SamplingParams) -> Behaviour:
+    """The q for which r = 1 exactly on the policy's own samples.
+
+    Temperature alone: q is the distribution drawn from, and the loss tempers the policy likewise;
+    the tempered policy is what is trained. With top-k, top-p, min-p, a repetition penalty or
+    temperature 0 the distribution drawn from is not one that a loss can compute: q is then the
+    policy itself, untempered, so r = 1 holds; what the filter did to the distribution is ignored.
+    """
+    filtered = (
+        params.temperature == 0
+        or params.top_p < 1
+        or params.top_k > 0
+        or params.min_p > 0
+        or params.repetition_penalty != 1
+    )
+    return Behaviour(False, 1.0) if filtered else Behaviour(True, params.temperature)
