@@ -1,0 +1,104 @@
+"""`FakeEngine`: an engine of plain arithmetic, without torch; for tests of clients and services.
+
+It learns, saves, loads and samples for real, in microseconds. A test may hand it a hook that is
+told of every call and may wait or raise.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from weaver.engine.fake.model import VOCAB, tokenizer_files
+from weaver.engine.fake.sampler import FakeSampler
+from weaver.engine.fake.trainer import FakeTrainer
+from weaver.errors import UnknownModelError, nearest
+from weaver.types import ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from weaver.types import Message
+
+
+class FakeEngine:
+    """An engine whose base models, `models`, are all alike.
+
+    `hook(name, argument)` is called within each engine call, in its thread: it may sleep to make
+    the call slow, or raise to make it fail. Names are those of the methods, with `load_sampler`
+    for the sampler's `load`, and `gradient` with each single `GradientJob`, where a `WeaverError`
+    fails that job alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: Sequence[str] = ("fake",),
+        context_length: int = 4096,
+        slots: int = 4096,
+        hook: Callable[[str, object], None] = lambda name, argument: None,
+    ) -> None:
+        self.hook = hook
+        self._models = {
+            name: ModelInfo(
+                name=name,
+                architecture="FakeForCausalLM",
+                vocab_size=VOCAB,
+                context_length=context_length,
+                num_parameters=2 * VOCAB,
+            )
+            for name in models
+        }
+        self._trainer = FakeTrainer(self)
+        self._sampler = FakeSampler(self, slots=slots)
+        self._calling = threading.Lock()
+
+    @property
+    def trainer(self) -> FakeTrainer:
+        return self._trainer
+
+    @property
+    def sampler(self) -> FakeSampler:
+        return self._sampler
+
+    @property
+    def description(self) -> str:
+        return "fake engine"
+
+    def list_models(self) -> Sequence[ModelInfo]:
+        return list(self._models.values())
+
+    def get_model(self, base_model: str) -> ModelInfo:
+        if base_model not in self._models:
+            raise UnknownModelError(
+                f"no model is called {base_model!r}.",
+                field="base_model",
+                hint=nearest(base_model, self._models),
+            )
+        return self._models[base_model]
+
+    def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
+        with self.call("encode", prompt):
+            if not isinstance(prompt, str):
+                turns = "".join(f"{message.role}: {message.content}\n" for message in prompt)
+                prompt = f"{turns}assistant: "
+            return list(prompt.encode())
+
+    def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        self.get_model(base_model)
+        return tokenizer_files()
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def call(self, name: str, argument: object) -> Iterator[None]:
+        """Around each call of the engine: finds callers that break the rule of one at a time."""
+        if not self._calling.acquire(blocking=False):
+            raise RuntimeError(f"{name} was called during another call of this engine")
+        try:
+            self.hook(name, argument)
+            yield
+        finally:
+            self._calling.release()

@@ -1,0 +1,200 @@
+"""The fake engine's `Sampler`: one token a step for each running row.
+
+Left out: top-k, top-p, min-p and the repetition penalty. Axes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weaver.engine.base import SampleProgress
+from weaver.engine.fake.model import (
+    BASE,
+    EOS,
+    VOCAB,
+    Floats,
+    decode,
+    log_softmax,
+    logits,
+    read_weights,
+)
+from weaver.types import SampleDelta, SampledSequence, SampleResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from weaver.engine.base import SampleJob, WeightSnapshot
+    from weaver.engine.fake import FakeEngine
+    from weaver.types import StopReason
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One sequence on its way: sample `index` of a job."""
+
+    job: SampleJob
+    index: int
+    rng: random.Random
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    emitted: int = 0
+    """Characters that went out in deltas."""
+    stop_reason: StopReason | None = None
+
+    def text(self) -> str:
+        """The decoded tokens up to a stop string."""
+        text = decode(self.tokens)
+        ends = [at for stop in self.job.params.stop if (at := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def push(self, token: int, logprob: float, sampling_logprob: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.sampling_logprobs.append(sampling_logprob)
+        params = self.job.params
+        if token == EOS or token in params.stop_token_ids:
+            self.stop_reason = "stop"
+        elif params.stop and len(self.text()) < len(decode(self.tokens)):
+            self.stop_reason = "stop"
+        elif len(self.tokens) == params.max_tokens:
+            self.stop_reason = "length"
+
+    def delta(self) -> SampleDelta:
+        """The newest token, and the text that no later token can turn into a stop string."""
+        text = self.text()
+        end = len(text)
+        if self.stop_reason is None:
+            stops = self.job.params.stop
+            end -= max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
+        piece, self.emitted = text[self.emitted : end], max(self.emitted, end)
+        return SampleDelta(
+            index=self.index,
+            tokens=(self.tokens[-1],),
+            text=piece,
+            logprobs=(self.logprobs[-1],),
+            stop_reason=self.stop_reason,
+        )
+
+    def sequence(self, version: int) -> SampledSequence:
+        assert self.stop_reason is not None
+        return SampledSequence(
+            tokens=tuple(self.tokens),
+            text=self.text(),
+            logprobs=tuple(self.logprobs),
+            sampling_logprobs=tuple(self.sampling_logprobs),
+            stop_reason=self.stop_reason,
+            weights_version=version,
+        )
+
+
+class FakeSampler:
+    """Gives each running row one token a step; at most `slots` rows run."""
+
+    def __init__(self, engine: FakeEngine, *, slots: int) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._weights: dict[str, tuple[Floats, int]] = {}
+        self._jobs: dict[str, tuple[SampleJob, list[_Row], tuple[Floats, int]]] = {}
+        self._rows: list[_Row] = []
+        self._count = 0
+
+    def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
+        with self._engine.call("publish", weights_id):
+            self._weights[weights_id] = (snapshot.tensors["weight"], snapshot.version)
+
+    def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
+        with self._engine.call("load_sampler", weights_id):
+            self._engine.get_model(base_model)
+            self._weights[weights_id] = (
+                (BASE, 0) if folder is None else read_weights(folder, base_model)
+            )
+            return self._weights[weights_id][1]
+
+    def release(self, weights_id: str) -> None:
+        with self._engine.call("release", weights_id):
+            self._weights.pop(weights_id, None)
+
+    @property
+    def weights_ids(self) -> frozenset[str]:
+        """What is loaded, for tests."""
+        return frozenset(self._weights)
+
+    def add(self, job: SampleJob) -> None:
+        with self._engine.call("add", job):
+            self._count += 1
+            seed = self._count if job.params.seed is None else job.params.seed
+            rows = [_Row(job, i, random.Random(f"{seed}/{i}")) for i in range(job.num_samples)]
+            self._jobs[job.job_id] = (job, rows, self._weights[job.weights_id])
+            self._rows += rows
+
+    def cancel(self, job_id: str) -> None:
+        with self._engine.call("cancel", job_id):
+            self._jobs.pop(job_id, None)
+            self._rows = [row for row in self._rows if row.job.job_id != job_id]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def step(self) -> Sequence[SampleProgress]:
+        with self._engine.call("step", None):
+            running = self._rows[: self._slots]
+            by_weights: dict[int, list[_Row]] = {}
+            for row in running:
+                by_weights.setdefault(id(self._jobs[row.job.job_id][2][0]), []).append(row)
+            for rows in by_weights.values():
+                self._draw(rows)
+            self._rows = [row for row in self._rows if row.stop_reason is None]
+            deltas: dict[str, list[SampleDelta]] = {}
+            for row in running:
+                if row.job.stream:
+                    deltas.setdefault(row.job.job_id, []).append(row.delta())
+            touched = dict.fromkeys(row.job.job_id for row in running)
+            touched |= {
+                job_id: None for job_id, (job, *_) in self._jobs.items() if not job.num_samples
+            }
+            progress = [self._progress(job_id, deltas.get(job_id, ())) for job_id in touched]
+            return [p for p in progress if p.deltas or p.result]
+
+    def _draw(self, rows: list[_Row]) -> None:
+        weights = self._jobs[rows[0].job.job_id][2][0]
+        last = np.array([row.tokens[-1] if row.tokens else row.job.prompt[-1] for row in rows])
+        row_logits, _ = logits(weights, last)
+        temperatures = np.array([row.job.params.temperature for row in rows])
+        policy = log_softmax(row_logits)
+        drawn_from = log_softmax(
+            row_logits / np.where(temperatures == 0, 1.0, temperatures)[:, None]
+        )
+        sums = np.exp(drawn_from).cumsum(axis=1)
+        uniform = np.array([row.rng.random() for row in rows])
+        picks = np.minimum((sums < uniform[:, None]).sum(axis=1), VOCAB - 1)
+        picks = np.where(temperatures == 0, policy.argmax(axis=1), picks)
+        at = np.arange(len(rows))
+        sampled = np.where(temperatures == 0, 0.0, drawn_from[at, picks])
+        for row, token, lp, slp in zip(
+            rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), strict=True
+        ):
+            row.push(token, lp, slp)
+
+    def _progress(self, job_id: str, deltas: Sequence[SampleDelta]) -> SampleProgress:
+        job, rows, (weights, version) = self._jobs[job_id]
+        if any(row.stop_reason is None for row in rows):
+            return SampleProgress(job_id=job_id, deltas=deltas)
+        del self._jobs[job_id]
+        scores: tuple[float | None, ...] | None = None
+        if job.include_prompt_logprobs:
+            prompt = np.array(job.prompt)
+            lp = log_softmax(logits(weights, prompt)[0])
+            scores = (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
+        result = SampleResult(
+            sequences=tuple(row.sequence(version) for row in rows),
+            prompt_tokens=tuple(job.prompt),
+            prompt_logprobs=scores,
+        )
+        return SampleProgress(job_id=job_id, deltas=deltas, result=result)
