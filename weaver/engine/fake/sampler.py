@@ -38,6 +38,7 @@ class _Row:
     """One sequence on its way: sample `index` of a job."""
 
     job: SampleJob
+    weights: Floats
     index: int
     rng: random.Random
     tokens: list[int] = field(default_factory=list)
@@ -93,6 +94,14 @@ class _Row:
         )
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    job: SampleJob
+    weights: Floats
+    version: int
+    rows: list[_Row]
+
+
 class FakeSampler:
     """Gives each running row one token a step; at most `slots` rows run."""
 
@@ -100,7 +109,7 @@ class FakeSampler:
         self._engine = engine
         self._slots = slots
         self._weights: dict[str, tuple[Floats, int]] = {}
-        self._jobs: dict[str, tuple[SampleJob, list[_Row], tuple[Floats, int]]] = {}
+        self._jobs: dict[str, _Job] = {}
         self._rows: list[_Row] = []
         self._count = 0
 
@@ -111,10 +120,9 @@ class FakeSampler:
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
         with self._engine.call("load_sampler", weights_id):
             self._engine.get_model(base_model)
-            self._weights[weights_id] = (
-                (BASE, 0) if folder is None else read_weights(folder, base_model)
-            )
-            return self._weights[weights_id][1]
+            loaded = (BASE, 0) if folder is None else read_weights(folder, base_model)
+            self._weights[weights_id] = loaded
+            return loaded[1]
 
     def release(self, weights_id: str) -> None:
         with self._engine.call("release", weights_id):
@@ -129,8 +137,11 @@ class FakeSampler:
         with self._engine.call("add", job):
             self._count += 1
             seed = self._count if job.params.seed is None else job.params.seed
-            rows = [_Row(job, i, random.Random(f"{seed}/{i}")) for i in range(job.num_samples)]
-            self._jobs[job.job_id] = (job, rows, self._weights[job.weights_id])
+            weights, version = self._weights[job.weights_id]
+            rows = [
+                _Row(job, weights, i, random.Random(f"{seed}/{i}")) for i in range(job.num_samples)
+            ]
+            self._jobs[job.job_id] = _Job(job, weights, version, rows)
             self._rows += rows
 
     def cancel(self, job_id: str) -> None:
@@ -147,54 +158,56 @@ class FakeSampler:
             running = self._rows[: self._slots]
             by_weights: dict[int, list[_Row]] = {}
             for row in running:
-                by_weights.setdefault(id(self._jobs[row.job.job_id][2][0]), []).append(row)
+                by_weights.setdefault(id(row.weights), []).append(row)
             for rows in by_weights.values():
-                self._draw(rows)
+                _draw(rows)
             self._rows = [row for row in self._rows if row.stop_reason is None]
             deltas: dict[str, list[SampleDelta]] = {}
             for row in running:
                 if row.job.stream:
                     deltas.setdefault(row.job.job_id, []).append(row.delta())
-            touched = dict.fromkeys(row.job.job_id for row in running)
-            touched |= {
-                job_id: None for job_id, (job, *_) in self._jobs.items() if not job.num_samples
+            results = {
+                job_id: _result(job)
+                for job_id, job in self._jobs.items()
+                if all(row.stop_reason is not None for row in job.rows)
             }
-            progress = [self._progress(job_id, deltas.get(job_id, ())) for job_id in touched]
-            return [p for p in progress if p.deltas or p.result]
+            for job_id in results:
+                del self._jobs[job_id]
+            return [
+                SampleProgress(
+                    job_id=job_id, deltas=deltas.get(job_id, ()), result=results.get(job_id)
+                )
+                for job_id in {**deltas, **results}
+            ]
 
-    def _draw(self, rows: list[_Row]) -> None:
-        weights = self._jobs[rows[0].job.job_id][2][0]
-        last = np.array([row.tokens[-1] if row.tokens else row.job.prompt[-1] for row in rows])
-        row_logits, _ = logits(weights, last)
-        temperatures = np.array([row.job.params.temperature for row in rows])
-        policy = log_softmax(row_logits)
-        drawn_from = log_softmax(
-            row_logits / np.where(temperatures == 0, 1.0, temperatures)[:, None]
-        )
-        sums = np.exp(drawn_from).cumsum(axis=1)
-        uniform = np.array([row.rng.random() for row in rows])
-        picks = np.minimum((sums < uniform[:, None]).sum(axis=1), VOCAB - 1)
-        picks = np.where(temperatures == 0, policy.argmax(axis=1), picks)
-        at = np.arange(len(rows))
-        sampled = np.where(temperatures == 0, 0.0, drawn_from[at, picks])
-        for row, token, lp, slp in zip(
-            rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), strict=True
-        ):
-            row.push(token, lp, slp)
 
-    def _progress(self, job_id: str, deltas: Sequence[SampleDelta]) -> SampleProgress:
-        job, rows, (weights, version) = self._jobs[job_id]
-        if any(row.stop_reason is None for row in rows):
-            return SampleProgress(job_id=job_id, deltas=deltas)
-        del self._jobs[job_id]
-        scores: tuple[float | None, ...] | None = None
-        if job.include_prompt_logprobs:
-            prompt = np.array(job.prompt)
-            lp = log_softmax(logits(weights, prompt)[0])
-            scores = (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
-        result = SampleResult(
-            sequences=tuple(row.sequence(version) for row in rows),
-            prompt_tokens=tuple(job.prompt),
-            prompt_logprobs=scores,
-        )
-        return SampleProgress(job_id=job_id, deltas=deltas, result=result)
+def _draw(rows: list[_Row]) -> None:
+    """The next token of rows [B] that share their weights, by the inverse of the distribution."""
+    last = np.array([row.tokens[-1] if row.tokens else row.job.prompt[-1] for row in rows])
+    row_logits, _ = logits(rows[0].weights, last)
+    temperatures = np.array([row.job.params.temperature for row in rows])
+    greedy = temperatures == 0
+    policy = log_softmax(row_logits)
+    drawn_from = log_softmax(row_logits / np.where(greedy, 1.0, temperatures)[:, None])
+    uniform = np.array([row.rng.random() for row in rows])
+    picks = (np.exp(drawn_from).cumsum(axis=1) < uniform[:, None]).sum(axis=1)
+    picks = np.where(greedy, policy.argmax(axis=1), np.minimum(picks, VOCAB - 1))
+    at = np.arange(len(rows))
+    sampled = np.where(greedy, 0.0, drawn_from[at, picks])
+    for row, token, lp, sampled_lp in zip(
+        rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), strict=True
+    ):
+        row.push(token, lp, sampled_lp)
+
+
+def _result(job: _Job) -> SampleResult:
+    scores: tuple[float | None, ...] | None = None
+    if job.job.include_prompt_logprobs:
+        prompt = np.array(job.job.prompt)
+        lp = log_softmax(logits(job.weights, prompt)[0])
+        scores = (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
+    return SampleResult(
+        sequences=tuple(row.sequence(job.version) for row in job.rows),
+        prompt_tokens=tuple(job.job.prompt),
+        prompt_logprobs=scores,
+    )
