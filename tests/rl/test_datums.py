@@ -152,7 +152,7 @@ def test_the_gap_counts_only_tokens_of_these_weights() -> None:
     batch = made(
         rollout(1.0, segment([1], [2, 3], version=3)), rollout(1.0, segment([1], [2], version=2))
     )
-    now = [[*batch[0].q, 0.0, 1e-05], batch[1].q + 0.5]
+    now = [batch[0].q + np.array([0.0, 1e-5]), batch[1].q + 0.5]
     assert datums.logprob_gap(batch, now, version=3) == pytest.approx(1e-5)
     assert datums.logprob_gap(batch, now, version=2) == pytest.approx(0.5)
     assert datums.logprob_gap(batch, now, version=1) is None
