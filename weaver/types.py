@@ -160,7 +160,9 @@ class Datum(Value):
     def _accept_arrays(cls, value: object) -> object:
         if not isinstance(value, Mapping):
             raise InvalidDatumError(
-                "must map names to arrays.", hint='Such as {"target_tokens": [...]}.'
+                "must map names to arrays.",
+                field="loss_fn_inputs",
+                hint='Such as {"target_tokens": [...]}.',
             )
         return {
             name: TensorData(

@@ -1,0 +1,114 @@
+"""Validation of losses, their options and their data."""
+
+from __future__ import annotations
+
+import pytest
+
+from weaver.errors import (
+    ContextLengthError,
+    InvalidDatumError,
+    InvalidLossConfigError,
+    TokenOutOfRangeError,
+    UnknownLossError,
+    WeaverError,
+)
+from weaver.loss_specs import LOSS_SPECS, check_datums, check_loss, weights_of
+from weaver.types import Datum
+
+
+def datum(tokens: list[int] | None = None, **inputs: object) -> Datum:
+    tokens = tokens or [1, 2, 3]
+    return Datum(
+        model_input=tokens,
+        loss_fn_inputs={"target_tokens": [1] * len(tokens), **inputs},
+    )
+
+
+def test_defaults_are_filled_in_and_what_is_off_is_left_out() -> None:
+    assert check_loss("cross_entropy", None) == {"reduction": "mean", "temperature": 1.0}
+    assert check_loss("ppo", {"clip_high_threshold": 1.28, "dual_clip": None}) == {
+        "reduction": "mean",
+        "temperature": 1.0,
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.28,
+        "entropy_coef": 0.0,
+        "kl_coef": 0.0,
+    }
+
+
+@pytest.mark.parametrize("name", ["", "Cross_Entropy", "grpo", None, 3])
+def test_unknown_losses(name: object) -> None:
+    with pytest.raises(UnknownLossError, match="loss_fn"):
+        check_loss(name, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loss", "config"),
+    [
+        ("cross_entropy", {"clip_low_threshold": 0.8}),
+        ("ppo", {"clip_low": 0.8}),
+        ("ppo", {"clip_low_threshold": 1.5}),
+        ("ppo", {"dual_clip": 1.0}),
+        ("ppo", {"clip_low_threshold": float("nan")}),
+        ("ppo", {"clip_low_threshold": "low"}),
+        ("ppo", {"clip_low_threshold": True}),
+        ("cross_entropy", {"temperature": 0}),
+        ("cross_entropy", {"reduction": "median"}),
+        ("cross_entropy", {"denominator": -1}),
+        ("cross_entropy", {"denominator": 2, "reduction": "sum"}),
+        ("importance_sampling", {"ratio_cap": 0}),
+        ("dro", {"beta": -1}),
+        ("cross_entropy", ["reduction"]),
+    ],
+)
+def test_bad_options(loss: str, config: dict[str, float]) -> None:
+    with pytest.raises(InvalidLossConfigError, match="loss_fn_config"):
+        check_loss(loss, config)
+
+
+@pytest.mark.parametrize(
+    ("datums", "loss", "error"),
+    [
+        ([], "cross_entropy", InvalidDatumError),
+        (datum(), "cross_entropy", InvalidDatumError),
+        ("abc", "cross_entropy", InvalidDatumError),
+        ([datum(), {}], "cross_entropy", InvalidDatumError),
+        ([Datum(model_input=[1])], "cross_entropy", InvalidDatumError),
+        ([Datum(model_input=[])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[1, 1])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[[1, 1, 1]])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[1, 1, float("nan")])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[1, 1, float("inf")])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[1, 1, -9])], "cross_entropy", InvalidDatumError),
+        ([datum(weights=[1, 1, 1], loss_mask=[1, 1, 1])], "cross_entropy", InvalidDatumError),
+        ([datum(advantages=[1, 1, 1])], "cross_entropy", InvalidDatumError),
+        ([datum(advantages=[1, 1, 1])], "ppo", InvalidDatumError),
+        ([datum(surrogate_weights=[1, 1, 1], weights=[1, 1, 1])], "surrogate", InvalidDatumError),
+        ([datum([1, 2, 10])], "cross_entropy", TokenOutOfRangeError),
+        ([Datum(model_input=[1], loss_fn_inputs={"target_tokens": [10]})], "cross_entropy",
+         TokenOutOfRangeError),
+        ([Datum(model_input=[1], loss_fn_inputs={"target_tokens": [-1]})], "cross_entropy",
+         TokenOutOfRangeError),
+        ([datum([1] * 9)], "cross_entropy", ContextLengthError),
+    ],
+)  # fmt: skip
+def test_bad_data(datums: object, loss: str, error: type[WeaverError]) -> None:
+    with pytest.raises(error) as caught:
+        check_datums(datums, loss, vocab_size=10, context_length=8)  # type: ignore[arg-type]
+    assert caught.value.field
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("loss", LOSS_SPECS)
+def test_good_data_passes_every_loss(loss: str) -> None:
+    inputs = {name: [0.5] * 3 for name in LOSS_SPECS[loss].required if name != "target_tokens"}
+    assert check_datums([datum(**inputs)], loss, vocab_size=10, context_length=8)
+
+
+def test_weights_are_one_where_absent() -> None:
+    assert weights_of(datum()).tolist() == [1, 1, 1]
+    assert weights_of(datum(loss_mask=[0, 1, 0])).tolist() == [0, 1, 0]
+
+
+def test_negative_weights_are_fine_without_a_mean() -> None:
+    check_datums([datum(weights=[-1, 0, 0])], "cross_entropy", config={"reduction": "sum"})
