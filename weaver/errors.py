@@ -12,12 +12,16 @@ The class is for `except`, the stable `code` is for programs and for the wire::
     │   ├── TokenOutOfRangeError         token_out_of_range       not in the vocabulary
     │   ├── ContextLengthError           context_length_exceeded
     │   ├── InvalidNameError             invalid_name             names and weaver:// paths
+    │   ├── TooLargeError                too_large                above a limit that it names
     │   └── UnsupportedError             unsupported              not possible here, and why
     ├── NotFoundError (LookupError)      not_found
     │   ├── RunNotFoundError             run_not_found
     │   └── CheckpointNotFoundError      checkpoint_not_found
     ├── ConflictError                    conflict                 same seq or id with another body
     │   └── NameTakenError               name_taken
+    ├── AuthenticationError              unauthenticated          no key, or an unknown one
+    │   └── PermissionDeniedError        permission_denied        needs an admin's key
+    ├── QuotaExceededError               quota_exceeded           later, or after freeing something
     ├── CheckpointError                  checkpoint_error
     │   ├── CheckpointCorruptError       checkpoint_corrupt
     │   └── CheckpointMismatchError      checkpoint_mismatch      of another model, rank or mode
@@ -100,6 +104,10 @@ class InvalidNameError(InvalidRequestError):
     code = "invalid_name"
 
 
+class TooLargeError(InvalidRequestError):
+    code = "too_large"
+
+
 class UnsupportedError(InvalidRequestError):
     code = "unsupported"
 
@@ -122,6 +130,18 @@ class ConflictError(WeaverError):
 
 class NameTakenError(ConflictError):
     code = "name_taken"
+
+
+class AuthenticationError(WeaverError):
+    code = "unauthenticated"
+
+
+class PermissionDeniedError(AuthenticationError):
+    code = "permission_denied"
+
+
+class QuotaExceededError(WeaverError):
+    code = "quota_exceeded"
 
 
 class CheckpointError(WeaverError):
