@@ -1,0 +1,124 @@
+"""Attention over packed sequences, registered with transformers as "weaver_packed".
+
+Every model is loaded with it. A `PackedBatch` reaches it as the keyword `packed_batch` of the model
+call. transformers builds no mask for an implementation that registers none, so none is registered.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from weaver.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weaver.engine.packing import PackedBatch
+
+IMPLEMENTATION = "weaver_packed"
+
+
+def register() -> str:
+    """Registers the attention function, once or again; answers its name."""
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    return IMPLEMENTATION
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packed_batch: PackedBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: q [1, Hq, T, D], k and v [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    `unused` are keywords that other implementations read, such as `dropout` (0 in eval mode).
+    """
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} caps its attention logits or has attention sinks.",
+            field="base_model",
+            hint="Choose a model with plain softmax attention.",
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_batch.cache is not None:
+        output = packed_batch.cache.attend(
+            int(module.layer_idx),  # type: ignore[arg-type]
+            query,
+            key,
+            value,
+            scaling=scaling,
+            sliding_window=sliding_window,
+        )
+        return output, None
+    return packed_attention(
+        query, key, value, batch=packed_batch, scaling=scaling, sliding_window=sliding_window
+    ), None
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    batch: PackedBatch,
+    scaling: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention within each sequence: [1, H, T, D] -> [1, T, Hq, D]. No row sees another's.
+
+    Neighbouring sequences of one length are one batched call.
+    """
+    outputs: list[torch.Tensor] = []
+    start = 0
+    for length, same in groupby(batch.lengths):
+        n = len(list(same))
+        split = _splitter(start, n, length)
+        mask = None
+        if sliding_window is not None and sliding_window < length:
+            mask = _window_mask(batch, length, window=sliding_window, like=q)
+        o = scaled_dot_product_attention(
+            split(q),
+            split(k),
+            split(v),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(o.transpose(1, 2).reshape(1, n * length, o.shape[1], o.shape[3]))
+        start += n * length
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _splitter(start: int, n: int, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Views rows [start, start + n·length) of [1, H, T, D] as [n, H, length, D]."""
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        rows = x[0, :, start : start + n * length]
+        return rows.view(rows.shape[0], n, length, -1).transpose(0, 1)
+
+    return split
+
+
+def _window_mask(
+    batch: PackedBatch, length: int, *, window: int, like: torch.Tensor
+) -> torch.Tensor:
+    """bool [length, length]: position i sees (i - window, i]."""
+    if (length, window) not in batch.masks:
+        ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
+        batch.masks[length, window] = ones.tril().triu(1 - window)
+    return batch.masks[length, window]

@@ -1,0 +1,212 @@
+"""`Catalog`: which base models there are, and what their configuration says, without their weights.
+
+`TorchEngine` asks it before anything is loaded. A name is one of the configured ones (`weaver-nano`
+always is), a local folder, or a Hugging Face id; code in a model's folder is never run.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import torch
+from huggingface_hub import constants, get_session
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from weaver.engine.lora import Target, find_targets, has_fused_experts
+from weaver.errors import UnknownModelError, UnsupportedError
+from weaver.types import ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+HUB_ID = r"[\w.-]+/[\w.-]+"
+HUB_TIMEOUT_S = 0.8
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a configuration tells about a model that can run here."""
+
+    info: ModelInfo
+    source: str
+    """A folder, or a Hugging Face id."""
+    config: Any
+    """A transformers `PreTrainedConfig`."""
+    targets: Mapping[str, Target]
+    fused_experts: bool
+
+
+class Catalog:
+    """Facts and tokenizers by name, each read once."""
+
+    def __init__(self, models: Mapping[str, str | Path], *, allow_paths: bool) -> None:
+        self._sources = {"weaver-nano": NANO, **models}
+        self._allow_paths = allow_paths
+        self._facts: dict[str, ModelFacts] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """The configured models that are there."""
+        return [n for n, s in self._sources.items() if not isinstance(s, Path) or s.is_dir()]
+
+    def facts(self, name: str) -> ModelFacts:
+        """Reads the configuration; under a second.
+
+        Raises:
+            UnknownModelError: no such name, folder or cached id; with the known names.
+            UnsupportedError: the architecture cannot run here, and why.
+        """
+        if name not in self._facts:
+            source = self._source(name)
+            self._facts[name] = read_facts(name, source, config=self._config(name, source))
+        return self._facts[name]
+
+    def tokenizer(self, name: str) -> Any:
+        """The model's transformers tokenizer.
+
+        Raises:
+            UnsupportedError: the model has none that can be read.
+        """
+        if name not in self._tokenizers:
+            source = self.facts(name).source
+            try:
+                self._tokenizers[name] = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=False, local_files_only=_only_here(source)
+                )
+            except (OSError, ValueError, KeyError) as error:
+                raise UnsupportedError(
+                    f"{name} has no tokenizer that can be read: {_first_line(error)}",
+                    field="base_model",
+                    hint="Put tokenizer.json and tokenizer_config.json into its folder.",
+                ) from error
+        return self._tokenizers[name]
+
+    def tokenizer_files(self, name: str) -> dict[str, bytes]:
+        """File names and contents, as `save_pretrained` writes them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer(name).save_pretrained(folder)
+            return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+
+    def _source(self, name: str) -> str:
+        if name in self._sources:
+            return str(self._sources[name])
+        if self._allow_paths and Path(name).expanduser().is_dir():
+            return str(Path(name).expanduser())
+        if re.fullmatch(HUB_ID, name):
+            return name
+        raise self._unknown(name, "no such model.")
+
+    def _config(self, name: str, source: str) -> Any:
+        try:
+            return AutoConfig.from_pretrained(
+                source, trust_remote_code=False, local_files_only=_only_here(source)
+            )
+        except OSError as error:
+            reason = "has no config.json" if Path(source).is_dir() else "is not cached here"
+            raise self._unknown(name, f"{reason}: {_first_line(error)}") from error
+        except (ValueError, KeyError) as error:
+            raise _unsupported(name, _first_line(error)) from error
+
+    def _unknown(self, name: str, reason: str) -> UnknownModelError:
+        return UnknownModelError(
+            f"{name!r}: {reason}",
+            field="base_model",
+            hint=f"Known: {', '.join(self.names()) or 'none'}; or give a folder with config.json "
+            "and safetensors, or a Hugging Face id.",
+        )
+
+
+def read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
+    """Builds the model without storage to see its layers.
+
+    Raises:
+        UnsupportedError: see `Catalog.facts`.
+    """
+    _check_config(name, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if not model._supports_attention_backend:
+        raise _unsupported(name, "its attention cannot be replaced by packed attention.")
+    if any(path.endswith("sinks") for path, _ in model.named_parameters()):
+        raise _unsupported(name, "it has attention sinks.")
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise _unsupported(name, "its output embedding is not a linear layer.")
+    info = ModelInfo(
+        name=name,
+        architecture=type(model).__name__,
+        vocab_size=config.vocab_size,
+        context_length=_context_length(config),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )
+    return ModelFacts(
+        info=info,
+        source=source,
+        config=config,
+        targets=find_targets(model, head),
+        fused_experts=has_fused_experts(model),
+    )
+
+
+def _check_config(name: str, config: Any) -> None:
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _unsupported(name, f"{config.model_type} is not a causal language model.")
+    if config.get_text_config() is not config or config.is_encoder_decoder:
+        raise _unsupported(name, f"{config.model_type} is more than a text decoder.")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise _unsupported(name, "it caps its attention logits.")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise _unsupported(name, "its attention is not causal.")
+    foreign = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if foreign:
+        raise _unsupported(name, f"it has layers of type {', '.join(sorted(foreign))}.")
+
+
+def _context_length(config: Any) -> int:
+    """`max_position_embeddings`; less where rotary scaling depends on the longest of a batch.
+
+    "dynamic" and "longrope" leave positions below the original length alone, so that no sequence's
+    answer depends on another's length there.
+    """
+    length: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            length = min(length, original or length)
+    return length
+
+
+def _only_here(source: str) -> bool:
+    """Whether to read `source` from this machine alone: a folder, or an id with no hub in reach.
+
+    Asked first because the hub's own client retries for 20 seconds without a network.
+    """
+    if constants.HF_HUB_OFFLINE or Path(source).is_dir():
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except httpx.HTTPError:
+        return True
+    return False
+
+
+def _unsupported(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} cannot run here: {reason}",
+        field="base_model",
+        hint="Choose a decoder-only model with plain causal attention, such as Llama or Qwen3.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]

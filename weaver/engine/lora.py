@@ -1,0 +1,219 @@
+"""LoRA adapters (Hu et al., arXiv:2106.09685) and the routing of rows to them.
+
+A run trains one `Adapter`; the sampler holds frozen copies. The linear layers of a base model find
+the adapters of their rows in its `Routing`. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from weaver.errors import EngineError, InvalidParamsError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from weaver.types import LoraConfig
+
+Role = Literal["attn", "mlp", "unembed"]
+PREFIX = "base_model.model."
+"""Of PEFT's tensor names."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraPair:
+    a: torch.Tensor
+    """[R, in]"""
+    b: torch.Tensor
+    """[out, R]"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Low-rank updates by the path of the linear layer: `model.layers.0.self_attn.q_proj`."""
+
+    pairs: Mapping[str, LoraPair]
+    scale: float
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By PEFT's names, `base_model.model.<path>.lora_A.weight`; not copies."""
+        named: dict[str, torch.Tensor] = {}
+        for path, pair in self.pairs.items():
+            named[f"{PREFIX}{path}.lora_A.weight"] = pair.a
+            named[f"{PREFIX}{path}.lora_B.weight"] = pair.b
+        return named
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A linear layer that an adapter can change."""
+
+    path: str
+    role: Role
+    out_features: int
+    in_features: int
+
+
+class Routing:
+    """Which adapter each row of the running model call has; one per base model.
+
+    Calls on a model are serialized, so it is set for the duration of one: `with routing.of(...)`.
+    """
+
+    def __init__(self) -> None:
+        self._segments: tuple[tuple[int, int, Adapter], ...] = ()
+        self._rows: int | None = None
+
+    @contextmanager
+    def of(self, lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> Iterator[None]:
+        """Routes `lengths[i]` rows to `adapters[i]`, in this order."""
+        previous = self._segments, self._rows
+        self._segments, self._rows = _merge(lengths, adapters), sum(lengths)
+        try:
+            yield
+        finally:
+            self._segments, self._rows = previous
+
+    def parts(
+        self, path: str, rows: int
+    ) -> tuple[tuple[tuple[int, int, float], ...], tuple[torch.Tensor, ...]]:
+        """Of one layer: (first row, row behind the last, scale) and A, B of each segment."""
+        if rows != self._rows:
+            raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
+        parts: list[tuple[int, int, float]] = []
+        tensors: list[torch.Tensor] = []
+        for start, stop, adapter in self._segments:
+            pair = adapter.pairs.get(path)
+            if pair is not None:
+                parts.append((start, stop, adapter.scale))
+                tensors += (pair.a, pair.b)
+        return tuple(parts), tuple(tensors)
+
+
+def find_targets(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, Target]:
+    """The adaptable linear layers by path: `head`, and those in an attention or MLP module.
+
+    A mixture's router and shared-expert gate belong to neither and are never adapted.
+    """
+    targets: dict[str, Target] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        parent = type(model.get_submodule(path.rpartition(".")[0])).__name__
+        role: Role | None = None
+        if module is head:
+            role = "unembed"
+        elif "Attention" in parent:
+            role = "attn"
+        elif "MLP" in parent or "Mlp" in parent:
+            role = "mlp"
+        if role:
+            targets[path] = Target(path, role, module.out_features, module.in_features)
+    return targets
+
+
+def has_fused_experts(model: torch.nn.Module) -> bool:
+    """transformers 5 keeps a mixture's experts as [experts, out, in] tensors, not linear layers."""
+    return any(p.ndim == 3 and "experts" in name for name, p in model.named_parameters())
+
+
+def choose_targets(
+    targets: Mapping[str, Target], config: LoraConfig, *, model: str, fused_experts: bool
+) -> list[Target]:
+    """The layers that `config` asks to train on the model called `model`.
+
+    Raises:
+        UnsupportedError: a group has no linear layers, or its experts are fused.
+        InvalidParamsError: no group is asked, or the rank exceeds a layer's smaller side.
+    """
+    asked: dict[Role, bool] = {
+        "attn": config.train_attn,
+        "mlp": config.train_mlp,
+        "unembed": config.train_unembed,
+    }
+    if not any(asked.values()):
+        raise InvalidParamsError(
+            "trains nothing.", field="lora_config", hint="Leave one of train_* on."
+        )
+    if config.train_mlp and fused_experts:
+        raise UnsupportedError(
+            f"{model} keeps its experts as fused tensors, which LoRA does not adapt here.",
+            field="lora_config.train_mlp",
+            hint="Set train_mlp=False.",
+        )
+    chosen = [target for target in targets.values() if asked[target.role]]
+    for role, wanted in asked.items():
+        if wanted and not any(target.role == role for target in chosen):
+            raise UnsupportedError(
+                f"{model} has no linear layers of this group.",
+                field=f"lora_config.train_{role}",
+                hint=f"Set train_{role}=False.",
+            )
+    smallest = min(chosen, key=lambda t: min(t.in_features, t.out_features))
+    limit = min(smallest.in_features, smallest.out_features)
+    if config.rank > limit:
+        raise InvalidParamsError(
+            f"is {config.rank}; {smallest.path} of {model} is "
+            f"{smallest.out_features} x {smallest.in_features}.",
+            field="lora_config.rank",
+            hint=f"Use at most {limit}.",
+        )
+    return chosen
+
+
+def new_adapter(
+    targets: Sequence[Target], config: LoraConfig, *, seed: int, device: torch.device
+) -> Adapter:
+    """A trainable fp32 adapter with PEFT's initial values: A kaiming-uniform (a = √5), B zero.
+
+    The values depend on `seed` and the targets alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs: dict[str, LoraPair] = {}
+    for target in targets:
+        bound = target.in_features**-0.5
+        a = torch.empty(config.rank, target.in_features).uniform_(
+            -bound, bound, generator=generator
+        )
+        b = torch.zeros(target.out_features, config.rank)
+        pairs[target.path] = LoraPair(a.to(device).requires_grad_(), b.to(device).requires_grad_())
+    return Adapter(pairs, config.alpha / config.rank)
+
+
+def adapter_from_tensors(
+    tensors: Mapping[str, torch.Tensor], *, scale: float, device: torch.device
+) -> Adapter:
+    """A frozen fp32 adapter from tensors by PEFT's names; it shares storage where it can."""
+    pairs: dict[str, LoraPair] = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            stem = name.removesuffix(".lora_A.weight")
+            b = tensors[f"{stem}.lora_B.weight"]
+            pairs[stem.removeprefix(PREFIX)] = LoraPair(
+                *(t.detach().to(device, torch.float32) for t in (a, b))
+            )
+    return Adapter(pairs, scale)
+
+
+def _merge(
+    lengths: Sequence[int], adapters: Sequence[Adapter | None]
+) -> tuple[tuple[int, int, Adapter], ...]:
+    """Segments (first row, row behind the last, adapter); neighbours of one adapter are one."""
+    segments: list[tuple[int, int, Adapter]] = []
+    start = 0
+    for length, adapter in zip(lengths, adapters, strict=True):
+        stop = start + length
+        if adapter is not None:
+            if segments and segments[-1][1] == start and segments[-1][2] is adapter:
+                segments[-1] = (segments[-1][0], stop, adapter)
+            else:
+                segments.append((start, stop, adapter))
+        start = stop
+    return tuple(segments)

@@ -1,0 +1,217 @@
+"""`LoadedModel`: a base model in memory, the one object that trainer and sampler compute with.
+
+T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from weaver.engine.attention import register
+from weaver.engine.head import head_of
+from weaver.engine.linear import FrozenLinear
+from weaver.engine.lora import Routing
+from weaver.engine.packing import pack
+from weaver.errors import CheckpointMismatchError, EngineError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver.engine.catalog import Catalog, ModelFacts
+    from weaver.engine.lora import Adapter
+    from weaver.engine.packing import PackedBatch
+    from weaver.types import ModelInfo
+
+HEAD_TOLERANCE = 1e-3
+
+
+class LoadedModel:
+    """A model on one device: frozen and shared with adapters, or trainable and owned by one run.
+
+    Calls are serialized by the service. A trainable model has plain linear layers and no adapters.
+    """
+
+    def __init__(
+        self, facts: ModelFacts, module: Any, *, catalog: Catalog, trainable: bool
+    ) -> None:
+        self.facts = facts
+        self.module = module
+        self.trainable = trainable
+        self.routing = Routing()
+        self._catalog = catalog
+        config = facts.config
+        heads = config.num_attention_heads
+        self.num_layers: int = config.num_hidden_layers
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        module.requires_grad_(trainable).eval()
+        linear = module.get_output_embeddings()
+        path = next(name for name, m in module.named_modules() if m is linear)
+        if not trainable:
+            self._freeze()
+        self.head = head_of(module.get_submodule(path), path=path, config=config)
+        self._check_head()
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.facts.info
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._catalog.tokenizer(self.info.name)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.module.dtype
+        return dtype
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence: of the generation settings, else of the configuration."""
+        for config in (self.module.generation_config, self.facts.config):
+            eos = getattr(config, "eos_token_id", None)
+            if eos is not None:
+                return frozenset([eos] if isinstance(eos, int) else eos)
+        return frozenset()
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, H] after the final norm; differentiable in the adapters or the model's parameters."""
+        with self.routing.of(batch.lengths, batch.adapters):
+            output = self.module.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_batch=batch,
+            )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
+        """float32 [N, V] of hidden states [N, H]; `adapters` has one entry a row."""
+        with self.routing.of([1] * len(adapters), adapters):
+            return self.head.logits(hidden)
+
+    def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> LoadedModel:
+        """A frozen model of its own with a copy of these weights, by the model's parameter names.
+
+        Raises:
+            CheckpointMismatchError: names or shapes differ from the model's.
+        """
+        return load_model(
+            self.facts,
+            catalog=self._catalog,
+            device=self.device,
+            dtype=self.dtype,
+            weights=tensors,
+        )
+
+    def _freeze(self) -> None:
+        for path, layer in list(self.module.named_modules()):
+            if type(layer) is torch.nn.Linear:
+                parent, _, name = path.rpartition(".")
+                frozen = FrozenLinear(layer, path=path, routing=self.routing)
+                setattr(self.module.get_submodule(parent), name, frozen)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuses an architecture whose logits are not what `Head` computes."""
+        batch = pack([[0, 1, 2]], adapters=[None], device=self.device)
+        ours = self.logits(self.hidden_states(batch), [None] * 3)
+        with self.routing.of(batch.lengths, batch.adapters):
+            theirs = self.module(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_batch=batch,
+            ).logits[0]
+        if not torch.allclose(ours, theirs.float(), rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+            raise UnsupportedError(
+                f"{self.info.name} ({self.info.architecture}) transforms its logits in a way that "
+                "is unknown here.",
+                field="base_model",
+                hint="Choose another model.",
+            )
+
+
+def load_model(
+    facts: ModelFacts,
+    *,
+    catalog: Catalog,
+    device: torch.device,
+    dtype: torch.dtype,
+    trainable: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> LoadedModel:
+    """Reads a model's safetensors, or takes copies of `weights` in their place.
+
+    Raises:
+        UnsupportedError: no safetensors, unreadable, or parameters are missing in them.
+        CheckpointMismatchError: `weights` do not fit.
+        EngineError: the device has not enough memory.
+    """
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            facts.source,
+            config=facts.config,
+            dtype=dtype,
+            attn_implementation=register(),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        module.to(device)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UnsupportedError(
+            f"the weights of {facts.info.name} cannot be read: {str(error).splitlines()[0]}",
+            field="base_model",
+            hint="Weights must be complete safetensors files beside config.json.",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"not enough memory on {device} for {facts.info.name}.",
+            hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnsupportedError(
+            f"the weights of {facts.info.name} lack {missing[0]} ({len(missing)} in all).",
+            field="base_model",
+            hint="Download the model again.",
+        )
+    if weights is not None:
+        set_weights(module, weights)
+    return LoadedModel(facts, module, catalog=catalog, trainable=trainable)
+
+
+@torch.no_grad()
+def set_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies `weights` into the parameters of the same names, after checking all of them.
+
+    Raises:
+        CheckpointMismatchError: names or shapes differ.
+    """
+    parameters = dict(module.named_parameters())
+    for name in sorted(parameters.keys() ^ weights.keys()):
+        what = "lacks" if name in parameters else "has the unknown"
+        raise CheckpointMismatchError(
+            f"the checkpoint {what} {name}.", field="path", hint="Load it into its own base model."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise CheckpointMismatchError(
+                f"{name} has shape {list(weights[name].shape)}, the model's is "
+                f"{list(parameter.shape)}.",
+                field="path",
+                hint="Load it into its own base model.",
+            )
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

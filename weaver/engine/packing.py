@@ -1,0 +1,76 @@
+"""`PackedBatch`: sequences laid end to end, the one form in which rows enter a model.
+
+The trainer and the sampler build it; `LoadedModel.hidden_states` takes it, and it travels as a
+keyword of the model call to `weaver.engine.attention`. T is the rows of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver.engine.lora import Adapter
+
+
+class AttentionCache(Protocol):
+    """Keys and values of earlier tokens; a batch that has one attends through it."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """q [1, Hq, T, D], k and v [1, Hkv, T, D], after rotary embedding -> [1, T, Hq, D].
+
+        `sliding_window` w lets position i see (i - w, i]; None sees [0, i].
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedBatch:
+    """Rows of several sequences, without padding.
+
+    Two sequences of 3 and 2 tokens: `input_ids=[5, 6, 7, 5, 8]`, `position_ids=[0, 1, 2, 0, 1]`,
+    `lengths=(3, 2)`, `adapters=(first, None)`.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [T]"""
+    position_ids: torch.Tensor
+    """int64 [T]"""
+    lengths: tuple[int, ...]
+    """Rows of each sequence; they sum to T."""
+    adapters: tuple[Adapter | None, ...]
+    """Of each sequence; None is the base model."""
+    cache: AttentionCache | None = None
+    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """Sliding-window masks by (length, window), shared by the layers of one call."""
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    *,
+    adapters: Sequence[Adapter | None],
+    device: torch.device,
+) -> PackedBatch:
+    """Packs whole sequences, each from position 0, in the given order.
+
+    Neighbours of one length share an attention call: sort by length where order is free.
+    """
+    tokens = [token for sequence in sequences for token in sequence]
+    return PackedBatch(
+        input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+        position_ids=torch.cat([torch.arange(len(s), device=device) for s in sequences]),
+        lengths=tuple(len(s) for s in sequences),
+        adapters=tuple(adapters),
+    )
