@@ -1,0 +1,213 @@
+"""Sampling against an independent float64 numpy form, its properties, and its distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weaver.engine import sampling
+from weaver.types import SamplingParams
+
+CPU = torch.device("cpu")
+Array = npt.NDArray[np.float64]
+
+
+def reference(
+    logits: Array, params: SamplingParams, u: float, seen: set[int]
+) -> tuple[int, Array, Array]:
+    """Token, policy and drawn-from probabilities, written as the papers have it."""
+    policy = np.exp(logits - logits.max())
+    policy /= policy.sum()
+    z = logits.copy()
+    for token in seen:
+        r = params.repetition_penalty
+        z[token] = z[token] / r if z[token] > 0 else z[token] * r
+    if params.temperature == 0:
+        q = np.zeros_like(z)
+        q[z.argmax()] = 1
+        return int(z.argmax()), policy, q
+    z = z / params.temperature
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    if params.top_p < 1:
+        left = p[order].sum()
+        mass, kept = 0.0, []
+        for i in order:
+            kept.append(i)
+            mass += p[i] / left
+            if mass >= params.top_p:
+                break
+        order = kept
+    order = [i for i in order if p[i] >= params.min_p * p.max()]
+    q = np.zeros_like(p)
+    q[order] = p[order] / p[order].sum()
+    if not 0 < params.top_k < len(p) and params.top_p == 1:  # drawn without sorting
+        order = sorted(order)
+    token = order[min(int(np.searchsorted(np.cumsum(q[order]), u, side="right")), len(order) - 1)]
+    return token, policy, q
+
+
+def draw(
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    u: torch.Tensor,
+    *,
+    seen: torch.Tensor | None = None,
+) -> sampling.Draws:
+    rows = sampling.row_params(params, logits.shape[1], device=CPU)
+    some = None if seen is None else seen[rows.penalised_rows]
+    return sampling.sample(logits, rows, uniforms=u, seen=some)
+
+
+EVERY_KIND = [
+    SamplingParams(),
+    SamplingParams(temperature=0.0, top_p=0.5),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.8, top_k=5),
+    SamplingParams(top_p=0.6),
+    SamplingParams(temperature=1.3, top_k=300, top_p=0.9),
+    SamplingParams(temperature=2.5, top_p=0.999),
+    SamplingParams(min_p=0.2),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.8, min_p=0.1, repetition_penalty=1.4),
+    SamplingParams(repetition_penalty=0.6),
+    SamplingParams(temperature=0.0, repetition_penalty=5.0),
+    SamplingParams(top_k=-1),
+    SamplingParams(temperature=1.5, top_k=10_000),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 200, 2000])
+def test_every_kind_of_row_agrees_with_float64_numpy(vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    for _ in range(8):
+        logits = rng.normal(size=(len(EVERY_KIND), vocab_size)) * 3
+        u = rng.random(len(EVERY_KIND))
+        seen = rng.random(logits.shape) < 0.3
+        draws = draw(
+            torch.tensor(logits, dtype=torch.float32),
+            EVERY_KIND,
+            torch.tensor(u),
+            seen=torch.tensor(seen),
+        )
+        for b, params in enumerate(EVERY_KIND):
+            ids = set(np.flatnonzero(seen[b]).tolist()) if params.repetition_penalty != 1 else set()
+            exact = logits[b].astype(np.float32).astype(np.float64)
+            token, policy, q = reference(exact, params, float(u[b]), ids)
+            assert draws.tokens[b] == token, params
+            assert draws.logprobs[b].item() == pytest.approx(np.log(policy[token]), abs=1e-5)
+            expected = np.log(q[token])
+            assert draws.sampling_logprobs[b].item() == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits=st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.5, 3.0]), min_size=1, max_size=12),
+    temperature=st.sampled_from([0.25, 1.0, 3.0]),
+    top_k=st.integers(-1, 14),
+    top_p=st.sampled_from([0.1, 0.45, 0.83, 1.0]),
+    min_p=st.sampled_from([0.0, 0.11, 0.9]),
+    u=st.floats(0, 1, exclude_max=True),
+)
+def test_ties_and_edges_keep_a_smallest_set_of_at_least_one_token(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, u: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    draws = draw(torch.tensor([logits]), [params], torch.tensor([u], dtype=torch.float64))
+    _, _, q = reference(np.array(logits), params, u, set())
+    token = int(draws.tokens[0])
+    assert q[token] > 0
+    assert draws.sampling_logprobs[0].item() == pytest.approx(np.log(q[token]), abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 4.0])
+def test_few_candidates_draw_what_a_full_sort_draws(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no spread every token ties; with little, top-p reaches far beyond the candidates."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 900) * spread
+    u = torch.rand(6, dtype=torch.float64)
+    params = [
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_p=0.02),
+        SamplingParams(top_k=3),
+        SamplingParams(top_k=400),
+        SamplingParams(top_k=400, top_p=0.1, min_p=0.5),
+        SamplingParams(top_p=0.9999, min_p=0.7),
+    ]
+    few = draw(logits, params, u)
+    monkeypatch.setattr(sampling, "CANDIDATES", 900)
+    full = draw(logits, params, u)
+    assert few.tokens.tolist() == full.tokens.tolist()
+    assert few.sampling_logprobs.tolist() == full.sampling_logprobs.tolist()
+
+
+def test_a_row_draws_the_same_alone_and_among_others() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(len(EVERY_KIND), 500)
+    u = torch.rand(len(EVERY_KIND), dtype=torch.float64)
+    seen = torch.rand(logits.shape) < 0.2
+    together = draw(logits, EVERY_KIND, u, seen=seen)
+    for b, params in enumerate(EVERY_KIND):
+        alone = draw(logits[b : b + 1], [params], u[b : b + 1], seen=seen[b : b + 1])
+        assert alone.tokens[0] == together.tokens[b]
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[b], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2.0**-53])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(u: float) -> None:
+    logits = torch.full((1, 300), -200.0)
+    logits[0, 7], logits[0, 11] = 1.0, 0.0
+    for params in (SamplingParams(), SamplingParams(top_p=0.99), SamplingParams(min_p=0.1)):
+        draws = draw(logits, [params], torch.tensor([u], dtype=torch.float64))
+        assert int(draws.tokens[0]) in (7, 11)
+
+
+def test_a_vanishing_temperature_is_greedy() -> None:
+    logits = torch.tensor([[0.0, 0.1, -1.0]])
+    for temperature in (0.0, 1e-60, 1e-30):
+        draws = draw(
+            logits, [SamplingParams(temperature=temperature)], torch.tensor([0.9]).double()
+        )
+        assert draws.tokens.tolist() == [1]
+        assert draws.sampling_logprobs.tolist() == [0.0]
+        assert draws.logprobs[0].item() == pytest.approx(logits.log_softmax(-1)[0, 1].item())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(temperature=0.6), SamplingParams(top_k=6, top_p=0.9)],
+)
+def test_many_draws_have_the_right_distribution(params: SamplingParams) -> None:
+    """Pearson's statistic of 40,000 draws; at 11 degrees of freedom 40 has probability 4e-5."""
+    n = 40_000
+    logits = np.linspace(-2, 1, 12)[np.random.default_rng(0).permutation(12)]
+    keys = sampling.stream_keys(17, n)
+    u = sampling.draw_uniforms(keys, np.zeros(n, dtype=np.uint64))
+    draws = draw(torch.tensor(logits, dtype=torch.float32).expand(n, -1), [params] * n, u)
+    _, _, q = reference(logits, params, 0.0, set())
+    counts = np.bincount(draws.tokens.numpy(), minlength=12)
+    assert counts[q == 0].sum() == 0
+    expected = n * q[q > 0]
+    assert ((counts[q > 0] - expected) ** 2 / expected).sum() < 40
+
+
+def test_streams_are_pure_uniform_and_unlike() -> None:
+    keys = sampling.stream_keys(3, 50)
+    assert (keys == sampling.stream_keys(3, 80)[:50]).all()
+    assert len(np.unique(np.concatenate([keys, sampling.stream_keys(4, 50)]))) == 100
+    u = np.stack(
+        [sampling.draw_uniforms(keys, np.full(50, t, dtype=np.uint64)).numpy() for t in range(400)]
+    )
+    assert 0 <= u.min() and u.max() < 1
+    assert u.mean() == pytest.approx(0.5, abs=0.01) and u.var() == pytest.approx(1 / 12, abs=0.003)
+    between_samples = np.corrcoef(u.T)[np.triu_indices(50, 1)]
+    between_steps = np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]
+    assert np.abs(between_samples).max() < 0.25 and abs(between_steps) < 0.03

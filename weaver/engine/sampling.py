@@ -1,0 +1,230 @@
+"""Drawing tokens from logits, as pure functions; called by `TorchSampler` at every step.
+
+Shapes: B rows, V vocabulary, F rows of one kind, K candidates of a row. Every row has its own
+parameters and its own uniform number, so what a row draws never depends on its neighbours. The
+order is: repetition penalty, temperature, top-k, top-p, min-p. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from weaver.types import SamplingParams
+
+CANDIDATES = 256
+"""Likeliest tokens that are sorted before the whole vocabulary is: of 32k, a tenth of the time."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowParams:
+    """`SamplingParams` of B rows as tensors. The three kinds of rows make up all of them."""
+
+    temperature: torch.Tensor
+    """float32 [B, 1]; 1 for greedy rows."""
+    top_k: torch.Tensor
+    """int64 [B, 1]; V is off."""
+    top_p: torch.Tensor
+    """float64 [B, 1]; infinity is off."""
+    min_p: torch.Tensor
+    """float32 [B, 1]"""
+    penalty: torch.Tensor
+    """float32 [B, 1]"""
+    plain_rows: torch.Tensor
+    """int64: rows drawn from the whole vocabulary, or from what min-p leaves of it."""
+    sorted_rows: torch.Tensor
+    """int64: rows with top-k or top-p."""
+    greedy_rows: torch.Tensor
+    """int64: rows at temperature 0."""
+    penalised_rows: torch.Tensor
+    """int64: rows with a repetition penalty, of any kind."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    tokens: torch.Tensor
+    """int64 [B]"""
+    logprobs: torch.Tensor
+    """float32 [B]: of the policy, that is the log-softmax of the logits as they came."""
+    sampling_logprobs: torch.Tensor
+    """float32 [B]: of the distribution drawn from; 0 for greedy rows, which have one outcome."""
+
+
+def row_params(
+    params: Sequence[SamplingParams], vocab_size: int, *, device: torch.device
+) -> RowParams:
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+    def rows(of: torch.Tensor) -> torch.Tensor:
+        return of[:, 0].nonzero()[:, 0]
+
+    temperature = column([p.temperature for p in params], torch.float32)
+    top_k = column([p.top_k if p.top_k > 0 else vocab_size for p in params], torch.int64)
+    top_p = column([p.top_p if p.top_p < 1 else torch.inf for p in params], torch.float64)
+    penalty = column([p.repetition_penalty for p in params], torch.float32)
+    greedy = temperature == 0
+    filtered = ~greedy & ((top_k < vocab_size) | (top_p < 1))
+    return RowParams(
+        temperature=temperature.masked_fill(greedy, 1),
+        top_k=top_k.clamp(max=vocab_size),
+        top_p=top_p,
+        min_p=column([p.min_p for p in params], torch.float32),
+        penalty=penalty,
+        plain_rows=rows(~greedy & ~filtered),
+        sorted_rows=rows(filtered),
+        greedy_rows=rows(greedy),
+        penalised_rows=rows(penalty != 1),
+    )
+
+
+def sample(
+    logits: torch.Tensor,
+    params: RowParams,
+    *,
+    uniforms: torch.Tensor,
+    seen: torch.Tensor | None = None,
+) -> Draws:
+    """Draws one token for each row by inverting its cumulative distribution.
+
+    `logits` [B, V] float32; `uniforms` [B] float64 in [0, 1); `seen` bool [penalised rows, V]: the
+    tokens of prompt and continuation so far, needed where a row has a penalty.
+    """
+    policy = logits - logits.amax(-1, keepdim=True)
+    policy_weights = policy.exp()
+    scaled, weights = policy, policy_weights
+    if len(params.penalised_rows):
+        assert seen is not None
+        scaled = logits.index_copy(
+            0,
+            params.penalised_rows,
+            penalise(logits[params.penalised_rows], seen, params.penalty[params.penalised_rows]),
+        )
+        scaled -= scaled.amax(-1, keepdim=True)
+    if bool((params.temperature != 1).any()):
+        scaled = scaled / params.temperature
+    if scaled is not policy:
+        weights = scaled.exp()
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    sampling_logprobs = logits.new_zeros(len(logits))
+    for rows, draw in ((params.plain_rows, _draw_plain), (params.sorted_rows, _draw_sorted)):
+        if len(rows):
+            tokens[rows], sampling_logprobs[rows] = draw(
+                weights if len(rows) == len(weights) else weights[rows], params, rows, uniforms
+            )
+    if len(params.greedy_rows):
+        tokens[params.greedy_rows] = scaled[params.greedy_rows].argmax(-1)
+    logprobs = policy.gather(-1, tokens[:, None])[:, 0] - policy_weights.sum(-1).log()
+    return Draws(tokens, logprobs, sampling_logprobs)
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Keskar et al., arXiv:1909.05858, section 4.1, made to lower negative logits as well.
+
+    Logits of `seen` tokens are divided by the penalty where positive and multiplied where negative.
+    `logits` and `seen` [F, V], `penalty` [F, 1].
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def stream_keys(seed: int, num_samples: int) -> npt.NDArray[np.uint64]:
+    """One key for each sample of a request; sample i's is the same for any `num_samples` > i."""
+    root = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
+    return _mix(root + np.arange(1, num_samples + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def draw_uniforms(keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> torch.Tensor:
+    """Number `positions[i]` of stream `keys[i]`: float64 [B] in [0, 1), a pure function of both.
+
+    SplitMix64 (Steele, Lea and Flood, doi:10.1145/2660193.2660195) read as a counter.
+    """
+    bits = _mix(keys + (positions + np.uint64(1)) * _GOLDEN)
+    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _draw_plain(
+    weights: torch.Tensor, params: RowParams, rows: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities; weights [F, V], the likeliest token's is 1."""
+    min_p = params.min_p[rows]
+    if bool(min_p.any()):
+        weights = weights.masked_fill(weights < min_p, 0)
+    return _invert(weights, uniforms[rows])
+
+
+def _draw_sorted(
+    weights: torch.Tensor, params: RowParams, rows: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_draw_plain`, through top-k and top-p.
+
+    Few candidates decide a row if what they keep is likelier than the last of them; the rest is
+    sorted whole. Both ways keep the same tokens in the same order, so they draw the same.
+    """
+    size = weights.shape[-1]
+    candidates = min(CANDIDATES, size)
+    ids = weights.topk(candidates).indices.sort(-1).values
+    tokens, logprobs, decided = _draw_among(ids, weights, params, rows, uniforms)
+    if candidates < size and not bool(decided.all()):
+        rest = (~decided).nonzero()[:, 0]
+        ids = torch.arange(size, device=weights.device).expand(len(rest), -1)
+        tokens[rest], logprobs[rest], _ = _draw_among(
+            ids, weights[rest], params, rows[rest], uniforms
+        )
+    return tokens, logprobs
+
+
+def _draw_among(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    params: RowParams,
+    rows: torch.Tensor,
+    uniforms: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws among the candidates `ids` [F, K], ascending; also says which rows they decide.
+
+    Top-k (Fan et al., arXiv:1805.04833) keeps k tokens. Top-p (Holtzman et al., arXiv:1904.09751)
+    keeps the smallest set of likeliest tokens whose share of those reaches p. Min-p (Nguyen et al.,
+    arXiv:2407.01082) drops tokens below a share of the likeliest. Of equals, low ids come first.
+    """
+    values, order = weights.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    top_k = params.top_k[rows]
+    running = values.cumsum(-1, dtype=torch.float64)
+    total = running.gather(-1, top_k.clamp(max=ids.shape[-1]) - 1)
+    whole = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    total = torch.where(top_k < weights.shape[-1], total, whole)
+    before = running - values
+    keep = torch.arange(ids.shape[-1], device=ids.device) < top_k
+    keep &= before < params.top_p[rows] * total
+    keep[:, 0] = True
+    keep &= values >= params.min_p[rows]
+    last = values.gather(-1, keep.sum(-1, keepdim=True) - 1)
+    reached = (top_k <= ids.shape[-1]) | (top_k == weights.shape[-1])
+    decided = (reached & (last > values[:, -1:]))[:, 0]
+    drawn, logprobs = _invert(values.masked_fill(~keep, 0), uniforms[rows])
+    return ids.gather(-1, order.gather(-1, drawn[:, None]))[:, 0], logprobs, decided
+
+
+def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first index [F] at which the running sum exceeds that share of the whole, and its log."""
+    running = weights.cumsum(-1, dtype=torch.float64)
+    mass = running[:, -1:]
+    # u·mass may round up to the mass itself, which no running sum exceeds
+    target = torch.minimum(uniforms[:, None] * mass, mass.nextafter(mass.new_zeros(())))
+    index = torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    return index[:, 0], (weights.gather(-1, index) / mass).log()[:, 0].float()
