@@ -204,6 +204,9 @@ class Submission(Value):
     operation: Operation | None
     run_id: str | None = None
     seq: int | None = Field(default=None, ge=1)
+    lost_gradient: bool = False
+    """Set in the tombstone of a gradient pass, without which the run's batch lacks a part: the next
+    `optim_step` fails with `GradientsDiscardedError`, as after a pass that was refused."""
 
 
 class Outcome(Value):
