@@ -1,0 +1,21 @@
+"""The clients: an async core, and thin sync classes over it."""
+
+from weaver.client.handle import OperationHandle
+from weaver.client.portal import Handle
+from weaver.client.sampling import AsyncSamplingClient
+from weaver.client.service import AsyncServiceClient
+from weaver.client.sync import ServiceClient
+from weaver.client.sync_sampling import SamplingClient
+from weaver.client.sync_training import TrainingClient
+from weaver.client.training import AsyncTrainingClient
+
+__all__ = [
+    "AsyncSamplingClient",
+    "AsyncServiceClient",
+    "AsyncTrainingClient",
+    "Handle",
+    "OperationHandle",
+    "SamplingClient",
+    "ServiceClient",
+    "TrainingClient",
+]

@@ -1,0 +1,131 @@
+"""The clients' checks of arguments, before anything is queued; each raises by field name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from weaver.errors import (
+    InvalidDatumError,
+    InvalidNameError,
+    InvalidParamsError,
+)
+from weaver.loss_specs import check_tokens
+from weaver.types import CheckpointInfo, Message, ModelInput, Value
+
+if TYPE_CHECKING:
+    from weaver.types import ModelInfo
+
+V = TypeVar("V", bound=Value)
+
+Prompt = ModelInput | str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+"""Tokens, text, or a chat such as `[{"role": "user", "content": "Hello"}]`."""
+Prompts = list[ModelInput] | list[str] | list[list[int]] | list[list[Message]]
+PromptValue = ModelInput | str | tuple[Message, ...]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def as_value(cls: type[V], given: V | Mapping[str, object], *, field: str) -> V:
+    """A parameter object from itself or from a mapping of its fields.
+
+    Raises:
+        InvalidParamsError: of another type, an unknown field (with the nearest), a bad value.
+    """
+    if isinstance(given, cls):
+        return given
+    if isinstance(given, Value) or not isinstance(given, Mapping):
+        raise InvalidParamsError(
+            f"is a {type(given).__name__}.",
+            field=field,
+            hint=f"Pass types.{cls.__name__}(...) or a dict of its fields.",
+        )
+    return cls(**{str(name): value for name, value in given.items()})
+
+
+def check_name(name: str | None) -> None:
+    """Raises InvalidNameError unless `name` is None or can be part of a checkpoint's path."""
+    if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise InvalidNameError(
+            f"is {name!r}.",
+            field="name",
+            hint="Use up to 128 letters, digits, '.', '_' and '-', beginning with one of the "
+            "first two, such as 'step-100'.",
+        )
+
+
+def check_ttl(ttl_seconds: int | None) -> None:
+    if ttl_seconds is not None and (
+        not isinstance(ttl_seconds, int) or isinstance(ttl_seconds, bool) or ttl_seconds < 1
+    ):
+        raise InvalidParamsError(
+            f"is {ttl_seconds!r}.",
+            field="ttl_seconds",
+            hint="Give whole seconds, at least 1, or None to keep it.",
+        )
+
+
+def check_count(count: int, *, field: str) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096:
+        raise InvalidParamsError(f"is {count!r}.", field=field, hint="Give 1 to 4096.")
+
+
+def as_path(given: object, *, field: str = "path") -> str:
+    """The path of a checkpoint: a string, a pathlib path or a `CheckpointInfo`."""
+    if isinstance(given, CheckpointInfo):
+        return given.path
+    path = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(path, str) or not path.strip():
+        raise InvalidNameError(
+            f"is {given!r}.",
+            field=field,
+            hint="Pass a weaver:// path, a folder, or what save_state returned.",
+        )
+    return path
+
+
+def is_batch(prompt: object) -> bool:
+    """Whether a prompt argument is a list of prompts rather than one."""
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    first = prompt[0]
+    return isinstance(first, (str, ModelInput, list, tuple)) or getattr(first, "ndim", 0) == 1
+
+
+def as_prompt(
+    prompt: object, model: ModelInfo, *, max_tokens: int = 0, field: str = "prompt"
+) -> PromptValue:
+    """One prompt in the protocol's form; tokens are checked against the model.
+
+    Raises:
+        InvalidDatumError: empty, or not a prompt.
+        TokenOutOfRangeError, ContextLengthError: tokens that the model cannot take.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidDatumError("is empty.", field=field, hint="Pass some text.")
+        return prompt
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (Mapping, Message)):
+        return tuple(
+            as_value(Message, message, field=f"{field}[{i}]") for i, message in enumerate(prompt)
+        )
+    if isinstance(prompt, ModelInput):
+        tokens = prompt
+    elif isinstance(prompt, (list, tuple, range)) or hasattr(prompt, "shape"):
+        tokens = ModelInput.from_ints(prompt)
+    else:
+        raise InvalidDatumError(
+            f"is a {type(prompt).__name__}.",
+            field=field,
+            hint="Pass a ModelInput, text, token ids or a list of chat messages.",
+        )
+    check_tokens(
+        tokens.to_ints(),
+        field=field,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        max_new_tokens=max_tokens,
+    )
+    return tokens

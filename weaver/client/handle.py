@@ -1,0 +1,121 @@
+"""`OperationHandle[T]`: the result to come of an operation that already has its place in the order.
+
+Made by `weaver.client.session`; users get one from every ordered verb of the async clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from weaver.errors import InvalidParamsError, OperationCancelledError, WaitTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+T = TypeVar("T")
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+
+LOG_WAIT_S = 30.0
+"""A wait logs what it is waiting for each time this many seconds have passed."""
+
+logger = logging.getLogger("weaver")
+
+
+class OperationHandle(Generic[T]):
+    """The result to come of an operation; `await handle` gives it or raises the operation's error.
+
+    It may be awaited many times and by several tasks. A task that is cancelled while it awaits
+    leaves the operation alone; `cancel()` is what withdraws it.
+    """
+
+    __slots__ = ("_cancel", "_error", "_finished", "_sent", "_value", "label")
+
+    def __init__(self, label: str, *, cancel: Callable[[], bool]) -> None:
+        self.label = label
+        """What it is, for logs and messages: `forward_backward (seq 3 of run-1)`."""
+        self._cancel = cancel
+        self._finished = anyio.Event()
+        self._sent = False
+        self._value: T | None = None
+        self._error: BaseException | None = None
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self.result().__await__()
+
+    async def result(self, timeout: float | None = None) -> T:
+        """Waits for the result; `timeout` is in seconds, None waits as long as it takes.
+
+        Raises:
+            WaitTimeoutError: not finished in time; the operation goes on.
+            OperationCancelledError: it was cancelled.
+            WeaverError: whatever made the operation fail.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise InvalidParamsError(
+                f"is {timeout!r}.", field="timeout", hint="Give seconds, at least 0, or None."
+            )
+        if not self._finished.is_set():
+            await self._wait(math.inf if timeout is None else timeout)
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]  # set by settle, of type T
+
+    def done(self) -> bool:
+        """Whether there is a result or an error."""
+        return self._finished.is_set()
+
+    def cancel(self) -> bool:
+        """Asks to withdraw the operation; False if it has already finished.
+
+        What has not begun ends with `OperationCancelledError`, and so does a sample at any time,
+        whose slots are freed. A gradient pass or step that is running finishes. Its place in the
+        order is kept, so later operations do not wait for it.
+        """
+        return not self.done() and self._cancel()
+
+    @property
+    def status(self) -> Status:
+        """As known here: an operation is "running" from when it was sent to the service."""
+        if not self.done():
+            return "running" if self._sent else "queued"
+        if self._error is None:
+            return "done"
+        return "cancelled" if isinstance(self._error, OperationCancelledError) else "failed"
+
+    def __repr__(self) -> str:
+        return f"<OperationHandle {self.label}: {self.status}>"
+
+    async def _wait(self, timeout_s: float) -> None:
+        start = anyio.current_time()
+        await anyio.lowlevel.checkpoint()  # so that polling with timeout 0 lets others run
+        while not self.done():
+            waited = anyio.current_time() - start
+            if waited >= timeout_s:
+                raise WaitTimeoutError(
+                    f"{self.label} has not finished in {timeout_s:g} s; it goes on.",
+                    hint="Wait again, or cancel it.",
+                )
+            if waited >= LOG_WAIT_S:
+                logger.warning("waiting for %s for %.0f s (%s)", self.label, waited, self.status)
+            with anyio.move_on_after(min(LOG_WAIT_S, timeout_s - waited)):
+                await self._finished.wait()
+
+    # The session calls the rest; each handle is settled once, later calls change nothing.
+
+    def mark_sent(self) -> None:
+        self._sent = True
+
+    def settle(self, value: T) -> None:
+        if not self.done():
+            self._value = value
+            self._finished.set()
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done():
+            self._error = error
+            self._finished.set()

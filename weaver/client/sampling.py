@@ -1,0 +1,178 @@
+"""`AsyncSamplingClient`: text and log-probabilities from one set of weights that never changes.
+
+Made by `AsyncServiceClient.create_sampling_client` and
+`AsyncTrainingClient.save_weights_and_get_sampling_client`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
+
+from weaver.client.checks import as_prompt, as_value, check_count, is_batch
+from weaver.client.session import answer
+from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
+from weaver.types import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from weaver.client.checks import Prompt, Prompts
+    from weaver.client.handle import OperationHandle
+    from weaver.client.session import Session
+    from weaver.tokenizers import PreTrainedTokenizer, TokenizerCache
+    from weaver.types import ModelInfo, SampleDelta, SampleResult
+
+SAMPLED = answer(Sampled, lambda result: result.output)
+
+
+class AsyncSamplingClient:
+    """Samples from weights as they were when this client was made."""
+
+    def __init__(self, session: Session, opened: SamplerOpened, tokenizers: TokenizerCache) -> None:
+        self._session = session
+        self._tokenizers = tokenizers
+        self.sampler_id = opened.sampler_id
+        self.model_info: ModelInfo = opened.model
+        self.weights_version = opened.weights_version
+        """The optimizer step of the weights; 0 for a base model."""
+
+    @property
+    def base_model(self) -> str:
+        return self.model_info.name
+
+    @overload
+    def sample(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        *,
+        num_samples: int = 1,
+        include_prompt_logprobs: bool = False,
+    ) -> OperationHandle[SampleResult]: ...
+    @overload
+    def sample(
+        self,
+        prompt: Prompts,
+        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        *,
+        num_samples: int = 1,
+        include_prompt_logprobs: bool = False,
+    ) -> OperationHandle[list[SampleResult]]: ...
+    def sample(
+        self,
+        prompt: Prompt | Prompts,
+        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        *,
+        num_samples: int = 1,
+        include_prompt_logprobs: bool = False,
+    ) -> OperationHandle[SampleResult] | OperationHandle[list[SampleResult]]:
+        """Draws `num_samples` continuations of a prompt, or of each prompt of a list.
+
+        A prompt is a `ModelInput`, token ids, text, or a list of chat messages such as
+        `{"role": "user", "content": "Hello"}`, to which the model's template is applied. Cancelling
+        the handle frees the slots of what is still being sampled.
+
+        Returns:
+            A `SampleResult` with `sequences` of length `num_samples`; a list of them, in order, for
+            a list of prompts. `include_prompt_logprobs` adds `prompt_logprobs`, one per token of
+            the prompt, the first of which is None.
+
+        Raises:
+            InvalidParamsError, InvalidDatumError, TokenOutOfRangeError, ContextLengthError: at the
+                call; for text, whose tokens the service counts, from the handle.
+        """
+        check_count(num_samples, field="num_samples")
+        if not is_batch(prompt):
+            operation = self._operation(
+                prompt,
+                sampling_params,
+                num_samples=num_samples,
+                include_prompt_logprobs=include_prompt_logprobs,
+            )
+            return self._session.submit(operation, SAMPLED)
+        operations = [
+            self._operation(
+                one,
+                sampling_params,
+                num_samples=num_samples,
+                include_prompt_logprobs=include_prompt_logprobs,
+                field=f"prompt[{i}]",
+            )
+            for i, one in enumerate(prompt)
+        ]
+        handles = [self._session.submit(operation, SAMPLED) for operation in operations]
+
+        async def gather() -> list[SampleResult]:
+            return [await handle for handle in handles]
+
+        return self._session.compose(f"sample of {len(handles)} prompts", [*handles], gather)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        *,
+        num_samples: int = 1,
+    ) -> AsyncIterator[SampleDelta]:
+        """Yields the tokens of `sample` as they come; leaving the loop early cancels the rest.
+
+        Each `SampleDelta` says by `index` which sequence it continues; the last one of a sequence
+        has its `stop_reason`. Under trio wrap it in `contextlib.aclosing` if you may leave early.
+
+        Raises:
+            InvalidParamsError, InvalidDatumError, TokenOutOfRangeError, ContextLengthError
+        """
+        check_count(num_samples, field="num_samples")
+        operation = self._operation(prompt, sampling_params, num_samples=num_samples, stream=True)
+        return self._session.stream(operation)
+
+    def compute_logprobs(self, prompt: Prompt) -> OperationHandle[list[float | None]]:
+        """The log-probability of each token of a prompt given those before it, in nats.
+
+        The first is None: nothing comes before it.
+
+        Raises:
+            InvalidDatumError, TokenOutOfRangeError, ContextLengthError
+        """
+        operation = self._operation(
+            prompt, {"max_tokens": 1}, num_samples=0, include_prompt_logprobs=True
+        )
+        reply = answer(Sampled, lambda result: list(result.output.prompt_logprobs or ()))
+        return self._session.submit(operation, reply)
+
+    async def get_tokenizer(self) -> PreTrainedTokenizer:
+        """The model's tokenizer, a transformers one; loaded once per client."""
+        return await self._tokenizers.get(self.base_model)
+
+    def _operation(
+        self,
+        prompt: object,
+        params: SamplingParams | Mapping[str, object] | None,
+        *,
+        num_samples: int,
+        include_prompt_logprobs: bool = False,
+        stream: bool = False,
+        field: str = "prompt",
+    ) -> Sample:
+        checked = as_value(SamplingParams, params or {}, field="sampling_params")
+        max_tokens = checked.max_tokens if num_samples else 0
+        return Sample(
+            sampler_id=self.sampler_id,
+            prompt=as_prompt(prompt, self.model_info, max_tokens=max_tokens, field=field),
+            params=checked,
+            num_samples=num_samples,
+            include_prompt_logprobs=include_prompt_logprobs,
+            stream=stream,
+        )
+
+
+def open_sampler(
+    session: Session,
+    tokenizers: TokenizerCache,
+    *,
+    model_path: str | None,
+    base_model: str | None,
+) -> OperationHandle[AsyncSamplingClient]:
+    """Queues an `OpenSampler` whose result is a client."""
+    reply = answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, tokenizers))
+    return session.submit(OpenSampler(base_model=base_model, model_path=model_path), reply)

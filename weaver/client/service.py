@@ -1,0 +1,238 @@
+"""`AsyncServiceClient`: the way in; makes training and sampling clients and manages what is saved.
+
+Embedded, over a server or on an injected `Service` alike. The sync `ServiceClient` wraps it.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weaver.client.checks import as_path, as_value, check_ttl
+from weaver.client.embedded import embedded_service
+from weaver.client.sampling import open_sampler
+from weaver.client.session import answer, open_session
+from weaver.client.training import AsyncTrainingClient
+from weaver.config import load_settings
+from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError, UnsupportedError
+from weaver.protocol import CreateModel, ModelCreated
+from weaver.tokenizers import TokenizerCache
+from weaver.types import LoraConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+    from types import TracebackType
+    from typing import Self
+
+    from weaver.client.handle import OperationHandle
+    from weaver.client.sampling import AsyncSamplingClient
+    from weaver.client.session import Session
+    from weaver.protocol import Service
+    from weaver.types import CheckpointInfo, JsonDict, ModelInfo, TrainingMode, TrainingRun
+
+logger = logging.getLogger("weaver")
+
+
+class AsyncServiceClient:
+    """Opens a session with a service; use it as `async with AsyncServiceClient() as service:`.
+
+    Without `base_url` and WEAVER_BASE_URL everything runs in this process, below `home`
+    (WEAVER_HOME, ~/.weaver). Enter and leave it in one task. Leaving it fails what is still pending
+    with `ClosedError` and never touches what was saved; the runs of the embedded engine end with
+    it, so save what you want to continue.
+
+    Raises:
+        ConfigError: a WEAVER_* variable cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        home: str | PathLike[str] | None = None,
+        user_metadata: JsonDict | None = None,
+        service: Service | None = None,
+    ) -> None:
+        settings = load_settings()
+        self._settings = replace(
+            settings,
+            base_url=base_url or settings.base_url,
+            api_key=api_key or settings.api_key,
+            home=Path(home).expanduser() if home is not None else settings.home,
+        )
+        self._user_metadata = user_metadata
+        self._given = service
+        self._stack = AsyncExitStack()
+        self._open: Session | None = None
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            service = self._given
+            if service is None:
+                if self._settings.base_url is not None:
+                    raise UnsupportedError("servers come with a later release.", field="base_url")
+                service = await stack.enter_async_context(embedded_service(self._settings))
+            self._open, description = await stack.enter_async_context(
+                open_session(service, user_metadata=self._user_metadata)
+            )
+            logger.info("connected to the %s", description)
+            self._tokenizers = TokenizerCache(service, self._settings.home / "tokenizers")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The task groups inside are not told of the block's own error, which they would wrap.
+        await self._stack.aclose()
+
+    async def close(self) -> None:
+        """Fails what is pending with `ClosedError` and ends the session; saved state stays."""
+        if self._open is not None:
+            await self._open.close()
+
+    # --- models in training ---
+
+    def create_model(
+        self,
+        base_model: str,
+        lora_config: LoraConfig | Mapping[str, object] | None = None,
+        *,
+        training_mode: TrainingMode = "lora",
+        seed: int = 0,
+        user_metadata: JsonDict | None = None,
+    ) -> OperationHandle[AsyncTrainingClient]:
+        """Starts a run: a new adapter on a base model, or all of its weights with "full_ft".
+
+        Args:
+            base_model: a name of `list_supported_models`, a Hugging Face id, or a local folder.
+            lora_config: rank, alpha, seed, and train_attn, train_mlp, train_unembed.
+            seed: of the adapter's initial values, where `lora_config` has none.
+            user_metadata: kept with the run, for `list_training_runs`.
+
+        Raises:
+            InvalidParamsError: at the call.
+            UnknownModelError, UnsupportedError: from the handle.
+        """
+        session = self._session
+        _check_model_name(base_model)
+        if training_mode == "full_ft" and lora_config is not None:
+            raise InvalidParamsError(
+                "full fine-tuning has no adapter.",
+                field="lora_config",
+                hint='Leave it out, or use training_mode="lora".',
+            )
+        lora = None
+        if training_mode == "lora":
+            lora = as_value(LoraConfig, lora_config or {}, field="lora_config")
+        operation = CreateModel(
+            base_model=base_model,
+            training_mode=training_mode,
+            lora_config=lora,
+            seed=seed,
+            user_metadata=user_metadata or {},
+        )
+        tokenizers = self._tokenizers
+        reply = answer(
+            ModelCreated,
+            lambda made: AsyncTrainingClient(session, made.run, made.model, tokenizers),
+        )
+        return session.submit(operation, reply)
+
+    create_training_client = create_model
+
+    async def attach(self, model_id: str) -> AsyncTrainingClient:
+        """Another client of a run; within one service client they share the run's order.
+
+        Raises:
+            RunNotFoundError: the service has no such run.
+        """
+        session = self._session
+        run = await session.service.get_run(model_id)
+        model = await session.service.get_model(run.base_model)
+        return AsyncTrainingClient(session, run, model, self._tokenizers)
+
+    def create_sampling_client(
+        self,
+        model_path: str | PathLike[str] | CheckpointInfo | None = None,
+        base_model: str | None = None,
+    ) -> OperationHandle[AsyncSamplingClient]:
+        """A client that samples from saved weights, or from a base model as it is.
+
+        Args:
+            model_path: a weaver:// path, a `CheckpointInfo`, or a folder: an adapter in PEFT's
+                layout, for which `base_model` names the model below it, or a whole model.
+
+        Raises:
+            InvalidRequestError: neither is given.
+            UnknownModelError, CheckpointNotFoundError, CheckpointMismatchError,
+            CheckpointCorruptError: from the handle.
+        """
+        if model_path is None and base_model is None:
+            raise InvalidRequestError(
+                "needs model_path or base_model.",
+                field="create_sampling_client",
+                hint='Pass base_model="weaver-nano", or the path of saved weights.',
+            )
+        if base_model is not None:
+            _check_model_name(base_model)
+        return open_sampler(
+            self._session,
+            self._tokenizers,
+            model_path=None if model_path is None else as_path(model_path, field="model_path"),
+            base_model=base_model,
+        )
+
+    # --- what there is ---
+
+    async def list_supported_models(self) -> list[ModelInfo]:
+        """The base models that the service names; an embedded engine takes any other id too."""
+        return list(await self._session.service.list_models())
+
+    async def list_training_runs(self) -> list[TrainingRun]:
+        return list(await self._session.service.list_runs())
+
+    async def get_training_run(self, model_id: str) -> TrainingRun:
+        """Raises RunNotFoundError."""
+        return await self._session.service.get_run(model_id)
+
+    async def list_checkpoints(self, model_id: str | None = None) -> list[CheckpointInfo]:
+        """All checkpoints, or those of one run, oldest first."""
+        return list(await self._session.service.list_checkpoints(model_id))
+
+    async def delete_checkpoint(self, path: str | CheckpointInfo) -> None:
+        """Raises CheckpointNotFoundError."""
+        await self._session.service.delete_checkpoint(as_path(path))
+
+    async def set_checkpoint_ttl(
+        self, path: str | CheckpointInfo, ttl_seconds: int | None
+    ) -> CheckpointInfo:
+        """Lets a checkpoint expire so many seconds from now; None keeps it for good."""
+        check_ttl(ttl_seconds)
+        return await self._session.service.set_checkpoint_ttl(as_path(path), ttl_seconds)
+
+    @property
+    def _session(self) -> Session:
+        if self._open is None:
+            raise ClosedError(
+                "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
+            )
+        self._open.check_open()
+        return self._open
+
+
+def _check_model_name(base_model: object) -> None:
+    if not isinstance(base_model, str) or not base_model.strip():
+        raise InvalidRequestError(
+            f"is {base_model!r}.",
+            field="base_model",
+            hint='Pass a name such as "weaver-nano", a Hugging Face id or a folder.',
+        )

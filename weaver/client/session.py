@@ -1,0 +1,316 @@
+"""`Session`: one client's conversation with a `Service`; orders, sends and collects operations.
+
+An operation gets its place (`seq`) when a verb is called. One task sends whatever is queued in one
+request, another collects outcomes and settles handles. Opened by `AsyncServiceClient`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import anyio
+import anyio.abc
+
+from weaver.client.handle import OperationHandle
+from weaver.errors import (
+    ClosedError,
+    OperationCancelledError,
+    ServiceConnectionError,
+    WeaverError,
+)
+from weaver.protocol import ForwardBackward, Submission
+from weaver.types import Value
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from weaver.protocol import Operation, Outcome, Service
+    from weaver.types import JsonDict, SampleDelta
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Value)
+
+POLL_S = 30.0
+"""How long the service may hold one `collect` open."""
+CLOSE_S = 5.0
+"""The most time that saying goodbye to the service may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What an operation is answered with: the protocol's class, and the user's value in it."""
+
+    kind: type[Value]
+    read: Callable[[Any], T]
+
+
+def answer(kind: type[R], read: Callable[[R], T]) -> Answer[T]:
+    """An `Answer` whose two halves are checked against each other by the type checker."""
+    return Answer(kind, read)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[T]):
+    """An operation's place in the order, which may be taken before its content is known."""
+
+    id: str
+    run_id: str | None
+    seq: int | None
+    answer: Answer[T]
+    adds_gradient: bool
+    operation: Operation | None = None
+    sent: bool = False
+    handle: OperationHandle[T] = field(init=False)
+
+
+class Session:
+    """Use `open_session`. All methods are called from the event loop that opened it."""
+
+    _tasks: anyio.abc.TaskGroup
+
+    def __init__(self, service: Service, session_id: str) -> None:
+        self.service = service
+        self.id = session_id
+        self._prefix = uuid.uuid4().hex
+        self._ids = itertools.count(1)
+        self._seqs: dict[str, int] = {}
+        self._outbox: list[Ticket[Any]] = []
+        self._cancels: list[str] = []
+        self._sent: dict[str, Ticket[Any]] = {}
+        self._open: set[OperationHandle[Any]] = set()
+        self._sending = anyio.Lock()
+        self._to_send = anyio.Event()
+        self._to_collect = anyio.Event()
+        self._ended: WeaverError | None = None
+
+    # --- what the clients call ---
+
+    def submit(
+        self, operation: Operation, reply: Answer[T], *, run_id: str | None = None
+    ) -> OperationHandle[T]:
+        """Queues an operation; with `run_id` it takes the run's next place.
+
+        Raises:
+            ClosedError, ServiceConnectionError: the session has ended.
+        """
+        gradient = isinstance(operation, ForwardBackward) and operation.backward
+        ticket = self.reserve(operation.kind, reply, run_id=run_id, adds_gradient=gradient)
+        self.fill(ticket, operation)
+        return ticket.handle
+
+    def reserve(
+        self, label: str, reply: Answer[T], *, run_id: str | None, adds_gradient: bool
+    ) -> Ticket[T]:
+        """Takes a run's next place for an operation that `fill` will name later.
+
+        Cancelling the ticket's handle gives the place up; where it was to add to the gradient, the
+        next step is refused.
+        """
+        self.check_open()
+        ticket = Ticket(self._new_id(), run_id, self._next_seq(run_id), reply, adds_gradient)
+        where = f" (seq {ticket.seq} of {run_id})" if run_id else ""
+        ticket.handle = OperationHandle(label + where, cancel=lambda: self._cancel(ticket))
+        self._open.add(ticket.handle)
+        return ticket
+
+    def fill(self, ticket: Ticket[T], operation: Operation) -> None:
+        """Queues a reserved operation; does nothing if the ticket was cancelled meanwhile."""
+        if not ticket.handle.done():
+            ticket.operation = operation
+            self._queue(ticket)
+
+    def compose(
+        self, label: str, parts: list[OperationHandle[Any]], finish: Callable[[], Awaitable[T]]
+    ) -> OperationHandle[T]:
+        """One handle for several operations: `finish` runs in the background and gives its result.
+
+        Cancelling it cancels the `parts`, to which `finish` may add; when it fails, the parts that
+        are left are cancelled too.
+        """
+        self.check_open()
+        handle: OperationHandle[T] = OperationHandle(
+            label, cancel=lambda: any([part.cancel() for part in parts])
+        )
+        self._open.add(handle)
+        self._tasks.start_soon(self._finish, handle, parts, finish)
+        return handle
+
+    async def stream(self, operation: Operation) -> AsyncIterator[SampleDelta]:
+        """Submits a sample and yields its pieces; leaving early cancels it."""
+        self.check_open()
+        submission = Submission(id=self._new_id(), operation=operation)
+        await self.service.submit(self.id, [submission])
+        finished = False
+        try:
+            async for delta in self.service.stream(self.id, submission.id):
+                yield delta
+            finished = True
+        finally:
+            if not finished and self._ended is None:
+                self._cancels.append(submission.id)
+                self._to_send.set()
+
+    def check_open(self) -> None:
+        """Raises the error that ended the session, if any."""
+        if self._ended is not None:
+            raise self._ended
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """The session's background work, until `close`."""
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._guard, self._send_queued)
+            self._tasks.start_soon(self._guard, self._collect_outcomes)
+            task_status.started()
+
+    async def close(self) -> None:
+        """Sends what is queued, says goodbye and fails whatever is unfinished as closed."""
+        if self._ended is None:
+            self._end(ClosedError("the client was closed.", hint="Open a new one."))
+            with anyio.move_on_after(CLOSE_S, shield=True):
+                await self._guard(self._say_goodbye)
+        self._tasks.cancel_scope.cancel()
+
+    # --- the two tasks, and what they share ---
+
+    async def _send_queued(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send = anyio.Event()
+            await self._flush()
+
+    async def _collect_outcomes(self) -> None:
+        cursor = 0
+        while True:
+            if not self._sent:
+                await self._to_collect.wait()
+                self._to_collect = anyio.Event()
+                continue
+            outcomes = await self.service.collect(self.id, after=cursor, timeout_s=POLL_S)
+            for outcome in outcomes:
+                cursor = outcome.cursor
+                if ticket := self._sent.pop(outcome.submission_id, None):
+                    self._settle(ticket, outcome)
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Runs a task whose failure ends the session by name, so that no handle hangs."""
+        try:
+            await task()
+        except WeaverError as error:
+            self._end(error)
+        except Exception as error:  # the executor of operations: the service may be broken
+            self._end(
+                ServiceConnectionError(
+                    f"the service failed with {type(error).__name__}: {error}",
+                    hint="Open a new client.",
+                )
+            )
+
+    async def _say_goodbye(self) -> None:
+        await self._flush()
+        await self.service.close_session(self.id)
+
+    async def _flush(self) -> None:
+        async with self._sending:
+            batch = [t for t in self._outbox if t.operation is not None or t.seq is not None]
+            self._outbox.clear()
+            for ticket in batch:
+                ticket.sent = True
+                if not ticket.handle.done():
+                    ticket.handle.mark_sent()
+                    self._sent[ticket.id] = ticket
+            if batch:
+                self._to_collect.set()
+                await self.service.submit(self.id, [_submission(ticket) for ticket in batch])
+            if self._cancels:
+                cancels, self._cancels = self._cancels, []
+                await self.service.cancel(self.id, cancels)
+
+    async def _finish(
+        self,
+        handle: OperationHandle[T],
+        parts: Sequence[OperationHandle[Any]],
+        finish: Callable[[], Awaitable[T]],
+    ) -> None:
+        try:
+            handle.settle(await finish())
+        except Exception as error:  # the user's own function may raise anything
+            handle.fail(error)
+            for part in parts:
+                part.cancel()
+        self._open.discard(handle)
+
+    def _queue(self, ticket: Ticket[Any]) -> None:
+        self._outbox.append(ticket)
+        self._to_send.set()
+
+    def _cancel(self, ticket: Ticket[Any]) -> bool:
+        if ticket.sent:
+            self._cancels.append(ticket.id)
+            self._to_send.set()
+            return True
+        reserved = ticket.operation is None
+        ticket.operation = None  # a place in a run's order becomes a tombstone, others vanish
+        ticket.handle.fail(OperationCancelledError(f"{ticket.handle.label} was cancelled."))
+        self._open.discard(ticket.handle)
+        if reserved:
+            self._queue(ticket)
+        return True
+
+    def _settle(self, ticket: Ticket[Any], outcome: Outcome) -> None:
+        handle = ticket.handle
+        if outcome.error is not None:
+            handle.fail(outcome.error.to_error())
+        elif isinstance(outcome.result, ticket.answer.kind):
+            handle.settle(ticket.answer.read(outcome.result))
+        else:
+            handle.fail(
+                ServiceConnectionError(
+                    f"{handle.label} was answered with {type(outcome.result).__name__}.",
+                    hint="Client and service have different versions.",
+                )
+            )
+        self._open.discard(handle)
+
+    def _end(self, error: WeaverError) -> None:
+        self._ended = self._ended or error
+        for handle in self._open:
+            handle.fail(error)
+        self._open.clear()
+
+    def _new_id(self) -> str:
+        return f"{self._prefix}-{next(self._ids)}"
+
+    def _next_seq(self, run_id: str | None) -> int | None:
+        if run_id is None:
+            return None
+        self._seqs[run_id] = self._seqs.get(run_id, 0) + 1
+        return self._seqs[run_id]
+
+
+@asynccontextmanager
+async def open_session(
+    service: Service, *, user_metadata: JsonDict | None = None
+) -> AsyncIterator[tuple[Session, str]]:
+    """A session and the service's description of itself; closed on leaving."""
+    info = await service.open_session(user_metadata=user_metadata)
+    session = Session(service, info.session_id)
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(session.run)
+        try:
+            yield session, info.description
+        finally:
+            await session.close()
+
+
+def _submission(ticket: Ticket[Any]) -> Submission:
+    return Submission(
+        id=ticket.id,
+        operation=ticket.operation,
+        run_id=ticket.run_id,
+        seq=ticket.seq,
+        lost_gradient=ticket.operation is None and ticket.adds_gradient,
+    )

@@ -1,0 +1,310 @@
+"""`AsyncTrainingClient`: one model in training. Made by `AsyncServiceClient.create_model`.
+
+Every ordered verb is a plain function: the call fixes its place in the run's order, awaiting the
+returned handle gives its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio.to_thread
+
+from weaver.client import custom_loss
+from weaver.client.checks import as_path, as_value, check_name, check_ttl
+from weaver.client.sampling import AsyncSamplingClient, open_sampler
+from weaver.client.session import answer
+from weaver.errors import InvalidRequestError
+from weaver.loss_specs import check_datums
+from weaver.protocol import (
+    CheckpointLoaded,
+    CheckpointSaved,
+    ForwardBackward,
+    GradientsDone,
+    LoadCheckpoint,
+    OptimStep,
+    SaveCheckpoint,
+    StepDone,
+)
+from weaver.types import AdamParams, MetricPoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
+    from weaver.client.custom_loss import CustomLoss
+    from weaver.client.handle import OperationHandle
+    from weaver.client.session import Session
+    from weaver.loss_specs import LossConfig
+    from weaver.tokenizers import PreTrainedTokenizer, TokenizerCache
+    from weaver.types import (
+        CheckpointInfo,
+        Datum,
+        ForwardBackwardResult,
+        ModelInfo,
+        OptimStepResult,
+        TrainingRun,
+    )
+
+GRADIENTS = answer(GradientsDone, lambda result: result.output)
+STEP = answer(StepDone, lambda result: result.output)
+SAVED = answer(CheckpointSaved, lambda result: result.checkpoint)
+LOADED = answer(CheckpointLoaded, lambda result: result.checkpoint)
+
+
+class AsyncTrainingClient:
+    """Trains one run; several clients of one service client may share a run and its order."""
+
+    def __init__(
+        self, session: Session, run: TrainingRun, model: ModelInfo, tokenizers: TokenizerCache
+    ) -> None:
+        self._session = session
+        self._tokenizers = tokenizers
+        self.model_id = run.run_id
+        self.model_info = model
+
+    @property
+    def base_model(self) -> str:
+        return self.model_info.name
+
+    async def get_tokenizer(self) -> PreTrainedTokenizer:
+        """The model's tokenizer, a transformers one; loaded once per client."""
+        return await self._tokenizers.get(self.base_model)
+
+    async def get_info(self) -> TrainingRun:
+        """The run as the service knows it: its step, status and metadata."""
+        self._session.check_open()
+        return await self._session.service.get_run(self.model_id)
+
+    # --- gradients and steps ---
+
+    def forward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        *,
+        loss_fn_config: LossConfig | None = None,
+    ) -> OperationHandle[ForwardBackwardResult]:
+        """`forward_backward` without a gradient: the loss and the log-probabilities only."""
+        return self._gradients(datums, loss_fn, loss_fn_config, backward=False)
+
+    def forward_backward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        *,
+        loss_fn_config: LossConfig | None = None,
+    ) -> OperationHandle[ForwardBackwardResult]:
+        """Computes a loss and adds its gradient to what the next `optim_step` applies.
+
+        Several calls before one step accumulate. The losses, their inputs and options are those of
+        `weaver.loss_specs`, explained on the docs page on losses.
+
+        Returns:
+            `metrics["loss"]` and more; `loss_fn_outputs[i]["logprobs"]`, float32 [T], for datum i.
+
+        Raises:
+            InvalidDatumError, TokenOutOfRangeError, ContextLengthError, UnknownLossError,
+            InvalidLossConfigError: at the call, before anything is queued.
+            NonFiniteError: from the handle; the next `optim_step` then fails too, so that no part
+                of a batch is applied.
+        """
+        return self._gradients(datums, loss_fn, loss_fn_config, backward=True)
+
+    def forward_backward_custom(
+        self, datums: Sequence[Datum], loss_fn: CustomLoss
+    ) -> OperationHandle[ForwardBackwardResult]:
+        """`forward_backward` with a loss of your own.
+
+        `loss_fn(datums, logprobs)` is called in a worker thread with the datums and, for each, a
+        float32 tensor [T] of the log-probabilities of its `target_tokens`. It returns a scalar
+        tensor made from them and a dict of metrics. Beside `target_tokens` the datums may carry
+        whatever inputs the function reads. It costs one more forward pass than a built-in loss.
+
+        Returns:
+            The function's metrics and `loss`; `loss_fn_outputs` as in `forward_backward`.
+
+        Raises:
+            MissingDependencyError: torch is not installed.
+            Exception: whatever `loss_fn` raises comes out of the handle; the next `optim_step` then
+                fails, as after any gradient pass that failed.
+        """
+        custom_loss.require_torch()
+        if not callable(loss_fn):
+            raise InvalidRequestError(
+                f"is a {type(loss_fn).__name__}.",
+                field="loss_fn",
+                hint="Pass a function of (datums, logprobs).",
+            )
+        forward = self.forward(custom_loss.targets_only(datums))
+        place = self._session.reserve(
+            "forward_backward_custom", GRADIENTS, run_id=self.model_id, adds_gradient=True
+        )
+
+        async def finish() -> ForwardBackwardResult:
+            surrogate, result = await anyio.to_thread.run_sync(
+                custom_loss.differentiate, datums, await forward, loss_fn, abandon_on_cancel=True
+            )
+            self._session.fill(place, ForwardBackward(datums=surrogate, loss_fn="surrogate"))
+            done = await place.handle
+            return result.model_copy(update={"metrics": {**done.metrics, **result.metrics}})
+
+        return self._session.compose(place.handle.label, [forward, place.handle], finish)
+
+    def optim_step(
+        self, adam_params: AdamParams | Mapping[str, object]
+    ) -> OperationHandle[OptimStepResult]:
+        """Applies the accumulated gradient with AdamW and clears it.
+
+        Returns:
+            `metrics` with `grad_norm` (before clipping), `learning_rate` and `step`, from 1.
+
+        Raises:
+            InvalidParamsError: at the call.
+            NoGradientsError, GradientsDiscardedError, NonFiniteError: from the handle; the weights
+                are as they were.
+        """
+        params = as_value(AdamParams, adam_params, field="adam_params")
+        return self._session.submit(OptimStep(params=params), STEP, run_id=self.model_id)
+
+    # --- checkpoints ---
+
+    def save_state(
+        self,
+        name: str | None = None,
+        *,
+        include_optimizer: bool = True,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+    ) -> OperationHandle[CheckpointInfo]:
+        """Saves the weights, and the optimizer's state, to continue from; None makes up a name.
+
+        Raises:
+            InvalidNameError, InvalidParamsError: at the call.
+            NameTakenError, StorageError: from the handle.
+        """
+        return self._save(
+            "state",
+            name,
+            include_optimizer=include_optimizer,
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
+        )
+
+    def save_weights_for_sampler(
+        self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> OperationHandle[CheckpointInfo]:
+        """Saves the weights to sample from, in PEFT's layout; raises as `save_state` does."""
+        return self._save("sampler", name, ttl_seconds=ttl_seconds, overwrite=overwrite)
+
+    def save_weights_and_get_sampling_client(
+        self, name: str | None = None
+    ) -> OperationHandle[AsyncSamplingClient]:
+        """A client that samples from the weights as they are at this place in the order.
+
+        Without a name the weights live as long as the service client; with one they are saved.
+        """
+        saved = self._save("sampler", name)
+        parts: list[OperationHandle[Any]] = [saved]
+
+        async def finish() -> AsyncSamplingClient:
+            path = (await saved).path
+            opened = open_sampler(self._session, self._tokenizers, model_path=path, base_model=None)
+            parts.append(opened)
+            return await opened
+
+        return self._session.compose(saved.label, parts, finish)
+
+    def load_state(
+        self, path: str | PathLike[str] | CheckpointInfo
+    ) -> OperationHandle[CheckpointInfo]:
+        """Replaces the weights by saved ones; the optimizer starts anew.
+
+        Raises:
+            InvalidNameError: at the call.
+            CheckpointNotFoundError, CheckpointMismatchError, CheckpointCorruptError: from the
+                handle; the run is as it was.
+        """
+        return self._load(path, include_optimizer=False)
+
+    def load_state_with_optimizer(
+        self, path: str | PathLike[str] | CheckpointInfo
+    ) -> OperationHandle[CheckpointInfo]:
+        """`load_state` with the optimizer's state, to continue exactly where the save was made."""
+        return self._load(path, include_optimizer=True)
+
+    async def list_checkpoints(self) -> list[CheckpointInfo]:
+        """This run's checkpoints, oldest first."""
+        self._session.check_open()
+        return list(await self._session.service.list_checkpoints(self.model_id))
+
+    # --- metrics ---
+
+    async def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Keeps numbers with the run: `await trainer.log_metrics({"reward": 0.5}, step=3)`.
+
+        Raises:
+            InvalidParamsError: a value is not a finite number.
+        """
+        if not isinstance(metrics, Mapping):
+            raise InvalidRequestError(
+                f"is a {type(metrics).__name__}.", field="metrics", hint='Pass {"reward": 0.5}.'
+            )
+        points = [MetricPoint(name=name, value=value, step=step) for name, value in metrics.items()]
+        self._session.check_open()
+        await self._session.service.log_metrics(self.model_id, points)
+
+    async def read_metrics(self, name: str | None = None) -> list[MetricPoint]:
+        """The numbers logged so far, oldest first; of one name where it is given."""
+        self._session.check_open()
+        return list(await self._session.service.read_metrics(self.model_id, name=name))
+
+    # --- shared ---
+
+    def _gradients(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: LossConfig | None,
+        *,
+        backward: bool,
+    ) -> OperationHandle[ForwardBackwardResult]:
+        check_datums(
+            datums,
+            loss_fn,
+            config=loss_fn_config,
+            vocab_size=self.model_info.vocab_size,
+            context_length=self.model_info.context_length,
+        )
+        given = {k: v for k, v in (loss_fn_config or {}).items() if v is not None}
+        operation = ForwardBackward(
+            datums=tuple(datums), loss_fn=loss_fn, loss_fn_config=given, backward=backward
+        )
+        return self._session.submit(operation, GRADIENTS, run_id=self.model_id)
+
+    def _save(
+        self,
+        purpose: Literal["state", "sampler"],
+        name: str | None,
+        *,
+        include_optimizer: bool = False,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+    ) -> OperationHandle[CheckpointInfo]:
+        check_name(name)
+        check_ttl(ttl_seconds)
+        operation = SaveCheckpoint(
+            purpose=purpose,
+            name=name,
+            include_optimizer=include_optimizer,
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
+        )
+        return self._session.submit(operation, SAVED, run_id=self.model_id)
+
+    def _load(
+        self, path: str | PathLike[str] | CheckpointInfo, *, include_optimizer: bool
+    ) -> OperationHandle[CheckpointInfo]:
+        operation = LoadCheckpoint(path=as_path(path), include_optimizer=include_optimizer)
+        return self._session.submit(operation, LOADED, run_id=self.model_id)
