@@ -1,0 +1,76 @@
+"""Step metrics: golden numbers by hand, and no NaN whatever is missing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests.rl.helpers import group, rollout, segment
+from weaver_rl.metrics import rollout_metrics, train_metrics
+from weaver_rl.types import Group
+
+
+def test_numbers_by_hand() -> None:
+    metrics = rollout_metrics(
+        [group(1.0, 0.0, None), group(0.5, 0.5)], weights_version=3, seconds=2.0
+    )
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(0.125))
+    assert (metrics["reward/min"], metrics["reward/max"]) == (0.0, 1.0)
+    assert (metrics["reward/pass_rate"], metrics["reward/pass_any"]) == (0.25, 0.5)
+    assert (metrics["rollout/count"], metrics["rollout/failed"]) == (5, 1)
+    assert metrics["rollout/failed_fraction"] == 0.2
+    assert metrics["groups/zero_variance_fraction"] == 0.5
+    assert (metrics["tokens/sampled"], metrics["tokens/per_second"]) == (10, 5)
+    assert (metrics["staleness/mean"], metrics["staleness/max"]) == (3, 3)
+    assert metrics["policy/surprise"] == pytest.approx(0.505)
+
+
+def test_staleness_is_per_token() -> None:
+    old, new = segment([1], [2, 3, 4], version=1), segment([1], [2], version=4)
+    metrics = rollout_metrics(
+        [Group(task={}, rollouts=(rollout(1.0, old, new),))], weights_version=5
+    )
+    assert metrics["staleness/mean"] == pytest.approx((3 * 4 + 1) / 4)
+    assert metrics["staleness/max"] == 4
+
+
+def test_truncation_and_scores() -> None:
+    first, second = rollout(1.0), rollout(0.0)
+    cut = replace(
+        first,
+        trajectory=replace(first.trajectory, stop_reason="length"),
+        metrics={"format": 1.0, "rare": 3.0},
+    )
+    groups = [Group(task={}, rollouts=(cut, replace(second, metrics={"format": 0.0})))]
+    metrics = rollout_metrics(groups, weights_version=0)
+    assert metrics["rollout/truncated_fraction"] == 0.5
+    assert (metrics["score/format"], metrics["score/rare"]) == (0.5, 3.0)
+
+
+@pytest.mark.parametrize("groups", [[], [group(None)], [Group(task={}, rollouts=())]])
+def test_what_cannot_be_computed_is_left_out(groups: list[Group]) -> None:
+    metrics = rollout_metrics(groups, weights_version=0, seconds=0.0)
+    assert "reward/mean" not in metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_passes_are_merged_by_weight() -> None:
+    passes = [
+        {"loss": 1.0, "loss_sum": 3.0, "weight_sum": 3.0, "ratio_max": 1.1, "ratio_min": 0.9},
+        {"loss": 2.0, "loss_sum": 2.0, "weight_sum": 1.0, "ratio_max": 1.5, "ratio_min": 0.95},
+        {"grad_norm": 0.7},
+    ]
+    metrics = train_metrics(passes)
+    assert metrics["train/loss"] == 1.25
+    assert metrics["train/weight_sum"] == 4.0
+    assert (metrics["train/ratio_min"], metrics["train/ratio_max"]) == (0.9, 1.5)
+    assert metrics["train/grad_norm"] == 0.7
+    assert train_metrics([]) == {}
+
+
+def test_a_fully_masked_step_has_no_nan() -> None:
+    metrics = train_metrics([{"loss": 0.0, "loss_sum": 0.0, "weight_sum": 0.0, "kl_k3": 0.0}])
+    assert metrics["train/loss"] == 0.0

@@ -1,0 +1,73 @@
+"""Run folders: what may go on in one, and that no step stands twice after a resume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from weaver.errors import ConfigError, ConflictError, StorageError
+from weaver_rl.run_folder import open_run_folder, read_config, rewind
+from weaver_rl.storage import append_line, read_lines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = {"model": "weaver-nano", "steps": 60, "objective": {"loss_fn": "ppo", "config": {}}}
+
+
+def test_a_new_folder_and_the_same_one_again(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path / "run", CONFIG)
+    assert read_config(folder) == CONFIG
+    assert open_run_folder(tmp_path / "run", CONFIG, resume=True) == folder
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    open_run_folder(tmp_path, CONFIG)
+    with pytest.raises(ConflictError, match="resume=True"):
+        open_run_folder(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "other"}, "model"),
+        ({"objective": {"loss_fn": "gspo", "config": {}}}, "objective.loss_fn"),
+        ({"objective": {"loss_fn": "ppo", "config": {"beta": 1}}}, "objective.config.beta"),
+        ({"seed": 0}, "seed"),
+    ],
+)
+def test_another_config_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object], field: str
+) -> None:
+    open_run_folder(tmp_path, CONFIG)
+    with pytest.raises(ConfigError) as caught:
+        open_run_folder(tmp_path, {**CONFIG, **change}, resume=True)
+    assert caught.value.field == field
+
+
+def test_what_may_differ_is_taken_over(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path, CONFIG)
+    open_run_folder(tmp_path, {**CONFIG, "steps": 90}, resume=True, may_differ=("steps",))
+    assert read_config(folder)["steps"] == 90
+
+
+def test_damaged_or_unwritable(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path / "run", CONFIG)
+    folder.config.write_text('{"model": ')
+    with pytest.raises(ConfigError, match="not JSON"):
+        open_run_folder(tmp_path / "run", CONFIG, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        open_run_folder(tmp_path / "file" / "run", CONFIG)
+
+
+def test_rewind(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path, CONFIG)
+    rewind(folder, 0)
+    for step in range(1, 6):
+        append_line(folder.metrics, {"step": step})
+        append_line(folder.transcripts / f"{step:06d}.jsonl", {"step": step})
+    rewind(folder, 3)
+    assert [row["step"] for row in read_lines(folder.metrics)] == [1, 2, 3]
+    assert sorted(file.stem for file in folder.transcripts.iterdir())[-1] == "000003"

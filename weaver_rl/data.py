@@ -1,0 +1,196 @@
+"""Tasks from files, split and put in order; recipes and loops call it.
+
+Readers for JSONL, Parquet and Hugging Face datasets on disk; a seeded order whose whole state is
+one integer; a held-out part that depends on the tasks' content alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundError
+from weaver_rl.storage import encode, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from weaver_rl.types import Task
+
+
+def read_tasks(path: Path, *, fields: Sequence[str] = ("prompt",)) -> list[Task]:
+    """Tasks of a `.jsonl` or `.parquet` file, or of a folder that `datasets` saved.
+
+    Raises:
+        NotFoundError: nothing stands at `path`.
+        InvalidRequestError: another format, no rows, a broken row, or a row without one of
+            `fields`; names the row, from 0, and the field.
+        MissingDependencyError: pyarrow or datasets is not installed.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist.", field="path", hint="Check the spelling.")
+    if path.is_dir():
+        rows = _read_dataset(path)
+    elif path.suffix in (".jsonl", ".json", ".ndjson"):
+        rows = _read_jsonl(path)
+    elif path.suffix in (".parquet", ".pq"):
+        rows = _read_parquet(path)
+    else:
+        raise InvalidRequestError(
+            f"{path} has no known format.", field="path", hint="Use .jsonl, .parquet or a dataset."
+        )
+    check_tasks(rows, fields=fields, source=str(path))
+    return rows
+
+
+def check_tasks(
+    tasks: Sequence[Task], *, fields: Sequence[str] = ("prompt",), source: str = "tasks"
+) -> None:
+    """Raises `InvalidRequestError` for no tasks, or for one without a field that is needed."""
+    if not tasks:
+        raise InvalidRequestError("there are no tasks.", field=source, hint="Give at least one.")
+    for i, task in enumerate(tasks):
+        if not hasattr(task, "keys"):
+            raise InvalidRequestError(
+                f"is a {type(task).__name__}.",
+                field=f"{source}[{i}]",
+                hint='A task is a mapping, such as {"prompt": "...", "answer": "..."}.',
+            )
+        missing = [name for name in fields if task.get(name) is None]
+        if missing:
+            raise InvalidRequestError(
+                f"has no field {missing[0]!r}.",
+                field=f"{source}[{i}]",
+                hint=f"It has {', '.join(map(repr, task)) or 'none'}.",
+            )
+
+
+def split_tasks(
+    tasks: Sequence[Task], *, held_out: int, seed: int = 0
+) -> tuple[list[Task], list[Task]]:
+    """Tasks to train on and at least `held_out` to test on, each in the order given.
+
+    The choice hashes each task's content with the seed: it does not depend on their order, and a
+    task that stands twice is never on both sides.
+
+    Raises:
+        InvalidRequestError: nothing would be left to train on.
+    """
+    marks = [_mark(task, seed) for task in tasks]
+    border = sorted(marks)[held_out - 1] if 0 < held_out <= len(marks) else b""
+    train = [task for task, mark in zip(tasks, marks, strict=True) if mark > border]
+    test = [task for task, mark in zip(tasks, marks, strict=True) if mark <= border]
+    if held_out < 0 or held_out > len(tasks) or not train:
+        raise InvalidRequestError(
+            f"is {held_out} of {len(tasks)} tasks.",
+            field="held_out",
+            hint="Leave some to train on; equal tasks stay together.",
+        )
+    return train, test
+
+
+class TaskStream:
+    """Tasks without an end, in a new order each epoch. `position` is all its state.
+
+    The order of epoch e is a permutation drawn from (seed, e) alone (numpy's PCG64 through
+    `SeedSequence`), so a stream that is set to a position goes on exactly as the first one would.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int = 0, position: int = 0) -> None:
+        """
+        Raises:
+            InvalidRequestError: no tasks, or a negative position.
+        """
+        check_tasks(tasks, fields=())
+        if position < 0:
+            raise InvalidRequestError(f"is {position}.", field="position", hint="It starts at 0.")
+        self.position = position
+        """How many tasks were taken since the start."""
+        self._tasks = tasks
+        self._seed = seed
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    @property
+    def epoch(self) -> int:
+        """How often every task was taken, rounded down."""
+        return self.position // len(self._tasks)
+
+    def take(self, count: int) -> list[Task]:
+        """The next `count` tasks."""
+        taken = [self._at(self.position + i) for i in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> Task:
+        epoch, index = divmod(position, len(self._tasks))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._tasks))
+            self._epoch = epoch
+        return self._tasks[int(self._order[index])]
+
+
+def _mark(task: Task, seed: int) -> bytes:
+    content = json.dumps(plain(task), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(encode([seed, content])).digest()
+
+
+def _read_jsonl(path: Path) -> list[Task]:
+    rows: list[Task] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InvalidRequestError(
+                    f"line {number} is not JSON: {error}.",
+                    field=str(path),
+                    hint="Write one object a line.",
+                ) from None
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Task]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise _missing("pyarrow", "weaver-post-training[rl]") from None
+    try:
+        rows: list[Task] = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise InvalidRequestError(
+            f"is not a Parquet file: {error}", field=str(path), hint="Write it again."
+        ) from None
+    return rows
+
+
+def _read_dataset(path: Path) -> list[Task]:
+    try:
+        from datasets import Dataset, load_from_disk
+    except ImportError:
+        raise _missing("datasets", "datasets") from None
+    try:
+        dataset: Any = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise InvalidRequestError(
+            f"is not a dataset: {error}", field=str(path), hint="Use Dataset.save_to_disk."
+        ) from None
+    if not isinstance(dataset, Dataset):
+        raise InvalidRequestError(
+            f"holds the splits {', '.join(dataset)}.",
+            field=str(path),
+            hint=f"Choose one: {path / next(iter(dataset))}.",
+        )
+    rows: Iterable[Task] = dataset
+    return list(rows)
+
+
+def _missing(package: str, install: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{package} is not installed.", hint=f"pip install '{install}' and try again."
+    )

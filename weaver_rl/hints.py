@@ -1,0 +1,117 @@
+"""Plain words for numbers that look wrong; the display and the report show them.
+
+Pure: from the metrics of the steps so far (names of `weaver_rl.metrics`) to hints, most serious
+first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+GAP_LIMIT = 1e-3
+"""Nats. The engine keeps 1e-4; ten times that is a defect, not rounding."""
+KL_LIMIT = 0.5
+"""Nats per token between the policy and the one that sampled: far outside any trust region."""
+TRUNCATED_LIMIT = 0.9
+COLLAPSE = 0.02
+"""The share of its first entropy below which a policy has stopped exploring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """`Hint("gap", "Trainer and sampler disagree by 0.02 nats. ...")`; `name` is stable."""
+
+    name: str
+    text: str
+
+
+def find_hints(history: Sequence[Mapping[str, float]]) -> list[Hint]:
+    """What looks wrong at the last step of `history`, oldest step first. [] is good news."""
+    if not history:
+        return []
+    first, last = history[0], history[-1]
+    found = (_failures(last), _gap(last), _kl(last), _loss(last), _truncated(last))
+    return [hint for hint in (*found, _equal(last), _collapse(first, last)) if hint is not None]
+
+
+def _failures(row: Mapping[str, float]) -> Hint | None:
+    share = row.get("rollout/failed_fraction", 0.0)
+    if share <= 0:
+        return None
+    return Hint(
+        "failures",
+        f"{share:.0%} of the rollouts failed and are left out of training. "
+        "The first traceback is in the log; try the reward with weaver_rl.check(reward, tasks).",
+    )
+
+
+def _gap(row: Mapping[str, float]) -> Hint | None:
+    gap = row.get("gap/max", 0.0)
+    if gap <= GAP_LIMIT:
+        return None
+    return Hint(
+        "gap",
+        f"Trainer and sampler disagree by up to {gap:.2g} nats on a token (bound {GAP_LIMIT:g}). "
+        "Check that both use the same weights, dtype and temperature.",
+    )
+
+
+def _kl(row: Mapping[str, float]) -> Hint | None:
+    kl = row.get("train/kl_k3", 0.0)
+    if kl <= KL_LIMIT:
+        return None
+    return Hint(
+        "kl",
+        f"The policy moved {kl:.2g} nats per token away from the one that sampled. "
+        "Lower the learning rate, take fewer passes, or use a clipped loss (ppo).",
+    )
+
+
+def _loss(row: Mapping[str, float]) -> Hint | None:
+    # Centred advantages make the loss of a first on-policy pass 0 while its gradient is not.
+    if row.get("train/loss") != 0.0 or row.get("train/grad_norm", 0.0) != 0.0:
+        return None
+    return Hint(
+        "loss_zero",
+        "The loss and its gradient are exactly 0: nothing is learned. "
+        "Look at the advantages (all rewards equal?) and at the weights (all masked?).",
+    )
+
+
+def _truncated(row: Mapping[str, float]) -> Hint | None:
+    share = row.get("rollout/truncated_fraction", 0.0)
+    if share < TRUNCATED_LIMIT:
+        return None
+    return Hint(
+        "truncated",
+        f"{'All' if share == 1 else f'{share:.0%} of the'} replies were cut off by max_tokens. "
+        "Raise it, or give a stop string, such as a newline.",
+    )
+
+
+def _equal(row: Mapping[str, float]) -> Hint | None:
+    if row.get("groups/count", 0.0) < 1 or row.get("groups/zero_variance_fraction", 0.0) < 1:
+        return None
+    mean = row.get("reward/mean")
+    if mean is not None and mean >= row.get("reward/max", mean) and mean >= 1:
+        return Hint("solved", "Every reply has the full reward: the tasks are solved. Stop here.")
+    return Hint(
+        "rewards_equal",
+        "In every group all rewards are equal, so there is nothing to compare. "
+        "Use more samples a task, easier tasks, a higher temperature or partial credit.",
+    )
+
+
+def _collapse(first: Mapping[str, float], last: Mapping[str, float]) -> Hint | None:
+    before, now = first.get("policy/surprise", 0.0), last.get("policy/surprise", 0.0)
+    if before <= 0 or now >= COLLAPSE * before or last.get("reward/mean", 1.0) >= 0.9:
+        return None
+    return Hint(
+        "collapse",
+        f"The entropy fell from {before:.2g} to {now:.2g} nats before the tasks were solved: "
+        "the policy no longer explores. Lower the learning rate or add entropy_coef.",
+    )

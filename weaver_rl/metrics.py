@@ -1,0 +1,153 @@
+"""What is measured in a step, and under which name; loops call it, loggers and reports read it.
+
+Pure functions of groups and of the engine's metrics. A number that cannot be computed (the mean
+reward when every rollout failed) is left out, so that no metric is ever NaN.
+
+| name | meaning |
+|---|---|
+| `reward/mean`, `/std`, `/min`, `/max` | over the rollouts that did not fail |
+| `reward/pass_rate` | fraction of them with a reward of at least `passing` |
+| `reward/pass_any` | fraction of groups with at least one such rollout |
+| `score/<name>` | mean of a number that the reward or environment reported |
+| `rollout/count`, `/failed`, `/failed_fraction` | rollouts, and those without a reward |
+| `rollout/truncated_fraction` | fraction cut off by max_tokens |
+| `rollout/turns_mean` | replies in a rollout |
+| `groups/count` | groups that were sampled |
+| `groups/zero_variance`, `/zero_variance_fraction` | those of equal rewards, which teach nothing |
+| `tokens/sampled`, `/mean`, `/min`, `/max` | sampled tokens of a step, and of a rollout |
+| `tokens/per_second` | sampled tokens over the seconds of the step |
+| `policy/surprise` | mean −log-probability of the sampled tokens, nats: estimates the entropy |
+| `staleness/mean`, `/max` | optimizer steps between sampling a token and training on it |
+| `gap/max` | largest difference between trainer and sampler on a token, same weights, nats |
+| `train/loss` | sum of the losses over sum of the weights, whatever the number of passes |
+| `train/<name>` | any other metric of the engine: `kl_k3`, `entropy`, `ratio_max`, `grad_norm` |
+| `time/<name>_s` | seconds of a part of the step: `rollout`, `train`, `step` |
+| `eval/<name>` | see `weaver_rl.evaluation` |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weaver_rl.filters import is_zero_variance
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver_rl.types import Group, Rollout
+
+TOTALS = ("loss_sum", "weight_sum", "num_tokens")
+
+
+def rollout_metrics(
+    groups: Sequence[Group],
+    *,
+    weights_version: int,
+    passing: float = 1.0,
+    seconds: float | None = None,
+) -> dict[str, float]:
+    """The metrics of what was sampled: `reward`, `score`, `rollout`, `group`, `tokens`, ...
+
+    Args:
+        weights_version: the optimizer step of the weights about to be trained.
+        passing: the reward from which a rollout counts as solved.
+        seconds: how long the step took, for `tokens/per_second`.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scored = [rollout for rollout in rollouts if rollout.failure is None]
+    failed = len(rollouts) - len(scored)
+    equal = sum(is_zero_variance(group) for group in groups)
+    metrics = {
+        "rollout/count": float(len(rollouts)),
+        "rollout/failed": float(failed),
+        "groups/count": float(len(groups)),
+        "groups/zero_variance": float(equal),
+    }
+    if rollouts:
+        metrics["rollout/failed_fraction"] = failed / len(rollouts)
+        metrics.update(_shape_metrics(rollouts, seconds))
+        metrics.update(_token_metrics(rollouts, weights_version))
+    if groups:
+        metrics["groups/zero_variance_fraction"] = equal / len(groups)
+        solved = [max(group.rewards, default=-np.inf) >= passing for group in groups]
+        metrics["reward/pass_any"] = float(np.mean(solved))
+    if scored:
+        rewards = np.array([rollout.reward for rollout in scored])
+        metrics["reward/mean"] = float(rewards.mean())
+        metrics["reward/std"] = float(rewards.std())
+        metrics["reward/min"] = float(rewards.min())
+        metrics["reward/max"] = float(rewards.max())
+        metrics["reward/pass_rate"] = float((rewards >= passing).mean())
+    return {**metrics, **_score_metrics(scored)}
+
+
+def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The engine's metrics of one step's `forward_backward` and `optim_step` calls, as one.
+
+    `loss_sum`, `weight_sum` and `num_tokens` are added; `*_min` and `*_max` are extremes; the loss
+    is Σ loss_sum / Σ weight_sum; the others are means weighted by `weight_sum` where a call has it.
+    """
+    names = {name for one in passes for name in one}
+    merged: dict[str, float] = {}
+    for name in sorted(names):
+        having = [one for one in passes if name in one]
+        values = np.array([one[name] for one in having])
+        weights = np.array([one.get("weight_sum", 1.0) for one in having])
+        if name in TOTALS:
+            merged[f"train/{name}"] = float(values.sum())
+        elif name.endswith(("_min", "_max")):
+            merged[f"train/{name}"] = float(values.min() if name.endswith("min") else values.max())
+        else:
+            weights = weights if weights.sum() > 0 else np.ones_like(weights)
+            merged[f"train/{name}"] = float((values * weights).sum() / weights.sum())
+    if merged.get("train/weight_sum", 0.0) > 0 and "train/loss_sum" in merged:
+        merged["train/loss"] = merged["train/loss_sum"] / merged["train/weight_sum"]
+    return merged
+
+
+def _shape_metrics(rollouts: Sequence[Rollout], seconds: float | None) -> dict[str, float]:
+    lengths = np.array([rollout.trajectory.num_sampled for rollout in rollouts])
+    truncated = [rollout.trajectory.stop_reason == "length" for rollout in rollouts]
+    metrics = {
+        "rollout/truncated_fraction": float(np.mean(truncated)),
+        "rollout/turns_mean": float(np.mean([r.trajectory.turns for r in rollouts])),
+        "tokens/sampled": float(lengths.sum()),
+        "tokens/mean": float(lengths.mean()),
+        "tokens/min": float(lengths.min()),
+        "tokens/max": float(lengths.max()),
+    }
+    if seconds:
+        metrics["tokens/per_second"] = float(lengths.sum() / seconds)
+    return metrics
+
+
+def _token_metrics(rollouts: Sequence[Rollout], weights_version: int) -> dict[str, float]:
+    sampled = np.array(
+        [
+            (version, logprob)
+            for rollout in rollouts
+            for segment in rollout.trajectory.segments
+            for version, logprob, mask in zip(
+                segment.versions, segment.logprobs, segment.mask, strict=True
+            )
+            if mask
+        ]
+    ).reshape(-1, 2)
+    if not len(sampled):
+        return {}
+    ages = weights_version - sampled[:, 0]
+    return {
+        "policy/surprise": float(-sampled[:, 1].mean()),
+        "staleness/mean": float(ages.mean()),
+        "staleness/max": float(ages.max()),
+    }
+
+
+def _score_metrics(scored: Sequence[Rollout]) -> dict[str, float]:
+    names = sorted({name for rollout in scored for name in rollout.metrics})
+    return {
+        f"score/{name}": float(np.mean([r.metrics[name] for r in scored if name in r.metrics]))
+        for name in names
+    }

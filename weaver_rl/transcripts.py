@@ -1,0 +1,163 @@
+"""What was asked, said and rewarded at each step, as JSONL; loops write it, the report reads it.
+
+One file a step, one line a rollout::
+
+    {"step": 3, "group": 0, "rollout": 2, "task": {"prompt": "rev:abc=", "answer": "cba"},
+     "messages": [...], "text": "cba", "reward": 1.0, "metrics": {}, "advantage": 0.5,
+     "trained": true, "failure": null, "stop_reason": "stop", "turns": 1, "seconds": 0.2,
+     "segments": [{"tokens": [...], "pieces": ["r", ...], "mask": [...], "logprobs": [...],
+                   "sampling_logprobs": [...], "versions": [...], "advantages": [...],
+                   "gaps": [...]}]}
+
+Lists of a segment have T entries. `gaps` is trainer − sampler in nats, null where not trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from weaver_rl.storage import naming_storage, read_lines, write_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from weaver_rl.datums import Example, FloatN
+    from weaver_rl.types import FloatPG, Group, Rollout, Segment
+
+MAX_BYTES = 512 * 2**20
+DIGITS = 5
+
+
+def write_transcripts(
+    folder: Path,
+    step: int,
+    *,
+    groups: Sequence[Group],
+    advantages_P_G: FloatPG | None = None,
+    trained: Sequence[tuple[Example, FloatN]] = (),
+    dropped: Sequence[Group] = (),
+    decode: Callable[[Sequence[int]], str],
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Writes the step's file, atomically, then thins out old steps to stay below `max_bytes`.
+
+    Args:
+        groups: those that were trained on; `advantages_P_G` are theirs.
+        trained: what `datums.examples(groups, ...)` made, in its order, each with the trainer's
+            log-probabilities [N] before the step.
+        dropped: groups that were sampled and left out.
+        decode: the tokenizer's, special tokens included.
+
+    Raises:
+        StorageError: disk full or not writable.
+    """
+    left = iter(trained)
+    records = []
+    for p, group in enumerate([*groups, *dropped]):
+        advantages_G = advantages_P_G[p] if advantages_P_G is not None and p < len(groups) else None
+        for g, rollout in enumerate(group.rollouts):
+            learns = p < len(groups) and rollout.failure is None
+            segments = [
+                _segment(
+                    segment, next(left, None) if learns and any(segment.mask) else None, decode
+                )
+                for segment in rollout.trajectory.segments
+            ]
+            records.append(
+                {
+                    "step": step,
+                    "group": p,
+                    "rollout": g,
+                    **_rollout(rollout),
+                    "advantage": None
+                    if advantages_G is None or not learns
+                    else float(advantages_G[g]),
+                    "trained": learns,
+                    "segments": segments,
+                }
+            )
+    path = folder / f"{step:06d}.jsonl"
+    write_lines(path, records)
+    _thin_out(folder, max_bytes)
+    return path
+
+
+def read_transcripts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The rollouts of a step, as written; [] where it has none."""
+    return read_lines(folder / f"{step:06d}.jsonl")
+
+
+def steps_with_transcripts(folder: Path) -> list[int]:
+    return sorted(int(file.stem) for file in folder.glob("[0-9]*.jsonl"))
+
+
+def token_texts(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds; of a character made by several, the last has it all.
+
+    Each piece is decoded behind the one before, since many tokenizers drop a leading space.
+    """
+    texts: list[str] = []
+    before: list[int] = []
+    pending: list[int] = []
+    for i, token in enumerate(tokens):
+        pending.append(token)
+        text = decode([*before, *pending])[len(decode(before)) if before else 0 :]
+        if text.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(tokens):
+            texts.append("")
+            continue
+        texts.append(text)
+        before, pending = pending, []
+    return texts
+
+
+def _rollout(rollout: Rollout) -> dict[str, Any]:
+    trajectory = rollout.trajectory
+    return {
+        "task": rollout.task,
+        "messages": trajectory.messages,
+        "text": rollout.text,
+        "reward": rollout.reward if rollout.failure is None else None,
+        "metrics": rollout.metrics,
+        "failure": asdict(rollout.failure) if rollout.failure is not None else None,
+        "stop_reason": trajectory.stop_reason,
+        "turns": trajectory.turns,
+        "seconds": round(rollout.seconds, DIGITS),
+    }
+
+
+def _segment(
+    segment: Segment,
+    trained: tuple[Example, FloatN] | None,
+    decode: Callable[[Sequence[int]], str],
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "tokens": segment.tokens,
+        "pieces": token_texts(segment.tokens, decode),
+        "mask": segment.mask,
+        "logprobs": [round(x, DIGITS) for x in segment.logprobs],
+        "sampling_logprobs": [round(x, DIGITS) for x in segment.sampling_logprobs],
+        "versions": segment.versions,
+    }
+    if trained is not None:
+        example, logprobs_N = trained
+        gaps_N = (logprobs_N - example.q) * example.mask
+        record["advantages"] = [0.0, *(round(float(a), DIGITS) for a in example.advantages)]
+        record["gaps"] = [0.0, *(float(f"{gap:.3g}") for gap in gaps_N)]
+    return record
+
+
+def _thin_out(folder: Path, max_bytes: int) -> None:
+    """Deletes the step whose neighbours are nearest, again and again; first and last stay."""
+    sizes = {
+        step: (folder / f"{step:06d}.jsonl").stat().st_size
+        for step in steps_with_transcripts(folder)
+    }
+    while sum(sizes.values()) > max_bytes and len(sizes) > 2:
+        steps = list(sizes)
+        spans = {b: c - a for a, b, c in zip(steps, steps[1:], steps[2:], strict=False)}
+        victim = min(spans, key=lambda step: spans[step])
+        del sizes[victim]
+        with naming_storage(folder):
+            (folder / f"{victim:06d}.jsonl").unlink()
