@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from weaver.errors import (
     InvalidDatumError,
@@ -114,7 +114,7 @@ def as_prompt(
     if isinstance(prompt, ModelInput):
         tokens = prompt
     elif isinstance(prompt, (list, tuple, range)) or hasattr(prompt, "shape"):
-        tokens = ModelInput.from_ints(prompt)
+        tokens = ModelInput.from_ints(cast("Sequence[int]", prompt))
     else:
         raise InvalidDatumError(
             f"is a {type(prompt).__name__}.",

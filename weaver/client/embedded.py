@@ -27,8 +27,13 @@ async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
     engine = await anyio.to_thread.run_sync(_torch_engine, settings)
     from weaver.server.service import LocalService
 
-    async with LocalService(engine, home=settings.home) as service:
-        yield service
+    try:
+        async with LocalService(
+            engine, home=settings.home, deterministic=settings.deterministic
+        ) as service:
+            yield service
+    finally:
+        engine.close()
 
 
 def _torch_engine(settings: Settings) -> Engine:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.abc
@@ -26,7 +26,7 @@ from weaver.protocol import ForwardBackward, Submission
 from weaver.types import Value
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
     from weaver.protocol import Operation, Outcome, Service
     from weaver.types import JsonDict, SampleDelta
@@ -63,6 +63,8 @@ class Ticket(Generic[T]):
     answer: Answer[T]
     adds_gradient: bool
     operation: Operation | None = None
+    open: bool = True
+    """Neither filled nor given up: what comes behind it waits here, not at the service."""
     sent: bool = False
     handle: OperationHandle[T] = field(init=False)
 
@@ -115,13 +117,14 @@ class Session:
         where = f" (seq {ticket.seq} of {run_id})" if run_id else ""
         ticket.handle = OperationHandle(label + where, cancel=lambda: self._cancel(ticket))
         self._open.add(ticket.handle)
+        self._outbox.append(ticket)
         return ticket
 
     def fill(self, ticket: Ticket[T], operation: Operation) -> None:
         """Queues a reserved operation; does nothing if the ticket was cancelled meanwhile."""
         if not ticket.handle.done():
-            ticket.operation = operation
-            self._queue(ticket)
+            ticket.operation, ticket.open = operation, False
+            self._to_send.set()
 
     def compose(
         self, label: str, parts: list[OperationHandle[Any]], finish: Callable[[], Awaitable[T]]
@@ -144,10 +147,14 @@ class Session:
         self.check_open()
         submission = Submission(id=self._new_id(), operation=operation)
         await self.service.submit(self.id, [submission])
+        deltas = cast(
+            "AsyncGenerator[SampleDelta, None]", self.service.stream(self.id, submission.id)
+        )
         finished = False
         try:
-            async for delta in self.service.stream(self.id, submission.id):
-                yield delta
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
             finished = True
         finally:
             if not finished and self._ended is None:
@@ -215,8 +222,7 @@ class Session:
 
     async def _flush(self) -> None:
         async with self._sending:
-            batch = [t for t in self._outbox if t.operation is not None or t.seq is not None]
-            self._outbox.clear()
+            batch, self._outbox = _sendable(self._outbox)
             for ticket in batch:
                 ticket.sent = True
                 if not ticket.handle.done():
@@ -243,21 +249,16 @@ class Session:
                 part.cancel()
         self._open.discard(handle)
 
-    def _queue(self, ticket: Ticket[Any]) -> None:
-        self._outbox.append(ticket)
-        self._to_send.set()
-
     def _cancel(self, ticket: Ticket[Any]) -> bool:
         if ticket.sent:
             self._cancels.append(ticket.id)
             self._to_send.set()
             return True
-        reserved = ticket.operation is None
-        ticket.operation = None  # a place in a run's order becomes a tombstone, others vanish
+        # A place in a run's order becomes a tombstone, what has none is never sent.
+        ticket.operation, ticket.open = None, False
         ticket.handle.fail(OperationCancelledError(f"{ticket.handle.label} was cancelled."))
         self._open.discard(ticket.handle)
-        if reserved:
-            self._queue(ticket)
+        self._to_send.set()
         return True
 
     def _settle(self, ticket: Ticket[Any], outcome: Outcome) -> None:
@@ -304,6 +305,21 @@ async def open_session(
             yield session, info.description
         finally:
             await session.close()
+
+
+def _sendable(outbox: list[Ticket[Any]]) -> tuple[list[Ticket[Any]], list[Ticket[Any]]]:
+    """What can be sent, and what stays: each run's operations from its first open ticket on."""
+    blocked: set[str | None] = set()
+    batch: list[Ticket[Any]] = []
+    stay: list[Ticket[Any]] = []
+    for ticket in outbox:
+        if ticket.open:
+            blocked.add(ticket.run_id)
+        if ticket.run_id in blocked:
+            stay.append(ticket)
+        elif ticket.operation is not None or ticket.seq is not None:
+            batch.append(ticket)
+    return batch, stay
 
 
 def _submission(ticket: Ticket[Any]) -> Submission:
