@@ -1,0 +1,28 @@
+"""The boundary around an operation: whatever happens inside becomes a value."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+from weaver.errors import EngineError, WeaverError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def attempt(work: Callable[[], T]) -> T | WeaverError:
+    """What `work` returns, or why it failed. A defect is logged and becomes an `EngineError`."""
+    try:
+        return work()
+    except WeaverError as error:
+        return error
+    except Exception as error:
+        logger.exception("an operation failed through a defect")
+        return EngineError(
+            f"{type(error).__name__}: {error}",
+            hint="The service's log has the traceback; the service goes on.",
+        )

@@ -1,0 +1,330 @@
+"""Checkpoints on disk: `weaver://<run_id>/<weights|sampler>/<name>` under the service's home.
+
+The folder is the truth: nothing is cached, so that several processes can share a home. A checkpoint
+is complete or absent: it is written beside its place, flushed, and renamed into it. All functions
+block; the service calls them from worker threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weaver.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    InvalidNameError,
+    NameTakenError,
+    StorageError,
+    WeaverError,
+)
+from weaver.types import CheckpointInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "weaver://"
+GROUPS = ("weights", "sampler")
+MANIFEST = "manifest.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ABANDONED_AFTER_S = 24 * 3600.0
+"""A half-written folder this old belongs to a process that died."""
+
+
+def now_utc() -> datetime:
+    return datetime.now(UTC)
+
+
+def check_name(name: str, *, field: str = "name") -> str:
+    """The name itself, if it is safe as a folder's name.
+
+    Raises:
+        InvalidNameError
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidNameError(
+            f"is {name[:140]!r}.",
+            field=field,
+            hint="Use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint is: the parts of its path, each safe as a folder's name."""
+
+    run_id: str
+    group: str
+    name: str
+
+    def __post_init__(self) -> None:
+        check_name(self.run_id, field="path")
+        check_name(self.name)
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.run_id}/{self.group}/{self.name}"
+
+    @classmethod
+    def parse(cls, path: str) -> Location:
+        """Reads a `weaver://` path.
+
+        Raises:
+            InvalidNameError
+        """
+        parts = path.removeprefix(SCHEME).split("/")
+        if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in GROUPS:
+            raise InvalidNameError(
+                f"is {path[:200]!r}.",
+                field="path",
+                hint="A checkpoint's path is weaver://<run_id>/<weights|sampler>/<name>.",
+            )
+        return cls(*parts)
+
+
+class Checkpoints:
+    """All checkpoints below one home folder."""
+
+    def __init__(self, home: Path, *, now: Callable[[], datetime] = now_utc) -> None:
+        self._root = home / "runs"
+        self._now = now
+        self._changing = threading.Lock()
+
+    def write(
+        self,
+        location: Location,
+        fill: Callable[[Path], None],
+        *,
+        describe: Callable[[datetime], CheckpointInfo],
+        overwrite: bool = False,
+    ) -> CheckpointInfo:
+        """Saves what `fill` puts into an empty folder; `describe` is told the time of it.
+
+        Raises:
+            NameTakenError: it exists, and `overwrite` is not set.
+            StorageError: the disk is full or not writable; nothing was left behind.
+        """
+        place = self._folder(location)
+        if not overwrite and self._find(location) is not None:
+            raise NameTakenError(
+                f"{location} exists already.", field="name", hint="Set overwrite=True."
+            )
+        draft = place.parent / f".draft-{secrets.token_hex(8)}"
+        try:
+            with _storage_errors(f"saving {location}"):
+                draft.mkdir(parents=True)
+                fill(draft)
+                files = sorted(path for path in draft.rglob("*") if path.is_file())
+                now = self._now()
+                info = describe(now)
+                info = info.model_copy(
+                    update={
+                        "folder": None,
+                        "size_bytes": sum(path.stat().st_size for path in files),
+                        "expires_at": _expiry(now, info.ttl_seconds),
+                    }
+                )
+                sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
+                _write_manifest(draft, info, sums)
+                for path in (*files, draft):
+                    _flush(path)
+                with self._changing:
+                    _swap(draft, place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return info.model_copy(update={"folder": str(place)})
+
+    def get(self, path: str) -> CheckpointInfo:
+        """Raises CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError."""
+        location = Location.parse(path)
+        folder = self._find(location)
+        if folder is None:
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint {location}.",
+                field="path",
+                hint="See list_checkpoints(). A sampler without a name ends with its session.",
+            )
+        return _read_manifest(folder)[0]
+
+    def open(self, path: str) -> tuple[CheckpointInfo, Path]:
+        """A checkpoint, by its path or by its folder, with its files verified.
+
+        Raises:
+            CheckpointNotFoundError
+            CheckpointCorruptError: a file is missing or has changed; names it.
+        """
+        if path.startswith(SCHEME):
+            folder = Path(self.get(path).folder or "")
+        else:
+            folder = Path(path).expanduser().absolute()
+            if not (folder / MANIFEST).is_file():
+                raise CheckpointNotFoundError(
+                    f"{folder} has no {MANIFEST}.",
+                    field="path",
+                    hint="Give a weaver:// path, or a folder that save_state wrote.",
+                )
+        info, sums = _read_manifest(folder)
+        for name, expected in sums.items():
+            file = folder / name
+            if not file.is_file():
+                raise _corrupt(file, "is missing")
+            if _sha256(file) != expected:
+                raise _corrupt(file, "has changed since it was written")
+        return info, folder
+
+    def list(self, run_id: str | None = None) -> list[CheckpointInfo]:
+        """By time; one that cannot be read is left out, and logged."""
+        found = []
+        for location, folder in self._all(run_id):
+            try:
+                if self._find(location) is not None:
+                    found.append(_read_manifest(folder)[0])
+            except WeaverError as error:
+                logger.warning("left out of the list: %s", error)
+        return sorted(found, key=lambda info: (info.created_at, info.path))
+
+    def delete(self, path: str) -> None:
+        """Raises CheckpointNotFoundError, InvalidNameError, StorageError."""
+        self.get(path)
+        self._remove(Location.parse(path))
+
+    def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+        """Counts from now; None keeps it for ever."""
+        folder = Path(self.get(path).folder or "")
+        info, sums = _read_manifest(folder)
+        changed = info.model_copy(
+            update={
+                "ttl_seconds": ttl_seconds,
+                "expires_at": _expiry(self._now(), ttl_seconds),
+            }
+        )
+        with _storage_errors(f"setting the lifetime of {path}"), self._changing:
+            _write_manifest(folder, changed, sums)
+        return changed
+
+    def sweep(self) -> None:
+        """Deletes what has expired, and what a process that died left half written."""
+        for location, _ in self._all(None):
+            try:
+                self._find(location)
+            except WeaverError as error:
+                logger.warning("not swept: %s", error)
+        for draft in self._root.glob("*/*/.draft-*"):
+            if time.time() - draft.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def _folder(self, location: Location) -> Path:
+        return self._root / location.run_id / location.group / location.name
+
+    def _find(self, location: Location) -> Path | None:
+        """The folder, unless there is none or it has expired (then it goes)."""
+        place = self._folder(location)
+        folder = next((f for f in (place, _replaced(place), place) if f.is_dir()), None)
+        if folder is None:
+            return None
+        expires_at = _read_manifest(folder)[0].expires_at
+        if expires_at is not None and expires_at <= self._now():
+            self._remove(location)
+            return None
+        return folder
+
+    def _remove(self, location: Location) -> None:
+        place = self._folder(location)
+        with _storage_errors(f"deleting {location}"), self._changing:
+            for folder in (_replaced(place), place):
+                if folder.is_dir():
+                    doomed = place.parent / f".draft-{secrets.token_hex(8)}"
+                    folder.rename(doomed)  # gone at once, however long the files take
+                    shutil.rmtree(doomed, ignore_errors=True)
+
+    def _all(self, run_id: str | None) -> Iterator[tuple[Location, Path]]:
+        run = "*" if run_id is None else check_name(run_id, field="run_id")
+        for manifest in self._root.glob(f"{run}/*/*/{MANIFEST}"):
+            folder = manifest.parent
+            group, name = folder.parent.name, folder.name.removeprefix(".replaced-")
+            if group in GROUPS and NAME.fullmatch(name) and NAME.fullmatch(folder.parts[-3]):
+                location = Location(folder.parts[-3], group, name)
+                if folder == self._folder(location) or not self._folder(location).is_dir():
+                    yield location, folder
+
+
+def _replaced(place: Path) -> Path:
+    """Where the former content of `place` is while a new one takes its place."""
+    return place.parent / f".replaced-{place.name}"
+
+
+def _swap(draft: Path, place: Path) -> None:
+    """Puts `draft` at `place`. At every moment, a reader (or a crash) finds the old or the new."""
+    replaced = _replaced(place)
+    if place.is_dir():
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    draft.rename(place)
+    _flush(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:
+    return None if ttl_seconds is None else start + timedelta(seconds=ttl_seconds)
+
+
+def _write_manifest(folder: Path, info: CheckpointInfo, sums: dict[str, str]) -> None:
+    content = {"checkpoint": info.model_dump(mode="json", exclude={"folder"}), "sha256": sums}
+    draft = folder / f".{MANIFEST}"
+    draft.write_text(json.dumps(content, indent=1))
+    _flush(draft)
+    draft.rename(folder / MANIFEST)
+
+
+def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str]]:
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        info = CheckpointInfo(**content["checkpoint"], folder=str(folder))
+        return info, {str(name): str(value) for name, value in content["sha256"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
+
+
+def _corrupt(file: Path, what: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{file} {what}.", field="path", hint="Load another checkpoint; delete this one."
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{doing} failed: {error.strerror or error}.",
+            hint="Check the free space and the permissions of the service's home.",
+        ) from error

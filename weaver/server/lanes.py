@@ -1,0 +1,80 @@
+"""A lane: the operations of one run, in their order. Called by the service and the executor."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weaver.server.runs import Run
+    from weaver.server.sessions import Ticket
+
+
+@dataclass(slots=True)
+class Inbox:
+    """What one session has sent to a run: `waiting` came before its turn."""
+
+    next_seq: int = 1
+    waiting: dict[int, Ticket] = field(default_factory=dict)
+    watched: bool = False
+    """A timer runs for the missing operation."""
+
+
+class Lane:
+    """Yields operations strictly by seq within a session, and by arrival between sessions.
+
+    A refused, cancelled or withdrawn operation takes its place and is passed over there. `run` is
+    None for the lane of a single operation that belongs to no run.
+    """
+
+    def __init__(self, run: Run | None, *tickets: Ticket) -> None:
+        self.run = run
+        self.discard_reason: str | None = None
+        """Why the accumulated gradient must not be applied."""
+        self._inboxes: dict[str, Inbox] = {}
+        self._ready = deque(tickets)
+
+    def add(self, ticket: Ticket) -> bool:
+        """Takes an operation in; False if its place was given up before it came."""
+        seq = ticket.submission.seq
+        assert seq is not None
+        inbox = self.inbox(ticket.session.session_id)
+        if seq < inbox.next_seq:
+            return False
+        inbox.waiting[seq] = ticket
+        while inbox.next_seq in inbox.waiting:
+            self._ready.append(inbox.waiting.pop(inbox.next_seq))
+            inbox.next_seq += 1
+        return True
+
+    def inbox(self, session_id: str) -> Inbox:
+        return self._inboxes.setdefault(session_id, Inbox())
+
+    def give_up(self, session_id: str) -> list[Ticket]:
+        """Lets go of what waits behind a missing operation; answers what has to be failed."""
+        inbox = self.inbox(session_id)
+        stuck = [ticket for _, ticket in sorted(inbox.waiting.items())]
+        for ticket in stuck:
+            ticket.behind_gap = True
+        if stuck:
+            inbox.next_seq = max(inbox.waiting) + 1
+            inbox.waiting.clear()
+        self._ready.extend(stuck)
+        return [ticket for ticket in stuck if not ticket.settled]
+
+    def forget(self, session_id: str) -> None:
+        self._inboxes.pop(session_id, None)
+
+    def head(self) -> Ticket | None:
+        """The operation whose turn it is. Passes over those that have their outcome already."""
+        while self._ready and self._ready[0].settled:
+            ticket = self._ready.popleft()
+            if ticket.discards_gradient:
+                self.discard_reason = f"seq {ticket.submission.seq}: {ticket.error}"
+        return self._ready[0] if self._ready else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything here still waits for its turn or its end."""
+        return bool(self._ready) or any(inbox.waiting for inbox in self._inboxes.values())

@@ -1,0 +1,58 @@
+"""A run: one model in training, as the service knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weaver.server.lanes import Lane
+from weaver.types import JsonDict, LoraConfig, ModelInfo, TrainingMode, TrainingRun
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from weaver.types import CheckpointInfo
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    run_id: str
+    model: ModelInfo
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    created_at: datetime
+    last_request_at: datetime
+    user_metadata: JsonDict
+    step: int = 0
+    """Optimizer steps taken; written by the operation that runs, read by anyone."""
+    lane: Lane = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lane = Lane(self)
+
+    def describe(self) -> TrainingRun:
+        return TrainingRun(
+            run_id=self.run_id,
+            base_model=self.model.name,
+            training_mode=self.training_mode,
+            lora_config=self.lora_config,
+            step=self.step,
+            status="active" if self.lane.busy else "idle",
+            created_at=self.created_at,
+            last_request_at=self.last_request_at,
+            user_metadata=self.user_metadata,
+        )
+
+    def mismatch(self, checkpoint: CheckpointInfo) -> str | None:
+        """In which way a checkpoint is of another architecture than this run; None if it fits."""
+        pairs: list[tuple[str, object, object]] = [
+            ("base_model", checkpoint.base_model, self.model.name),
+            ("training_mode", checkpoint.training_mode, self.training_mode),
+        ]
+        if checkpoint.lora_config is not None and self.lora_config is not None:
+            pairs += [
+                (name, checkpoint.lora_config[name], self.lora_config[name])
+                for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed")
+            ]
+        wrong = (f"{name} is {its}, not {ours}" for name, its, ours in pairs if its != ours)
+        return next(wrong, None)

@@ -1,0 +1,241 @@
+"""`Samplers`: which weights are ready to sample, and the samples that run on them.
+
+Called by the executor, from the thread that calls the engine, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weaver.engine.base import SampleJob, SampleProgress
+from weaver.errors import (
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    InvalidParamsError,
+    InvalidRequestError,
+    NotFoundError,
+    TokenOutOfRangeError,
+    WeaverError,
+)
+from weaver.loss_specs import check_tokens
+from weaver.protocol import OpenSampler, Sample, SamplerOpened
+from weaver.server.attempt import attempt
+from weaver.server.checkpoints import MANIFEST, SCHEME
+from weaver.types import ModelInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver.engine.base import Engine, WeightSnapshot
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.types import ModelInfo
+
+BASE = "base:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Weights that the engine's sampler holds under `weights_id`."""
+
+    weights_id: str
+    model: ModelInfo
+    version: int
+    pinned: bool
+    """They exist nowhere else, so they are never dropped to make room."""
+
+
+class Samplers:
+    """A sampler's id says where its weights come from, so that it can be loaded whenever needed.
+
+    `base:<model>`, a `weaver://` path, or a folder that `open` was given. At most `max_loaded` that
+    could be loaded again are kept, those used last.
+    """
+
+    def __init__(self, engine: Engine, checkpoints: Checkpoints, *, max_loaded: int) -> None:
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._max_loaded = max_loaded
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._folders: dict[str, tuple[str, Path | None]] = {}
+        self._running: set[str] = set()
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._engine.sampler.busy
+
+    def open(self, operation: OpenSampler) -> SamplerOpened:
+        """Raises CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError ..."""
+        path, base_model = operation.model_path, operation.base_model
+        if path is None:
+            sampler_id = f"{BASE}{base_model}"
+        elif path.startswith(SCHEME):
+            sampler_id = path
+        else:
+            folder = Path(path).expanduser().absolute()
+            sampler_id = str(folder)
+            self._folders[sampler_id] = self._source(folder, base_model)
+        loaded = self._get(sampler_id)
+        if path is not None and base_model not in (None, loaded.model.name):
+            raise CheckpointMismatchError(
+                f"{path} was made from {loaded.model.name}, not from {base_model}.",
+                field="base_model",
+                hint="Leave base_model out.",
+            )
+        return SamplerOpened(
+            sampler_id=sampler_id, model=loaded.model, weights_version=loaded.version
+        )
+
+    def publish(self, sampler_id: str, snapshot: WeightSnapshot, *, pinned: bool) -> None:
+        """Makes a snapshot sampleable; samples that run on a former one go on with that."""
+        weights_id = self._weights_id(sampler_id)
+        self._engine.sampler.publish(weights_id, snapshot)
+        model = self._engine.get_model(snapshot.base_model)
+        self.release(sampler_id)
+        self._keep(
+            sampler_id,
+            Loaded(weights_id=weights_id, model=model, version=snapshot.version, pinned=pinned),
+        )
+
+    def release(self, sampler_id: str) -> None:
+        """Forgets weights once running samples are done with them; ignores unknown ids."""
+        loaded = self._loaded.pop(sampler_id, None)
+        if loaded is not None:
+            self._engine.sampler.release(loaded.weights_id)
+
+    def clear(self) -> None:
+        """Ends all samples and forgets all weights."""
+        for job_id in self._running:
+            self._engine.sampler.cancel(job_id)
+        self._running.clear()
+        for sampler_id in list(self._loaded):
+            self.release(sampler_id)
+
+    def turn(
+        self, *, released: Sequence[str], cancelled: Sequence[str], added: Mapping[str, Sample]
+    ) -> list[SampleProgress]:
+        """Takes in what was asked for since the last turn, then lets the sampler take a step.
+
+        `added` maps the job's id to its operation.
+        """
+        for sampler_id in released:
+            self.release(sampler_id)
+        for job_id in cancelled:
+            self._running.discard(job_id)
+            self._engine.sampler.cancel(job_id)
+        progress = []
+        for job_id, operation in added.items():
+            problem = attempt(partial(self._add, job_id, operation))
+            if problem is not None:
+                progress.append(SampleProgress(job_id=job_id, error=problem))
+        if self._engine.sampler.busy:
+            progress += self._step()
+        self._running -= {p.job_id for p in progress if p.result or p.error}
+        return progress
+
+    def _step(self) -> Sequence[SampleProgress]:
+        stepped = attempt(self._engine.sampler.step)
+        if not isinstance(stepped, WeaverError):
+            return stepped
+        for job_id in self._running:  # nobody knows whose fault it was, or what state is left
+            self._engine.sampler.cancel(job_id)
+        return [SampleProgress(job_id=job_id, error=stepped) for job_id in self._running]
+
+    def _add(self, job_id: str, operation: Sample) -> None:
+        loaded = self._get(operation.sampler_id)
+        prompt = operation.prompt
+        tokens = (
+            prompt.to_ints()
+            if isinstance(prompt, ModelInput)
+            else self._engine.encode(loaded.model.name, prompt)
+        )
+        _check_sample(operation, tokens, loaded.model)
+        self._engine.sampler.add(
+            SampleJob(
+                job_id=job_id,
+                weights_id=loaded.weights_id,
+                prompt=tokens,
+                params=operation.params,
+                num_samples=operation.num_samples,
+                include_prompt_logprobs=operation.include_prompt_logprobs,
+                stream=operation.stream,
+            )
+        )
+        self._running.add(job_id)
+
+    def _get(self, sampler_id: str) -> Loaded:
+        if sampler_id in self._loaded:
+            self._loaded.move_to_end(sampler_id)
+            return self._loaded[sampler_id]
+        if sampler_id.startswith(BASE):
+            base_model, folder = sampler_id.removeprefix(BASE), None
+        elif sampler_id.startswith(SCHEME):
+            checkpoint, folder = self._checkpoints.open(sampler_id)
+            base_model = checkpoint.base_model
+        elif sampler_id in self._folders:
+            base_model, folder = self._folders[sampler_id]
+        else:
+            raise NotFoundError(
+                f"no sampler has the id {sampler_id!r}.",
+                field="sampler_id",
+                hint="Open it with create_sampling_client.",
+            )
+        model = self._engine.get_model(base_model)
+        weights_id = self._weights_id(sampler_id)
+        version = self._engine.sampler.load(weights_id, base_model, folder)
+        loaded = Loaded(weights_id=weights_id, model=model, version=version, pinned=False)
+        self._keep(sampler_id, loaded)
+        return loaded
+
+    def _keep(self, sampler_id: str, loaded: Loaded) -> None:
+        self._loaded[sampler_id] = loaded
+        spare = [id for id, other in self._loaded.items() if not other.pinned]
+        for old in spare[: -self._max_loaded]:
+            self.release(old)
+
+    def _weights_id(self, sampler_id: str) -> str:
+        self._count += 1
+        return f"{sampler_id}#{self._count}"
+
+    def _source(self, folder: Path, base_model: str | None) -> tuple[str, Path | None]:
+        """The base model of a folder's weights, and the folder if it holds an adapter."""
+        if (folder / MANIFEST).is_file():
+            return self._checkpoints.open(str(folder))[0].base_model, folder
+        if (folder / "adapter_config.json").is_file():
+            config = json.loads((folder / "adapter_config.json").read_text())
+            return base_model or config.get("base_model_name_or_path") or "", folder
+        if (folder / "config.json").is_file():
+            return str(folder), None
+        raise CheckpointNotFoundError(
+            f"{folder} is neither an adapter nor a model.",
+            field="model_path",
+            hint="Give a weaver:// path, or a folder with adapter_config.json or config.json.",
+        )
+
+
+def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) -> None:
+    if operation.num_samples == 0 and not operation.include_prompt_logprobs:
+        raise InvalidParamsError(
+            "is 0.", field="num_samples", hint="Ask for a sample, or for the prompt's logprobs."
+        )
+    if operation.stream and operation.num_samples == 0:
+        raise InvalidRequestError("has nothing to stream.", field="stream", hint="Leave it out.")
+    check_tokens(
+        tokens,
+        field="prompt",
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        max_new_tokens=operation.params.max_tokens if operation.num_samples else 0,
+    )
+    high = max(operation.params.stop_token_ids, default=0)
+    if high >= model.vocab_size:
+        raise TokenOutOfRangeError(
+            f"has the token {high}.",
+            field="stop_token_ids",
+            hint=f"Tokens of this model are 0 to {model.vocab_size - 1}.",
+        )

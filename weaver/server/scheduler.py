@@ -1,0 +1,59 @@
+"""What runs next on the engine: pure decisions, called by the executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The operation at the head of a lane."""
+
+    merge_key: str | None
+    """Heads with the same key can share a pass of the engine; None runs alone."""
+    num_tokens: int = 0
+
+
+def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:
+    """The heads, by index, to run in one engine call.
+
+    `heads` are in the order in which their lanes were last served, so the first one always runs;
+    later ones that can share its pass join while the sum of tokens stays within the budget.
+    """
+    if not heads:
+        return []
+    chosen, total = [0], heads[0].num_tokens
+    for i, head in enumerate(heads[1:], start=1):
+        together = head.merge_key is not None and head.merge_key == heads[0].merge_key
+        if together and total + head.num_tokens <= budget_tokens:
+            chosen.append(i)
+            total += head.num_tokens
+    return chosen
+
+
+class FairShare:
+    """Gives trainer and sampler the same time on the engine while both want it.
+
+    The one that has used less goes first; a side that was idle saves up no claim.
+    """
+
+    def __init__(self) -> None:
+        self._used_s = {"trainer": 0.0, "sampler": 0.0}
+
+    def choose(self, *, trainer: bool, sampler: bool) -> str | None:
+        """Whose turn it is among those that have work; None if neither has."""
+        used = self._used_s
+        if not trainer:
+            used["trainer"] = max(used.values()) if sampler else used["trainer"]
+            return "sampler" if sampler else None
+        if not sampler:
+            used["sampler"] = max(used.values())
+            return "trainer"
+        return min(used, key=lambda side: used[side])
+
+    def charge(self, side: str, seconds: float) -> None:
+        self._used_s[side] += seconds

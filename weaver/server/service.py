@@ -1,0 +1,335 @@
+"""`LocalService`: the `Service` protocol over an engine in this process.
+
+The embedded client and the server use it. It is an async context manager: entering starts its
+tasks, leaving ends them. It closes neither the engine nor the store; who made them closes them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+from anyio import CancelScope, to_thread
+
+from weaver.errors import (
+    ClosedError,
+    ConflictError,
+    NotFoundError,
+    OperationCancelledError,
+    OperationError,
+    RunNotFoundError,
+    WeaverError,
+)
+from weaver.protocol import Sample, SessionInfo
+from weaver.server.checkpoints import Checkpoints, now_utc
+from weaver.server.executor import Executor
+from weaver.server.operations import Operations
+from weaver.server.sampling import Samplers
+from weaver.server.sessions import Session
+from weaver.server.store import MemoryStore
+from weaver.server.validation import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from anyio.abc import TaskGroup, TaskStatus
+
+    from weaver.engine.base import Engine
+    from weaver.protocol import Outcome, Submission
+    from weaver.server.lanes import Lane
+    from weaver.server.runs import Run
+    from weaver.server.sessions import Ticket
+    from weaver.server.store import Store
+    from weaver.types import (
+        CheckpointInfo,
+        JsonDict,
+        MetricPoint,
+        ModelInfo,
+        SampleDelta,
+        TrainingRun,
+    )
+
+T = TypeVar("T")
+
+
+class LocalService:
+    """Carries out operations on `engine`, and keeps checkpoints below `home`.
+
+    Args:
+        store: the journal; in memory by default.
+        deterministic: no result depends on what else runs (gradients of runs are not merged).
+        merge_tokens: runs' gradient operations share a pass while they have fewer tokens together.
+        gap_timeout_s: how long operations wait for an earlier one that has not come.
+        sweep_every_s: how often expired checkpoints are looked for; they are never found after
+            their time, swept or not.
+        close_timeout_s: how long `aclose` waits for an engine call to end before it leaves the
+            call's thread to itself.
+        loaded_samplers: the weights that stay ready to sample though they could be loaded again.
+        unnamed_samplers: the newest unnamed samplers of a session that are kept.
+        now: the clock of checkpoints and runs, in UTC.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        home: Path,
+        store: Store | None = None,
+        deterministic: bool = False,
+        merge_tokens: int = 8192,
+        gap_timeout_s: float = 60.0,
+        sweep_every_s: float = 60.0,
+        close_timeout_s: float = 0.1,
+        loaded_samplers: int = 16,
+        unnamed_samplers: int = 64,
+        now: Callable[[], datetime] = now_utc,
+    ) -> None:
+        self._engine = engine
+        self._store = MemoryStore() if store is None else store
+        self._gap_timeout_s = gap_timeout_s
+        self._sweep_every_s = sweep_every_s
+        self._close_timeout_s = close_timeout_s
+        self._now = now
+        self._checkpoints = Checkpoints(home.expanduser(), now=now)
+        self._runs: dict[str, Run] = {}
+        self._sessions: dict[str, Session] = {}
+        self._operations = Operations(
+            engine=engine,
+            checkpoints=self._checkpoints,
+            samplers=Samplers(engine, self._checkpoints, max_loaded=loaded_samplers),
+            runs=self._runs,
+            now=now,
+        )
+        self._executor = Executor(
+            self._operations,
+            self._store,
+            merge_tokens=0 if deterministic else merge_tokens,
+            unnamed_samplers=unnamed_samplers,
+        )
+        self._closed = True
+        self._scope = CancelScope()
+        self._ended = anyio.Event()
+
+    # --- lifetime -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._host = anyio.create_task_group()
+        await self._host.__aenter__()
+        await self._host.start(self._main)
+        self._closed = False
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        with CancelScope(shield=True):
+            await self.aclose()
+        return await self._host.__aexit__(exc_type, exc, traceback)
+
+    async def _main(self, *, task_status: TaskStatus[None]) -> None:
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as tasks:
+                    self._tasks: TaskGroup = tasks
+                    tasks.start_soon(self._executor.run)
+                    tasks.start_soon(self._sweep)
+                    task_status.started()
+        finally:
+            self._ended.set()
+
+    async def aclose(self) -> None:
+        """Ends all work; operations without an outcome get none. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for session in self._sessions.values():
+            session.close()
+        self._executor.stop()
+        with anyio.move_on_after(self._close_timeout_s):
+            await self._executor.call(self._operations.forget_all)
+        self._scope.cancel()
+        await self._ended.wait()
+
+    async def _sweep(self) -> None:
+        while True:
+            await anyio.sleep(self._sweep_every_s)
+            await to_thread.run_sync(self._checkpoints.sweep, abandon_on_cancel=True)
+
+    # --- sessions and operations ----------------------------------------------------------------
+
+    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
+        self._check_open()
+        session = Session(f"session-{secrets.token_hex(6)}")
+        self._sessions[session.session_id] = session
+        return SessionInfo(session_id=session.session_id, description=self._engine.description)
+
+    async def close_session(self, session_id: str) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is None:
+            return
+        for ticket in list(session.tickets.values()):
+            if isinstance(ticket.submission.operation, Sample):
+                await self._executor.cancel(ticket)
+        for run in list(self._runs.values()):
+            await self._give_up(run.lane, session)
+            run.lane.forget(session_id)
+        self._executor.release(session.unnamed_samplers)
+        session.close()
+
+    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        session = self._session(session_id)
+        async with session.submitting:
+            fresh = session.unseen(submissions)
+            with CancelScope(shield=True):  # journaled means accepted, also if the caller is gone
+                try:
+                    await self._store.append(session_id, fresh)
+                except WeaverError:
+                    session.forget(fresh)
+                    raise
+                for submission in fresh:
+                    await self._accept(session.ticket(submission))
+
+    async def _accept(self, ticket: Ticket) -> None:
+        submission = ticket.submission
+        run = self._runs.get(submission.run_id or "")
+        error = refusal(submission, run)
+        if submission.operation is None and error is None:
+            error = OperationCancelledError("it was withdrawn before it was sent.")
+        if run is not None:
+            run.last_request_at = self._now()
+        if run is None or submission.seq is None:
+            if error is None:
+                self._executor.enqueue(ticket, None)
+        elif run.lane.add(ticket):
+            self._executor.enqueue(ticket, run.lane)
+            self._watch(run.lane, ticket.session)
+        else:
+            error = ConflictError(
+                f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
+                hint="Submit it again with the next seq.",
+            )
+        if error is not None:
+            await self._executor.settle(ticket, error)
+
+    def _watch(self, lane: Lane, session: Session) -> None:
+        """Starts a timer if something waits for an operation that has not come."""
+        inbox = lane.inbox(session.session_id)
+        if inbox.waiting and not inbox.watched:
+            inbox.watched = True
+            self._tasks.start_soon(self._expire, lane, session)
+
+    async def _expire(self, lane: Lane, session: Session) -> None:
+        inbox = lane.inbox(session.session_id)
+        while inbox.waiting:
+            missing = inbox.next_seq
+            await anyio.sleep(self._gap_timeout_s)
+            if inbox.waiting and inbox.next_seq == missing:
+                await self._give_up(lane, session)
+        inbox.watched = False
+
+    async def _give_up(self, lane: Lane, session: Session) -> None:
+        missing = lane.inbox(session.session_id).next_seq
+        for ticket in lane.give_up(session.session_id):
+            error = OperationError(
+                f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
+                hint="Submit the operations again, counting on from the last seq.",
+            )
+            await self._executor.settle(ticket, error)
+            self._executor.enqueue(ticket, lane)
+
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+        return await self._session(session_id).collect(after=after, timeout_s=timeout_s)
+
+    async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        session = self._session(session_id)
+        for submission_id in submission_ids:
+            if submission_id in session.tickets:
+                await self._executor.cancel(session.tickets[submission_id])
+
+    async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+        async for delta in self._session(session_id).stream(submission_id).read():
+            yield delta
+
+    # --- models, runs, metrics ------------------------------------------------------------------
+
+    async def list_models(self) -> Sequence[ModelInfo]:
+        return await self._engine_call(self._engine.list_models)
+
+    async def get_model(self, base_model: str) -> ModelInfo:
+        return await self._engine_call(partial(self._engine.get_model, base_model))
+
+    async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        return await self._engine_call(partial(self._engine.tokenizer_files, base_model))
+
+    async def list_runs(self) -> Sequence[TrainingRun]:
+        return [run.describe() for run in self._runs.values()]
+
+    async def get_run(self, run_id: str) -> TrainingRun:
+        return self._run(run_id).describe()
+
+    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+        now = self._now()
+        timed = [
+            p if p.occurred_at is not None else p.model_copy(update={"occurred_at": now})
+            for p in points
+        ]
+        await self._store.add_metrics(self._run(run_id).run_id, timed)
+
+    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+        return await self._store.metrics(self._run(run_id).run_id, name=name)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
+        return await self._disk(partial(self._checkpoints.list, run_id))
+
+    async def get_checkpoint(self, path: str) -> CheckpointInfo:
+        return await self._disk(partial(self._checkpoints.get, path))
+
+    async def delete_checkpoint(self, path: str) -> None:
+        await self._disk(partial(self._checkpoints.delete, path))
+        self._executor.release([path])
+
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+        return await self._disk(partial(self._checkpoints.set_ttl, path, ttl_seconds))
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the service is closed.", hint="Open another one.")
+
+    def _session(self, session_id: str) -> Session:
+        self._check_open()
+        if session_id not in self._sessions:
+            raise NotFoundError(
+                f"no session is called {session_id!r}.",
+                field="session_id",
+                hint="It may have been closed; open another one.",
+            )
+        return self._sessions[session_id]
+
+    def _run(self, run_id: str) -> Run:
+        self._check_open()
+        if run_id not in self._runs:
+            raise RunNotFoundError(
+                f"no run is called {run_id!r}.", field="run_id", hint="See list_runs()."
+            )
+        return self._runs[run_id]
+
+    async def _engine_call(self, work: Callable[[], T]) -> T:
+        self._check_open()
+        return await self._executor.call(work)
+
+    async def _disk(self, work: Callable[[], T]) -> T:
+        self._check_open()
+        return await to_thread.run_sync(work)

@@ -1,0 +1,215 @@
+"""A client's session: what it has submitted, and the outcomes it has not yet acknowledged.
+
+Called by `LocalService` and its executor, always on the event loop. Exactly once lives here: each
+submission's id and place are remembered with a fingerprint of its body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+
+from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
+from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample
+from weaver.server.streams import SampleStream
+from weaver.tensors import TensorData
+from weaver.types import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weaver.protocol import Result, Submission
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One accepted submission on its way to its outcome."""
+
+    session: Session
+    submission: Submission
+    stream: SampleStream | None = None
+    error: WeaverError | None = None
+    """Why it was refused, cancelled or failed."""
+    running: bool = False
+    settled: bool = False
+    behind_gap: bool = False
+    """It failed because an earlier operation never came."""
+
+    @property
+    def discards_gradient(self) -> bool:
+        """Whether the batch that its run accumulates lacks a part without it."""
+        operation = self.submission.operation
+        missed = isinstance(operation, ForwardBackward) and operation.backward
+        return self.error is not None and (missed or self.behind_gap)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    session_id: str
+    submitting: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held while a request is journaled, so that its resend is not acknowledged before it."""
+    tickets: dict[str, Ticket] = field(default_factory=dict)
+    """Those without an outcome, by submission id."""
+    streams: dict[str, SampleStream] = field(default_factory=dict)
+    unnamed_samplers: list[str] = field(default_factory=list)
+    closed: bool = False
+    _prints: dict[str, bytes] = field(default_factory=dict)
+    _places: dict[tuple[str, int], str] = field(default_factory=dict)
+    _outcomes: deque[Outcome] = field(default_factory=deque)
+    _cursor: int = 0
+    _changed: anyio.Event = field(default_factory=anyio.Event)
+
+    def unseen(self, submissions: Sequence[Submission]) -> list[Submission]:
+        """Remembers those that are new and answers them.
+
+        Raises:
+            ConflictError: an id or a place was used with another body; nothing is remembered.
+        """
+        prints: dict[str, bytes] = {}
+        places: dict[tuple[str, int], str] = {}
+        fresh = []
+        for submission in submissions:
+            body = fingerprint(submission)
+            before = prints.get(submission.id) or self._prints.get(submission.id)
+            if before is not None and before != body:
+                raise ConflictError(
+                    f"submission {submission.id} ({_what(submission)}) came with another body.",
+                    field="submissions",
+                    hint="Give each operation an id of its own.",
+                )
+            if before is not None:
+                continue
+            prints[submission.id] = body
+            fresh.append(submission)
+            if submission.run_id is None or submission.seq is None:
+                continue
+            place = (submission.run_id, submission.seq)
+            holder = places.get(place) or self._places.get(place)
+            if holder is not None:
+                raise ConflictError(
+                    f"seq {place[1]} of run {place[0]} belongs to submission {holder}, "
+                    f"not to {submission.id} ({_what(submission)}).",
+                    field="submissions",
+                    hint="Count seq once per operation of a session and run.",
+                )
+            places[place] = submission.id
+        self._prints |= prints
+        self._places |= places
+        return fresh
+
+    def forget(self, submissions: Sequence[Submission]) -> None:
+        """Undoes `unseen`, for a request that could not be journaled."""
+        for submission in submissions:
+            del self._prints[submission.id]
+            if submission.run_id is not None and submission.seq is not None:
+                del self._places[submission.run_id, submission.seq]
+
+    def ticket(self, submission: Submission) -> Ticket:
+        ticket = Ticket(self, submission)
+        if isinstance(submission.operation, Sample) and submission.operation.stream:
+            ticket.stream = self.streams[submission.id] = SampleStream()
+        self.tickets[submission.id] = ticket
+        return ticket
+
+    def settle(self, ticket: Ticket, value: Result | ErrorInfo) -> None:
+        """Makes the outcome collectable."""
+        del self.tickets[ticket.submission.id]
+        self._cursor += 1
+        failed = isinstance(value, ErrorInfo)
+        self._outcomes.append(
+            Outcome(
+                submission_id=ticket.submission.id,
+                cursor=self._cursor,
+                result=None if failed else value,
+                error=value if failed else None,
+            )
+        )
+        if ticket.stream is not None:
+            ticket.stream.finish(value.to_error() if isinstance(value, ErrorInfo) else None)
+        self._notify()
+
+    async def collect(self, *, after: int, timeout_s: float) -> list[Outcome]:
+        """Outcomes above `after`; waits for one, at most `timeout_s`. Forgets those up to it.
+
+        Raises:
+            ClosedError: the session was closed.
+        """
+        while self._outcomes and self._outcomes[0].cursor <= after:
+            read = self.streams.get(self._outcomes.popleft().submission_id)
+            if read is not None:
+                read.acknowledged = True
+        for submission_id in [id for id, stream in self.streams.items() if stream.finished_with]:
+            del self.streams[submission_id]
+        with anyio.move_on_after(timeout_s):
+            while not self.closed and not (self._outcomes and self._outcomes[-1].cursor > after):
+                await self._changed.wait()
+        if self.closed:
+            raise ClosedError("this session was closed.", hint="Open another one.")
+        return [outcome for outcome in self._outcomes if outcome.cursor > after]
+
+    def stream(self, submission_id: str) -> SampleStream:
+        if submission_id not in self.streams:
+            raise NotFoundError(
+                f"no streamed sample has the id {submission_id!r}.",
+                field="submission_id",
+                hint="Submit the sample with stream=True; a stream that was read is forgotten.",
+            )
+        return self.streams[submission_id]
+
+    def close(self) -> None:
+        """Ends every wait for this session."""
+        self.closed = True
+        error = ClosedError("this session was closed.")
+        for stream in self.streams.values():
+            stream.finish(error)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+
+def fingerprint(submission: Submission) -> bytes:
+    """16 bytes that two submissions share only if they ask for the same at the same place."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts([submission.run_id, submission.seq, submission.operation]):
+        digest.update(part)
+    return digest.digest()
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    """An unambiguous byte form of a value: each piece is led by its type and its length."""
+    if isinstance(value, TensorData):
+        yield f"{value!r}".encode()
+        yield value.to_numpy().tobytes()
+    elif isinstance(value, Value):
+        yield f"{type(value).__name__}<".encode()
+        for name in type(value).model_fields:
+            yield f"{name}=".encode()
+            yield from _parts(getattr(value, name))
+        yield b">"
+    elif isinstance(value, Mapping):
+        yield f"map{len(value)}".encode()
+        for key in sorted(value):
+            yield from _parts(key)
+            yield from _parts(value[key])
+    elif isinstance(value, (list, tuple)):
+        yield f"list{len(value)}:".encode()
+        if value and all(type(item) is int for item in value):
+            yield np.array(value, dtype=np.int64).tobytes()
+        else:
+            for item in value:
+                yield from _parts(item)
+    else:
+        text = repr(value)
+        yield f"{len(text)}:{text}".encode()
+
+
+def _what(submission: Submission) -> str:
+    return submission.operation.kind if submission.operation else "withdrawn operation"

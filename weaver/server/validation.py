@@ -1,0 +1,67 @@
+"""What is checked of an operation before it is queued. Called by the service's `submit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weaver.errors import InvalidRequestError, RunNotFoundError, WeaverError
+from weaver.loss_specs import check_datums
+from weaver.protocol import (
+    ForwardBackward,
+    LoadCheckpoint,
+    OpenSampler,
+    OptimStep,
+    SaveCheckpoint,
+)
+from weaver.server.checkpoints import SCHEME, Location, check_name
+
+if TYPE_CHECKING:
+    from weaver.protocol import Submission
+    from weaver.server.runs import Run
+
+ORDERED = (ForwardBackward, OptimStep, SaveCheckpoint, LoadCheckpoint)
+
+
+def refusal(submission: Submission, run: Run | None) -> WeaverError | None:
+    """Why the operation cannot be carried out, or None. `run` is the one that it names."""
+    try:
+        _check(submission, run)
+    except WeaverError as error:
+        return error
+    return None
+
+
+def _check(submission: Submission, run: Run | None) -> None:
+    operation = submission.operation
+    ordered = operation is None or isinstance(operation, ORDERED)
+    placed = submission.run_id is not None, submission.seq is not None
+    if placed != (ordered, ordered):
+        raise InvalidRequestError(
+            f"{operation.kind if operation else 'a withdrawn operation'} "
+            f"{'needs run_id and seq' if ordered else 'takes neither run_id nor seq'}.",
+            field="submission",
+            hint="Operations of a run are counted from 1 in each session.",
+        )
+    if ordered and run is None:
+        raise RunNotFoundError(
+            f"no run is called {submission.run_id!r}.", field="run_id", hint="See list_runs()."
+        )
+    match operation:
+        case ForwardBackward() if run is not None:
+            check_datums(
+                operation.datums,
+                operation.loss_fn,
+                config=operation.loss_fn_config,
+                vocab_size=run.model.vocab_size,
+                context_length=run.model.context_length,
+            )
+        case SaveCheckpoint(name=str(name)):
+            check_name(name)
+        case LoadCheckpoint(path=path) if path.startswith(SCHEME):
+            Location.parse(path)
+        case OpenSampler(base_model=None, model_path=None):
+            raise InvalidRequestError(
+                "needs base_model or model_path.", field="open_sampler", hint="Give one of them."
+            )
+        case OpenSampler(model_path=str(path)) if path.startswith(SCHEME):
+            Location.parse(path)
