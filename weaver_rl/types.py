@@ -25,6 +25,7 @@ Task = Mapping[str, Any]
 A `prompt` is a text (sampled from as it is) or a list of chat messages.
 """
 
+Place = Literal["reward", "environment"]
 FailureKind = Literal["raised", "timeout", "bad_value"]
 FloatPG = npt.NDArray[np.float64]
 BoolPG = npt.NDArray[np.bool_]
@@ -49,7 +50,7 @@ class Failure:
     `Failure("reward", "raised", "ValueError: no digits", "Traceback (most recent call ...")`
     """
 
-    where: Literal["reward", "environment"]
+    where: Place
     kind: FailureKind
     message: str
     traceback: str = ""

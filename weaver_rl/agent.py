@@ -1,0 +1,231 @@
+"""`Agent`: a model in one rollout. An environment talks to it; it records what it read and wrote.
+
+Tokens in, tokens out: the recorded tokens are those that the sampler read and sampled, and every
+turn continues them, unless the chat template rewrote history, where a new segment begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from weaver.types import ModelInput
+from weaver_rl.rendering import Context, read_chat, read_text, reply_content, write
+from weaver_rl.seeds import derive_seed
+from weaver_rl.types import Reply, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weaver import AsyncSamplingClient
+    from weaver.types import SampledSequence, SamplingParams, StopReason
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text, sampled from as it is, or chat messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one rollout may use; None is no limit. `Budget(turns=8, tokens=1024, seconds=60)`"""
+
+    turns: int | None = None
+    """Replies."""
+    tokens: int | None = None
+    """Sampled tokens."""
+    seconds: float | None = None
+    """Wall time; a rollout that takes longer has failed."""
+
+
+class BudgetExceeded(Exception):
+    """No turn or token is left, or the context is full. An environment may catch it.
+
+    One that does not ends with reward 0 and the metric `budget_exceeded`.
+    """
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """The segment that is being written."""
+
+    tokens: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        self.mask += [0] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        self.sampling_logprobs += [0.0] * len(tokens)
+        self.versions += [-1] * len(tokens)
+
+    def wrote(self, sequence: SampledSequence) -> None:
+        self.tokens += sequence.tokens
+        self.mask += [1] * len(sequence.tokens)
+        self.logprobs += sequence.logprobs
+        self.sampling_logprobs += sequence.sampling_logprobs
+        self.versions += [sequence.weights_version] * len(sequence.tokens)
+
+    def segment(self) -> Segment:
+        """Up to the last sampled token: what was only read behind it teaches nothing."""
+        end = max((i + 1 for i, sampled in enumerate(self.mask) if sampled), default=0)
+        return Segment(
+            tokens=tuple(self.tokens[:end]),
+            mask=tuple(self.mask[:end]),
+            logprobs=tuple(self.logprobs[:end]),
+            sampling_logprobs=tuple(self.sampling_logprobs[:end]),
+            versions=tuple(self.versions[:end]),
+        )
+
+
+class Agent:
+    """One conversation with the weights of `sampler`. Turns are awaited one after the other.
+
+    Args:
+        seed: of this rollout; each turn's sampling seed is derived from it.
+    """
+
+    def __init__(
+        self,
+        sampler: AsyncSamplingClient,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sampling: SamplingParams,
+        seed: int,
+        budget: Budget | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._sampler = sampler
+        self._sampling = sampling
+        self._seed = seed
+        self._budget = budget or Budget()
+        self._context = Context()
+        self._recorder = _Recorder()
+        self._done: list[Segment] = []
+        self._messages: list[Mapping[str, str]] = []
+        self._tools: Sequence[Mapping[str, Any]] = ()
+        self._turns = 0
+        self._sampled = 0
+        self._stop_reason: StopReason = "stop"
+
+    def system(self, text: str) -> None:
+        """Adds a system message, read with the next turn."""
+        self._messages.append({"role": "system", "content": text})
+
+    def show_tools(self, schemas: Sequence[Mapping[str, Any]]) -> None:
+        """Lets the chat template show these tools; see `weaver_rl.tools`."""
+        self._tools = schemas
+
+    async def chat(self, text: str, *, role: str = "user", max_tokens: int | None = None) -> Reply:
+        """Says something through the chat template, and samples the answer.
+
+        Raises:
+            BudgetExceeded: no turn, token or context is left.
+            ConfigError: the tokenizer has no chat template.
+        """
+        return await self.respond([{"role": role, "content": text}], max_tokens=max_tokens)
+
+    async def complete(self, text: str, *, max_tokens: int | None = None) -> Reply:
+        """Appends text as it is, without a template, and samples what follows.
+
+        Raises:
+            BudgetExceeded: no turn, token or context is left.
+        """
+        return await self.respond(text, max_tokens=max_tokens)
+
+    async def respond(self, prompt: Prompt, *, max_tokens: int | None = None) -> Reply:
+        """`complete` for a text, `chat` for messages."""
+        (reply,) = await respond_all([self], prompt, max_tokens=max_tokens)
+        return reply
+
+    @property
+    def messages(self) -> tuple[Mapping[str, str], ...]:
+        """What was said so far."""
+        return tuple(self._messages)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was read and written so far."""
+        segments = (*self._done, self._recorder.segment())
+        return Trajectory(
+            segments=tuple(segment for segment in segments if segment.tokens),
+            messages=self.messages,
+            stop_reason=self._stop_reason,
+            turns=self._turns,
+        )
+
+    def _read(self, prompt: Prompt) -> None:
+        """Brings the context to where the next reply begins."""
+        before = self._context
+        if isinstance(prompt, str):
+            self._messages.append({"role": "user", "content": prompt})
+            self._context, continues = read_text(self.tokenizer, before, prompt), True
+        else:
+            self._messages += prompt
+            self._context, continues = read_chat(
+                self.tokenizer, before, self._messages, tools=self._tools
+            )
+        if not continues and before.tokens:
+            self._done.append(self._recorder.segment())
+            self._recorder = _Recorder()
+        self._recorder.read(self._context.tokens[len(self._recorder.tokens) :])
+
+    def _write(self, sequence: SampledSequence) -> Reply:
+        reply = Reply(
+            text=sequence.text,
+            tokens=sequence.tokens,
+            logprobs=sequence.logprobs,
+            sampling_logprobs=sequence.sampling_logprobs,
+            stop_reason=sequence.stop_reason,
+            weights_version=sequence.weights_version,
+            prompt_tokens=self._context.tokens,
+        )
+        self._context = write(self.tokenizer, self._context, sequence.tokens)
+        self._recorder.wrote(sequence)
+        stopped = sequence.stop_reason == "stop"
+        said = reply_content(self.tokenizer, sequence.tokens, stopped=stopped)
+        self._messages.append({"role": "assistant", "content": said})
+        self._turns += 1
+        self._sampled += len(sequence.tokens)
+        self._stop_reason = sequence.stop_reason
+        return reply
+
+    def _params(self, max_tokens: int | None) -> SamplingParams:
+        """This turn's parameters, within what is left of the budget and the context."""
+        budget, wanted = self._budget, max_tokens or self._sampling.max_tokens
+        if budget.turns is not None and self._turns >= budget.turns:
+            raise BudgetExceeded(f"all {budget.turns} turns are used")
+        left = float("inf") if budget.tokens is None else budget.tokens - self._sampled
+        if self._turns:  # a first prompt that does not fit is an error of the task: sample names it
+            room = self._sampler.model_info.context_length - len(self._context.tokens)
+            left = min(left, room)
+        if left < 1:
+            raise BudgetExceeded(f"{self._sampled} tokens are sampled, and no more fit")
+        return self._sampling.model_copy(
+            update={
+                "max_tokens": int(min(wanted, left)),
+                "seed": derive_seed(self._seed, self._turns),
+            }
+        )
+
+
+async def respond_all(
+    agents: Sequence[Agent], prompt: Prompt, *, max_tokens: int | None = None
+) -> list[Reply]:
+    """One reply each of agents that stand at the same point, in one call: one prefill for all.
+
+    The seed is that of the first. Raises what `Agent.respond` raises.
+    """
+    for agent in agents:
+        agent._read(prompt)
+    first = agents[0]
+    result = await first._sampler.sample(
+        ModelInput.from_ints(first._context.tokens),
+        first._params(max_tokens),
+        num_samples=len(agents),
+    )
+    return [
+        agent._write(sequence) for agent, sequence in zip(agents, result.sequences, strict=True)
+    ]

@@ -1,0 +1,102 @@
+"""Environments: what happens in a rollout. Loops and evaluation take one.
+
+An environment is an async function of `(agent, task)` that returns a float or a `Score`; or
+`single_turn(reward)`: one prompt, one reply, one reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from weaver.errors import ConfigError, WeaverError
+from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
+from weaver_rl.gather import gather
+from weaver_rl.rewards import checked, failure_of, is_async, scorer
+from weaver_rl.types import Failure, Score, Task
+
+if TYPE_CHECKING:
+    from weaver_rl.rewards import GroupReward, Reward, Scorer
+
+Environment = Callable[[Agent, Task], Awaitable[float | Score]]
+Outcomes = list[Score | Failure]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEnvironment:
+    """How the G agents of a task are played and scored together."""
+
+    play: Callable[[Sequence[Agent], Task], Awaitable[Outcomes]]
+    fields: tuple[str, ...] = ()
+    """What a task must have."""
+    budget: Budget = field(default_factory=Budget)
+
+
+def single_turn(
+    reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: int = 0
+) -> GroupEnvironment:
+    """Asks `task["prompt"]`, a text or a list of chat messages, and scores the reply.
+
+    `timeout_s` and `processes` are those of `rewards.scorer`.
+    """
+    score = scorer(reward, timeout_s=timeout_s, processes=processes)
+    return GroupEnvironment(partial(_ask_and_score, score), fields=("prompt",))
+
+
+def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvironment:
+    """Plays an environment with each agent on its own, all at the same time.
+
+    An environment that raises, returns no number, or takes longer than the budget's seconds is a
+    failure; one that ends by `BudgetExceeded` has reward 0 and the metric `budget_exceeded` 1.
+
+    Raises:
+        ConfigError: not an async function.
+    """
+    if not is_async(environment):
+        raise ConfigError(
+            f"{environment!r} is not an async function.",
+            field="environment",
+            hint="Write `async def play(agent, task)`; for a reward use single_turn(reward).",
+        )
+    budget = budget or Budget()
+
+    async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
+        return await gather(
+            [partial(_attempt, environment, agent, task, budget) for agent in agents]
+        )
+
+    return GroupEnvironment(play, budget=budget)
+
+
+def as_group_environment(environment: Environment | GroupEnvironment) -> GroupEnvironment:
+    """A plain function becomes `each(function)`."""
+    return environment if isinstance(environment, GroupEnvironment) else each(environment)
+
+
+async def _ask_and_score(score: Scorer, agents: Sequence[Agent], task: Task) -> Outcomes:
+    return await score(task, await respond_all(agents, task["prompt"]))
+
+
+async def _attempt(
+    environment: Environment, agent: Agent, task: Task, budget: Budget
+) -> Score | Failure:
+    """The one place where an error in a user's environment becomes a failure of its rollout."""
+    try:
+        with anyio.fail_after(budget.seconds):
+            value = checked(await environment(agent, task), "the environment")
+    except BudgetExceeded:
+        return Score(0.0, {"budget_exceeded": 1.0})
+    except WeaverError:  # of the service, not of the user: the run must stop
+        raise
+    except TimeoutError as error:
+        failure = failure_of(error, where="environment")
+        return Failure("environment", "timeout", failure.message, failure.traceback)
+    except Exception as error:  # the boundary around user code
+        return failure_of(error, where="environment")
+    if isinstance(value, Failure):
+        return Failure("environment", value.kind, value.message, value.traceback)
+    return value

@@ -1,0 +1,175 @@
+"""Tools: plain annotated functions that a model may call. Environments use them.
+
+    def multiply(a: int, b: int) -> int:
+        "Multiplies two numbers."
+        return a * b
+
+    reply = await use_tools(agent, "What is 12 * 34?", tools=[multiply])
+
+The schema comes from the signature, the description from the docstring. A call is read in the form
+that chat templates of Qwen and Hermes teach:
+
+    <tool_call>{"name": "multiply", "arguments": {"a": 12, "b": 34}}</tool_call>
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import UnionType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from weaver.errors import ConfigError
+from weaver_rl.rewards import in_daemon_thread, is_async
+
+if TYPE_CHECKING:
+    from weaver_rl.agent import Agent
+    from weaver_rl.types import Reply
+
+Tool = Callable[..., Any]
+JSON_TYPES: Mapping[object, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+}
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What a model asked for: `ToolCall("multiply", {"a": 12, "b": 34})`; or why it is no call."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    error: str = ""
+
+
+def schema(tool: Tool) -> dict[str, Any]:
+    """The JSON schema of a function, in the form that chat templates take.
+
+    Raises:
+        ConfigError: an argument has no annotation, or one that JSON does not know.
+    """
+    hints = typing.get_type_hints(tool)
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for name, parameter in inspect.signature(tool).parameters.items():
+        if name not in hints or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+            parameter.POSITIONAL_ONLY,
+        ):
+            raise ConfigError(
+                f"argument {name!r} of {_name(tool)} has no annotation or cannot be named.",
+                field="tools",
+                hint="Annotate every argument: `def add(a: int, b: int)`.",
+            )
+        properties[name] = _json_type(hints[name], f"{_name(tool)}.{name}")
+        if parameter.default is parameter.empty:
+            required.append(name)
+    function = {
+        "name": _name(tool),
+        "description": inspect.getdoc(tool) or "",
+        "parameters": {"type": "object", "properties": properties, "required": required},
+    }
+    return {"type": "function", "function": function}
+
+
+def describe(tools: Sequence[Tool]) -> str:
+    """A system message for models whose chat template does not show tools."""
+    lines = "\n".join(json.dumps(schema(tool)["function"]) for tool in tools)
+    form = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
+    return f"You may call these functions:\n{lines}\nTo call one, write {form}"
+
+
+def parse_calls(text: str) -> list[ToolCall]:
+    """The calls in a reply, in order; one that cannot be read carries its error."""
+    return [_parse(match.group(1)) for match in CALL.finditer(text)]
+
+
+async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 30.0) -> str:
+    """What the tool returned, as text; every error is a text for the model, never raised."""
+    if call.error:
+        return f"error: {call.error}"
+    known = {_name(tool): tool for tool in tools}
+    if call.name not in known:
+        return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
+    tool = known[call.name]
+    try:
+        inspect.signature(tool).bind(**call.arguments)
+        with anyio.fail_after(timeout_s):
+            if is_async(tool):
+                value = await tool(**call.arguments)
+            else:
+                value = await in_daemon_thread(partial(tool, **call.arguments))
+    except TimeoutError:
+        return f"error: {call.name} took longer than {timeout_s:g} s"
+    except Exception as error:  # the boundary around user code: the model may try again
+        return f"error: {type(error).__name__}: {error}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+async def use_tools(
+    agent: Agent, text: str, *, tools: Sequence[Tool], max_rounds: int = 8, timeout_s: float = 30.0
+) -> Reply:
+    """Says `text`, then runs the calls of each reply and says their results, until one has none.
+
+    At most `max_rounds` replies; the last one is returned, whatever it says. Where the template
+    does not show tools, call `agent.system(describe(tools))` first.
+    """
+    if "tools" in str(getattr(agent.tokenizer, "chat_template", "")):
+        agent.show_tools([schema(tool) for tool in tools])
+    reply = await agent.chat(text)
+    for _ in range(max_rounds - 1):
+        calls = parse_calls(agent.messages[-1]["content"])  # its text would lack special tokens
+        if not calls:
+            break
+        results = [await run_call(call, tools, timeout_s=timeout_s) for call in calls]
+        reply = await agent.respond([{"role": "tool", "content": result} for result in results])
+    return reply
+
+
+def _parse(text: str) -> ToolCall:
+    try:
+        call = json.loads(text)
+    except ValueError as error:
+        return ToolCall("", {}, f"the call is not JSON: {error}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return ToolCall("", {}, 'a call is {"name": "...", "arguments": {...}}')
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return ToolCall(call["name"], {}, "arguments must be an object")
+    return ToolCall(call["name"], arguments)
+
+
+def _json_type(hint: object, where: str) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin in (typing.Union, UnionType):
+        return {"anyOf": [_json_type(argument, where) for argument in arguments]}
+    if hint is type(None):
+        return {"type": "null"}
+    kind = JSON_TYPES.get(origin or hint)
+    if kind is None:
+        raise ConfigError(
+            f"{hint!r} has no JSON type.",
+            field=where,
+            hint="Use str, int, float, bool, list, dict, Literal or a union of them.",
+        )
+    items = {"items": _json_type(arguments[0], where)} if kind == "array" and arguments else {}
+    return {"type": kind, **items}
+
+
+def _name(tool: Tool) -> str:
+    return str(getattr(tool, "__name__", type(tool).__name__))
