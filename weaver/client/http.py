@@ -1,0 +1,345 @@
+"""`HttpService`: the `Service` protocol over HTTP; what `base_url` opens. The only user of httpx.
+
+Every call may be sent again: submissions carry ids, outcomes a cursor, other changes an
+Idempotency-Key. So a lost reply or a server that restarts is a pause, up to a deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import uuid
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+import anyio
+import httpx
+from anyio import to_thread
+from pydantic import TypeAdapter
+
+from weaver import wire
+from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
+from weaver.protocol import ErrorInfo, Outcome, SessionInfo, Submission
+from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+
+    from weaver.types import JsonDict
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MEDIA_TYPE = "application/vnd.weaver"
+LONGEST_POLL_S = 25.0
+REPLY_S = 60.0
+"""A reply has to go on within this time, beside what was asked to wait for."""
+FIRST_CONTACT_S = 3.0
+"""How long a server may be out of reach when a session is opened: it was never there."""
+OUTAGE_S = 300.0
+"""How long a server may be out of reach later: it restarts, or the network does."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+COMES_BACK = frozenset({429, 502, 503, 504})
+"""Statuses that pass; 429 only where the server says when."""
+SUBMISSIONS_AT_ONCE = 256
+LARGE_BYTES = 256 * 1024
+"""Above this, a message is parsed beside the event loop."""
+
+SESSION = TypeAdapter(SessionInfo)
+OUTCOMES = TypeAdapter(tuple[Outcome, ...])
+MODEL, MODELS = TypeAdapter(ModelInfo), TypeAdapter(list[ModelInfo])
+FILES = TypeAdapter(dict[str, bytes])
+RUN, RUNS = TypeAdapter(TrainingRun), TypeAdapter(list[TrainingRun])
+CHECKPOINT, CHECKPOINTS = TypeAdapter(CheckpointInfo), TypeAdapter(list[CheckpointInfo])
+METRICS = TypeAdapter(list[MetricPoint])
+
+
+class HttpService:
+    """A service at `base_url`.
+
+    Args:
+        transport: in place of the network, for tests.
+        outage_s: how long calls wait for a server that does not answer.
+
+    Raises:
+        ServiceConnectionError: from any call, once the server was out of reach for too long; it
+            names the address.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
+        self._address = base_url.rstrip("/")
+        self._outage_s = outage_s
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=f"{self._address}/v1/",
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+                transport=transport,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ServiceConnectionError(
+                f"{base_url!r} is no address: {error}.", hint="Such as http://127.0.0.1:8000."
+            ) from None
+
+    # --- the service ----------------------------------------------------------------------------
+
+    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
+        body = {"user_metadata": user_metadata or {}}
+        outage_s = min(FIRST_CONTACT_S, self._outage_s)
+        reply = await self._call("POST", "sessions", body=body, outage_s=outage_s)
+        return self._read(reply, SESSION)
+
+    async def close_session(self, session_id: str) -> None:
+        try:
+            await self._call("DELETE", f"sessions/{_quoted(session_id)}", outage_s=FIRST_CONTACT_S)
+        except NotFoundError:
+            logger.debug("session %s was closed before", session_id)
+
+    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        for start in range(0, len(submissions), SUBMISSIONS_AT_ONCE):
+            await self._submit(session_id, submissions[start : start + SUBMISSIONS_AT_ONCE])
+
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+        end = anyio.current_time() + timeout_s
+        while True:
+            wait_s = min(max(end - anyio.current_time(), 0.0), LONGEST_POLL_S)
+            reply = await self._call(
+                "GET",
+                f"sessions/{_quoted(session_id)}/outcomes",
+                params={"after": after, "timeout": wait_s},
+                wait_s=wait_s,
+            )
+            outcomes = await self._decode(reply, OUTCOMES)
+            if outcomes or anyio.current_time() >= end:
+                return outcomes
+
+    async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        body = {"submission_ids": list(submission_ids)}
+        await self._call("POST", f"sessions/{_quoted(session_id)}/cancel", body=body)
+
+    async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+        path = f"sessions/{_quoted(session_id)}/stream/{_quoted(submission_id)}"
+        outage = _Outage(self._address, self._outage_s)
+        seen = 0
+        while True:
+            try:
+                async with aclosing(self._events(path, seen)) as events:
+                    async for kind, data in events:
+                        if kind == "end":
+                            return
+                        if kind == "error":
+                            raise ErrorInfo.model_validate_json(data).to_error()
+                        seen += 1
+                        outage.over()
+                        yield SampleDelta.model_validate_json(data)
+                raise httpx.ReadError("the stream ended in its middle")
+            except (httpx.TransportError, _ComesBackError) as error:
+                await outage.pause(error)
+
+    async def list_models(self) -> Sequence[ModelInfo]:
+        return self._read(await self._call("GET", "models"), MODELS)
+
+    async def get_model(self, base_model: str) -> ModelInfo:
+        reply = await self._call("GET", "models/info", params={"name": base_model})
+        return self._read(reply, MODEL)
+
+    async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        reply = await self._call("GET", "models/tokenizer", params={"name": base_model})
+        return await self._decode(reply, FILES)
+
+    async def list_runs(self) -> Sequence[TrainingRun]:
+        return self._read(await self._call("GET", "runs"), RUNS)
+
+    async def get_run(self, run_id: str) -> TrainingRun:
+        return self._read(await self._call("GET", f"runs/{_quoted(run_id)}"), RUN)
+
+    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
+        params = {} if run_id is None else {"run_id": run_id}
+        return self._read(await self._call("GET", "checkpoints", params=params), CHECKPOINTS)
+
+    async def get_checkpoint(self, path: str) -> CheckpointInfo:
+        reply = await self._call("GET", "checkpoints/info", params={"path": path})
+        return self._read(reply, CHECKPOINT)
+
+    async def delete_checkpoint(self, path: str) -> None:
+        await self._call("DELETE", "checkpoints", params={"path": path})
+
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+        body = {"ttl_seconds": ttl_seconds}
+        reply = await self._call("PUT", "checkpoints/ttl", params={"path": path}, body=body)
+        return self._read(reply, CHECKPOINT)
+
+    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+        body = {"points": [point.model_dump(mode="json") for point in points]}
+        await self._call("POST", f"runs/{_quoted(run_id)}/metrics", body=body)
+
+    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+        params = {} if name is None else {"name": name}
+        reply = await self._call("GET", f"runs/{_quoted(run_id)}/metrics", params=params)
+        return self._read(reply, METRICS)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    # --- one request, as often as it takes ------------------------------------------------------
+
+    async def _submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        data = await to_thread.run_sync(wire.encode, submissions)
+        await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str | float] | None = None,
+        body: JsonDict | bytes | None = None,
+        wait_s: float = 0.0,
+        outage_s: float | None = None,
+    ) -> httpx.Response:
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        if body is not None:
+            headers["Content-Type"] = MEDIA_TYPE if isinstance(body, bytes) else "application/json"
+        request = partial(
+            self._http.build_request,
+            method,
+            path,
+            params=params,
+            content=body if isinstance(body, bytes) or body is None else _json(body),
+            headers=headers,
+            timeout=httpx.Timeout(REPLY_S, connect=5.0, read=REPLY_S + wait_s, pool=None),
+        )
+        outage = _Outage(self._address, self._outage_s if outage_s is None else outage_s)
+        while True:
+            try:
+                reply = await self._http.send(request())
+                self._check(reply)
+                return reply
+            except (httpx.TransportError, _ComesBackError) as error:
+                await outage.pause(error)
+
+    async def _events(self, path: str, seen: int) -> AsyncGenerator[tuple[str, str]]:
+        """The (event, data) pairs of a stream of server-sent events."""
+        headers = {"Last-Event-ID": str(seen)}
+        kind = "message"
+        async with self._http.stream("GET", path, headers=headers, timeout=REPLY_S) as reply:
+            if reply.status_code != 200:
+                await reply.aread()
+                self._check(reply)
+            async for line in reply.aiter_lines():
+                name, _, value = line.partition(": ")
+                if name == "event":
+                    kind = value
+                elif name == "data":
+                    yield kind, value
+
+    def _check(self, reply: httpx.Response) -> None:
+        """Raises the error that the reply holds, if any."""
+        if reply.is_success:
+            return
+        error = self._error(reply)
+        after = reply.headers.get("Retry-After", "")
+        passes = reply.status_code != 429 or after.isdecimal()
+        if reply.status_code in COMES_BACK and passes:
+            raise _ComesBackError(error, float(after) if after.isdecimal() else 0.0)
+        raise error
+
+    def _error(self, reply: httpx.Response) -> WeaverError:
+        try:
+            info = reply.json()["error"]
+            known = {name: info.get(name) for name in ErrorInfo.model_fields}
+            return ErrorInfo(**known).to_error()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return ServiceConnectionError(
+                f"{self._address} answered {reply.status_code} {reply.reason_phrase}.",
+                hint="Is a Weaver server there?",
+            )
+
+    def _read(self, reply: httpx.Response, adapter: TypeAdapter[T]) -> T:
+        try:
+            return adapter.validate_json(reply.content)
+        except ValueError:
+            raise self._not_understood() from None
+
+    async def _decode(self, reply: httpx.Response, adapter: TypeAdapter[T]) -> T:
+        read = partial(wire.decode, reply.content, adapter)
+        try:
+            return await to_thread.run_sync(read) if len(reply.content) > LARGE_BYTES else read()
+        except InvalidRequestError:
+            raise self._not_understood() from None
+
+    def _not_understood(self) -> ServiceConnectionError:
+        return ServiceConnectionError(
+            f"{self._address} answered something that this client does not understand.",
+            hint="Is a Weaver server of the same version there?",
+        )
+
+
+class _ComesBackError(Exception):
+    """An answer that will be another one after a while."""
+
+    def __init__(self, error: WeaverError, after_s: float) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.after_s = after_s
+
+
+class _Outage:
+    """Pauses between attempts: doubling, jittered, capped, and never beyond the deadline."""
+
+    def __init__(self, address: str, longest_s: float) -> None:
+        self._address = address
+        self._longest_s = longest_s
+        self.over()
+
+    def over(self) -> None:
+        self._attempts = 0
+        self._began: float | None = None
+
+    async def pause(self, error: httpx.TransportError | _ComesBackError) -> None:
+        """Waits before the next attempt.
+
+        Raises:
+            ServiceConnectionError: there is no time left for one.
+            WeaverError: nor is there, and the server had said why.
+        """
+        now = anyio.current_time()
+        if self._began is None:
+            self._began = now
+            logger.info("%s: %r; trying again for %g s", self._address, error, self._longest_s)
+        pause_s = min(FIRST_PAUSE_S * 2**self._attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+        if isinstance(error, _ComesBackError):
+            pause_s = max(pause_s, error.after_s)
+        if now + pause_s > self._began + self._longest_s:
+            if isinstance(error, _ComesBackError):
+                raise error.error
+            raise ServiceConnectionError(
+                f"{self._address} cannot be reached: {error or type(error).__name__}.",
+                hint="Is the server running? `weaver serve` starts one; check WEAVER_BASE_URL.",
+            ) from None
+        self._attempts += 1
+        await anyio.sleep(pause_s)
+
+
+def _json(body: JsonDict) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(
+            f"cannot be sent: {error}.", field="user_metadata", hint="Use plain JSON values."
+        ) from None
+
+
+def _quoted(part: str) -> str:
+    """As one segment of a path, whatever it holds."""
+    return quote(part, safe="")

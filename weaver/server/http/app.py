@@ -1,0 +1,57 @@
+"""`create_app`: the ASGI application over a service; run by `weaver serve` and by tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import APIKeyHeader, HTTPBearer
+
+from weaver.errors import PermissionDeniedError
+from weaver.server.http.edge import Edge
+from weaver.server.http.errors import ErrorAnswer, add_error_handlers
+from weaver.server.http.routes import router
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from weaver.server.http.front import Front
+
+SECURITY = [
+    Depends(HTTPBearer(auto_error=False)),
+    Depends(APIKeyHeader(name="X-WEAVER-API-KEY", auto_error=False)),
+]
+"""For the OpenAPI page only: `Edge` has checked the key before a route is reached."""
+
+
+def create_app(front: Front) -> ASGIApp:
+    """The application; whoever calls it opens and closes the service and the database."""
+    app = FastAPI(
+        title="Weaver",
+        description="Ordered operations on language models in training. See docs/wire.md.",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.front = front
+    app.state.replies = front.replies
+    add_error_handlers(app)
+    refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
+    app.include_router(router, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal})
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz(response: Response) -> dict[str, str]:
+        if front.stopping.is_set():
+            response.status_code = 503
+        return {"status": "stopping" if front.stopping.is_set() else "ready"}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        if not request.state.caller.admin:
+            raise PermissionDeniedError("metrics of the server need an administrator's key.")
+        return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    return Edge(app, front)

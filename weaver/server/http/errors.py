@@ -1,0 +1,112 @@
+"""Errors as HTTP answers: one envelope, one status per code; registered by `create_app`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from weaver.errors import (
+    EngineError,
+    InvalidRequestError,
+    NotFoundError,
+    TooLargeError,
+    WeaverError,
+)
+from weaver.protocol import ErrorInfo
+from weaver.types import Value
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+STATUS = {
+    "invalid_request": 400,
+    "unauthenticated": 401,
+    "permission_denied": 403,
+    "not_found": 404,
+    "run_not_found": 404,
+    "checkpoint_not_found": 404,
+    "unknown_model": 404,
+    "conflict": 409,
+    "name_taken": 409,
+    "checkpoint_error": 409,
+    "checkpoint_mismatch": 409,
+    "closed": 410,
+    "too_large": 413,
+    "quota_exceeded": 429,
+    "connection_failed": 503,
+    "timeout": 504,
+    "storage_error": 507,
+}
+"""By code; any other invalid request is 422, anything else 500."""
+RETRY_AFTER_S = {429: 1, 503: 1}
+"""Sent where trying again can help."""
+
+
+class ErrorDetail(ErrorInfo):
+    request_id: str
+
+
+class ErrorAnswer(Value):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def error_response(
+    error: WeaverError, request_id: str, *, status: int | None = None
+) -> JSONResponse:
+    status = status or STATUS.get(error.code)
+    if status is None:
+        status = 422 if isinstance(error, InvalidRequestError) else 500
+    info = ErrorInfo.of(error).model_dump()
+    headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    answer = ErrorAnswer(error=ErrorDetail(**info, request_id=request_id))
+    return JSONResponse(answer.model_dump(), status_code=status, headers=headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(WeaverError, _weaver_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _defect)
+
+
+async def _weaver_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, WeaverError)
+    return error_response(error, request.state.request_id)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    status = 400 if problem["type"] == "json_invalid" else 422
+    if not isinstance(cause, InvalidRequestError):
+        where = ".".join(str(part) for part in problem["loc"])
+        cause = InvalidRequestError(f"{problem['msg']}.", field=where)
+    return error_response(cause, request.state.request_id, status=status)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: no such route or method, a body that cannot be read."""
+    assert isinstance(error, HTTPException)
+    kinds: dict[int, type[WeaverError]] = {404: NotFoundError, 413: TooLargeError}
+    kind = kinds.get(error.status_code, InvalidRequestError)
+    hint = "GET /openapi.json lists what there is." if error.status_code in (404, 405) else None
+    answer = error_response(
+        kind(f"{error.detail}.", hint=hint), request.state.request_id, status=error.status_code
+    )
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _defect(request: Request, error: Exception) -> JSONResponse:
+    """Says nothing of the cause: the log has it, under the same request id."""
+    request_id = request.state.request_id
+    hint = f"Report it with the log of request {request_id}."
+    return error_response(EngineError("the server has a defect.", hint=hint), request_id)

@@ -1,0 +1,67 @@
+"""`Front`: what all routes of one app share; made by `create_app`, kept in `app.state.front`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+
+from weaver.errors import AuthenticationError
+from weaver.server.http.metrics import ServerMetrics
+from weaver.server.http.replies import Replies
+from weaver.server.keys import Caller
+from weaver.wire import WireLimits
+
+if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+
+    from weaver.server.keys import Keys
+    from weaver.server.scoped import Scopes
+
+MEDIA_TYPE = "application/vnd.weaver"
+JSON_BODY_BYTES = 4 * 2**20
+MESSAGE_LIMITS = WireLimits(header_bytes=16 * 2**20, array_bytes=256 * 2**20)
+LONGEST_POLL_S = 25.0
+"""Below the 30 s after which common proxies give up on a silent answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What one request may bring."""
+
+    message: WireLimits = MESSAGE_LIMITS
+    submissions: int = 1024
+
+    def body_bytes(self, media_type: str) -> int:
+        return self.message.message_bytes if media_type == MEDIA_TYPE else JSON_BODY_BYTES
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Front:
+    scopes: Scopes
+    keys: Keys | None
+    """None: everybody is the administrator of one project; for loopback only."""
+    limits: ServerLimits = ServerLimits()
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    replies: Replies = field(default_factory=Replies)
+    stopping: anyio.Event = field(default_factory=anyio.Event)
+    """Once set, long polls end and new requests are told to come back."""
+
+    async def authenticate(self, headers: Headers) -> Caller:
+        """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.
+
+        Raises:
+            AuthenticationError: no key, or one that is unknown or revoked.
+        """
+        if self.keys is None:
+            return Caller(project="default", admin=True)
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        secret = token.strip() if scheme.lower() == "bearer" else ""
+        secret = secret or headers.get("X-WEAVER-API-KEY", "")
+        if not secret:
+            raise AuthenticationError(
+                "the request has no API key.",
+                hint="Set WEAVER_API_KEY; on the server, `weaver keys create` makes one.",
+            )
+        return await anyio.to_thread.run_sync(self.keys.authenticate, secret)

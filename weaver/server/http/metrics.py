@@ -1,0 +1,55 @@
+"""Prometheus counters of one app; `GET /metrics` shows them. Labels never name a tenant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver.protocol import Outcome, Submission
+
+
+class ServerMetrics:
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "weaver_http_requests_total",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "weaver_http_request_seconds",
+            "Time to answer; long polls wait on purpose.",
+            ["route"],
+            registry=registry,
+        )
+        self.running = Gauge(
+            "weaver_http_requests_running", "Requests being answered.", registry=registry
+        )
+        self._submissions = Counter(
+            "weaver_submissions_total", "Operations accepted.", ["kind"], registry=registry
+        )
+        self._outcomes = Counter(
+            "weaver_outcomes_total", "Outcomes handed out.", ["kind"], registry=registry
+        )
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def submitted(self, submissions: Sequence[Submission]) -> None:
+        for submission in submissions:
+            kind = submission.operation.kind if submission.operation else "withdrawn"
+            self._submissions.labels(kind).inc()
+
+    def collected(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            kind = outcome.result.kind if outcome.result else "error"
+            self._outcomes.labels(kind).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)

@@ -1,0 +1,71 @@
+"""The first answer to a changing request, kept so that a resend gets it again.
+
+A client that lost a reply sends the request once more with the same `Idempotency-Key`. Submissions
+need none: their ids do the same, durably.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+from fastapi.routing import APIRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
+
+    from fastapi import Request, Response
+
+KEPT = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    done: anyio.Event = field(default_factory=anyio.Event)
+    response: Response | None = None
+
+
+class Replies:
+    """The last `KEPT` answers."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
+
+    async def once(
+        self, key: tuple[str, ...], respond: Callable[[], Awaitable[Response]]
+    ) -> Response:
+        """The answer of the first `respond` for this key that gave one; waits while it runs."""
+        while (entry := self._entries.get(key)) is not None:
+            await entry.done.wait()
+            if entry.response is not None:
+                return entry.response
+        entry = self._entries[key] = _Entry()
+        try:
+            entry.response = await respond()
+        finally:
+            if entry.response is None:
+                del self._entries[key]
+            entry.done.set()
+        if len(self._entries) > KEPT:
+            self._entries.popitem(last=False)
+        return entry.response
+
+
+class OnceRoute(APIRoute):
+    """A route that answers a resend with the first answer."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_once(request: Request) -> Response:
+            key = request.headers.get("Idempotency-Key")
+            if key is None or request.method == "GET":
+                return await handle(request)
+            replies: Replies = request.app.state.replies
+            place = (request.state.caller.project, request.method, str(request.url), key)
+            return await replies.once(place, lambda: handle(request))
+
+        return handle_once

@@ -1,0 +1,212 @@
+"""The routes of the native protocol: each hands one request to the caller's view of the service.
+
+Bodies and answers that carry arrays are messages of `weaver.wire`; all else is JSON.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any
+
+import anyio
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from pydantic import Field, TypeAdapter
+from starlette.exceptions import HTTPException
+
+from weaver import wire
+from weaver.errors import TooLargeError
+from weaver.protocol import Outcome, Service, SessionInfo, Submission
+from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
+from weaver.server.http.replies import OnceRoute
+from weaver.server.http.streaming import EventStream
+from weaver.types import (
+    CheckpointInfo,
+    JsonDict,
+    MetricPoint,
+    ModelInfo,
+    TrainingRun,
+    Value,
+)
+
+LARGE_BYTES = 32 * 1024
+"""Above this, a message is parsed or written in a thread, beside the event loop."""
+SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
+BINARY: dict[str, Any] = {
+    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+}
+
+
+class SessionRequest(Value):
+    user_metadata: JsonDict = Field(default_factory=dict)
+
+
+class Accepted(Value):
+    accepted: int
+
+
+class CancelRequest(Value):
+    submission_ids: tuple[str, ...] = Field(max_length=10_000)
+
+
+class TtlRequest(Value):
+    ttl_seconds: int | None = Field(ge=1, le=2**31)
+
+
+class MetricsRequest(Value):
+    points: tuple[MetricPoint, ...] = Field(max_length=10_000)
+
+
+def front_of(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.state.service
+    return service
+
+
+Fronted = Annotated[Front, Depends(front_of)]
+Scoped = Annotated[Service, Depends(service_of)]
+Name = Annotated[str, Query(min_length=1, max_length=1024)]
+Path = Annotated[str, Query(min_length=1, max_length=1024, examples=["weaver://run/weights/name"])]
+
+router = APIRouter(prefix="/v1", route_class=OnceRoute)
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+@router.post("/sessions", response_model=SessionInfo, status_code=201)
+async def open_session(body: SessionRequest, service: Scoped) -> SessionInfo:
+    return await service.open_session(user_metadata=body.user_metadata)
+
+
+@router.delete("/sessions/{session_id}", status_code=204)
+async def close_session(session_id: str, service: Scoped) -> None:
+    await service.close_session(session_id)
+
+
+@router.post(
+    "/sessions/{session_id}/submissions",
+    response_model=Accepted,
+    status_code=202,
+    openapi_extra={"requestBody": {**BINARY, "required": True}},
+)
+async def submit(session_id: str, request: Request, front: Fronted, service: Scoped) -> Accepted:
+    if request.headers.get("Content-Type") != MEDIA_TYPE:
+        raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
+    data = await request.body()
+    read = partial(wire.decode, data, SUBMISSIONS, limits=front.limits.message)
+    submissions = await to_thread.run_sync(read) if len(data) > LARGE_BYTES else read()
+    if len(submissions) > front.limits.submissions:
+        raise TooLargeError(
+            f"{len(submissions)} submissions in a request, the limit is {front.limits.submissions}."
+        )
+    await service.submit(session_id, submissions)
+    front.metrics.submitted(submissions)
+    return Accepted(accepted=len(submissions))
+
+
+@router.get("/sessions/{session_id}/outcomes", response_class=Response, responses={200: BINARY})
+async def collect(
+    session_id: str,
+    front: Fronted,
+    service: Scoped,
+    after: Annotated[int, Query(ge=0, le=2**63)] = 0,
+    timeout: Annotated[float, Query(ge=0, le=LONGEST_POLL_S)] = 0.0,
+) -> Response:
+    outcomes: list[Outcome] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_cancel_when_set, front.stopping, tasks.cancel_scope)
+        outcomes.extend(await service.collect(session_id, after=after, timeout_s=timeout))
+        tasks.cancel_scope.cancel()
+    front.metrics.collected(outcomes)
+    return Response(await to_thread.run_sync(wire.encode, outcomes), media_type=MEDIA_TYPE)
+
+
+@router.post("/sessions/{session_id}/cancel", status_code=204)
+async def cancel(session_id: str, body: CancelRequest, service: Scoped) -> None:
+    await service.cancel(session_id, body.submission_ids)
+
+
+@router.get(
+    "/sessions/{session_id}/stream/{submission_id}",
+    response_class=Response,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def stream(
+    session_id: str,
+    submission_id: str,
+    service: Scoped,
+    last_event_id: Annotated[int, Header(ge=0)] = 0,
+) -> Response:
+    return EventStream(service.stream(session_id, submission_id), after=last_event_id)
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+@router.get("/models", response_model=list[ModelInfo])
+async def list_models(service: Scoped) -> list[ModelInfo]:
+    return list(await service.list_models())
+
+
+@router.get("/models/info", response_model=ModelInfo)
+async def get_model(name: Name, service: Scoped) -> ModelInfo:
+    return await service.get_model(name)
+
+
+@router.get("/models/tokenizer", response_class=Response, responses={200: BINARY})
+async def tokenizer_files(name: Name, service: Scoped) -> Response:
+    files = await service.tokenizer_files(name)
+    return Response(await to_thread.run_sync(wire.encode, files), media_type=MEDIA_TYPE)
+
+
+# --- runs, checkpoints, metrics -----------------------------------------------------------------
+
+
+@router.get("/runs", response_model=list[TrainingRun])
+async def list_runs(service: Scoped) -> list[TrainingRun]:
+    return list(await service.list_runs())
+
+
+@router.get("/runs/{run_id}", response_model=TrainingRun)
+async def get_run(run_id: str, service: Scoped) -> TrainingRun:
+    return await service.get_run(run_id)
+
+
+@router.post("/runs/{run_id}/metrics", status_code=204)
+async def log_metrics(run_id: str, body: MetricsRequest, service: Scoped) -> None:
+    await service.log_metrics(run_id, body.points)
+
+
+@router.get("/runs/{run_id}/metrics", response_model=list[MetricPoint])
+async def read_metrics(run_id: str, service: Scoped, name: str | None = None) -> list[MetricPoint]:
+    return list(await service.read_metrics(run_id, name=name))
+
+
+@router.get("/checkpoints", response_model=list[CheckpointInfo])
+async def list_checkpoints(service: Scoped, run_id: str | None = None) -> list[CheckpointInfo]:
+    return list(await service.list_checkpoints(run_id))
+
+
+@router.get("/checkpoints/info", response_model=CheckpointInfo)
+async def get_checkpoint(path: Path, service: Scoped) -> CheckpointInfo:
+    return await service.get_checkpoint(path)
+
+
+@router.delete("/checkpoints", status_code=204)
+async def delete_checkpoint(path: Path, service: Scoped) -> None:
+    await service.delete_checkpoint(path)
+
+
+@router.put("/checkpoints/ttl", response_model=CheckpointInfo)
+async def set_checkpoint_ttl(path: Path, body: TtlRequest, service: Scoped) -> CheckpointInfo:
+    return await service.set_checkpoint_ttl(path, body.ttl_seconds)
+
+
+async def _cancel_when_set(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

@@ -1,0 +1,79 @@
+"""Server-sent events: the pieces of a sample on their way to one reader."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+from starlette.responses import Response
+
+from weaver.errors import WeaverError
+from weaver.protocol import ErrorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive, Scope, Send
+
+    from weaver.types import SampleDelta
+
+KEEPALIVE_S = 15.0
+"""A comment is sent after this much silence, so that no proxy takes the stream for dead."""
+
+
+class EventStream(Response):
+    """`data:` events, numbered from 1, then one `end` event, or an `error` event with ErrorInfo.
+
+    Pieces up to number `after` (the reader's Last-Event-ID) are skipped.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, deltas: AsyncIterator[SampleDelta], *, after: int = 0) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]
+        self._deltas = deltas
+        self._after = after
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        await send(start)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._keep_alive, send)
+            tasks.start_soon(_until_gone, receive, tasks.cancel_scope)
+            await self._send_deltas(send)
+            tasks.cancel_scope.cancel()
+
+    async def _send_deltas(self, send: Send) -> None:
+        number = 0
+        last = "event: end\ndata: {}\n\n"
+        try:
+            async for delta in self._deltas:
+                number += 1
+                if number > self._after:
+                    event = f"id: {number}\ndata: {delta.model_dump_json()}\n\n"
+                    await self._send(send, event)
+        except WeaverError as error:
+            last = f"event: error\ndata: {ErrorInfo.of(error).model_dump_json()}\n\n"
+        await self._send(send, last, more=False)
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await anyio.sleep(KEEPALIVE_S)
+            if anyio.current_time() - self._sent_at >= KEEPALIVE_S:
+                await self._send(send, ": waiting\n\n")
+
+    async def _send(self, send: Send, text: str, *, more: bool = True) -> None:
+        self._sent_at = anyio.current_time()
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+
+async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

@@ -1,0 +1,145 @@
+"""API keys: who may call the server, and for which project; used by its front and by `weaver keys`.
+
+A key is `wv-` and 32 random bytes in base64. Only its SHA-256 is kept: 256 random bits cannot be
+guessed from it, so it needs no slow hash. The key itself is shown once, when it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from weaver.errors import AuthenticationError, InvalidNameError, NotFoundError
+from weaver.server.database import metadata
+from weaver.types import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PREFIX = "wv-"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+
+keys_table = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("project", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("admin", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("revoked_at", sa.DateTime(timezone=True)),
+)
+
+
+class KeyInfo(Value):
+    """A key without its secret."""
+
+    id: str
+    project: str
+    name: str
+    admin: bool
+    created_at: datetime
+    revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is. An admin sees every project, and creates in its own."""
+
+    project: str
+    admin: bool = False
+
+
+class Keys:
+    """The keys of one database. Its methods block for the time of a query."""
+
+    def __init__(self, database: sa.Engine) -> None:
+        self._database = database
+
+    def create(self, project: str, *, name: str = "", admin: bool = False) -> tuple[KeyInfo, str]:
+        """A new key and its secret, which nobody can read again.
+
+        Raises:
+            InvalidNameError: a project or key name with other characters than letters, digits, _.-
+        """
+        for field, text in (("project", project), ("name", name or "key")):
+            if not NAME.fullmatch(text):
+                raise InvalidNameError(
+                    f"is {text!r}.", field=field, hint="Use at most 64 letters, digits, '_.-'."
+                )
+        secret = PREFIX + secrets.token_urlsafe(32)
+        info = KeyInfo(
+            id=secrets.token_hex(4),
+            project=project,
+            name=name,
+            admin=admin,
+            created_at=datetime.now(UTC),
+        )
+        row = {**info.model_dump(), "hash": _hash(secret)}
+        with self._database.begin() as connection:
+            connection.execute(keys_table.insert().values(row))
+        return info, secret
+
+    def list(self) -> Sequence[KeyInfo]:
+        """All keys, revoked ones too, oldest first."""
+        query = sa.select(keys_table).order_by(keys_table.c.created_at)
+        with self._database.connect() as connection:
+            return [_info(row) for row in connection.execute(query)]
+
+    def revoke(self, key_id: str) -> KeyInfo:
+        """Ends a key, given by its id or the beginning of it; takes effect with the next request.
+
+        Raises:
+            NotFoundError: no key, or more than one, begins so.
+        """
+        found = [info for info in self.list() if key_id and info.id.startswith(key_id)]
+        if len(found) != 1:
+            raise NotFoundError(
+                f"{len(found)} keys have an id that begins with {key_id!r}.",
+                field="key_id",
+                hint="`weaver keys list` shows them.",
+            )
+        query = keys_table.update().where(keys_table.c.id == found[0].id)
+        with self._database.begin() as connection:
+            connection.execute(query.values(revoked_at=datetime.now(UTC)))
+        return next(info for info in self.list() if info.id == found[0].id)
+
+    def authenticate(self, secret: str) -> Caller:
+        """Whose key it is.
+
+        Raises:
+            AuthenticationError: unknown or revoked, without saying which.
+        """
+        wanted = _hash(secret)
+        query = sa.select(keys_table).where(
+            keys_table.c.hash == wanted, keys_table.c.revoked_at.is_(None)
+        )
+        with self._database.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None or not hmac.compare_digest(row.hash, wanted):
+            raise AuthenticationError(
+                "the API key is unknown or was revoked.",
+                hint="Set WEAVER_API_KEY to a key that `weaver keys create` made on this server.",
+            )
+        return Caller(row.project, row.admin)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _info(row: sa.Row[tuple[object, ...]]) -> KeyInfo:
+    fields = dict(row._mapping)
+    del fields["hash"]
+    for name in ("created_at", "revoked_at"):  # SQLite forgets the time zone
+        if isinstance(fields[name], datetime) and fields[name].tzinfo is None:
+            fields[name] = fields[name].replace(tzinfo=UTC)
+    return KeyInfo(**fields)
