@@ -1,0 +1,206 @@
+"""The run on the terminal: progress, numbers, a curve as it rises, hints; loops log to it.
+
+Lively where standard output is a terminal, one plain line a step where it is not.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from weaver.errors import MissingDependencyError
+from weaver_rl.hints import find_hints
+from weaver_rl.loggers import prompt_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver_rl.types import Group, Rollout
+
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reward", ("reward/mean",)),
+    ("loss", ("train/loss",)),
+    ("KL", ("train/kl_k3",)),
+    ("entropy", ("train/entropy", "policy/surprise")),
+    ("tokens/s", ("tokens/per_second",)),
+    ("gap", ("gap/max",)),
+    ("held-out", ("eval/mean",)),
+)
+"""What is shown, and the metrics it may come from, the first that is there."""
+CURVES = ("reward/mean", "train/loss")
+WIDTH, HEIGHT = 64, 6
+
+
+class Display:
+    """A logger for people: `Display(steps=60)`. Close it to leave the terminal as it was."""
+
+    name = "console"
+
+    def __init__(self, *, steps: int | None = None, stream: TextIO | None = None) -> None:
+        """
+        Raises:
+            MissingDependencyError: on a terminal, rich is not installed.
+        """
+        self._steps = steps
+        self._stream = stream or sys.stdout
+        self._history: list[Mapping[str, float]] = []
+        self._step = 0
+        self._started = time.monotonic()
+        self._waiting = ""
+        self._sample: Rollout | None = None
+        self._hints: dict[str, str] = {}
+        self._live: Any = self._open_live() if self._stream.isatty() else None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._history.append(dict(metrics))
+        self._step, self._waiting = step, ""
+        hints = {hint.name: hint.text for hint in find_hints(self._history)}
+        if self._live is None:
+            of = f"/{self._steps}" if self._steps else ""
+            numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics))
+            self._print(f"step {step}{of}  {numbers}")
+            for name, text in hints.items():
+                if name not in self._hints:
+                    self._print(f"hint: {text}")
+        self._hints = hints
+        self._refresh()
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        """Keeps the best reply of the first group to show."""
+        scored = [r for group in groups for r in group.rollouts if r.failure is None]
+        self._sample = max(scored[:16], key=lambda r: r.reward, default=None)
+        self._refresh()
+
+    def waiting_for(self, what: str) -> None:
+        """Shows what the loop waits for, such as `12 of 256 rollouts`; "" for nothing."""
+        self._waiting = what
+        self._refresh()
+
+    def note(self, text: str) -> None:
+        """Says something that stays, such as where the report is."""
+        if self._live is None:
+            self._print(text)
+        else:
+            self._live.console.print(text, markup=False, highlight=False)
+
+    def state(self) -> Mapping[str, str]:
+        return {}
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._picture())
+
+    def _open_live(self) -> Any:
+        try:
+            from rich.console import Console
+            from rich.live import Live
+        except ImportError:
+            raise MissingDependencyError(
+                "rich is not installed.", hint="pip install 'weaver-post-training[rl]'."
+            ) from None
+        live = Live(console=Console(file=self._stream), refresh_per_second=8)
+        live.start()
+        return live
+
+    def _picture(self) -> Any:
+        from rich.console import Group as Rows
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        of = f"/{self._steps}" if self._steps else ""
+        seconds = time.monotonic() - self._started
+        bar = ProgressBar(total=self._steps, completed=self._step, width=24)
+        pace = f"{seconds / self._step:.1f} s a step" if self._step else ""
+        head.add_row(bar, Text(f"step {self._step}{of}", style="bold"), pace, self._waiting)
+        rows: list[Any] = [head]
+        numbers = shown(self._history[-1]) if self._history else []
+        if numbers:
+            table = Table.grid(padding=(0, 3))
+            table.add_row(*(Text(label, style="dim") for label, _ in numbers))
+            table.add_row(*(Text(number, style="bold") for _, number in numbers))
+            rows.append(table)
+        rows += [Text(line, style="cyan") for line in self._curve()]
+        if self._sample is not None:
+            asked, said = prompt_text(self._sample.task), self._sample.text
+            said = f"{_short(asked)} → {_short(said)}  ({self._sample.reward:.2f})"
+            rows.append(Text(said, style="dim"))
+        rows += [Text(f"▲ {text}", style="yellow") for text in self._hints.values()]
+        return Rows(*rows)
+
+    def _curve(self) -> list[str]:
+        for name in CURVES:
+            values = [row[name] for row in self._history if name in row]
+            if len(values) > 1:
+                done = min(1.0, self._step / self._steps) if self._steps else 1.0
+                width = max(2, round(WIDTH * done))
+                return [f"{name} by step", *draw_curve(values, width=width, height=HEIGHT)]
+        return []
+
+
+def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Labels and numbers of a step, as people read them: `[("reward", "0.531"), ...]`."""
+    found = []
+    for label, names in COLUMNS:
+        value = next((metrics[name] for name in names if name in metrics), None)
+        if value is not None:
+            found.append((label, number_text(value)))
+    return found
+
+
+def number_text(value: float) -> str:
+    """Three or four figures: 0.531, 4,210, 1.2e-06."""
+    if value == 0 or 1e-3 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.1e}"
+
+
+def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]:
+    """A line of values as `height` rows of braille characters, the scale at the left.
+
+    A character has 2 x 4 dots; values are averaged into the dot columns, or joined by lines.
+    """
+    low, high = min(values), max(values)
+    columns = 2 * width
+    if len(values) <= columns:
+        dots = np.interp(np.linspace(0, len(values) - 1, columns), range(len(values)), values)
+    else:
+        dots = np.array([part.mean() for part in np.array_split(np.asarray(values), columns)])
+    rows = 4 * height - 1
+    levels = [round(float(value - low) / ((high - low) or 1.0) * rows) for value in dots]
+    cells = [[0] * width for _ in range(height)]
+    for x, level in enumerate(levels):
+        before = levels[max(0, x - 1)]
+        # Joins neighbours by a vertical stroke, so that a steep curve has no holes.
+        for y in range(min(level, before + 1), max(level, before - 1) + 1):
+            row, dot = divmod(rows - y, 4)
+            cells[row][x // 2] |= BRAILLE[x % 2][dot]
+    names = {0: number_text(high), height - 1: number_text(low)}
+    margin = max(map(len, names.values()))
+    return [
+        f"{names.get(i, ''):>{margin}} │{''.join(chr(0x2800 + cell) for cell in row)}"
+        for i, row in enumerate(cells)
+    ]
+
+
+BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bits of the dots of a braille character: left and right column, from the top."""
+
+
+def _short(text: str, *, limit: int = 60) -> str:
+    # What a model writes may hold escape sequences, which would act on the terminal.
+    line = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text.strip())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

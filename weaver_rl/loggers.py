@@ -1,0 +1,263 @@
+"""Where a run's numbers and samples go: JSONL, wandb, TensorBoard, or anything with four methods.
+
+Loops hold a `Loggers`, several at once. The terminal's is `weaver_rl.display.Display`. What a
+logger needs to go on after a resume, such as wandb's run id, is its `state`, kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from weaver.errors import MissingDependencyError, WeaverError
+from weaver_rl.storage import append_line, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from weaver_rl.types import Group, Rollout, Task
+
+log = logging.getLogger(__name__)
+
+SAMPLE_COLUMNS = ("step", "prompt", "reply", "reward", "stop_reason", "failure")
+SampleRow = tuple[int, str, str, float | None, str, str]
+
+
+class Logger(Protocol):
+    """One destination. Methods block shortly and are called from one task, steps ascending."""
+
+    name: str
+    """Unique among the loggers of a run; the key of its state."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None: ...
+
+    def state(self) -> Mapping[str, str]:
+        """What it needs to go on with the same run; {} for nothing."""
+
+    def close(self) -> None:
+        """Writes what is left; called once, also after an error of the run."""
+
+
+class Loggers:
+    """Several loggers as one: `Loggers(JsonlLogger(path), WandbLogger("reverse"))`.
+
+    What a third party's logger raises is shown once, with its name and traceback, and counted in
+    `failed`; the others and the run go on. A `WeaverError`, such as a full disk under
+    `metrics.jsonl`, is raised after all others were called.
+    """
+
+    def __init__(self, *loggers: Logger) -> None:
+        self.failed: Counter[str] = Counter()
+        """Calls that raised, by the logger's name."""
+        self._loggers = loggers
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._each(lambda logger: logger.log(metrics, step))
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        self._each(lambda logger: logger.log_samples(groups, step))
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """The states that are not empty, by name, for the manifest."""
+        states: dict[str, dict[str, str]] = {}
+        self._each(lambda logger: states.update({logger.name: dict(logger.state())}))
+        return {name: state for name, state in states.items() if state}
+
+    def close(self) -> None:
+        self._each(lambda logger: logger.close())
+        for name, count in self.failed.items():
+            log.warning("The logger %r failed %d times; what it shows is incomplete.", name, count)
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        raised: list[WeaverError] = []
+        for logger in self._loggers:
+            try:
+                call(logger)
+            except WeaverError as error:
+                raised.append(error)
+            except Exception:  # the boundary around code that is not ours
+                self.failed[logger.name] += 1
+                if self.failed[logger.name] == 1:
+                    log.exception("The logger %r failed; the run goes on.", logger.name)
+        if raised:
+            raise raised[0]
+
+
+class JsonlLogger:
+    """`metrics.jsonl`: a line a step, `{"step": 3, "time": 1730000000.1, "reward/mean": 0.5}`."""
+
+    name = "jsonl"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Raises StorageError: the file cannot be written."""
+        append_line(self._path, {"step": step, "time": round(time.time(), 3), **metrics})
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        """Nothing: transcripts hold every sample."""
+
+    def state(self) -> Mapping[str, str]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing: every line is already on the disk."""
+
+
+class WandbLogger:
+    """Weights & Biases, online or offline; samples as a media table.
+
+    A resumed run goes on under the same id. Online, wandb itself ignores steps that it has; an
+    offline run makes a new folder of the same id, to be joined by `wandb sync --append`.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self,
+        project: str,
+        *,
+        config: Mapping[str, object] | None = None,
+        folder: Path | None = None,
+        mode: Literal["online", "offline"] | None = None,
+        run_name: str | None = None,
+        state: Mapping[str, str] | None = None,
+        max_samples: int = 16,
+    ) -> None:
+        """
+        Args:
+            folder: where wandb keeps its files; its default is the working directory.
+            mode: None leaves it to WANDB_MODE, and that to online.
+            state: of the run to go on with, from the manifest.
+
+        Raises:
+            MissingDependencyError: wandb is not installed.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb") from None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        run_id = (state or {}).get("run_id")
+        offline = mode == "offline" or (mode is None and wandb.setup().settings.mode == "offline")
+        self._wandb = wandb
+        self._max_samples = max_samples
+        self._run: Any = wandb.init(
+            project=project,
+            config=plain(config or {}),
+            dir=folder,
+            id=run_id,
+            # Offline there is nobody to ask whether the run exists.
+            resume="allow" if run_id and not offline else None,
+            mode=mode,
+            name=run_name,
+            reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        rows = sample_rows(groups, step, limit=self._max_samples)
+        table = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])
+        self._run.log({"samples": table}, step=step)
+
+    def state(self) -> Mapping[str, str]:
+        return {"run_id": self._run.id}
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardLogger:
+    """TensorBoard event files, without TensorFlow or torch; samples as a text table."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        """
+        Args:
+            resume_step: the manifest's step; what earlier files hold beyond it is not shown.
+
+        Raises:
+            MissingDependencyError: tensorboard is not installed.
+        """
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.plugins.scalar.summary import scalar_pb
+            from tensorboard.plugins.text.summary import text_pb
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            raise _missing("tensorboard") from None
+        self._event, self._scalar, self._text = Event, scalar_pb, text_pb
+        self._writer: Any = EventFileWriter(str(folder))
+        # A second start in a folder makes TensorBoard forget the steps from there on.
+        self._add((resume_step or 0) + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._add(step, summary=self._scalar(name, value))
+        self._writer.flush()
+
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        rows = [SAMPLE_COLUMNS, ("---",) * len(SAMPLE_COLUMNS), *sample_rows(groups, step)]
+        lines = ["|".join(_cell(value) for value in row) for row in rows]
+        self._add(step, summary=self._text("samples", "\n".join(lines)))
+
+    def state(self) -> Mapping[str, str]:
+        return {}
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, **what))
+
+
+def sample_rows(groups: Sequence[Group], step: int, *, limit: int = 16) -> list[SampleRow]:
+    """The best and the worst rollout of the first groups, as rows of SAMPLE_COLUMNS."""
+    rows: list[SampleRow] = []
+    for group in groups[: max(1, limit // 2)]:
+        ranked = sorted(group.rollouts, key=lambda r: (r.failure is not None, -r.reward))
+        rows += [_row(rollout, step) for rollout in (ranked[:1] + ranked[1:][-1:])]
+    return rows[:limit]
+
+
+def prompt_text(task: Task) -> str:
+    """A task's prompt for people: the text, or the messages with their roles."""
+    prompt = task.get("prompt", "")
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _row(rollout: Rollout, step: int) -> SampleRow:
+    failure = rollout.failure
+    return (
+        step,
+        prompt_text(rollout.task),
+        rollout.text,
+        rollout.reward if failure is None else None,
+        rollout.trajectory.stop_reason,
+        "" if failure is None else f"{failure.where}: {failure.message}",
+    )
+
+
+def _cell(value: object) -> str:
+    """One cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _missing(package: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{package} is not installed.",
+        hint=f"pip install 'weaver-post-training[{package}]' and try again.",
+    )
