@@ -1,0 +1,252 @@
+"""The contract of `Service`: models, runs, metrics, checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from weaver.engine.fake import FakeEngine
+from weaver.errors import (
+    CheckpointNotFoundError,
+    InvalidNameError,
+    RunNotFoundError,
+    UnknownModelError,
+)
+from weaver.protocol import (
+    CheckpointLoaded,
+    CheckpointSaved,
+    CreateModel,
+    ForwardBackward,
+    GradientsDone,
+    LoadCheckpoint,
+    ModelCreated,
+    SaveCheckpoint,
+    StepDone,
+    Submission,
+)
+from weaver.types import LoraConfig, MetricPoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.contracts.conftest import ServiceOpener
+    from weaver.protocol import Operation, Service
+
+pytestmark = pytest.mark.anyio
+
+
+async def train(caller: Caller, run: str, steps: int = 1) -> None:
+    for _ in range(steps):
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        await caller.do(STEP, StepDone, run_id=run)
+
+
+async def loss(caller: Caller, run: str) -> float:
+    return (await caller.do(FORWARD, GradientsDone, run_id=run)).output.metrics["loss"]
+
+
+async def test_models(service: Service) -> None:
+    assert [model.name for model in await service.list_models()] == ["fake", "other"]
+    assert (await service.get_model("other")).context_length == 64
+    assert "tokenizer.json" in await service.tokenizer_files("fake")
+    with pytest.raises(UnknownModelError, match=r"Did you mean 'fake'\?"):
+        await service.get_model("fakee")
+
+
+async def test_a_run_describes_itself(caller: Caller, service: Service) -> None:
+    operation = CreateModel(
+        base_model="fake", lora_config=LoraConfig(rank=4), user_metadata={"who": "me"}
+    )
+    created = await caller.do(operation, ModelCreated)
+    full = await caller.do(CreateModel(base_model="fake", training_mode="full_ft"), ModelCreated)
+    assert [run.run_id for run in await service.list_runs()] == [
+        created.run.run_id,
+        full.run.run_id,
+    ]
+    await train(caller, created.run.run_id)
+    run = await service.get_run(created.run.run_id)
+    assert run.step == 1 and run.status == "idle" and run.user_metadata == {"who": "me"}
+    assert run.lora_config == LoraConfig(rank=4) and full.run.lora_config is None
+    assert run.last_request_at > run.created_at
+    with pytest.raises(RunNotFoundError):
+        await service.get_run("run-0")
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (CreateModel(base_model="fakee"), "unknown_model"),
+        (
+            CreateModel(base_model="fake", training_mode="full_ft", lora_config=LoraConfig()),
+            "invalid_params",
+        ),
+        (GRADIENT, "invalid_request"),
+    ],
+)
+async def test_operations_without_a_run_are_refused_by_name(
+    caller: Caller, operation: Operation, code: str
+) -> None:
+    assert await caller.refused(operation) == code
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (ForwardBackward(datums=(), loss_fn="cross_entropy"), "invalid_datum"),
+        (ForwardBackward(datums=GRADIENT.datums, loss_fn="crossentropy"), "unknown_loss"),
+        (
+            ForwardBackward(datums=GRADIENT.datums, loss_fn="ppo", loss_fn_config={"clip": 1}),
+            "invalid_loss_config",
+        ),
+        (ForwardBackward(datums=GRADIENT.datums, loss_fn="ppo"), "invalid_datum"),
+        (SaveCheckpoint(purpose="state", name="../x"), "invalid_name"),
+        (SaveCheckpoint(purpose="state", name=".x"), "invalid_name"),
+        (SaveCheckpoint(purpose="state", name="x" * 129), "invalid_name"),
+        (LoadCheckpoint(path="weaver://a/b/c"), "invalid_name"),
+        (LoadCheckpoint(path="weaver://a/weights/.."), "invalid_name"),
+        (LoadCheckpoint(path="weaver://a/weights/c"), "checkpoint_not_found"),
+        (LoadCheckpoint(path="/nowhere"), "checkpoint_not_found"),
+        (CreateModel(base_model="fake"), "invalid_request"),
+    ],
+)
+async def test_bad_operations_of_a_run_leave_it_as_it_was(
+    caller: Caller, operation: Operation, code: str
+) -> None:
+    run = await caller.create()
+    await train(caller, run)
+    before = await loss(caller, run)
+    assert await caller.refused(operation, run_id=run) == code
+    assert await loss(caller, run) == before
+
+
+async def test_an_unknown_run_is_refused(caller: Caller) -> None:
+    outcome = await caller.outcome(
+        (await caller.send(Submission(id="x", operation=STEP, run_id="run-0", seq=1)))[0]
+    )
+    assert outcome.error is not None and outcome.error.code == "run_not_found"
+
+
+async def test_metrics(caller: Caller, service: Service) -> None:
+    run = await caller.create()
+    await service.log_metrics(run, [MetricPoint(name="reward", value=0.5, step=1)])
+    await service.log_metrics(run, [MetricPoint(name="other", value=1.0)])
+    (point,) = await service.read_metrics(run, name="reward")
+    assert (point.value, point.step) == (0.5, 1) and point.occurred_at is not None
+    assert len(await service.read_metrics(run)) == 2
+    with pytest.raises(RunNotFoundError):
+        await service.log_metrics("run-0", [])
+
+
+async def test_a_state_comes_back_with_its_optimizer(caller: Caller) -> None:
+    run = await caller.create()
+    await train(caller, run, steps=2)
+    path = await caller.save(run, name="two")
+    assert path == f"weaver://{run}/weights/two"
+    await train(caller, run)
+    after_three = await loss(caller, run)
+    load = LoadCheckpoint(path=path, include_optimizer=True)
+    loaded = await caller.do(load, CheckpointLoaded, run_id=run)
+    assert loaded.checkpoint.step == 2
+    await train(caller, run)
+    assert await loss(caller, run) == after_three
+    await caller.do(LoadCheckpoint(path=path), CheckpointLoaded, run_id=run)
+    await train(caller, run)
+    assert await loss(caller, run) != after_three  # Adam began anew
+
+
+async def test_loading_clears_a_batch_that_lacks_a_part(caller: Caller) -> None:
+    run = await caller.create()
+    path = await caller.save(run)
+    await caller.refused(ForwardBackward(datums=(), loss_fn="cross_entropy"), run_id=run)
+    await caller.do(LoadCheckpoint(path=path), CheckpointLoaded, run_id=run)
+    await train(caller, run)
+
+
+async def test_a_name_is_taken_once_unless_overwritten(caller: Caller, service: Service) -> None:
+    run = await caller.create()
+    path = await caller.save(run, name="x")
+    operation = SaveCheckpoint(purpose="state", name="x")
+    assert await caller.refused(operation, run_id=run) == "name_taken"
+    await train(caller, run)
+    again = operation.model_copy(update={"overwrite": True})
+    await caller.do(again, CheckpointSaved, run_id=run)
+    assert (await service.get_checkpoint(path)).step == 1
+    assert len(await service.list_checkpoints()) == 1
+
+
+async def test_checkpoints_are_listed_and_deleted(caller: Caller, service: Service) -> None:
+    run, other = await caller.create(), await caller.create()
+    await caller.save(run, name="a")
+    await caller.save(run, "sampler", name="a")
+    await caller.save(run, "sampler")  # without a name it is no checkpoint
+    unnamed = await caller.save(other)
+    listed = await service.list_checkpoints(run)
+    assert [(c.name, c.kind) for c in listed] == [("a", "weights_and_optimizer"), ("a", "sampler")]
+    assert all(c.size_bytes > 0 and c.run_id == run for c in listed)
+    assert len(await service.list_checkpoints()) == 3
+    await service.delete_checkpoint(unnamed)
+    for call in (service.delete_checkpoint, service.get_checkpoint):
+        with pytest.raises(CheckpointNotFoundError):
+            await call(unnamed)
+    with pytest.raises(InvalidNameError):
+        await service.get_checkpoint("weaver://../weights/x")
+    assert await caller.refused(LoadCheckpoint(path=unnamed), run_id=other) == (
+        "checkpoint_not_found"
+    )
+
+
+async def test_a_lifetime_can_be_set_and_lifted(caller: Caller, service: Service) -> None:
+    run = await caller.create()
+    operation = SaveCheckpoint(purpose="state", name="x", ttl_seconds=60)
+    saved = (await caller.do(operation, CheckpointSaved, run_id=run)).checkpoint
+    assert saved.expires_at is not None
+    assert (saved.expires_at - saved.created_at).total_seconds() == 60
+    lifted = await service.set_checkpoint_ttl(saved.path, None)
+    assert lifted.expires_at is None and lifted.ttl_seconds is None
+    assert await service.get_checkpoint(saved.path) == lifted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"base_model": "other"},
+        {"base_model": "fake", "training_mode": "full_ft"},
+        {"base_model": "fake", "lora_config": LoraConfig(rank=4)},
+    ],
+)
+async def test_a_checkpoint_of_another_architecture_is_refused(
+    caller: Caller, other: dict[str, Any]
+) -> None:
+    path = await caller.save(await caller.create())
+    run = (await caller.do(CreateModel(**other), ModelCreated)).run.run_id
+    assert await caller.refused(LoadCheckpoint(path=path), run_id=run) == "checkpoint_mismatch"
+
+
+async def test_an_optimizer_that_was_not_saved_cannot_be_loaded(caller: Caller) -> None:
+    run = await caller.create()
+    operation = SaveCheckpoint(purpose="state", include_optimizer=False)
+    saved = (await caller.do(operation, CheckpointSaved, run_id=run)).checkpoint
+    assert saved.kind == "weights"
+    load = LoadCheckpoint(path=saved.path, include_optimizer=True)
+    assert await caller.refused(load, run_id=run) == "checkpoint_mismatch"
+
+
+async def test_a_later_service_finds_what_an_earlier_one_saved(
+    open_service: ServiceOpener, home: Path
+) -> None:
+    async with open_service(FakeEngine(), home) as first:
+        caller = await Caller.open(first)
+        run = await caller.create()
+        await train(caller, run, steps=3)
+        path, before = await caller.save(run, name="x"), await loss(caller, run)
+    async with open_service(FakeEngine(), home) as second:
+        caller = await Caller.open(second)
+        run = await caller.create()
+        load = LoadCheckpoint(path=path, include_optimizer=True)
+        assert (await caller.do(load, CheckpointLoaded, run_id=run)).checkpoint.step == 3
+        assert await loss(caller, run) == before
+        assert [c.path for c in await second.list_checkpoints()] == [path]
+        with pytest.raises(RunNotFoundError):
+            await second.get_run(path.split("/")[2])
