@@ -36,7 +36,7 @@ STEP = answer(StepDone, lambda result: result.output)
 @asynccontextmanager
 async def session_on(service: ScriptedService) -> AsyncIterator[Session]:
     with anyio.fail_after(5):
-        async with open_session(service) as (session, _):
+        async with open_session(service) as session:
             yield session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine
     from weaver.protocol import Service
 
+logger = logging.getLogger("weaver")
+
 
 @asynccontextmanager
 async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
@@ -27,6 +30,7 @@ async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
     engine = await anyio.to_thread.run_sync(_torch_engine, settings)
     from weaver.server.service import LocalService
 
+    logger.info("running embedded: %s, saving below %s", engine.description, settings.home)
     try:
         async with LocalService(
             engine, home=settings.home, deterministic=settings.deterministic

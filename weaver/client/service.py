@@ -5,7 +5,6 @@ Embedded, over a server or on an injected `Service` alike. The sync `ServiceClie
 
 from __future__ import annotations
 
-import logging
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from weaver.protocol import Service
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, TrainingMode, TrainingRun
 
-logger = logging.getLogger("weaver")
-
 
 class AsyncServiceClient:
     """Opens a session with a service; use it as `async with AsyncServiceClient() as service:`.
@@ -44,6 +41,12 @@ class AsyncServiceClient:
     (WEAVER_HOME, ~/.weaver). Enter and leave it in one task. Leaving it fails what is still pending
     with `ClosedError` and never touches what was saved; the runs of the embedded engine end with
     it, so save what you want to continue.
+
+    Args:
+        base_url: of a server; WEAVER_BASE_URL by default.
+        api_key: the key sent to it; WEAVER_API_KEY by default.
+        user_metadata: kept with the session.
+        service: an open service of this event loop to use instead; it is not closed.
 
     Raises:
         ConfigError: a WEAVER_* variable cannot be used.
@@ -77,10 +80,9 @@ class AsyncServiceClient:
                 if self._settings.base_url is not None:
                     raise UnsupportedError("servers come with a later release.", field="base_url")
                 service = await stack.enter_async_context(embedded_service(self._settings))
-            self._open, description = await stack.enter_async_context(
+            self._open = await stack.enter_async_context(
                 open_session(service, user_metadata=self._user_metadata)
             )
-            logger.info("connected to the %s", description)
             self._tokenizers = TokenizerCache(service, self._settings.home / "tokenizers")
             self._stack = stack.pop_all()
         return self
@@ -198,6 +200,7 @@ class AsyncServiceClient:
         return list(await self._session.service.list_models())
 
     async def list_training_runs(self) -> list[TrainingRun]:
+        """The runs that the service has, oldest first."""
         return list(await self._session.service.list_runs())
 
     async def get_training_run(self, model_id: str) -> TrainingRun:

@@ -295,14 +295,14 @@ class Session:
 @asynccontextmanager
 async def open_session(
     service: Service, *, user_metadata: JsonDict | None = None
-) -> AsyncIterator[tuple[Session, str]]:
-    """A session and the service's description of itself; closed on leaving."""
+) -> AsyncIterator[Session]:
+    """A session with a service, closed on leaving."""
     info = await service.open_session(user_metadata=user_metadata)
     session = Session(service, info.session_id)
     async with anyio.create_task_group() as tasks:
         await tasks.start(session.run)
         try:
-            yield session, info.description
+            yield session
         finally:
             await session.close()
 

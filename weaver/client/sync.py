@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from weaver.protocol import Service
     from weaver.types import (
         CheckpointInfo,
         JsonDict,
@@ -53,11 +52,8 @@ class ServiceClient:
         *,
         home: str | PathLike[str] | None = None,
         user_metadata: JsonDict | None = None,
-        service: Service | None = None,
     ) -> None:
-        self._inner = AsyncServiceClient(
-            base_url, api_key, home=home, user_metadata=user_metadata, service=service
-        )
+        self._inner = AsyncServiceClient(base_url, api_key, home=home, user_metadata=user_metadata)
         self._portal = Portal(self._inner)
 
     def __enter__(self) -> Self:

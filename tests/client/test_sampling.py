@@ -1,0 +1,174 @@
+"""The sampling client on the local service and the fake engine."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+import pytest
+
+from tests.client.helpers import DATUMS, STEP, fake_client
+from weaver import Message, ModelInput, SamplingParams
+from weaver.errors import (
+    CheckpointNotFoundError,
+    ContextLengthError,
+    InvalidDatumError,
+    InvalidRequestError,
+    OperationCancelledError,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+SHORT = SamplingParams(max_tokens=5, seed=1)
+
+
+async def test_prompts_of_every_form(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        tokens = list(b"Hello")
+        prompts = [
+            ModelInput.from_ints(tokens),
+            tokens,
+            tuple(tokens),
+            np.array(tokens),
+            "Hello",
+        ]
+        results = [await sampler.sample(prompt, SHORT) for prompt in prompts]
+        assert all(result == results[0] for result in results)
+        assert results[0].prompt_tokens == tuple(tokens)
+        sequence = results[0]["sequences"][0]
+        assert len(sequence["tokens"]) == len(sequence["logprobs"]) <= 5
+        chat = [{"role": "user", "content": "Hello"}]
+        one, other = (
+            await sampler.sample(chat, SHORT),
+            await sampler.sample([Message(**chat[0])], SHORT),
+        )
+        assert one == other and len(one.prompt_tokens) > 5
+
+
+async def test_a_list_of_prompts_gives_a_list_in_order(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        for prompts in (
+            ["a", "b", "c"],
+            [[97], [98], [99]],
+            [ModelInput.from_ints([t]) for t in (97, 98, 99)],
+            [np.array([97]), np.array([98]), np.array([99])],
+        ):
+            handle = sampler.sample(prompts, {"max_tokens": 2, "seed": 1}, num_samples=2)
+            results = await handle
+            assert [r.prompt_tokens for r in results] == [(97,), (98,), (99,)]
+            assert all(len(r.sequences) == 2 for r in results)
+            assert handle.status == "done"
+        chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+        assert len(await sampler.sample(chats, SHORT)) == 2
+
+
+async def test_one_bad_prompt_of_a_list_fails_before_any_is_queued(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        with pytest.raises(InvalidDatumError, match=r"prompt\[1\]"):
+            sampler.sample([[97], []], SHORT)
+
+
+async def test_logprobs_of_a_prompt(tmp_path: Path) -> None:
+    async with fake_client(tmp_path, context_length=16) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        logprobs = await sampler.compute_logprobs("Hello")
+        assert logprobs[0] is None and len(logprobs) == 5
+        assert all(isinstance(value, float) and value < 0 for value in logprobs[1:])
+        sampled = await sampler.sample(list(b"Hello"), SHORT, include_prompt_logprobs=True)
+        assert list(sampled.prompt_logprobs or ()) == logprobs
+        assert len(await sampler.compute_logprobs([65] * 16)) == 16
+        with pytest.raises(ContextLengthError):
+            sampler.compute_logprobs([65] * 17)
+
+
+async def test_a_snapshot_does_not_move_with_training(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        trainer = await client.create_model("fake")
+        before = trainer.save_weights_and_get_sampling_client()
+        trainer.forward_backward(DATUMS)
+        trainer.optim_step(STEP)
+        after = trainer.save_weights_and_get_sampling_client(name="after")
+        trainer.forward_backward(DATUMS)
+        trainer.optim_step(STEP)
+        zero, one = await before, await after
+        assert (zero.weights_version, one.weights_version) == (0, 1)
+        assert (zero.base_model, one.model_info.name) == ("fake", "fake")
+        old, new = await zero.compute_logprobs("Hel"), await one.compute_logprobs("Hel")
+        assert old != new
+        again = await client.create_sampling_client(f"weaver://{trainer.model_id}/sampler/after")
+        assert await again.compute_logprobs("Hel") == new
+        base = await client.create_sampling_client(base_model="fake")
+        assert await base.compute_logprobs("Hel") == old
+
+
+async def test_a_sampler_needs_weights_that_exist(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        with pytest.raises(InvalidRequestError, match="model_path or base_model"):
+            client.create_sampling_client()
+        with pytest.raises(CheckpointNotFoundError):
+            await client.create_sampling_client("weaver://nothing/sampler/x")
+
+
+async def test_a_cancelled_sample_ends(tmp_path: Path) -> None:
+    async with fake_client(tmp_path, context_length=10**9) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        endless = {"max_tokens": 10**8, "stop_token_ids": []}
+        for prompts in ("a", ["a", "b"]):
+            handle = sampler.sample(prompts, endless, num_samples=64)
+            with anyio.move_on_after(0.1):
+                await handle
+            assert handle.status in ("queued", "running")
+            assert handle.cancel()
+            with pytest.raises(OperationCancelledError):
+                await handle
+            assert handle.status == "cancelled"
+        await sampler.sample("a", SHORT)
+
+
+async def test_streaming_gives_the_pieces_of_the_sample(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        whole = await sampler.sample("Hello", SHORT, num_samples=3)
+        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        reasons: dict[int, str] = {}
+        async for delta in sampler.stream("Hello", SHORT, num_samples=3):
+            tokens[delta.index] += delta.tokens
+            if delta.stop_reason:
+                reasons[delta.index] = delta.stop_reason
+        assert [tuple(tokens[i]) for i in range(3)] == [s.tokens for s in whole.sequences]
+        assert [reasons[i] for i in range(3)] == [s.stop_reason for s in whole.sequences]
+
+
+async def test_leaving_a_stream_early_frees_it(tmp_path: Path) -> None:
+    async with fake_client(tmp_path, context_length=10**9, slots=1) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        stream = sampler.stream("a", {"max_tokens": 10**8})
+        async with aclosing(stream):
+            async for _ in stream:
+                break
+        await sampler.sample("a", SHORT)  # there is one slot
+
+
+async def test_a_stream_reports_its_error(tmp_path: Path) -> None:
+    async with fake_client(tmp_path, context_length=4) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        with pytest.raises(ContextLengthError):
+            sampler.stream([1, 2, 3], {"max_tokens": 2})
+        with pytest.raises(ContextLengthError):
+            async for _ in sampler.stream("too long", SHORT):
+                pass
+
+
+async def test_a_thousand_samples_at_once(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        handles = [sampler.sample([i % 256], {"max_tokens": 3, "seed": i}) for i in range(1000)]
+        results = [await handle for handle in handles]
+        assert [r.prompt_tokens[0] for r in results] == [i % 256 for i in range(1000)]
