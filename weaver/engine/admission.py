@@ -1,0 +1,75 @@
+"""`Admission`: which sample jobs may run within so many rows and tokens of cache, in their order.
+
+A place is a row and cache for the longest sample that it may hold. A job gets its first place with
+its prompt and keeps at least one until its last sample begins, so every admitted job can end and
+nothing waits in a circle.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from weaver.engine.sample_jobs import RunningJob
+
+
+class Admission:
+    """Counts what admitted jobs hold. A job that exceeds the budget by itself runs alone.
+
+    With `in_waves` a job gets all places that it will ever have at once, and as many as it would
+    get alone, so that its batches do not depend on other jobs.
+    """
+
+    def __init__(self, *, max_rows: int, kv_tokens: int, in_waves: bool) -> None:
+        self.rows = 0
+        self.tokens = 0
+        self._max_rows = max_rows
+        self._kv_tokens = kv_tokens
+        self._in_waves = in_waves
+
+    def claim(self, jobs: Iterable[RunningJob]) -> None:
+        """Gives places to jobs in their order, up to the first that must wait for some."""
+        for job in jobs:
+            wanted = job.pending + job.running - job.places
+            if job.admitted and (wanted <= 0 or self._in_waves):
+                continue
+            prompt = 0 if job.admitted else len(job.prompt)
+            count = min(
+                wanted, self._fitting(job, self._max_rows - self.rows, prompt + self.tokens)
+            )
+            if not job.admitted:
+                alone = self._fitting(job, self._max_rows, prompt)
+                least = min(wanted, max(alone, 1)) if self._in_waves else min(wanted, 1)
+                if self.tokens == 0:
+                    count = max(count, least)
+                elif count < least or prompt + self.tokens > self._kv_tokens:
+                    return
+                job.admitted = job.prompt_held = True
+            job.places += count
+            self.rows += count
+            self.tokens += prompt + count * job.row_tokens
+            if count < wanted and not self._in_waves:
+                return
+
+    def settle(self, job: RunningJob) -> None:
+        """Takes back the places that the job has no more samples for, and at last its prompt's."""
+        surplus = job.places - job.running - job.pending
+        if surplus > 0:
+            job.places -= surplus
+            self.rows -= surplus
+            self.tokens -= surplus * job.row_tokens
+        if job.prompt_held and not (job.pending or job.unread):
+            job.prompt_held = False
+            self.tokens -= len(job.prompt)
+
+    def release(self, job: RunningJob) -> None:
+        """Takes back all that an ended or cancelled job holds."""
+        self.rows -= job.places
+        self.tokens -= job.places * job.row_tokens + job.prompt_held * len(job.prompt)
+        job.places, job.prompt_held = 0, False
+
+    def _fitting(self, job: RunningJob, rows: int, used_tokens: int) -> int:
+        """Places of the job for which there is room."""
+        return max(0, min(rows, (self._kv_tokens - used_tokens) // job.row_tokens))

@@ -1,0 +1,199 @@
+"""`RunningJob` and `Row`: a sample job and its samples while `TorchSampler` works on them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import TYPE_CHECKING
+
+import torch
+
+from weaver.engine.sampling import stream_keys
+from weaver.engine.stops import Continuation
+from weaver.errors import ContextLengthError, NonFiniteError
+from weaver.types import SampleDelta, SampledSequence, SampleResult
+
+if TYPE_CHECKING:
+    from weaver.engine.base import SampleJob
+    from weaver.engine.kv_cache import CachedRow, PromptCache
+    from weaver.engine.weights import PublishedWeights
+    from weaver.errors import WeaverError
+
+
+class RunningJob:
+    """A job from `add` to its result. Its samples begin in order, as places become free.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room for a token.
+        UnsupportedError: the model has no tokenizer to make text with.
+    """
+
+    def __init__(self, job: SampleJob, weights: PublishedWeights) -> None:
+        context = weights.model.info.context_length
+        room = context - len(job.prompt)
+        if room < (job.num_samples > 0):
+            raise ContextLengthError(
+                f"has {len(job.prompt)} tokens, the context of {weights.model.info.name} is "
+                f"{context}.",
+                field="prompt",
+                hint="Shorten it.",
+            )
+        self.job = job
+        self.weights = weights
+        self.prompt = list(job.prompt)
+        self.length = min(job.params.max_tokens, room)
+        """The most tokens of a sample."""
+        self.read = 0
+        """Tokens of the prompt that the model has seen."""
+        self.cache: PromptCache | None = None
+        """The prompt's keys and values, while it is read or samples are yet to begin."""
+        self.logits: torch.Tensor | None = None
+        """float32 [1, V] behind the prompt, while samples are yet to begin."""
+        self.admitted = False
+        self.prompt_held = False
+        """Whether the admission counts the prompt's cache."""
+        self.places = 0
+        """Rows that the job may have at once."""
+        self.running = 0
+        self.begun = 0
+        self.deltas: list[SampleDelta] = []
+        self.prompt_logprobs: list[float | None] = [None]
+        self.error: WeaverError | None = None
+        self._sequences: dict[int, SampledSequence] = {}
+        self._tokenizer = weights.model.tokenizer if job.num_samples else None
+        self._stop_token_ids = weights.model.eos_token_ids | set(job.params.stop_token_ids)
+        seed = job.params.seed
+        self._keys = stream_keys(
+            secrets.randbits(63) if seed is None else seed, job.num_samples
+        ).tolist()
+
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens of one row in the cache."""
+        return len(self.prompt) + self.length
+
+    @property
+    def pending(self) -> int:
+        """Samples that have not begun."""
+        return self.job.num_samples - self.begun
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that the model has not seen."""
+        return len(self.prompt) - self.read
+
+    @property
+    def done(self) -> bool:
+        return not self.unread and len(self._sequences) == self.job.num_samples
+
+    def begin(self, count: int) -> list[Row]:
+        """The next `count` samples."""
+        rows = [self._row(index) for index in range(self.begun, self.begun + count)]
+        self.begun += count
+        self.running += count
+        return rows
+
+    def take(self, row: Row, token: int, *, logprob: float, sampling_logprob: float) -> None:
+        """Adds a drawn token to a row, which may end it, or fail the job."""
+        if not (math.isfinite(logprob) and math.isfinite(sampling_logprob)):
+            self.error = NonFiniteError(
+                f"the weights give logits that are not finite at sample {row.index}, token "
+                f"{len(row.logprobs)}.",
+                hint="Sample from an earlier checkpoint, and train with a smaller learning rate.",
+            )
+            return
+        continuation = row.continuation
+        text = continuation.push(token)
+        row.logprobs.append(logprob)
+        row.sampling_logprobs.append(sampling_logprob)
+        if row.seen is not None:
+            row.seen[token] = True
+        if self.job.stream:
+            self.deltas.append(
+                SampleDelta(
+                    index=row.index,
+                    tokens=(token,),
+                    text=text,
+                    logprobs=(logprob,),
+                    stop_reason=continuation.stop_reason,
+                )
+            )
+        if continuation.stop_reason is not None:
+            self.running -= 1
+            self._sequences[row.index] = SampledSequence(
+                tokens=tuple(continuation.tokens),
+                text=continuation.text,
+                logprobs=tuple(row.logprobs),
+                sampling_logprobs=tuple(row.sampling_logprobs),
+                stop_reason=continuation.stop_reason,
+                weights_version=self.weights.version,
+            )
+
+    def result(self) -> SampleResult:
+        """Once it is done."""
+        return SampleResult(
+            sequences=tuple(self._sequences[i] for i in range(self.job.num_samples)),
+            prompt_tokens=tuple(self.prompt),
+            prompt_logprobs=tuple(self.prompt_logprobs)
+            if self.job.include_prompt_logprobs
+            else None,
+        )
+
+    def _row(self, index: int) -> Row:
+        assert self.logits is not None and self._tokenizer is not None
+        seen = None
+        if self.job.params.repetition_penalty != 1:
+            seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
+            seen[self.prompt] = True
+        continuation = Continuation(
+            self._tokenizer,
+            length=self.length,
+            stop=self.job.params.stop,
+            stop_token_ids=self._stop_token_ids,
+            stream=self.job.stream,
+        )
+        return Row(self, index=index, key=self._keys[index], continuation=continuation, seen=seen)
+
+
+class Row:
+    """One sample while it runs."""
+
+    __slots__ = (
+        "cached",
+        "continuation",
+        "index",
+        "job",
+        "key",
+        "logprobs",
+        "sampling_logprobs",
+        "seen",
+    )
+
+    def __init__(
+        self,
+        job: RunningJob,
+        *,
+        index: int,
+        key: int,
+        continuation: Continuation,
+        seen: torch.Tensor | None,
+    ) -> None:
+        self.job = job
+        self.index = index
+        self.key = key
+        self.continuation = continuation
+        self.seen = seen
+        """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
+        self.cached: CachedRow | None = None
+        self.logprobs: list[float] = []
+        self.sampling_logprobs: list[float] = []
+
+    @property
+    def ended(self) -> bool:
+        return self.continuation.stop_reason is not None
+
+    @property
+    def place(self) -> CachedRow:
+        """In the cache; a row has one from its first token on."""
+        assert self.cached is not None
+        return self.cached

@@ -1,0 +1,337 @@
+"""`TorchSampler`: continuous batching of sample jobs over shared base models and many adapters.
+
+The service calls it through `weaver.engine.base.Sampler`, one call at a time. A step reads pieces
+of prompts or adds one token to every row of one base model; the two take turns, so that a long
+prompt does not stall running rows. B rows, T tokens of a pass, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weaver.engine.admission import Admission
+from weaver.engine.base import SampleProgress
+from weaver.engine.checkpoints import read_snapshot
+from weaver.engine.kv_cache import CacheShape, PrefillPass, PromptCache, RowCache
+from weaver.engine.packing import PackedBatch
+from weaver.engine.sample_jobs import RunningJob
+from weaver.engine.sampling import draw_uniforms, row_params, sample
+from weaver.engine.weights import PublishedWeights, publish_snapshot
+from weaver.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from weaver.engine.base import SampleJob, WeightSnapshot
+    from weaver.engine.models import LoadedModel
+    from weaver.engine.sample_jobs import Row
+    from weaver.engine.sampling import RowParams
+    from weaver.engine.store import ModelStore
+
+MAX_ROWS = 64
+KV_TOKENS = 2**15
+PREFILL_TOKENS = 512
+"""Of one pass: enough rows to keep the matrix products busy, few enough for others to go on."""
+SCORED_ROWS = 64
+"""Prompt rows that go through the head at once, so that a [T, V] array never exists."""
+
+
+class TorchSampler:
+    """Samples of at most `max_rows` rows and about `kv_tokens` tokens of cache at once.
+
+    The tokens are reserved for the longest that each sample may become; memory follows what they
+    are, and is at most twice that. With `deterministic` the rows of each job step alone, so that no
+    result depends on what else runs.
+    """
+
+    def __init__(
+        self,
+        store: ModelStore,
+        *,
+        max_rows: int = MAX_ROWS,
+        kv_tokens: int = KV_TOKENS,
+        prefill_tokens: int = PREFILL_TOKENS,
+        deterministic: bool = False,
+    ) -> None:
+        self._store = store
+        self._prefill_tokens = prefill_tokens
+        self._deterministic = deterministic
+        self._weights: dict[str, PublishedWeights] = {}
+        self._jobs: dict[str, RunningJob] = {}
+        self._admission = Admission(max_rows=max_rows, kv_tokens=kv_tokens, in_waves=deterministic)
+        self._groups: dict[object, _Group] = {}
+        """In the order of their turns."""
+        self._just_read = False
+
+    def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
+        self._weights[weights_id] = publish_snapshot(snapshot, store=self._store)
+
+    def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
+        if folder is None:
+            self._weights[weights_id] = PublishedWeights(self._store.base(base_model), None, 0)
+        else:
+            facts = self._store.catalog.facts(base_model)
+            self.publish(weights_id, read_snapshot(folder, facts=facts))
+        return self._weights[weights_id].version
+
+    def release(self, weights_id: str) -> None:
+        self._weights.pop(weights_id, None)
+
+    def add(self, job: SampleJob) -> None:
+        """See the protocol.
+
+        Raises:
+            NotFoundError: the weights were never published, or released.
+            ContextLengthError, UnsupportedError: see `RunningJob`.
+        """
+        if job.weights_id not in self._weights:
+            raise NotFoundError(
+                f"the engine has no weights {job.weights_id!r}.",
+                field="weights_id",
+                hint="Publish or load them first.",
+            )
+        self._jobs[job.job_id] = RunningJob(job, self._weights[job.weights_id])
+
+    def cancel(self, job_id: str) -> None:
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            self._drop(job)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    def step(self) -> Sequence[SampleProgress]:
+        with torch.inference_mode():
+            self._admission.claim(self._jobs.values())
+            unread = [job for job in self._jobs.values() if job.admitted and job.unread]
+            if unread and not (self._just_read and self._groups):
+                self._read(unread)
+                self._just_read = True
+            elif self._groups:
+                self._decode()
+                self._just_read = False
+            self._begin()
+        return [p for job in list(self._jobs.values()) if (p := self._progress(job))]
+
+    def _read(self, unread: Sequence[RunningJob]) -> None:
+        """Feeds the next tokens of the oldest prompts of one model, up to the token budget."""
+        model = unread[0].weights.model
+        left = self._prefill_tokens
+        parts: list[tuple[RunningJob, int]] = []
+        for job in unread[:1] if self._deterministic else unread:
+            if left and job.weights.model is model:
+                size = min(left, job.unread)
+                parts.append((job, size))
+                left -= size
+        parts.sort(key=lambda part: id(part[0].weights))
+        hidden = self._forward_prompts(model, parts)
+        ends = np.cumsum([size for _, size in parts]).tolist()
+        for (job, size), end in zip(parts, ends, strict=True):
+            if job.job.include_prompt_logprobs:
+                self._score(job, hidden[end - size : end])
+            job.read += size
+        ended = [
+            (job, end - 1) for (job, _), end in zip(parts, ends, strict=True) if not job.unread
+        ]
+        if ended:
+            logits = model.logits(
+                hidden[[row for _, row in ended]], [job.weights.adapter for job, _ in ended]
+            )
+            for index, (job, _) in enumerate(ended):
+                job.logits = logits[index : index + 1]
+
+    def _forward_prompts(
+        self, model: LoadedModel, parts: Sequence[tuple[RunningJob, int]]
+    ) -> torch.Tensor:
+        """[T, H] of the next tokens of each job."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        caches: list[tuple[PromptCache, int]] = []
+        for job, size in parts:
+            if job.cache is None:
+                job.cache = PromptCache(_shape(model), length=len(job.prompt))
+            tokens += job.prompt[job.read : job.read + size]
+            positions += range(job.read, job.read + size)
+            caches.append((job.cache, size))
+        cache = PrefillPass(caches)
+        self._store.use_threads(model)
+        hidden = model.hidden_states(
+            PackedBatch(
+                input_ids=torch.tensor(tokens, device=model.device),
+                position_ids=torch.tensor(positions, device=model.device),
+                lengths=tuple(size for _, size in parts),
+                adapters=tuple(job.weights.adapter for job, _ in parts),
+                cache=cache,
+            )
+        )
+        cache.finish()
+        return hidden
+
+    def _score(self, job: RunningJob, hidden: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
+        targets = job.prompt[job.read + 1 : job.read + 1 + len(hidden)]
+        for start in range(0, len(targets), SCORED_ROWS):
+            some = targets[start : start + SCORED_ROWS]
+            logits = job.weights.model.logits(
+                hidden[start : start + len(some)], [job.weights.adapter] * len(some)
+            )
+            index = torch.tensor(some, device=logits.device)[:, None]
+            job.prompt_logprobs += logits.log_softmax(-1).gather(-1, index)[:, 0].tolist()
+
+    def _begin(self) -> None:
+        """Draws the first tokens of samples that have a place, and gives them a row."""
+        ready: dict[LoadedModel, list[Row]] = {}
+        for job in self._jobs.values():
+            count = min(job.pending, job.places - job.running)
+            if job.logits is not None and count and not (self._deterministic and job.running):
+                ready.setdefault(job.weights.model, []).extend(job.begin(count))
+        for model, rows in ready.items():
+            self._store.use_threads(model)
+            logits = torch.cat([_logits(row.job) for row in rows])
+            _draw(rows, logits, _row_params(rows, model))
+            for job in dict.fromkeys(row.job for row in rows):
+                self._keep(job, [row for row in rows if row.job is job and not row.ended])
+                self._admission.settle(job)
+                if not job.pending:
+                    job.cache = job.logits = None
+
+    def _keep(self, job: RunningJob, rows: Sequence[Row]) -> None:
+        """Gives rows that go on a copy of their prompt's cache."""
+        if job.error is not None or not rows:
+            return
+        assert job.cache is not None
+        model = job.weights.model
+        key = job if self._deterministic else model
+        if key not in self._groups:
+            self._groups[key] = _Group(model)
+        self._groups[key].add(rows, job.cache)
+
+    def _decode(self) -> None:
+        """Adds one token to each row of the group whose turn it is."""
+        key, group = next(iter(self._groups.items()))
+        self._store.use_threads(group.model)
+        rows = group.rows
+        _draw(rows, group.forward(), group.params)
+        for job in dict.fromkeys(row.job for row in rows if row.ended):
+            self._admission.settle(job)
+        group.remove([row for row in rows if row.ended])
+        del self._groups[key]
+        if group.rows:
+            self._groups[key] = group
+
+    def _progress(self, job: RunningJob) -> SampleProgress | None:
+        """What this step did for a job; one that ended is forgotten."""
+        deltas, job.deltas = job.deltas, []
+        if job.error is None and not job.done:
+            return SampleProgress(job_id=job.job.job_id, deltas=deltas) if deltas else None
+        del self._jobs[job.job.job_id]
+        self._drop(job)
+        if job.error is not None:
+            return SampleProgress(job_id=job.job.job_id, deltas=deltas, error=job.error)
+        return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=job.result())
+
+    def _drop(self, job: RunningJob) -> None:
+        self._admission.release(job)
+        for key, group in list(self._groups.items()):
+            group.remove([row for row in group.rows if row.job is job])
+            if not group.rows:
+                del self._groups[key]
+
+
+class _Group:
+    """Rows that step together, rows of one adapter side by side."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self._cache = RowCache(_shape(model))
+        self._params: RowParams | None = None
+
+    def add(self, rows: Sequence[Row], prompt: PromptCache) -> None:
+        for row, cached in zip(rows, self._cache.add(prompt, count=len(rows)), strict=True):
+            row.cached = cached
+        self.rows = sorted([*self.rows, *rows], key=lambda row: id(row.job.weights))
+        self._params = None
+
+    def remove(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        for row in rows:
+            self._cache.remove(row.place)
+        gone = set(rows)
+        self.rows = [row for row in self.rows if row not in gone]
+        self._params = None
+
+    @property
+    def params(self) -> RowParams:
+        if self._params is None:
+            self._params = _row_params(self.rows, self.model)
+        return self._params
+
+    def forward(self) -> torch.Tensor:
+        """float32 [B, V] behind the last token of each row."""
+        model = self.model
+        places = [row.place for row in self.rows]
+        positions = [place.length for place in places]
+        adapters = tuple(row.job.weights.adapter for row in self.rows)
+        cache = self._cache.decode(places)
+        hidden = model.hidden_states(
+            PackedBatch(
+                input_ids=torch.tensor(
+                    [row.continuation.tokens[-1] for row in self.rows], device=model.device
+                ),
+                position_ids=torch.tensor(positions, device=model.device),
+                lengths=(1,) * len(places),
+                adapters=adapters,
+                cache=cache,
+            )
+        )
+        cache.finish()
+        return model.logits(hidden, adapters)
+
+
+def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
+    """Draws each row's next token from logits [B, V]; rows may end."""
+    keys = np.array([row.key for row in rows], dtype=np.uint64)
+    positions = np.array([len(row.logprobs) for row in rows], dtype=np.uint64)
+    seen = [s for i in params.penalised_rows.tolist() if (s := rows[i].seen) is not None]
+    draws = sample(
+        logits,
+        params,
+        uniforms=draw_uniforms(keys, positions).to(logits.device),
+        seen=torch.stack(seen) if seen else None,
+    )
+    drawn = zip(
+        rows,
+        draws.tokens.tolist(),
+        draws.logprobs.tolist(),
+        draws.sampling_logprobs.tolist(),
+        strict=True,
+    )
+    for row, token, logprob, sampling_logprob in drawn:
+        row.job.take(row, token, logprob=logprob, sampling_logprob=sampling_logprob)
+
+
+def _row_params(rows: Sequence[Row], model: LoadedModel) -> RowParams:
+    params = [row.job.job.params for row in rows]
+    return row_params(params, model.info.vocab_size, device=model.device)
+
+
+def _logits(job: RunningJob) -> torch.Tensor:
+    assert job.logits is not None
+    return job.logits
+
+
+def _shape(model: LoadedModel) -> CacheShape:
+    return CacheShape(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
