@@ -8,11 +8,15 @@ import pytest
 import torch
 import transformers
 
+from weaver.engine.base import GradientJob
 from weaver.engine.catalog import Catalog
-from weaver.engine.models import LoadedModel, load_model
+from weaver.engine.store import ModelStore
+from weaver.engine.trainer import TorchTrainer
+from weaver.loss_specs import check_datums
+from weaver.types import Datum, ForwardBackwardResult, LoraConfig, ModelInput, TrainingMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 VOCAB = 61
@@ -36,6 +40,7 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
     "final_logit_softcapping": 20.0,
 }
+LORA = LoraConfig(rank=4, alpha=8.0, seed=3)
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
@@ -85,24 +90,6 @@ def catalog(model_folder: Callable[[str], Path]) -> Catalog:
     return Catalog({name: model_folder(name) for name in ARCHITECTURES}, allow_paths=True)
 
 
-@pytest.fixture(scope="session")
-def loaded(catalog: Catalog) -> Callable[[str], LoadedModel]:
-    """A frozen fp32 model by architecture, shared by all tests."""
-    models: dict[str, LoadedModel] = {}
-
-    def load(architecture: str) -> LoadedModel:
-        if architecture not in models:
-            models[architecture] = load_model(
-                catalog.facts(architecture),
-                catalog=catalog,
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-            )
-        return models[architecture]
-
-    return load
-
-
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     name: str = request.param
@@ -113,3 +100,89 @@ def reference_model(path: Path) -> Any:
     """The same weights through transformers alone, with its eager attention."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     return model.eval()
+
+
+def lora_config(architecture: str) -> LoraConfig:
+    """Everything that can be adapted; Qwen3-MoE's experts cannot."""
+    return LORA.model_copy(update={"train_mlp": architecture != "qwen3_moe"})
+
+
+def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids, the same for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def datum(tokens: Sequence[int], **inputs: object) -> Datum:
+    """Predicts each next token; `inputs` are further loss inputs."""
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": list(tokens[1:]), **inputs},
+    )
+
+
+def job(
+    run_id: str,
+    datums: Sequence[Datum],
+    loss_fn: str = "cross_entropy",
+    *,
+    config: Mapping[str, float | str] | None = None,
+    backward: bool = True,
+) -> GradientJob:
+    return GradientJob(
+        run_id=run_id,
+        datums=datums,
+        loss_fn=loss_fn,
+        loss_fn_config=check_datums(datums, loss_fn, config=config),
+        backward=backward,
+    )
+
+
+def result_of(trainer: TorchTrainer, *jobs: GradientJob) -> ForwardBackwardResult:
+    """The result of the first job, which must have succeeded."""
+    first = trainer.forward_backward(jobs)[0]
+    assert isinstance(first, ForwardBackwardResult), first
+    return first
+
+
+def gradient_of(trainer: TorchTrainer, run_id: str) -> dict[str, torch.Tensor]:
+    """The accumulated gradient by parameter name."""
+    run = trainer._run(run_id)
+    assert run.gradient is not None
+    return dict(zip(run.named_parameters(), run.gradient, strict=True))
+
+
+def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5) -> None:
+    """Gives B values other than 0, so that every gradient is."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainer._run(run_id).named_parameters().items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def store(catalog: Catalog) -> ModelStore:
+    return ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+
+
+@pytest.fixture
+def trainer(store: ModelStore) -> TorchTrainer:
+    return TorchTrainer(store)
+
+
+def new_run(
+    trainer: TorchTrainer,
+    run_id: str = "run",
+    architecture: str = "qwen3",
+    *,
+    config: LoraConfig | None = None,
+    training_mode: TrainingMode = "lora",
+    seed: int = 0,
+) -> str:
+    """A run whose adapter already changes the output; answers its id."""
+    lora = (config or lora_config(architecture)) if training_mode == "lora" else None
+    trainer.create_run(
+        run_id, architecture, training_mode=training_mode, lora_config=lora, seed=seed
+    )
+    randomise(trainer, run_id)
+    return run_id

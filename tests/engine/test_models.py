@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import peft
+import pytest
 import torch
 
-from tests.engine.conftest import VOCAB, reference_model
+from tests.engine.conftest import (
+    datum,
+    gradient_of,
+    job,
+    lora_config,
+    new_run,
+    reference_model,
+    result_of,
+    sequences,
+)
 from weaver.engine.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from weaver.engine.models import LoadedModel
+    from weaver.engine.store import ModelStore
+    from weaver.engine.trainer import TorchTrainer
 
 CPU = torch.device("cpu")
-
-
-def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True:UserWarning"),
+]
 
 
 @torch.no_grad()
 def test_packed_logits_equal_those_of_transformers(
-    architecture: str,
-    loaded: Callable[[str], LoadedModel],
-    model_folder: Callable[[str], Path],
+    architecture: str, store: ModelStore, model_folder: Callable[[str], Path]
 ) -> None:
-    model, reference = loaded(architecture), reference_model(model_folder(architecture))
+    model, reference = store.base(architecture), reference_model(model_folder(architecture))
     tokens = sequences(3, 3, 1, 17, 9, 9, 9)
     batch = pack(tokens, adapters=[None] * len(tokens), device=CPU)
     ours = model.logits(model.hidden_states(batch), [None] * sum(batch.lengths))
     theirs = torch.cat([reference(torch.tensor([s])).logits[0] for s in tokens])
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+
+
+def test_log_probabilities_and_gradients_equal_those_of_peft(
+    architecture: str, trainer: TorchTrainer, model_folder: Callable[[str], Path]
+) -> None:
+    run_id = new_run(trainer, architecture=architecture)
+    tokens = sequences(5, 5, 21, 12)
+    reference = peft_model(trainer, run_id, model_folder(architecture))
+    expected = [
+        torch.log_softmax(reference(torch.tensor([s[:-1]])).logits[0], -1)[range(len(s) - 1), s[1:]]
+        for s in tokens
+    ]
+    torch.cat(expected).mean().neg().backward()
+    result = result_of(trainer, job(run_id, [datum(s) for s in tokens]))
+    for output, logprobs in zip(result.loss_fn_outputs, expected, strict=True):
+        torch.testing.assert_close(
+            output["logprobs"].to_torch(), logprobs.detach(), atol=5e-5, rtol=0
+        )
+    theirs = dict(reference.named_parameters())
+    for name, gradient in gradient_of(trainer, run_id).items():
+        expected_gradient = theirs[name.replace(".weight", ".default.weight")].grad
+        assert relative_error(gradient, expected_gradient) < 1e-5, name
+
+
+def peft_model(trainer: TorchTrainer, run_id: str, folder: Path) -> Any:
+    """PEFT's own model of the same base with the run's tensors."""
+    config = lora_config(folder.name)
+    tensors = trainer.snapshot(run_id).tensors
+    reference = peft.get_peft_model(
+        reference_model(folder),
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=sorted({name.rsplit(".", 3)[1] for name in tensors}),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    own = {n: p for n, p in reference.named_parameters() if "lora_" in n}
+    assert {n.replace(".default", "") for n in own} == tensors.keys()
+    for name, parameter in own.items():
+        parameter.data.copy_(tensors[name.replace(".default", "")])
+    return reference
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())

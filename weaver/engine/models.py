@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from weaver.engine.attention import register
 from weaver.engine.head import head_of
@@ -20,6 +21,7 @@ from weaver.errors import CheckpointMismatchError, EngineError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from weaver.engine.catalog import Catalog, ModelFacts
     from weaver.engine.lora import Adapter
@@ -158,48 +160,62 @@ def load_model(
         CheckpointMismatchError: `weights` do not fit.
         EngineError: the device has not enough memory.
     """
+    module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+    try:
+        module.to(device)
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"not enough memory on {device} for {facts.info.name}.",
+            hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
+        ) from error
+    if weights is not None:
+        parameters = dict(module.named_parameters())
+        check_weights(parameters, weights)
+        set_weights(parameters, weights)
+    return LoadedModel(facts, module, catalog=catalog, trainable=trainable)
+
+
+def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder or cached id, complete and from safetensors.
+
+    Raises:
+        UnsupportedError: its weights cannot be read; speaks of it as `name`.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
-            facts.source,
-            config=facts.config,
+            source,
+            config=config,
             dtype=dtype,
             attn_implementation=register(),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-        module.to(device)
     except (OSError, SafetensorError, ValueError) as error:
         raise UnsupportedError(
-            f"the weights of {facts.info.name} cannot be read: {str(error).splitlines()[0]}",
+            f"the weights of {name} cannot be read: {str(error).splitlines()[0]}",
             field="base_model",
             hint="Weights must be complete safetensors files beside config.json.",
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"not enough memory on {device} for {facts.info.name}.",
-            hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
-        ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnsupportedError(
-            f"the weights of {facts.info.name} lack {missing[0]} ({len(missing)} in all).",
+            f"the weights of {name} lack {missing[0]} ({len(missing)} in all).",
             field="base_model",
             hint="Download the model again.",
         )
-    if weights is not None:
-        set_weights(module, weights)
-    return LoadedModel(facts, module, catalog=catalog, trainable=trainable)
+    return module
 
 
-@torch.no_grad()
-def set_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies `weights` into the parameters of the same names, after checking all of them.
-
-    Raises:
-        CheckpointMismatchError: names or shapes differ.
-    """
-    parameters = dict(module.named_parameters())
+def check_weights(
+    parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises CheckpointMismatchError where names or shapes differ."""
     for name in sorted(parameters.keys() ^ weights.keys()):
         what = "lacks" if name in parameters else "has the unknown"
         raise CheckpointMismatchError(
@@ -213,5 +229,12 @@ def set_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
                 field="path",
                 hint="Load it into its own base model.",
             )
+
+
+@torch.no_grad()
+def set_weights(
+    parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Copies `weights`, which were checked, into the parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])

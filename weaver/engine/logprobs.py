@@ -1,0 +1,185 @@
+"""Log-probabilities of target tokens (and entropies), in chunks of rows; called by the trainer.
+
+A [T, V] array never exists for a whole batch. T rows, H hidden, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from weaver.engine.linear import FrozenLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from weaver.engine.head import Head
+    from weaver.engine.models import LoadedModel
+    from weaver.engine.packing import PackedBatch
+
+CHUNK_ELEMENTS = 2**23
+"""C·V of a chunk: 32 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """float32 [T] in nats; `entropy` is that of the tempered policy, None where not asked."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+
+    def rows(self, start: int, stop: int) -> Scores:
+        entropy = None if self.entropy is None else self.entropy[start:stop]
+        return Scores(self.logprobs[start:stop], entropy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Queries:
+    """What is asked of each row, all [T]."""
+
+    targets: torch.Tensor
+    """int64"""
+    temperature: torch.Tensor
+    """float32; the logits are divided by it."""
+    active: torch.Tensor
+    """bool: rows whose gradient is wanted; the others are scored without one."""
+
+    def take(self, rows: torch.Tensor) -> Queries:
+        return Queries(
+            targets=self.targets[rows],
+            temperature=self.temperature[rows],
+            active=self.active[rows],
+        )
+
+
+def target_scores(
+    model: LoadedModel,
+    hidden: torch.Tensor,
+    batch: PackedBatch,
+    *,
+    queries: Queries,
+    entropy: bool,
+    entropy_gradient: bool = False,
+) -> Scores:
+    """Log-probabilities of the targets under `hidden` [T, H]; differentiable on active rows.
+
+    Without `entropy_gradient` the entropy is a constant.
+    """
+    head = model.head
+    trained = torch.tensor(
+        [model.trainable or (a is not None and head.path in a.pairs) for a in batch.adapters]
+    )
+    sequence = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
+    general = trained[sequence] | entropy_gradient
+    active = queries.active.cpu() & torch.is_grad_enabled()
+    pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+    order: list[torch.Tensor] = []
+    for with_gradient, in_general in ((a, b) for a in (True, False) for b in (True, False)):
+        rows = torch.nonzero((active == with_gradient) & (general == in_general)).squeeze(1)
+        if not len(rows):
+            continue
+        order.append(rows)
+        some = len(rows) < len(hidden)
+        h = hidden[rows.to(hidden.device)] if some else hidden
+        asked = queries.take(rows.to(hidden.device)) if some else queries
+        with torch.set_grad_enabled(with_gradient):
+            if in_general:
+                counts = torch.bincount(sequence[rows], minlength=len(batch.lengths)).tolist()
+                pieces.append(_general(model, h, counts, batch, asked))
+            else:
+                assert isinstance(head.linear, FrozenLinear)
+                pieces.append(_FrozenHead.apply(h, head, asked, entropy))  # type: ignore[no-untyped-call]
+    logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
+    if len(order) > 1:
+        back = torch.argsort(torch.cat(order)).to(hidden.device)
+        logprobs, entropies = logprobs[back], entropies[back]
+    if not entropy_gradient:
+        entropies = entropies.detach()
+    return Scores(logprobs, entropies if entropy else None)
+
+
+def _general(
+    model: LoadedModel,
+    hidden: torch.Tensor,
+    counts: list[int],
+    batch: PackedBatch,
+    queries: Queries,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a trained head: each chunk is computed again in the backward pass instead of kept."""
+
+    def score(h: torch.Tensor, lengths: list[int], asked: Queries) -> tuple[torch.Tensor, ...]:
+        with model.routing.of(lengths, batch.adapters):
+            logits = model.head.logits(h) / asked.temperature[:, None]
+        normalised = torch.log_softmax(logits, dim=-1)
+        entropy = -(normalised.exp() * normalised).sum(-1)
+        return normalised.gather(1, asked.targets[:, None]).squeeze(1), entropy
+
+    pieces: list[tuple[torch.Tensor, ...]] = []
+    for rows in _chunks(len(hidden), model.info.vocab_size):
+        asked = queries.take(torch.arange(rows.start, rows.stop, device=hidden.device))
+        lengths = _lengths_within(counts, rows)
+        pieces.append(checkpoint(score, hidden[rows], lengths, asked, use_reentrant=False))
+    logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
+    return logprobs, entropies
+
+
+class _FrozenHead(torch.autograd.Function):
+    """For a frozen head: [N, H] -> log-probabilities and entropies [N].
+
+    The forward pass also computes g_t = d lp_t / d h_t = (1[target] - softmax) W / temperature, so
+    that the backward pass is a product by rows and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: Head, queries: Queries, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        linear = head.linear
+        assert isinstance(linear, FrozenLinear)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropies = torch.zeros_like(logprobs)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(hidden), linear.out_features):
+            logits = head.finish(linear.project(hidden[rows]).float())
+            temperature = queries.temperature[rows, None]
+            target = queries.targets[rows, None]
+            tempered = logits / temperature if bool((temperature != 1).any()) else logits
+            total = torch.logsumexp(tempered, dim=-1, keepdim=True)
+            logprobs[rows] = (tempered.gather(1, target) - total).squeeze(1)
+            if not entropy and gradient is None:
+                continue
+            p = torch.exp(tempered - total)
+            if entropy:
+                entropies[rows] = total.squeeze(1) - torch.linalg.vecdot(p, tempered)
+            if gradient is not None:
+                p.neg_().scatter_add_(1, target, torch.ones_like(total)).div_(temperature)
+                d_z = head.finish_back(p, logits).to(hidden.dtype)
+                gradient[rows] = linear.project_back(d_z)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, g_logprobs: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None
+
+
+def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+    size = max(CHUNK_ELEMENTS // vocab_size, 16)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _lengths_within(counts: list[int], rows: slice) -> list[int]:
+    """How many of `rows` fall to each sequence, whose rows lie end to end."""
+    lengths: list[int] = []
+    start = 0
+    for count in counts:
+        stop = start + count
+        lengths.append(max(min(stop, rows.stop) - max(start, rows.start), 0))
+        start = stop
+    return lengths

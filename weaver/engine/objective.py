@@ -1,0 +1,178 @@
+"""`Objective`: one job's loss over several passes, weighed, summed, and reported as metrics.
+
+The trainer makes one for each `GradientJob` and feeds it the datums of every pass. T tokens of the
+datums given, D of them. Loss arithmetic is float64: it costs nothing beside the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weaver.engine import losses
+from weaver.loss_specs import weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver.engine.base import GradientJob
+    from weaver.engine.logprobs import Scores
+
+RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro")
+
+
+class Objective:
+    def __init__(self, job: GradientJob) -> None:
+        self.job = job
+        self.config = {k: v for k, v in job.loss_fn_config.items() if k != "reduction"}
+        self.temperature = self._option("temperature", 1.0)
+        self.needs_entropy = job.loss_fn in RATIO_LOSSES
+        self.entropy_coef = self._option("entropy_coef", 0.0)
+        self._weights = [_weights(job, i) for i in range(len(job.datums))]
+        self.weight_sum = float(sum(float(w.sum(dtype=np.float64)) for w in self._weights))
+        self._factor = self._reduction()
+        self._loss_sum = 0.0
+        self._counted = 0
+        self._sums = dict.fromkeys(("ratio", "clipped", "k1", "k2", "k3", "entropy"), 0.0)
+        self._ratio_bounds = (math.inf, -math.inf)
+
+    def active(self, indices: Sequence[int]) -> torch.Tensor:
+        """bool [T]: tokens of these datums that the loss depends on."""
+        return torch.from_numpy(self._concatenated(indices) != 0)
+
+    def targets(self, indices: Sequence[int]) -> torch.Tensor:
+        """int64 [T]"""
+        return self._input("target_tokens", indices)
+
+    def add(self, indices: Sequence[int], scores: Scores) -> torch.Tensor:
+        """The share of these datums in the loss: float64 [D], reduced, differentiable."""
+        device = scores.logprobs.device
+        lengths = torch.tensor([self.job.datums[i].model_input.length for i in indices])
+        w = torch.from_numpy(self._concatenated(indices)).to(device, torch.float64)
+        lp = scores.logprobs.double()
+        values = self._values(indices, lp, scores, w=w, lengths=lengths.to(device))
+        datum = torch.arange(len(indices), device=device).repeat_interleave(lengths.to(device))
+        sums = values.new_zeros(len(indices)).index_add(0, datum, values)
+        self._loss_sum += float(sums.detach().sum())
+        return sums * self._factor
+
+    def metrics(self) -> dict[str, float]:
+        """After all datums were added. Ratio metrics are over tokens of weight other than 0."""
+        common = {
+            "loss": self._loss_sum * self._factor,
+            "loss_sum": self._loss_sum,
+            "weight_sum": self.weight_sum,
+            "num_tokens": float(sum(d.model_input.length for d in self.job.datums)),
+        }
+        if self.job.loss_fn not in RATIO_LOSSES:
+            return common
+        n = max(self._counted, 1)
+        low, high = self._ratio_bounds if self._counted else (1.0, 1.0)
+        return common | {
+            "ratio_mean": self._sums["ratio"] / n if self._counted else 1.0,
+            "ratio_min": low,
+            "ratio_max": high,
+            "clip_fraction": self._sums["clipped"] / n,
+            "kl_k1": self._sums["k1"] / n,
+            "kl_k2": self._sums["k2"] / n,
+            "kl_k3": self._sums["k3"] / n,
+            "entropy": self._sums["entropy"] / n,
+        }
+
+    def _values(
+        self,
+        indices: Sequence[int],
+        lp: torch.Tensor,
+        scores: Scores,
+        *,
+        w: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weighted per-token losses, float64 [T]."""
+        if self.job.loss_fn == "cross_entropy":
+            return w * losses.cross_entropy(lp)
+        if self.job.loss_fn == "surrogate":
+            return losses.surrogate(lp, w)
+        counted = w != 0
+        given = self._input("logprobs", indices).to(lp)
+        q = torch.where(counted, given, lp.detach())
+        A = self._input("advantages", indices).to(lp)
+        token = self._ratio_loss(lp, q, A, counted=counted, lengths=lengths)
+        estimates = losses.kl_estimates(lp, q)
+        value = token.value + self._option("kl_coef", 0.0) * estimates[2]
+        assert scores.entropy is not None
+        if self.entropy_coef:
+            value = value - self.entropy_coef * scores.entropy.double()
+        self._observe(token, estimates, scores.entropy, counted=counted)
+        return torch.where(counted, w * value, 0.0)
+
+    def _ratio_loss(
+        self,
+        lp: torch.Tensor,
+        q: torch.Tensor,
+        A: torch.Tensor,
+        *,
+        counted: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> losses.TokenLoss:
+        low, high = self._option("clip_low_threshold", 0), self._option("clip_high_threshold", 0)
+        cap = float(self.config["ratio_cap"]) if "ratio_cap" in self.config else None
+        dual = float(self.config["dual_clip"]) if "dual_clip" in self.config else None
+        match self.job.loss_fn:
+            case "importance_sampling":
+                return losses.importance_sampling(lp, q, A, ratio_cap=cap)
+            case "ppo":
+                return losses.ppo(lp, q, A, low=low, high=high, dual_clip=dual, ratio_cap=cap)
+            case "cispo":
+                return losses.cispo(lp, q, A, low=low, high=high)
+            case "gspo":
+                return losses.gspo(lp, q, A, counted=counted, lengths=lengths, low=low, high=high)
+            case _:
+                return losses.dro(lp, q, A, beta=self._option("beta", 0.05))
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        token: losses.TokenLoss,
+        estimates: tuple[torch.Tensor, ...],
+        entropy: torch.Tensor,
+        *,
+        counted: torch.Tensor,
+    ) -> None:
+        if not bool(counted.any()):
+            return
+        columns = (token.ratio, token.clipped, *estimates, entropy)
+        for name, column in zip(self._sums, columns, strict=True):
+            self._sums[name] += float(column[counted].double().sum())
+        ratio = token.ratio[counted]
+        low, high = self._ratio_bounds
+        self._ratio_bounds = min(low, float(ratio.min())), max(high, float(ratio.max()))
+        self._counted += int(counted.sum())
+
+    def _reduction(self) -> float:
+        """What the sum is multiplied by: 1/Σw, 1, or 1/denominator; 0 where Σw is 0."""
+        if "denominator" in self.config:
+            return 1 / float(self.config["denominator"])
+        if self.job.loss_fn_config.get("reduction") == "sum" or self.job.loss_fn == "surrogate":
+            return 1.0
+        return 1 / self.weight_sum if self.weight_sum else 0.0
+
+    def _option(self, name: str, default: float) -> float:
+        return float(self.config.get(name, default))
+
+    def _concatenated(self, indices: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        return np.concatenate([self._weights[i] for i in indices])
+
+    def _input(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        arrays = [self.job.datums[i].loss_fn_inputs[name].to_numpy() for i in indices]
+        return torch.from_numpy(np.concatenate(arrays))
+
+
+def _weights(job: GradientJob, index: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    datum = job.datums[index]
+    if job.loss_fn == "surrogate":
+        return datum.loss_fn_inputs["surrogate_weights"].to_numpy()
+    return weights_of(datum)

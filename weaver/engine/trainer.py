@@ -1,0 +1,275 @@
+"""`TorchTrainer`: gradients, optimizer steps and checkpoints of many runs over shared base models.
+
+The service calls it through `weaver.engine.base.Trainer`, one call at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from weaver.engine.checkpoints import read_checkpoint, write_checkpoint
+from weaver.engine.logprobs import Queries, target_scores
+from weaver.engine.lora import choose_targets, new_adapter
+from weaver.engine.objective import Objective
+from weaver.engine.packing import pack
+from weaver.engine.passes import plan_passes
+from weaver.engine.runs import Run
+from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
+from weaver.tensors import TensorData
+from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from weaver.engine.base import GradientJob, WeightSnapshot
+    from weaver.engine.logprobs import Scores
+    from weaver.engine.passes import Share
+    from weaver.engine.store import ModelStore
+    from weaver.errors import WeaverError
+    from weaver.types import AdamParams, TrainingMode
+
+TOKENS_PER_PASS = 4096
+"""Enough rows to keep the matrix products busy; a 60M model needs about 2 GB for them."""
+
+
+class TorchTrainer:
+    """With `deterministic` a pass holds one job, so that no result depends on the other jobs."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        *,
+        deterministic: bool = False,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+    ) -> None:
+        self._store = store
+        self._deterministic = deterministic
+        self._tokens_per_pass = tokens_per_pass
+        self._runs: dict[str, Run] = {}
+
+    def create_run(
+        self,
+        run_id: str,
+        base_model: str,
+        *,
+        training_mode: TrainingMode,
+        lora_config: LoraConfig | None,
+        seed: int,
+    ) -> None:
+        """Makes a run at step 0; for LoRA, `lora_config` None takes the defaults.
+
+        Raises:
+            UnknownModelError, UnsupportedError, InvalidParamsError, EngineError
+        """
+        if training_mode == "full_ft":
+            model = self._store.own(base_model)
+            self._runs[run_id] = Run(run_id, base_model, training_mode, None, model, None)
+            return
+        config = lora_config or LoraConfig()
+        facts = self._store.catalog.facts(base_model)
+        targets = choose_targets(
+            facts.targets, config, model=base_model, fused_experts=facts.fused_experts
+        )
+        adapter = new_adapter(
+            targets,
+            config,
+            seed=seed if config.seed is None else config.seed,
+            device=self._store.device,
+        )
+        model = self._store.base(base_model)
+        self._runs[run_id] = Run(run_id, base_model, training_mode, config, model, adapter)
+
+    def forward_backward(
+        self, jobs: Sequence[GradientJob]
+    ) -> Sequence[ForwardBackwardResult | WeaverError]:
+        """See the protocol. Jobs of one model and one `backward` share passes."""
+        tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
+        groups: dict[tuple[int, bool], list[_Task]] = {}
+        for task in tasks:
+            groups.setdefault((id(task.run.model), task.job.backward), []).append(task)
+        for group in groups.values():
+            self._compute(group)
+        return [task.finish() for task in tasks]
+
+    def optim_step(self, run_id: str, params: AdamParams) -> OptimStepResult:
+        run = self._run(run_id)
+        self._store.use_threads(run.model)
+        norm = run.optim_step(params)
+        return OptimStepResult(
+            metrics={
+                "grad_norm": norm,
+                "learning_rate": params.learning_rate,
+                "step": float(run.step),
+            }
+        )
+
+    def clear_gradients(self, run_id: str) -> None:
+        self._run(run_id).gradient = None
+
+    def step(self, run_id: str) -> int:
+        return self._run(run_id).step
+
+    def snapshot(self, run_id: str) -> WeightSnapshot:
+        return self._run(run_id).snapshot()
+
+    def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
+        write_checkpoint(self._run(run_id), folder, include_optimizer=include_optimizer)
+
+    def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
+        read_checkpoint(self._run(run_id), folder, include_optimizer=include_optimizer)
+
+    def delete_run(self, run_id: str) -> None:
+        self._runs.pop(run_id, None)
+
+    def close(self) -> None:
+        self._runs.clear()
+
+    def _run(self, run_id: str) -> Run:
+        if run_id not in self._runs:
+            raise RunNotFoundError(
+                f"the engine has no run {run_id!r}.", field="run_id", hint="Create it first."
+            )
+        return self._runs[run_id]
+
+    def _compute(self, tasks: list[_Task]) -> None:
+        """Runs all passes of jobs that share a model and `backward`."""
+        self._store.use_threads(tasks[0].run.model)
+        lengths = [[d.model_input.length for d in task.job.datums] for task in tasks]
+        plan = plan_passes(lengths, budget=self._tokens_per_pass, merge=not self._deterministic)
+        try:
+            for shares in plan:
+                alive = [(tasks[s.job], s) for s in shares if tasks[s.job].error is None]
+                if alive:
+                    with torch.set_grad_enabled(tasks[0].job.backward):
+                        _run_pass(alive, device=self._store.device)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            for task in tasks:
+                task.error = EngineError(
+                    f"not enough memory for a pass of {self._tokens_per_pass} tokens.",
+                    hint="Shorten the sequences or use a smaller model.",
+                )
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A job on its way through the passes."""
+
+    job: GradientJob
+    run: Run
+    objective: Objective
+    gradient: list[torch.Tensor] | None = None
+    """Kept apart from the run's until the whole job has succeeded."""
+    logprobs: dict[int, TensorData] = field(default_factory=dict)
+    error: WeaverError | None = None
+
+    def add_gradient(self, parts: Sequence[torch.Tensor | None]) -> None:
+        dense = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self.run.parameters(), parts, strict=True)
+        ]
+        if self.gradient is None:
+            self.gradient = dense
+        else:
+            for total, part in zip(self.gradient, dense, strict=True):
+                total.add_(part)
+
+    def fail(self, what: str, *, field: str) -> None:
+        self.error = NonFiniteError(
+            f"{what} is not finite; this call added nothing to the gradient.",
+            field=field,
+            hint="Look for extreme logprobs or advantages, or go back to an earlier checkpoint.",
+        )
+
+    def finish(self) -> ForwardBackwardResult | WeaverError:
+        """The result, after the gradient was added to the run; or the error."""
+        if self.error is None and self.job.backward:
+            if self.gradient is None:
+                self.add_gradient([None] * len(self.run.parameters()))
+            assert self.gradient is not None
+            if not torch.isfinite(torch.nn.utils.get_total_norm(self.gradient)):
+                self.fail("the gradient of a finite loss", field="datums")
+            else:
+                self.run.accumulate(self.gradient)
+        if self.error is not None:
+            return self.error
+        return ForwardBackwardResult(
+            loss_fn_outputs=tuple(
+                {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
+            ),
+            metrics=self.objective.metrics(),
+        )
+
+
+def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> None:
+    """One pass of the model over the shares of several tasks, which have not failed so far."""
+    model = alive[0][0].run.model
+    inputs = [(task, i) for task, share in alive for i in share.datums]
+    batch = pack(
+        [task.job.datums[i].model_input.to_ints() for task, i in inputs],
+        adapters=[task.run.adapter for task, _ in inputs],
+        device=device,
+    )
+    objectives = [(task.objective, share.datums) for task, share in alive]
+    lengths = [sum(t.job.datums[i].model_input.length for i in s.datums) for t, s in alive]
+    queries = Queries(
+        targets=torch.cat([o.targets(i) for o, i in objectives]).to(device),
+        temperature=torch.tensor([o.temperature for o, _ in objectives])
+        .repeat_interleave(torch.tensor(lengths))
+        .to(device),
+        active=torch.cat([o.active(i) for o, i in objectives]).to(device),
+    )
+    scores = target_scores(
+        model,
+        model.hidden_states(batch),
+        batch,
+        queries=queries,
+        entropy=any(o.needs_entropy for o, _ in objectives),
+        entropy_gradient=any(o.entropy_coef != 0 for o, _ in objectives),
+    )
+    losses: list[torch.Tensor] = []
+    healthy: list[_Task] = []
+    start = 0
+    for (task, share), length in zip(alive, lengths, strict=True):
+        loss = _score_share(task, share, scores.rows(start, start + length))
+        start += length
+        if task.error is None:
+            losses.append(loss)
+            healthy.append(task)
+    if any(loss.requires_grad for loss in losses):
+        _differentiate(healthy, torch.stack(losses).sum())
+
+
+def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
+    """The share's loss; keeps its log-probabilities, or marks the task as failed."""
+    loss_D = task.objective.add(share.datums, scores)
+    values: Any = scores.logprobs.detach().cpu().numpy()
+    sizes = [task.job.datums[i].model_input.length for i in share.datums]
+    pieces = np.split(values, np.cumsum(sizes)[:-1])
+    for datum, piece, loss in zip(share.datums, pieces, loss_D.tolist(), strict=True):
+        if not np.isfinite(piece).all():
+            task.fail("a log-probability", field=f"datums[{datum}]")
+        elif not np.isfinite(loss):
+            task.fail("the loss", field=f"datums[{datum}]")
+        task.logprobs[datum] = TensorData(piece)
+    return loss_D.sum()
+
+
+def _differentiate(tasks: Sequence[_Task], loss: torch.Tensor) -> None:
+    parameters = [task.run.parameters() for task in tasks]
+    flat = [p for group in parameters for p in group]
+    gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+    for task, group in zip(tasks, parameters, strict=True):
+        task.add_gradient([next(gradients) for _ in group])
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
