@@ -36,9 +36,17 @@ class Filtered:
         return {
             "groups/kept": float(len(self.kept)),
             "groups/dropped": float(len(self.dropped)),
-            "groups/zero_variance": float(self.zero_variance),
             "groups/empty": float(self.empty),
         }
+
+    def plus(self, more: Filtered) -> Filtered:
+        """Both together, as after a round of resampling."""
+        return Filtered(
+            kept=self.kept + more.kept,
+            dropped=self.dropped + more.dropped,
+            zero_variance=self.zero_variance + more.zero_variance,
+            empty=self.empty + more.empty,
+        )
 
 
 def is_zero_variance(group: Group) -> bool:

@@ -29,6 +29,11 @@ def test_nothing_in_nothing_out() -> None:
     assert filters.apply([]).metrics == {
         "groups/kept": 0.0,
         "groups/dropped": 0.0,
-        "groups/zero_variance": 0.0,
         "groups/empty": 0.0,
     }
+
+
+def test_rounds_add_up() -> None:
+    twice = filters.apply(GROUPS, "drop").plus(filters.apply(GROUPS, "drop"))
+    assert twice.kept == (MIXED, MIXED)
+    assert (len(twice.dropped), twice.zero_variance, twice.empty) == (6, 4, 2)

@@ -1,0 +1,114 @@
+"""The rollouts of one step, as a pure function of weights, seed and step. Both RL loops call it.
+
+No state passes from step to step: which tasks are played and every sampling seed come from
+(seed, step, round), so that a resumed run and an uninterrupted one play the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from weaver_rl import filters
+from weaver_rl.data import TaskStream
+from weaver_rl.rollouts import FailureWatch, sample_groups
+from weaver_rl.seeds import derive_seed
+from weaver_rl.types import Failure, Group, Rollout, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver import AsyncSamplingClient
+    from weaver_rl.environments import GroupEnvironment
+    from weaver_rl.filters import Filtered
+    from weaver_rl.plan import Plan
+    from weaver_rl.types import Task
+
+MAX_ROUNDS = 5
+"""Of resampling, the first included; after these a step makes do with what it has."""
+
+
+def tasks_of_step(
+    tasks: Sequence[Task], count: int, *, seed: int, step: int, round_number: int = 0
+) -> list[Task]:
+    """Round 0 walks through all tasks in seeded epochs; further rounds draw from all anew."""
+    if round_number == 0:
+        return TaskStream(tasks, seed=seed, position=step * count).take(count)
+    return TaskStream(tasks, seed=derive_seed(seed, step, round_number)).take(count)
+
+
+async def collect(
+    sampler: AsyncSamplingClient,
+    tasks: Sequence[Task],
+    environment: GroupEnvironment,
+    plan: Plan,
+    *,
+    step: int,
+    watch: FailureWatch,
+) -> Filtered:
+    """Plays and filters the groups of a step, from 0.
+
+    Raises:
+        RolloutsFailedError: too many failed.
+        WeaverError: the service failed.
+    """
+    done = filters.Filtered(kept=())
+    for number in range(MAX_ROUNDS if plan.zero_variance == "resample" else 1):
+        # Whole steps are drawn, so that what is drawn does not depend on how many are missing.
+        drawn = tasks_of_step(
+            tasks, plan.groups_per_step, seed=plan.seed, step=step, round_number=number
+        )
+        groups = await sample_groups(
+            sampler,
+            drawn[: plan.groups_per_step - len(done.kept)],
+            environment,
+            group_size=plan.group_size,
+            sampling=plan.sampling,
+            seed=derive_seed(plan.seed, step, number),
+        )
+        watch.check(groups)
+        done = done.plus(filters.apply(groups, plan.zero_variance))
+        if len(done.kept) == plan.groups_per_step:
+            break
+    return done
+
+
+def to_json(done: Filtered) -> dict[str, Any]:
+    """Rollouts that a checkpoint must keep, since the weights that sampled them will be gone."""
+    return asdict(done)
+
+
+def from_json(data: Mapping[str, Any]) -> Filtered:
+    """What `to_json` made, after a journey through JSON."""
+    return filters.Filtered(
+        kept=tuple(map(_group, data["kept"])),
+        dropped=tuple(map(_group, data["dropped"])),
+        zero_variance=data["zero_variance"],
+        empty=data["empty"],
+    )
+
+
+def _group(data: Mapping[str, Any]) -> Group:
+    return Group(task=data["task"], rollouts=tuple(map(_rollout, data["rollouts"])))
+
+
+def _rollout(data: Mapping[str, Any]) -> Rollout:
+    trajectory = data["trajectory"]
+    segments = tuple(
+        Segment(**{name: tuple(values) for name, values in segment.items()})
+        for segment in trajectory["segments"]
+    )
+    failure = None if data["failure"] is None else Failure(**data["failure"])
+    return Rollout(
+        task=data["task"],
+        trajectory=Trajectory(
+            segments=segments,
+            messages=tuple(trajectory["messages"]),
+            stop_reason=trajectory["stop_reason"],
+            turns=trajectory["turns"],
+        ),
+        reward=data["reward"],
+        metrics=data["metrics"],
+        failure=failure,
+        seconds=data["seconds"],
+    )

@@ -1,0 +1,105 @@
+"""`Run`: what a loop leaves behind, and where it goes on. Loops take one; `Run()` keeps nothing.
+
+With a folder: transcripts of each step, and checkpoints from which a killed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from weaver_rl.loggers import Loggers
+from weaver_rl.resume import Manifest, restore, save_checkpoint
+from weaver_rl.transcripts import write_transcripts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from weaver import AsyncTrainingClient
+    from weaver_rl.datums import Example, FloatN
+    from weaver_rl.run_folder import RunFolder
+    from weaver_rl.types import FloatPG, Group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """`Run(folder=open_run_folder(path, config), loggers=Loggers(Display(steps=60)))`"""
+
+    folder: RunFolder | None = None
+    loggers: Loggers = field(default_factory=Loggers)
+    checkpoint_every: int = 10
+    """Steps between checkpoints; there is one after the last step as well."""
+    samples_every: int = 10
+    """Steps between sample tables in the loggers."""
+    delete: Callable[[str], Awaitable[object]] | None = None
+    """`service.delete_checkpoint`, to free the weights of forgotten checkpoints."""
+    waiting_for: Callable[[str], None] = lambda what: None
+    """Told what the loop waits for; the display shows it."""
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    async def restore(self, trainer: AsyncTrainingClient) -> Manifest:
+        """Loads the last checkpoint, if there is one, and says where to go on."""
+        if self.folder is None:
+            return Manifest(step=0)
+        self._tokenizer = await trainer.get_tokenizer()
+        found = await restore(self.folder, trainer)
+        if found is None:
+            return Manifest(step=0)
+        log.info("Going on behind step %d of %s.", found.step, self.folder.path)
+        return found
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """The numbers of a step, from 1."""
+        self.loggers.log(metrics, step)
+
+    def log_rollouts(
+        self,
+        groups: Sequence[Group],
+        *,
+        step: int,
+        dropped: Sequence[Group] = (),
+        advantages_P_G: FloatPG | None = None,
+        trained: Sequence[tuple[Example, FloatN]] = (),
+    ) -> None:
+        """The groups of a step, from 1; arguments as of `write_transcripts`."""
+        if step % max(1, self.samples_every) == 0 or step == 1:
+            self.loggers.log_samples(groups, step)
+        if self.folder is not None and self._tokenizer is not None:
+            tokenizer = self._tokenizer
+            write_transcripts(
+                self.folder.transcripts,
+                step,
+                groups=groups,
+                advantages_P_G=advantages_P_G,
+                trained=trained,
+                dropped=dropped,
+                decode=lambda tokens: str(tokenizer.decode(list(tokens))),
+            )
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether a checkpoint follows step `step` (from 1) of `steps`."""
+        return self.folder is not None and (step % self.checkpoint_every == 0 or step == steps)
+
+    async def checkpoint(
+        self,
+        trainer: AsyncTrainingClient,
+        *,
+        step: int,
+        version: int,
+        position: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves weights, optimizer and manifest behind `step` steps of the loop."""
+        if self.folder is not None:
+            manifest = Manifest(
+                step=step,
+                data_position=position,
+                loggers=self.loggers.state(),
+                extra={"version": version, **(extra or {})},
+            )
+            await save_checkpoint(self.folder, trainer, manifest=manifest, delete=self.delete)

@@ -1,0 +1,225 @@
+"""One step of a policy: from groups of rollouts to new weights. Both RL loops call it.
+
+1. Advantages from rewards; datums from trajectories; the KL penalty in the reward, if any.
+2. A forward pass, if the objective replaces q by the policy of now.
+3. For each pass and minibatch: forward_backward, a second one for the KL in the loss, optim_step;
+   all are submitted before the first is awaited.
+4. The trainer's log-probabilities are compared with the sampler's, and must agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weaver.errors import WeaverError
+from weaver.types import ModelInput
+from weaver_rl import datums
+from weaver_rl.advantages import advantage_fn
+from weaver_rl.gather import gather
+from weaver_rl.metrics import train_metrics
+from weaver_rl.objectives import behaviour
+from weaver_rl.types import reward_matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
+    from weaver.types import ForwardBackwardResult, OptimStepResult
+    from weaver_rl.datums import Example, FloatN
+    from weaver_rl.plan import Plan
+    from weaver_rl.types import FloatPG, Group
+
+
+class LogprobGapError(WeaverError):
+    """Trainer and sampler disagree about the same weights: gradients would be of another policy."""
+
+    code = "logprob_gap"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stepped:
+    metrics: dict[str, float]
+    advantages_P_G: FloatPG
+    trained: tuple[tuple[Example, FloatN], ...]
+    """Each with the trainer's log-probabilities [N] when it was first trained on."""
+    version: int
+    """Optimizer steps of the run, now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Submitted:
+    indices: list[int]
+    gradient: OperationHandle[ForwardBackwardResult]
+    kl_gradient: OperationHandle[ForwardBackwardResult] | None
+    step: OperationHandle[OptimStepResult]
+
+
+async def policy_step(
+    trainer: AsyncTrainingClient,
+    groups: Sequence[Group],
+    plan: Plan,
+    *,
+    step: int,
+    version: int,
+    reference: AsyncSamplingClient | None = None,
+) -> Stepped:
+    """Trains on these groups: `plan.passes` · `plan.minibatches` optimizer steps.
+
+    Args:
+        step: of the loop, from 0; decides the learning rate and the minibatches.
+        version: optimizer steps of the run before it.
+        reference: the model of the KL penalties.
+
+    Raises:
+        LogprobGapError: above `plan.max_logprob_gap`, on tokens that these very weights sampled.
+    """
+    objective, acted = plan.loss, behaviour(plan.sampling)
+    advantages_P_G = advantage_fn(plan.advantage)(*reward_matrix(list(groups)))
+    batch = datums.examples(groups, advantages_P_G, behaviour=acted, aggregate=objective.aggregate)
+    if not batch:  # every group was dropped, or nothing was sampled
+        return Stepped(
+            metrics={"train/skipped": 1.0},
+            advantages_P_G=advantages_P_G,
+            trained=(),
+            version=version,
+        )
+    references = await _reference_logprobs(batch, reference) if objective.needs_reference else []
+    if objective.kl_reward:
+        batch = [
+            datums.with_kl_reward(example, lp, beta=objective.kl_reward)
+            for example, lp in zip(batch, references, strict=True)
+        ]
+    before: list[FloatN] | None = None
+    gap: float | None = None
+    if objective.recomputes:
+        before = await _forward(trainer, batch, plan)
+        gap = datums.logprob_gap(batch, before, version=version)
+        batch = datums.corrected(batch, before, objective=objective)
+    submitted = _submit(trainer, batch, references, plan, step=step)
+    results = [await one.gradient for one in submitted]
+    kl_losses = [(await s.kl_gradient).metrics["loss"] for s in submitted if s.kl_gradient]
+    steps = [(await one.step).metrics for one in submitted]
+    first = _logprobs(results[0])
+    if before is None:
+        order = submitted[0].indices
+        gap = datums.logprob_gap([batch[i] for i in order], first, version=version)
+    metrics = train_metrics([r.metrics for r in results])
+    metrics |= {f"train/{name}": value for name, value in steps[-1].items()}
+    metrics["train/grad_norm"] = max(s["grad_norm"] for s in steps)
+    if kl_losses:
+        metrics["train/kl_loss"] = float(np.mean(kl_losses))
+    if references:
+        metrics["train/kl_reference"] = _mean_kl(batch, references)
+    if gap is not None:
+        metrics["gap/max"] = gap
+        _check_gap(gap, plan)
+    seen = {
+        i: lp
+        for one, result in zip(submitted[: plan.minibatches], results, strict=False)
+        for i, lp in zip(one.indices, _logprobs(result), strict=True)
+    }
+    return Stepped(
+        metrics=metrics,
+        advantages_P_G=advantages_P_G,
+        trained=tuple((example, seen[i]) for i, example in enumerate(batch)),
+        version=version + len(submitted),
+    )
+
+
+def minibatches(batch: Sequence[Example], count: int, *, seed: Sequence[int]) -> list[list[int]]:
+    """Indices of `count` parts, rollouts never torn; of one part, all in order. None is empty."""
+    if count == 1:
+        return [list(range(len(batch)))]
+    rollouts = sorted({example.rollout for example in batch})
+    shuffled = np.random.default_rng(list(seed)).permutation(rollouts)
+    parts = [set(part.tolist()) for part in np.array_split(shuffled, count) if len(part)]
+    return [[i for i, e in enumerate(batch) if e.rollout in part] for part in parts]
+
+
+def _submit(
+    trainer: AsyncTrainingClient,
+    batch: Sequence[Example],
+    references: Sequence[FloatN],
+    plan: Plan,
+    *,
+    step: int,
+) -> list[_Submitted]:
+    objective, acted = plan.loss, behaviour(plan.sampling)
+    adam = plan.adam_params(step)
+    submitted = []
+    for number in range(plan.passes):
+        for indices in minibatches(batch, plan.minibatches, seed=(plan.seed, step, number)):
+            part = [batch[i] for i in indices]
+            total = datums.denominator(
+                part, objective.aggregate, max_tokens=plan.sampling.max_tokens
+            )
+            gradient = trainer.forward_backward(
+                [datums.to_datum(example, objective.loss_fn) for example in part],
+                objective.loss_fn,
+                loss_fn_config=objective.loss_fn_config(
+                    temperature=acted.temperature, denominator=total
+                ),
+            )
+            kl_gradient = None
+            if objective.kl_loss:
+                kl_gradient = trainer.forward_backward(
+                    [datums.kl_datum(batch[i], references[i]) for i in indices],
+                    "dro",
+                    loss_fn_config={"beta": objective.kl_loss, "denominator": total},
+                )
+            submitted.append(
+                _Submitted(
+                    indices=indices,
+                    gradient=gradient,
+                    kl_gradient=kl_gradient,
+                    step=trainer.optim_step(adam),
+                )
+            )
+    return submitted
+
+
+async def _forward(
+    trainer: AsyncTrainingClient, batch: Sequence[Example], plan: Plan
+) -> list[FloatN]:
+    """The trainer's log-probabilities of the targets now, [N] each, at the loss' temperature."""
+    data = [datums.to_datum(example, "importance_sampling") for example in batch]
+    config = {"temperature": behaviour(plan.sampling).temperature, "denominator": 1.0}
+    return _logprobs(await trainer.forward(data, "importance_sampling", loss_fn_config=config))
+
+
+async def _reference_logprobs(
+    batch: Sequence[Example], reference: AsyncSamplingClient | None
+) -> list[FloatN]:
+    assert reference is not None  # the loops check it before their first step
+
+    async def of(client: AsyncSamplingClient, example: Example) -> FloatN:
+        scores = await client.compute_logprobs(ModelInput.from_ints(example.tokens))
+        return np.array(scores[1:], dtype=np.float64)
+
+    return await gather([partial(of, reference, example) for example in batch])
+
+
+def _logprobs(result: ForwardBackwardResult) -> list[FloatN]:
+    return [np.asarray(output["logprobs"], dtype=np.float64) for output in result.loss_fn_outputs]
+
+
+def _mean_kl(batch: Sequence[Example], references: Sequence[FloatN]) -> float:
+    """Mean over sampled tokens of log π − log π_ref, nats (k1)."""
+    total = sum(
+        float(((e.policy - lp) * e.mask).sum()) for e, lp in zip(batch, references, strict=True)
+    )
+    return total / sum(float(example.mask.sum()) for example in batch)
+
+
+def _check_gap(gap: float, plan: Plan) -> None:
+    if plan.max_logprob_gap is not None and gap > plan.max_logprob_gap:
+        raise LogprobGapError(
+            f"trainer and sampler differ by {gap:.2g} nats on a token of the same weights, "
+            f"more than {plan.max_logprob_gap:g}.",
+            field="max_logprob_gap",
+            hint="In bfloat16 about 0.1 is normal: raise it. In float32 this is a defect.",
+        )
