@@ -29,7 +29,7 @@ from weaver.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -48,15 +48,19 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServiceC
         yield client
 
 
-def weaver_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+@pytest.fixture
+def no_thread_left() -> Iterator[Callable[[], None]]:
+    """Waits until no thread is left that was not there before the test, and says if one is."""
+    before = set(threading.enumerate())
 
+    def wait() -> None:
+        deadline = time.monotonic() + 2
+        while set(threading.enumerate()) - before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert set(threading.enumerate()) <= before
 
-def wait_for_no_thread(seconds: float = 2.0) -> None:
-    deadline = time.monotonic() + seconds
-    while weaver_threads() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert weaver_threads() == []
+    yield wait
+    wait()
 
 
 def test_a_training_loop_as_documented(client: ServiceClient) -> None:
@@ -169,9 +173,8 @@ def test_it_works_below_a_running_event_loop(client: ServiceClient) -> None:
 
 
 def test_closing_fails_what_is_pending_and_ends_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_thread_left: Callable[[], None]
 ) -> None:
-    wait_for_no_thread()
     release = threading.Event()
 
     def hook(name: str, argument: object) -> None:
@@ -203,29 +206,27 @@ def test_closing_fails_what_is_pending_and_ends_the_thread(
         for call in (client.list_training_runs, pending.result, trainer.get_info):
             with pytest.raises(ClosedError):
                 call()
-        wait_for_no_thread()
+        no_thread_left()
         with ServiceClient(home=tmp_path) as again:
             assert again.list_checkpoints() == [saved]
-    wait_for_no_thread()
 
 
 def test_a_client_that_is_forgotten_closes_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_thread_left: Callable[[], None]
 ) -> None:
-    wait_for_no_thread()
     with embedded_fake(monkeypatch):
         trainer = ServiceClient(home=tmp_path).create_model("fake")
         gc.collect()
         assert trainer.forward(DATUMS, wait=True).metrics["loss"] > 0  # it keeps the service open
         del trainer
         gc.collect()
-        wait_for_no_thread()
 
 
-def test_a_constructor_that_fails_leaves_no_thread(tmp_path: Path) -> None:
+def test_a_constructor_that_fails_leaves_no_thread(
+    tmp_path: Path, no_thread_left: Callable[[], None]
+) -> None:
     with pytest.raises(UnsupportedError, match="later release"):
         ServiceClient("http://localhost:1", home=tmp_path)
-    wait_for_no_thread()
 
 
 @pytest.mark.parametrize("ending", ["", "sys.exit(3)", "del client"])

@@ -1,0 +1,70 @@
+"""What `weaver` exports, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weaver
+from weaver import errors, types
+
+HEAVY = ("torch", "transformers", "starlette", "fastapi", "sqlalchemy", "sqlite3", "httpx", "rich")
+
+
+def test_every_name_is_there_and_listed_once() -> None:
+    assert len(weaver.__all__) == len(set(weaver.__all__))
+    for name in weaver.__all__:
+        assert getattr(weaver, name) is not None
+    with pytest.raises(AttributeError, match="ServiceClients"):
+        _ = weaver.ServiceClients
+
+
+def test_all_holds_the_clients_every_error_and_every_type_users_meet() -> None:
+    clients = {f"{mode}{name}Client" for mode in ("", "Async") for name in _NOUNS}
+    raised = {error.__name__ for error in errors.CODES.values()}
+    met = {
+        name
+        for name, value in vars(types).items()
+        if inspect.isclass(value) and issubclass(value, types.Value) and value is not types.Value
+    }
+    assert set(weaver.__all__) == clients | raised | met | {
+        "Handle",
+        "OperationHandle",
+        "TensorData",
+        "types",
+    }
+
+
+_NOUNS = ("Service", "Training", "Sampling")
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(weaver.__file__).read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("weaver")
+        for alias in node.names
+    }
+    assert imported == set(weaver.__all__)
+
+
+@pytest.mark.parametrize("statement", ["import weaver", "from weaver import ServiceClient, types"])
+def test_importing_is_quick_and_light(statement: str) -> None:
+    script = (
+        "import sys, time; start = time.process_time()\n"
+        f"{statement}\n"
+        f"print(time.process_time() - start, [m for m in {HEAVY} if m in sys.modules])"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds, heavy = min(run.stdout.split(" ", 1) for run in runs)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < (0.3 if statement == "import weaver" else 0.6)
