@@ -68,6 +68,26 @@ def test_log_probabilities_and_gradients_equal_those_of_peft(
         assert relative_error(gradient, expected_gradient) < 1e-5, name
 
 
+@torch.no_grad()
+def test_an_adapter_equals_the_merged_weights(
+    architecture: str, trainer: TorchTrainer, model_folder: Callable[[str], Path]
+) -> None:
+    run_id = new_run(trainer, architecture=architecture)
+    merged = reference_model(model_folder(architecture))
+    if merged.config.tie_word_embeddings:  # the adapter changes the head only
+        merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.clone())
+    adapter = trainer._run(run_id).adapter
+    assert adapter is not None
+    for path, pair in adapter.pairs.items():
+        merged.get_submodule(path).weight += adapter.scale * pair.b @ pair.a
+    tokens = sequences(5, 21, 12)
+    result = result_of(trainer, job(run_id, [datum(s) for s in tokens], backward=False))
+    for s, output in zip(tokens, result.loss_fn_outputs, strict=True):
+        log_p = torch.log_softmax(merged(torch.tensor([s[:-1]])).logits[0], -1)
+        expected = log_p[range(len(s) - 1), s[1:]]
+        torch.testing.assert_close(output["logprobs"].to_torch(), expected, atol=5e-5, rtol=0)
+
+
 def peft_model(trainer: TorchTrainer, run_id: str, folder: Path) -> Any:
     """PEFT's own model of the same base with the run's tensors."""
     config = lora_config(folder.name)
