@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.caller import Caller
+from tests.server.http.helpers import over_asgi, over_socket
 from weaver.engine.fake import FakeEngine
 from weaver.server.service import LocalService
 from weaver.server.store import MemoryStore
@@ -31,7 +32,11 @@ async def open_local(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
         yield service
 
 
-OPENERS: dict[str, ServiceOpener] = {"local": open_local}
+OPENERS: dict[str, ServiceOpener] = {
+    "local": open_local,
+    "asgi": over_asgi,
+    "socket": over_socket,
+}
 STORES: dict[str, Callable[[], Store]] = {"memory": MemoryStore}
 
 

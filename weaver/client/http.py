@@ -27,6 +27,8 @@ from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, Tr
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
 
     from weaver.types import JsonDict
 
@@ -91,6 +93,17 @@ class HttpService:
                 f"{base_url!r} is no address: {error}.", hint="Such as http://127.0.0.1:8000."
             ) from None
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
     # --- the service ----------------------------------------------------------------------------
 
     async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
@@ -131,17 +144,22 @@ class HttpService:
         path = f"sessions/{_quoted(session_id)}/stream/{_quoted(submission_id)}"
         outage = _Outage(self._address, self._outage_s)
         seen = 0
+        last: tuple[str, str] | None = None
         while True:
             try:
                 async with aclosing(self._events(path, seen)) as events:
                     async for kind, data in events:
-                        if kind == "end":
-                            return
-                        if kind == "error":
-                            raise ErrorInfo.model_validate_json(data).to_error()
+                        if kind != "message":
+                            last = kind, data
+                            continue  # to the end of the reply, so that its connection is kept
                         seen += 1
                         outage.over()
                         yield SampleDelta.model_validate_json(data)
+                match last:
+                    case ("end", _):
+                        return
+                    case ("error", info):
+                        raise ErrorInfo.model_validate_json(info).to_error()
                 raise httpx.ReadError("the stream ended in its middle")
             except (httpx.TransportError, _ComesBackError) as error:
                 await outage.pause(error)

@@ -17,7 +17,6 @@ from weaver.errors import (
     RunNotFoundError,
     TooLargeError,
     UnknownModelError,
-    UnsupportedError,
     WeaverError,
     nearest,
 )
@@ -63,11 +62,39 @@ class Quotas:
     stored_bytes: int | None = None
 
 
+NO_QUOTAS = Quotas()
+
+
+class Served:
+    """The models of a server: fixed for its life, so its engine is asked once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._models: Sequence[ModelInfo] | None = None
+
+    async def all(self) -> Sequence[ModelInfo]:
+        if self._models is None:
+            self._models = await self._service.list_models()
+        return self._models
+
+    async def get(self, base_model: str) -> ModelInfo:
+        """Raises UnknownModelError."""
+        models = {model.name: model for model in await self.all()}
+        if base_model not in models:
+            raise UnknownModelError(
+                f"this server does not serve {base_model[:200]!r}.",
+                field="base_model",
+                hint=nearest(base_model, models),
+            )
+        return models[base_model]
+
+
 class Scopes:
     """One view for each project and role."""
 
-    def __init__(self, service: Service, owners: Owners, *, quotas: Quotas = Quotas()) -> None:
+    def __init__(self, service: Service, owners: Owners, *, quotas: Quotas = NO_QUOTAS) -> None:
         self._service = service
+        self._served = Served(service)
         self._owners = owners
         self._quotas = quotas
         self._views: dict[Caller, ScopedService] = {}
@@ -75,8 +102,13 @@ class Scopes:
     def scoped(self, caller: Caller) -> ScopedService:
         view = self._views.get(caller)
         if view is None:
-            view = ScopedService(self._service, caller, owners=self._owners, quotas=self._quotas)
-            self._views[caller] = view
+            view = self._views[caller] = ScopedService(
+                self._service,
+                caller,
+                served=self._served,
+                owners=self._owners,
+                quotas=self._quotas,
+            )
         return view
 
 
@@ -87,7 +119,10 @@ class ScopedService:
     place in the run's order, and its outcome is then told in other words.
     """
 
-    def __init__(self, service: Service, caller: Caller, *, owners: Owners, quotas: Quotas) -> None:
+    def __init__(
+        self, service: Service, caller: Caller, *, served: Served, owners: Owners, quotas: Quotas
+    ) -> None:
+        self._served = served
         self._service = service
         self._project = caller.project
         self._admin = caller.admin
@@ -144,14 +179,13 @@ class ScopedService:
     # --- models ---------------------------------------------------------------------------------
 
     async def list_models(self) -> Sequence[ModelInfo]:
-        return await self._service.list_models()
+        return await self._served.all()
 
     async def get_model(self, base_model: str) -> ModelInfo:
-        await self._check_model(base_model)
-        return await self._service.get_model(base_model)
+        return await self._served.get(base_model)
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        await self._check_model(base_model)
+        await self._served.get(base_model)
         return await self._service.tokenizer_files(base_model)
 
     # --- runs, checkpoints, metrics -------------------------------------------------------------
@@ -217,7 +251,7 @@ class ScopedService:
     async def _check_operation(self, submission: Submission) -> None:
         match submission.operation:
             case CreateModel(base_model=name):
-                await self._check_model(name)
+                await self._served.get(name)
                 await self._check_run_quota()
             case ForwardBackward(datums=datums):
                 self._check_tokens(sum(datum.model_input.length for datum in datums))
@@ -227,14 +261,11 @@ class ScopedService:
                 await self._check_path(path)
             case OpenSampler(base_model=base_model, model_path=path):
                 if base_model is not None:
-                    await self._check_model(base_model)
+                    await self._served.get(base_model)
                 if path is not None:
                     await self._check_path(path)
             case Sample(sampler_id=sampler_id) as sample:
-                if sampler_id.startswith(BASE_SAMPLER):
-                    await self._check_model(sampler_id.removeprefix(BASE_SAMPLER))
-                else:
-                    await self._check_path(sampler_id)
+                await self._check_sampler(sampler_id)
                 self._check_tokens(sample.num_samples * sample.params.max_tokens)
 
     async def _told(self, session_id: str, outcome: Outcome) -> Outcome:
@@ -267,10 +298,10 @@ class ScopedService:
 
     async def _check_path(self, path: str) -> None:
         if not path.startswith(SCHEME):
-            raise UnsupportedError(
-                f"{path[:200]!r} is no path of this server.",
+            raise CheckpointNotFoundError(
+                f"{path[:200]!r} is not on this server.",
                 field="path",
-                hint="Folders cannot be opened over the network; use a weaver:// path.",
+                hint="Folders are not opened over the network; use a weaver:// path.",
             )
         run_id = path.removeprefix(SCHEME).partition("/")[0]
         if not await self._owns(f"run/{run_id}"):
@@ -278,13 +309,16 @@ class ScopedService:
                 f"{path[:200]} does not exist.", field="path", hint="See list_checkpoints()."
             )
 
-    async def _check_model(self, base_model: str) -> None:
-        names = [model.name for model in await self._service.list_models()]
-        if base_model not in names:
-            raise UnknownModelError(
-                f"this server does not serve {base_model[:200]!r}.",
-                field="base_model",
-                hint=nearest(base_model, names),
+    async def _check_sampler(self, sampler_id: str) -> None:
+        if sampler_id.startswith(BASE_SAMPLER):
+            await self._served.get(sampler_id.removeprefix(BASE_SAMPLER))
+        elif sampler_id.startswith(SCHEME):
+            await self._check_path(sampler_id)
+        else:
+            raise NotFoundError(
+                f"no sampler is called {sampler_id[:80]!r}.",
+                field="sampler_id",
+                hint="Open one with OpenSampler.",
             )
 
     async def _check_run_quota(self) -> None:
@@ -318,8 +352,7 @@ class ScopedService:
             )
 
     async def _owns(self, resource: str) -> bool:
-        owner = await self._owners.of(resource)
-        return owner == self._project or (self._admin and owner is not None)
+        return self._admin or await self._owners.of(resource) == self._project
 
     async def _my_runs(self) -> frozenset[str] | None:
         """The project's runs; None for an admin, who sees all."""

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import asyncio
+import threading
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from queue import Queue
 from typing import TYPE_CHECKING
 
 import httpx
 
 from weaver.client.http import HttpService
 from weaver.engine.fake import FakeEngine
+from weaver.errors import WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.front import Front, ServerLimits
+from weaver.server.http.front import LIMITS, Front, ServerLimits
+from weaver.server.http.run import Running, ServerSettings, run_server
 from weaver.server.keys import Keys
 from weaver.server.owners import Owners
-from weaver.server.scoped import Quotas, Scopes
+from weaver.server.scoped import NO_QUOTAS, Quotas, Scopes
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from starlette.types import ASGIApp
 
     from weaver.engine.base import Engine
+    from weaver.protocol import Service
 
-ADDRESS = "http://weaver.test"
-LIMITS = ServerLimits()
-QUOTAS = Quotas()
+ADDRESS = "http://localhost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,7 @@ async def running(
     engine: Engine | None = None,
     auth: bool = False,
     limits: ServerLimits = LIMITS,
-    quotas: Quotas = QUOTAS,
+    quotas: Quotas = NO_QUOTAS,
 ) -> AsyncIterator[Server]:
     database = open_database(home)
     keys = Keys(database)
@@ -66,3 +70,42 @@ async def running(
         front = Front(scopes=scopes, keys=keys if auth else None, limits=limits)
         yield Server(app=create_app(front), front=front, service=service, keys=keys)
     database.dispose()
+
+
+@asynccontextmanager
+async def over_asgi(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+    """The client's service, the HTTP front and the local service, in one event loop."""
+    async with running(home, engine=engine) as server, server.client() as service:
+        yield service
+
+
+@asynccontextmanager
+async def over_socket(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+    """The same with the server in a thread of its own, on a loopback port."""
+    with serving(engine, ServerSettings(home=home, port=0, auth=False)) as server:
+        async with HttpService(server.address) as service:
+            yield service
+
+
+@contextmanager
+def serving(engine: Engine, settings: ServerSettings) -> Iterator[Running]:
+    """A server in a thread; stopped on leaving."""
+    started: Queue[Running | BaseException] = Queue()
+
+    def serve() -> None:
+        try:
+            asyncio.run(run_server(engine, settings, started=started.put))
+        except WeaverError as error:
+            started.put(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    server = started.get(timeout=20)
+    if isinstance(server, BaseException):
+        raise server
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive()

@@ -11,11 +11,12 @@ import time
 import uuid
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
-from weaver.errors import ServiceConnectionError, TooLargeError, WeaverError
+from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
 from weaver.server.http.errors import error_response
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ logger = logging.getLogger("weaver.server.http")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 """Need no key: they say nothing of anybody's work."""
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -75,6 +77,8 @@ class Edge:
             return
         if self._front.stopping.is_set():
             raise ServiceConnectionError("the server is stopping.", hint="Try again in a moment.")
+        if self._front.keys is None:
+            _check_local(headers)
         caller = await self._front.authenticate(headers)
         scope["state"]["caller"] = caller
         scope["state"]["service"] = self._front.scopes.scoped(caller)
@@ -93,6 +97,22 @@ class Edge:
         }
         level = logging.WARNING if status >= 500 else logging.INFO
         logger.log(level, "%s %s %s", method, scope["path"], status, extra={"fields": fields})
+
+
+def _check_local(headers: Headers) -> None:
+    """Without keys, whatever runs in the user's browser must not reach the server.
+
+    Raises:
+        PermissionDeniedError: another site's page asks, or a name that was bent to this machine.
+    """
+    host = urlsplit(f"//{headers.get('Host', '')}")
+    origin = headers.get("Origin")
+    if host.hostname in LOCAL_NAMES and origin in (None, f"http://{host.netloc}"):
+        return
+    raise PermissionDeniedError(
+        "a server without keys answers only to this machine.",
+        hint="Use http://127.0.0.1, or start the server with keys.",
+    )
 
 
 def _bounded(receive: Receive, limit: int, declared: str) -> Receive:

@@ -37,12 +37,15 @@ class ServerLimits:
         return self.message.message_bytes if media_type == MEDIA_TYPE else JSON_BODY_BYTES
 
 
+LIMITS = ServerLimits()
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Front:
     scopes: Scopes
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
-    limits: ServerLimits = ServerLimits()
+    limits: ServerLimits = LIMITS
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)

@@ -1,0 +1,146 @@
+"""`run_server`: a service and its HTTP front on a socket, until they are told to stop.
+
+Called by `weaver serve`. Stopping takes at most `GRACE_S`: long polls end, new requests are told to
+come back, requests that run are waited for, then the service is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+import threading
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from weaver.errors import ConfigError
+from weaver.server.database import open_database
+from weaver.server.http.app import create_app
+from weaver.server.http.front import LIMITS, Front, ServerLimits
+from weaver.server.keys import Keys
+from weaver.server.owners import Owners
+from weaver.server.scoped import NO_QUOTAS, Quotas, Scopes
+from weaver.server.service import LocalService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from weaver.engine.base import Engine
+
+GRACE_S = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    database_url: str | None = None
+    auth: bool = True
+    deterministic: bool = False
+    limits: ServerLimits = LIMITS
+    quotas: Quotas = NO_QUOTAS
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers; `stop` may be called from any thread."""
+
+    address: str
+    stop: Callable[[], None]
+
+
+async def run_server(
+    engine: Engine, settings: ServerSettings, *, started: Callable[[Running], None]
+) -> None:
+    """Serves until SIGINT, SIGTERM or `stop`.
+
+    Raises:
+        ConfigError: it cannot listen there, or would be open to others without keys.
+    """
+    if not settings.auth and not _is_loopback(settings.host):
+        raise ConfigError(
+            f"is {settings.host!r}, which others can reach, and keys are off.",
+            field="host",
+            hint="Leave out --no-auth, or listen on 127.0.0.1.",
+        )
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listen(settings.host, settings.port))
+        database = open_database(settings.home, settings.database_url)
+        stack.callback(database.dispose)
+        async with LocalService(
+            engine, home=settings.home, deterministic=settings.deterministic
+        ) as service:
+            front = Front(
+                scopes=Scopes(service, Owners(database), quotas=settings.quotas),
+                keys=Keys(database) if settings.auth else None,
+                limits=settings.limits,
+            )
+            await _serve(front, listener, started)
+
+
+async def _serve(front: Front, listener: socket.socket, started: Callable[[Running], None]) -> None:
+    config = uvicorn.Config(
+        create_app(front),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = server.should_exit  # asked twice: leave at once
+        server.should_exit = True
+        front.stopping.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    loop.call_soon(started, Running(address, lambda: _call(loop, stop)))
+    await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone: uvicorn would raise them again before the service has closed."""
+        yield
+
+
+def _call(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(stop)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}.",
+            field="port",
+            hint="Choose another --port or --host; 0 takes any free port.",
+        ) from None
+    # Connections inherit it. asyncio sets it only on sockets it has made itself, and without it
+    # each reply waits 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
