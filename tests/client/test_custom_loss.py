@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.anyio
 
 def mean_nll(
     datums: list[Datum], logprobs: list[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Cross entropy with weights, as the engine has it."""
     weights = [d.loss_fn_inputs["weights"].to_torch() for d in datums]
     total = sum(w.sum() for w in weights)
     loss = -sum((w * lp).sum() for w, lp in zip(weights, logprobs, strict=True)) / total
-    return loss, {"tokens": float(total)}
+    return loss, {"tokens": total, "nats": loss * total}
 
 
 def weighted(tokens: list[int], weights: list[float]) -> Datum:
@@ -56,6 +56,8 @@ async def test_it_equals_the_built_in_loss(tmp_path: Path) -> None:
             step, its_step = built_in.optim_step(STEP), custom.optim_step(STEP)
             assert (await other).metrics["loss"] == pytest.approx((await one).metrics["loss"])
             assert (await other).metrics["tokens"] == 3.75
+            nats = (await one).metrics["loss"] * 3.75
+            assert (await other).metrics["nats"] == pytest.approx(nats)
             assert (await other).loss_fn_outputs == (await one).loss_fn_outputs
             assert (await its_step).metrics["grad_norm"] == pytest.approx(
                 (await step).metrics["grad_norm"], rel=1e-6
@@ -103,6 +105,7 @@ async def test_later_calls_queue_behind_it(tmp_path: Path) -> None:
     [
         (lambda d, lp: 1 / 0, ZeroDivisionError, "division"),
         (lambda d, lp: lp[0].sum(), InvalidRequestError, r"Return \(loss, metrics\)"),
+        (lambda d, lp: (lp[0].sum(), [1]), InvalidRequestError, r"Return \(loss, metrics\)"),
         (lambda d, lp: (lp[0], {}), InvalidRequestError, "scalar"),
         (lambda d, lp: (lp[0].detach().sum(), {}), InvalidRequestError, "scalar"),
         (lambda d, lp: (lp[0].sum() * float("nan"), {}), NonFiniteError, "nan"),

@@ -81,7 +81,7 @@ def _targets_only(datum: Datum) -> Datum:
 def _checked(returned: object) -> tuple[torch.Tensor, dict[str, float]]:
     import torch
 
-    if not (isinstance(returned, tuple) and len(returned) == 2):
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         raise InvalidRequestError(
             f"returned a {type(returned).__name__}.",
             field="loss_fn",
@@ -96,4 +96,4 @@ def _checked(returned: object) -> tuple[torch.Tensor, dict[str, float]]:
         )
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"the custom loss is {loss.item()}.", field="loss_fn")
-    return loss, {str(name): float(value) for name, value in dict(metrics or {}).items()}
+    return loss, {str(name): float(torch.as_tensor(x).detach()) for name, x in metrics.items()}
