@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 SCHEME = "weaver://"
 GROUPS = ("weights", "sampler")
 MANIFEST = "manifest.json"
+REPLACED, DRAFT = ".replaced-", ".draft-"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ABANDONED_AFTER_S = 24 * 3600.0
 """A half-written folder this old belongs to a process that died."""
@@ -102,7 +103,7 @@ class Checkpoints:
     def __init__(self, home: Path, *, now: Callable[[], datetime] = now_utc) -> None:
         self._root = home / "runs"
         self._now = now
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
 
     def write(
         self,
@@ -123,7 +124,7 @@ class Checkpoints:
             raise NameTakenError(
                 f"{location} exists already.", field="name", hint="Set overwrite=True."
             )
-        draft = place.parent / f".draft-{secrets.token_hex(8)}"
+        draft = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             with _storage_errors(f"saving {location}"):
                 draft.mkdir(parents=True)
@@ -151,14 +152,10 @@ class Checkpoints:
     def get(self, path: str) -> CheckpointInfo:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError."""
         location = Location.parse(path)
-        folder = self._find(location)
-        if folder is None:
-            raise CheckpointNotFoundError(
-                f"there is no checkpoint {location}.",
-                field="path",
-                hint="See list_checkpoints(). A sampler without a name ends with its session.",
-            )
-        return _read_manifest(folder)[0]
+        info = self._find(location)
+        if info is None:
+            raise _not_found(location)
+        return info
 
     def open(self, path: str) -> tuple[CheckpointInfo, Path]:
         """A checkpoint, by its path or by its folder, with its files verified.
@@ -180,7 +177,7 @@ class Checkpoints:
         info, sums = _read_manifest(folder)
         for name, expected in sums.items():
             file = folder / name
-            if not file.is_file():
+            if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise _corrupt(file, "is missing")
             if _sha256(file) != expected:
                 raise _corrupt(file, "has changed since it was written")
@@ -189,82 +186,80 @@ class Checkpoints:
     def list(self, run_id: str | None = None) -> list[CheckpointInfo]:
         """By time; one that cannot be read is left out, and logged."""
         found = []
-        for location, folder in self._all(run_id):
+        for location in self._locations(run_id):
             try:
-                if self._find(location) is not None:
-                    found.append(_read_manifest(folder)[0])
+                info = self._find(location)
             except WeaverError as error:
                 logger.warning("left out of the list: %s", error)
+            else:
+                found += [info] if info is not None else []
         return sorted(found, key=lambda info: (info.created_at, info.path))
 
     def delete(self, path: str) -> None:
         """Raises CheckpointNotFoundError, InvalidNameError, StorageError."""
-        self.get(path)
-        self._remove(Location.parse(path))
+        location = Location.parse(path)
+        with self._changing:
+            if self._existing(location) is None:
+                raise _not_found(location)
+            self._remove(location)
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
         """Counts from now; None keeps it for ever."""
-        folder = Path(self.get(path).folder or "")
-        info, sums = _read_manifest(folder)
-        changed = info.model_copy(
-            update={
-                "ttl_seconds": ttl_seconds,
-                "expires_at": _expiry(self._now(), ttl_seconds),
-            }
-        )
         with _storage_errors(f"setting the lifetime of {path}"), self._changing:
+            folder = Path(self.get(path).folder or "")
+            info, sums = _read_manifest(folder)
+            expires_at = _expiry(self._now(), ttl_seconds)
+            changed = info.model_copy(update={"ttl_seconds": ttl_seconds, "expires_at": expires_at})
             _write_manifest(folder, changed, sums)
         return changed
 
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
-        for location, _ in self._all(None):
-            try:
-                self._find(location)
-            except WeaverError as error:
-                logger.warning("not swept: %s", error)
-        for draft in self._root.glob("*/*/.draft-*"):
+        self.list()
+        for draft in self._root.glob(f"*/*/{DRAFT}*"):
             if time.time() - draft.stat().st_mtime > ABANDONED_AFTER_S:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _folder(self, location: Location) -> Path:
         return self._root / location.run_id / location.group / location.name
 
-    def _find(self, location: Location) -> Path | None:
-        """The folder, unless there is none or it has expired (then it goes)."""
+    def _existing(self, location: Location) -> Path | None:
         place = self._folder(location)
-        folder = next((f for f in (place, _replaced(place), place) if f.is_dir()), None)
-        if folder is None:
-            return None
-        expires_at = _read_manifest(folder)[0].expires_at
-        if expires_at is not None and expires_at <= self._now():
-            self._remove(location)
-            return None
-        return folder
+        return next((f for f in (place, _replaced(place), place) if f.is_dir()), None)
+
+    def _find(self, location: Location) -> CheckpointInfo | None:
+        """What is there, unless it has expired (then it goes)."""
+        with self._changing:
+            folder = self._existing(location)
+            if folder is None:
+                return None
+            info = _read_manifest(folder)[0]
+            if info.expires_at is not None and info.expires_at <= self._now():
+                self._remove(location)
+                return None
+            return info
 
     def _remove(self, location: Location) -> None:
         place = self._folder(location)
         with _storage_errors(f"deleting {location}"), self._changing:
             for folder in (_replaced(place), place):
                 if folder.is_dir():
-                    doomed = place.parent / f".draft-{secrets.token_hex(8)}"
+                    doomed = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
                     folder.rename(doomed)  # gone at once, however long the files take
                     shutil.rmtree(doomed, ignore_errors=True)
 
-    def _all(self, run_id: str | None) -> Iterator[tuple[Location, Path]]:
+    def _locations(self, run_id: str | None) -> Iterator[Location]:
         run = "*" if run_id is None else check_name(run_id, field="run_id")
-        for manifest in self._root.glob(f"{run}/*/*/{MANIFEST}"):
-            folder = manifest.parent
-            group, name = folder.parent.name, folder.name.removeprefix(".replaced-")
-            if group in GROUPS and NAME.fullmatch(name) and NAME.fullmatch(folder.parts[-3]):
-                location = Location(folder.parts[-3], group, name)
-                if folder == self._folder(location) or not self._folder(location).is_dir():
-                    yield location, folder
+        for folder in self._root.glob(f"{run}/*/*"):
+            group, name = folder.parent.name, folder.name.removeprefix(REPLACED)
+            crashed = name != folder.name and not (folder.parent / name).is_dir()
+            if group in GROUPS and NAME.fullmatch(name) and (crashed or name == folder.name):
+                yield Location(folder.parts[-3], group, name)
 
 
 def _replaced(place: Path) -> Path:
     """Where the former content of `place` is while a new one takes its place."""
-    return place.parent / f".replaced-{place.name}"
+    return place.parent / f"{REPLACED}{place.name}"
 
 
 def _swap(draft: Path, place: Path) -> None:
@@ -297,6 +292,14 @@ def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str]]:
         return info, {str(name): str(value) for name, value in content["sha256"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
+
+
+def _not_found(location: Location) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"there is no checkpoint {location}.",
+        field="path",
+        hint="See list_checkpoints(). A sampler without a name ends with its session.",
+    )
 
 
 def _corrupt(file: Path, what: str) -> CheckpointCorruptError:

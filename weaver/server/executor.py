@@ -15,11 +15,14 @@ from anyio import CapacityLimiter, to_thread
 
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
+    CheckpointLoaded,
     CheckpointSaved,
     ErrorInfo,
     ForwardBackward,
+    ModelCreated,
     Sample,
     Sampled,
+    StepDone,
 )
 from weaver.server.lanes import Lane
 from weaver.server.scheduler import FairShare, Head, plan
@@ -139,7 +142,9 @@ class Executor:
         work = [(lane.run, _operation(ticket)) for lane, ticket in batch]
         results = await self.call(partial(self._operations.execute, work))
         for (lane, ticket), result in zip(batch, results, strict=True):
-            if lane.run is not None:
+            if isinstance(result, ModelCreated):
+                await self._store.put_run(result.run)
+            elif lane.run is not None and isinstance(result, (StepDone, CheckpointLoaded)):
                 await self._store.put_run(lane.run.describe())
             if isinstance(result, CheckpointSaved):
                 self._pin(ticket, result)

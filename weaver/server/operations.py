@@ -191,7 +191,12 @@ class Operations:
                 overwrite=operation.overwrite,
             )
         if sampler:
-            self.samplers.publish(str(location), trainer.snapshot(run.run_id), pinned=unnamed)
+            self.samplers.publish(
+                str(location),
+                trainer.snapshot(run.run_id),
+                pinned=unnamed,
+                expires_at=info.expires_at,
+            )
         return CheckpointSaved(checkpoint=info)
 
     def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:

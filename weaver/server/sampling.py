@@ -29,7 +29,8 @@ from weaver.server.checkpoints import MANIFEST, SCHEME
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
 
     from weaver.engine.base import Engine, WeightSnapshot
     from weaver.server.checkpoints import Checkpoints
@@ -47,6 +48,7 @@ class Loaded:
     version: int
     pinned: bool
     """They exist nowhere else, so they are never dropped to make room."""
+    expires_at: datetime | None = None
 
 
 class Samplers:
@@ -56,7 +58,15 @@ class Samplers:
     could be loaded again are kept, those used last.
     """
 
-    def __init__(self, engine: Engine, checkpoints: Checkpoints, *, max_loaded: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        *,
+        max_loaded: int,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._now = now
         self._engine = engine
         self._checkpoints = checkpoints
         self._max_loaded = max_loaded
@@ -91,7 +101,14 @@ class Samplers:
             sampler_id=sampler_id, model=loaded.model, weights_version=loaded.version
         )
 
-    def publish(self, sampler_id: str, snapshot: WeightSnapshot, *, pinned: bool) -> None:
+    def publish(
+        self,
+        sampler_id: str,
+        snapshot: WeightSnapshot,
+        *,
+        pinned: bool,
+        expires_at: datetime | None,
+    ) -> None:
         """Makes a snapshot sampleable; samples that run on a former one go on with that."""
         weights_id = self._weights_id(sampler_id)
         self._engine.sampler.publish(weights_id, snapshot)
@@ -99,7 +116,13 @@ class Samplers:
         self.release(sampler_id)
         self._keep(
             sampler_id,
-            Loaded(weights_id=weights_id, model=model, version=snapshot.version, pinned=pinned),
+            Loaded(
+                weights_id=weights_id,
+                model=model,
+                version=snapshot.version,
+                pinned=pinned,
+                expires_at=expires_at,
+            ),
         )
 
     def release(self, sampler_id: str) -> None:
@@ -169,14 +192,18 @@ class Samplers:
         self._running.add(job_id)
 
     def _get(self, sampler_id: str) -> Loaded:
-        if sampler_id in self._loaded:
+        ready = self._loaded.get(sampler_id)
+        if ready is not None and ready.expires_at is not None and ready.expires_at <= self._now():
+            self.release(sampler_id)
+        elif ready is not None:
             self._loaded.move_to_end(sampler_id)
-            return self._loaded[sampler_id]
+            return ready
+        expires_at = None
         if sampler_id.startswith(BASE):
             base_model, folder = sampler_id.removeprefix(BASE), None
         elif sampler_id.startswith(SCHEME):
             checkpoint, folder = self._checkpoints.open(sampler_id)
-            base_model = checkpoint.base_model
+            base_model, expires_at = checkpoint.base_model, checkpoint.expires_at
         elif sampler_id in self._folders:
             base_model, folder = self._folders[sampler_id]
         else:
@@ -188,7 +215,13 @@ class Samplers:
         model = self._engine.get_model(base_model)
         weights_id = self._weights_id(sampler_id)
         version = self._engine.sampler.load(weights_id, base_model, folder)
-        loaded = Loaded(weights_id=weights_id, model=model, version=version, pinned=False)
+        loaded = Loaded(
+            weights_id=weights_id,
+            model=model,
+            version=version,
+            pinned=False,
+            expires_at=expires_at,
+        )
         self._keep(sampler_id, loaded)
         return loaded
 

@@ -23,6 +23,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import Sample, SessionInfo
+from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.operations import Operations
@@ -102,7 +103,7 @@ class LocalService:
         self._operations = Operations(
             engine=engine,
             checkpoints=self._checkpoints,
-            samplers=Samplers(engine, self._checkpoints, max_loaded=loaded_samplers),
+            samplers=Samplers(engine, self._checkpoints, max_loaded=loaded_samplers, now=now),
             runs=self._runs,
             now=now,
         )
@@ -133,6 +134,9 @@ class LocalService:
     ) -> bool | None:
         with CancelScope(shield=True):
             await self.aclose()
+        if isinstance(exc, Exception):  # the body's own: it leaves as it is, in no group
+            await self._host.__aexit__(None, None, None)
+            return None
         return await self._host.__aexit__(exc_type, exc, traceback)
 
     async def _main(self, *, task_status: TaskStatus[None]) -> None:
@@ -162,7 +166,8 @@ class LocalService:
     async def _sweep(self) -> None:
         while True:
             await anyio.sleep(self._sweep_every_s)
-            await to_thread.run_sync(self._checkpoints.sweep, abandon_on_cancel=True)
+            swept = partial(attempt, self._checkpoints.sweep)
+            await to_thread.run_sync(swept, abandon_on_cancel=True)
 
     # --- sessions and operations ----------------------------------------------------------------
 
@@ -300,7 +305,9 @@ class LocalService:
         self._executor.release([path])
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
-        return await self._disk(partial(self._checkpoints.set_ttl, path, ttl_seconds))
+        info = await self._disk(partial(self._checkpoints.set_ttl, path, ttl_seconds))
+        self._executor.release([path])  # a sampler knows when its weights expire
+        return info
 
     # --- helpers --------------------------------------------------------------------------------
 
