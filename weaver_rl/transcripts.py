@@ -15,6 +15,7 @@ Lists of a segment have T entries. `gaps` is trainer − sampler in nats, null w
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from weaver_rl.storage import naming_storage, read_lines, write_lines
@@ -38,7 +39,7 @@ def write_transcripts(
     advantages_P_G: FloatPG | None = None,
     trained: Sequence[tuple[Example, FloatN]] = (),
     dropped: Sequence[Group] = (),
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[tuple[int, ...]], str],
     max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Writes the step's file, atomically, then thins out old steps to stay below `max_bytes`.
@@ -54,6 +55,8 @@ def write_transcripts(
         StorageError: disk full or not writable.
     """
     left = iter(trained)
+    # Samples of a step share most of their tokens and pieces.
+    cached = lru_cache(maxsize=100_000)(decode)
     records = []
     for p, group in enumerate([*groups, *dropped]):
         advantages_G = advantages_P_G[p] if advantages_P_G is not None and p < len(groups) else None
@@ -61,7 +64,7 @@ def write_transcripts(
             learns = p < len(groups) and rollout.failure is None
             segments = [
                 _segment(
-                    segment, next(left, None) if learns and any(segment.mask) else None, decode
+                    segment, next(left, None) if learns and any(segment.mask) else None, cached
                 )
                 for segment in rollout.trajectory.segments
             ]
@@ -93,22 +96,22 @@ def steps_with_transcripts(folder: Path) -> list[int]:
     return sorted(int(file.stem) for file in folder.glob("[0-9]*.jsonl"))
 
 
-def token_texts(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+def token_texts(tokens: Sequence[int], decode: Callable[[tuple[int, ...]], str]) -> list[str]:
     """The text that each token adds; of a character made by several, the last has it all.
 
     Each piece is decoded behind the one before, since many tokenizers drop a leading space.
     """
     texts: list[str] = []
-    before: list[int] = []
-    pending: list[int] = []
+    before: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
     for i, token in enumerate(tokens):
-        pending.append(token)
-        text = decode([*before, *pending])[len(decode(before)) if before else 0 :]
+        pending = (*pending, token)
+        text = decode((*before, *pending))[len(decode(before)) if before else 0 :]
         if text.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(tokens):
             texts.append("")
             continue
         texts.append(text)
-        before, pending = pending, []
+        before, pending = pending, ()
     return texts
 
 
@@ -130,7 +133,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
 def _segment(
     segment: Segment,
     trained: tuple[Example, FloatN] | None,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[tuple[int, ...]], str],
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "tokens": segment.tokens,

@@ -1,0 +1,201 @@
+"""`report.html`: a run in one page, made from what its folder holds. Loops write it at the end.
+
+Curves of every metric, hints, the best and the worst groups of any step with tokens coloured by
+log-probability gap, advantage, surprise or age, and the configuration. Also by hand:
+`python -m weaver_rl.report runs/reverse`.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from weaver.errors import NotFoundError
+from weaver_rl.hints import find_hints
+from weaver_rl.page import make_page
+from weaver_rl.run_folder import RunFolder, read_config
+from weaver_rl.storage import encode, read_lines, write_atomically
+from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+MAX_POINTS = 1000
+"""Of a curve; more are thinned out evenly."""
+MAX_STEPS = 60
+"""Whose samples are in the page; more are thinned out evenly."""
+PLACES = (("Best group", 0), ("Worst group", -1), ("Second best", 1), ("Second worst", -2))
+MAX_ROLLOUTS = 8
+MAX_TOKENS = 600
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Writes `report.html` into the folder, atomically, and answers its path.
+
+    Raises:
+        NotFoundError: the folder holds no run.
+        StorageError: disk full or not writable.
+    """
+    if not folder.config.exists():
+        raise NotFoundError(
+            f"{folder.path} holds no run.", field="folder", hint="It has no config.json."
+        )
+    page = make_page("report", title=folder.path.resolve().name, data=report_data(folder))
+    write_atomically(folder.report, page.encode())
+    return folder.report
+
+
+def report_data(folder: RunFolder) -> dict[str, Any]:
+    """Everything that the page shows; see `templates/report.js`."""
+    rows = read_lines(folder.metrics)
+    shown = thinned(rows, MAX_POINTS)
+    names = sorted({name for row in rows for name in row} - {"step", "time"})
+    config = list(flattened(read_config(folder)))
+    kept = steps_with_transcripts(folder.transcripts)
+    steps = thinned(kept, MAX_STEPS)
+    notes = [f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} from {folder.path}."]
+    if len(shown) < len(rows):
+        notes.append(f"Curves show {len(shown)} of {len(rows)} steps.")
+    if len(steps) < len(kept):
+        notes.append(f"Samples of {len(steps)} of {len(kept)} steps are shown.")
+    return {
+        "subtitle": _subtitle(dict(config), rows),
+        "last_step": rows[-1]["step"] if rows else 0,
+        "seconds": rows[-1]["time"] - rows[0]["time"] if len(rows) > 1 else 0,
+        "steps": [row["step"] for row in shown],
+        "metrics": {name: [_figures(row.get(name)) for row in shown] for name in names},
+        "hints": _hint_ranges(rows),
+        "samples": {step: _groups(read_transcripts(folder.transcripts, step)) for step in steps},
+        "config": config,
+        "footer": " ".join(notes),
+    }
+
+
+def thinned(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` items, evenly spaced, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    last = len(items) - 1
+    return [items[round(i * last / (limit - 1))] for i in range(limit)]
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and texts: `("objective.loss_fn", "ppo")`."""
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else encode(value).decode()
+            yield f"{prefix}{name}", text
+
+
+def _subtitle(config: Mapping[str, str], rows: Sequence[Row]) -> str:
+    begin = f"{datetime.fromtimestamp(rows[0]['time']):%Y-%m-%d %H:%M}" if rows else "no step yet"
+    named = [config[name] for name in ("recipe", "model", "base_model") if name in config]
+    return " · ".join([*named, begin])
+
+
+def _hint_ranges(rows: Sequence[Row]) -> list[Row]:
+    """Each kind of hint once, with the steps at which it was given and its last words."""
+    given: dict[str, tuple[list[int], str]] = {}
+    for row in rows:
+        for hint in find_hints([_numbers(rows[0]), _numbers(row)]):
+            steps, _ = given.get(hint.name, ([], ""))
+            given[hint.name] = ([*steps, row["step"]], hint.text)
+    return [
+        {"steps": _range_text(steps), "text": text, "good": name == "solved"}
+        for name, (steps, text) in given.items()
+    ]
+
+
+def _range_text(steps: Sequence[int]) -> str:
+    if len(steps) == 1:
+        return f"Step {steps[0]}"
+    return f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+
+
+def _groups(records: Sequence[Row]) -> list[Row]:
+    """Best, worst, second best, second worst group by mean reward; one that failed is the worst."""
+    groups: dict[int, list[Row]] = {}
+    for record in records:
+        groups.setdefault(record["group"], []).append(record)
+    ranked = sorted(groups.values(), key=_rank, reverse=True)
+    return [_group(label, ranked[i]) for label, i in PLACES[: len(ranked)]]
+
+
+def _mean(group: Sequence[Row]) -> float | None:
+    rewards = [record["reward"] for record in group if record["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _rank(group: Sequence[Row]) -> float:
+    mean = _mean(group)
+    return float("-inf") if mean is None else mean
+
+
+def _group(label: str, group: Sequence[Row]) -> Row:
+    ranked = sorted(group, key=lambda one: _rank([one]), reverse=True)
+    shown = thinned(ranked, MAX_ROLLOUTS)
+    return {
+        "label": label,
+        "task": dict(flattened(group[0]["task"])),
+        "mean": _mean(group),
+        "left_out": len(group) - len(shown),
+        "rollouts": [_rollout(record) for record in shown],
+    }
+
+
+def _rollout(record: Row) -> Row:
+    failure = record["failure"]
+    names = ("advantage", "trained", "reward", "stop_reason", "turns")
+    return {name: record[name] for name in names} | {
+        "failure": failure and f"{failure['where']} {failure['kind']}: {failure['message']}",
+        "segments": [_segment(segment) for segment in record["segments"]],
+    }
+
+
+def _segment(segment: Row) -> Row:
+    end, drawn = MAX_TOKENS, segment["sampling_logprobs"]
+    sampled = [bool(mask) for mask in segment["mask"][:end]]
+    short = {
+        "ids": segment["tokens"][:end],
+        "text": segment["pieces"][:end],
+        "mask": segment["mask"][:end],
+        "logprob": [_figures(x, 4) for x in segment["logprobs"][:end]],
+        "version": _common(segment["versions"][:end], sampled),
+        "left_out": max(0, len(segment["tokens"]) - end),
+    }
+    if drawn != segment["logprobs"]:
+        short["drawn"] = [_figures(x, 4) for x in drawn[:end]]
+    if "gaps" in segment:
+        short["gap"] = [_figures(x, 2) for x in segment["gaps"][:end]]
+        short["advantage"] = _common(segment["advantages"][:end], sampled)
+    return short
+
+
+def _common(values: list[Any], sampled: Sequence[bool]) -> Any:
+    """The one value of all sampled tokens, or the list where they differ."""
+    found = {value for value, one in zip(values, sampled, strict=True) if one}
+    return found.pop() if len(found) == 1 else values
+
+
+def _figures(value: float | None, digits: int = 6) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def main() -> None:
+    """Writes the report of the run whose folder is the first argument."""
+    path = write_report(RunFolder(Path(sys.argv[1] if len(sys.argv) > 1 else ".")))
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"use strict";
+// Draws the report from the JSON beside it. Text enters the page as text nodes only.
+const D = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const state = { index: Math.max(0, D.steps.length - 1), smooth: 0, filter: "", colour: "gap" };
+
+function el(tag, attributes = {}, ...children) {
+  const svg = ["svg", "path", "line", "circle", "text"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+function number(value) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size === 0 || Number.isInteger(value) && size < 1e6) return value.toLocaleString("en-US");
+  if (size >= 1000) return size < 1e7 ? Math.round(value).toLocaleString("en-US") : value.toExponential(2);
+  return size >= 1e-3 ? String(Number(value.toPrecision(3))) : value.toExponential(1).replace(".0e", "e");
+}
+
+function duration(seconds) {
+  const s = Math.round(seconds);
+  if (s < 120) return s + " s";
+  return s < 7200 ? Math.floor(s / 60) + " m " + s % 60 + " s" : Math.floor(s / 3600) + " h " + Math.floor(s % 3600 / 60) + " m";
+}
+
+// --- theme -------------------------------------------------------------------------------------
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+let theme = null;
+function paint() {
+  const now = theme ?? (dark.matches ? "dark" : "light");
+  document.documentElement.dataset.theme = now;
+  $("theme").textContent = now === "dark" ? "Light" : "Dark";
+  $("theme").setAttribute("aria-label", "Switch to the " + $("theme").textContent.toLowerCase() + " theme");
+}
+$("theme").onclick = () => { theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; paint(); };
+dark.onchange = paint;
+paint();
+
+// --- summary -----------------------------------------------------------------------------------
+
+const last = (name) => (D.metrics[name] ?? []).findLast((v) => v !== null);
+const first = (name) => (D.metrics[name] ?? []).find((v) => v !== null);
+
+$("subtitle").textContent = D.subtitle;
+function tile(label, value, note = "") {
+  if (value === undefined) return;
+  $("tiles").append(el("div", { class: "tile" }, el("span", {}, label), el("b", {}, value), el("small", {}, note && " " + note)));
+}
+const from = (name) => first(name) !== undefined && D.steps.length > 1 ? "from " + number(first(name)) : "";
+const shown = (name) => last(name) === undefined ? undefined : number(last(name));
+tile("Steps", number(D.last_step));
+tile("Reward", shown("reward/mean"), from("reward/mean"));
+tile("Held-out", shown("eval/mean"), from("eval/mean"));
+tile("Loss", shown("train/loss"), from("train/loss"));
+tile("Entropy", shown("train/entropy") ?? shown("policy/surprise"), from(D.metrics["train/entropy"] ? "train/entropy" : "policy/surprise"));
+const gaps = (D.metrics["gap/max"] ?? []).filter((v) => v !== null);
+tile("Largest gap", gaps.length ? number(Math.max(...gaps)) : undefined, "nats");
+tile("Tokens / s", shown("tokens/per_second"));
+tile("Time", D.seconds ? duration(D.seconds) : undefined);
+
+for (const hint of D.hints) {
+  $("hints").append(el("div", { class: "hint" + (hint.good ? " fine" : "") }, el("b", {}, hint.steps + ": "), hint.text));
+}
+
+// --- curves ------------------------------------------------------------------------------------
+
+const W = 320, H = 128, LEFT = 44, RIGHT = 8, TOP = 10, BOTTOM = 18;
+const SECTIONS = [
+  ["Reward", ["reward/mean", "eval/mean", "eval", "reward", "score"]],
+  ["Training", ["train/loss", "train/kl_k3", "train/entropy", "gap", "train", "policy", "staleness"]],
+  ["Rollouts", ["rollout", "groups", "tokens"]],
+  ["Time", ["time"]],
+];
+const charts = [];
+
+function smoothed(values, weight) {
+  let total = 0, norm = 0;
+  return values.map((v) => {
+    if (v === null) return null;
+    total = total * weight + v * (1 - weight);
+    norm = norm * weight + (1 - weight);
+    return total / norm;
+  });
+}
+
+function ticks(low, high) {
+  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const found = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step);
+  return found;
+}
+
+function bounds(values) {
+  let low = Math.min(...values), high = Math.max(...values);
+  if (low >= 0 && high <= 1 && high > 0.25) return [0, 1];
+  if (low > 0 && low < 0.5 * high) low = 0;
+  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low === 0 ? 0 : low - room, high + room];
+}
+
+function chart(name) {
+  const log = name.startsWith("gap/"), scale = (v) => log ? Math.log10(Math.max(v, 1e-9)) : v;
+  const values = D.metrics[name], [lower, upper] = ["low", "high"].map((end) => name.endsWith("/mean") && D.metrics[name.replace(/mean$/, end)] || []);
+  const known = [...values, ...lower, ...upper].filter((v) => v !== null).map(scale);
+  const [low, high] = log ? [Math.floor(Math.min(...known)), Math.ceil(Math.max(...known) + 1e-9)] : bounds(known), x0 = D.steps[0], x1 = D.steps.at(-1);
+  const X = (step) => LEFT + (x1 === x0 ? 0.5 : (step - x0) / (x1 - x0)) * (W - LEFT - RIGHT);
+  const Y = (v) => H - BOTTOM - (scale(v) - low) / (high - low || 1) * (H - TOP - BOTTOM);
+  const path = (list) => list.map((v, i) => v === null ? "" : "L" + X(D.steps[i]).toFixed(1) + " " + Y(v).toFixed(1)).join("").replace("L", "M");
+  const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" });
+  for (const place of ticks(low, high).filter((t) => !log || Number.isInteger(t))) {
+    const tick = log ? 10 ** place : place;
+    const label = el("text", { x: LEFT - 6, y: Y(tick) + 3.5, "text-anchor": "end" }, number(Number(tick.toPrecision(6))));
+    svg.append(el("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: Y(tick), y2: Y(tick) }), label);
+  }
+  svg.append(el("text", { x: LEFT, y: H - 4 }, number(x0)), el("text", { x: W - RIGHT, y: H - 4, "text-anchor": "end" }, number(x1)));
+  const raw = el("path", { class: "raw", d: path(values) }), line = el("path", { class: "line" });
+  const cursor = el("line", { class: "cursor", y1: TOP - 4, y2: H - BOTTOM }), dot = el("circle", { class: "dot", r: 4 });
+  if (lower.length) {
+    const there = [...D.steps.keys()].filter((i) => lower[i] !== null && upper[i] !== null);
+    const at = (list) => (i) => X(D.steps[i]).toFixed(1) + " " + Y(list[i]).toFixed(1);
+    svg.append(el("path", { class: "band", d: "M" + [...there.map(at(upper)), ...there.reverse().map(at(lower))].join("L") + "Z" }));
+  }
+  svg.append(raw, line, cursor, dot);
+  const value = el("b", {});
+  const card = el("div", { class: "card", tabindex: "0", role: "slider", "aria-label": name, "aria-valuemin": x0, "aria-valuemax": x1 }, el("div", { class: "name" }, el("span", {}, name), value), svg);
+  const update = () => {
+    const list = state.smooth ? smoothed(values, state.smooth) : values;
+    raw.classList.toggle("faint", state.smooth > 0);
+    line.setAttribute("d", state.smooth ? path(list) : "");
+    let i = state.index;
+    while (i > 0 && list[i] === null) i--;
+    const v = list[i] ?? null, x = X(D.steps[i]);
+    cursor.setAttribute("x1", x); cursor.setAttribute("x2", x);
+    dot.setAttribute("cx", x); dot.setAttribute("cy", v === null ? -99 : Y(v));
+    value.textContent = number(v);
+    card.setAttribute("aria-valuenow", D.steps[i]);
+    card.setAttribute("aria-valuetext", "step " + D.steps[i] + ": " + number(v));
+  };
+  const point = (event) => {
+    const box = svg.getBoundingClientRect();
+    const step = x0 + ((event.clientX - box.left) / box.width * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0);
+    let best = 0;
+    D.steps.forEach((s, i) => { if (Math.abs(s - step) < Math.abs(D.steps[best] - step)) best = i; });
+    move(best);
+  };
+  card.onpointermove = point;
+  card.onclick = () => open(D.steps[state.index]);
+  card.onkeydown = (event) => {
+    const jump = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -1e9, End: 1e9 }[event.key];
+    if (jump) { move(state.index + jump); event.preventDefault(); }
+    if (event.key === "Enter") open(D.steps[state.index]);
+  };
+  charts.push({ name, card, update });
+  return card;
+}
+
+function move(index) {
+  state.index = Math.min(D.steps.length - 1, Math.max(0, index));
+  for (const one of charts) if (!one.card.hidden) one.update();
+}
+
+// Where a metric stands: its section, and its place there; exact names go before their prefix.
+function place(name) {
+  for (const [i, [, keys]] of SECTIONS.entries()) {
+    const exact = keys.indexOf(name), prefix = keys.indexOf(name.split("/")[0]);
+    if (exact >= 0 || prefix >= 0) return [i, exact >= 0 ? exact : prefix];
+  }
+  return [SECTIONS.length, 0];
+}
+
+function drawCurves() {
+  const sections = new Map();
+  const banded = (name) => /\/(low|high)$/.test(name) && D.metrics[name.replace(/[^/]*$/, "mean")];
+  const names = Object.keys(D.metrics).filter((name) => !banded(name)).sort((a, b) => place(a)[1] - place(b)[1] || a.localeCompare(b));
+  for (const name of names) sections.set(place(name)[0], [...(sections.get(place(name)[0]) ?? []), name]);
+  for (const [i, names] of [...sections].sort(([a], [b]) => a - b)) {
+    const varies = (name) => new Set(D.metrics[name].filter((v) => v !== null)).size > 1;
+    const section = el("div", { class: "curve-section" }, el("h3", {}, SECTIONS[i]?.[0] ?? "Others"), el("div", { class: "cards" }, ...names.filter(varies).map(chart)));
+    const constant = names.filter((name) => !varies(name));
+    if (constant.length) section.append(el("div", { class: "chips" }, "Constant:", ...constant.map((name) => el("span", { "data-name": name }, name + " ", el("b", {}, number(first(name)))))));
+    $("curves").append(section);
+  }
+  if (!sections.size) $("curves").append(el("p", { class: "muted" }, "No step was logged yet."));
+}
+
+$("filter").oninput = () => {
+  const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const hit = (name) => words.every((word) => name.toLowerCase().includes(word));
+  for (const one of charts) { one.card.hidden = !hit(one.name); one.update(); }
+  for (const chip of document.querySelectorAll(".chips span")) chip.hidden = !hit(chip.dataset.name);
+  for (const section of document.querySelectorAll(".curve-section")) section.hidden = !section.querySelector(".card:not([hidden]), .chips span:not([hidden])");
+};
+$("smooth").oninput = () => { state.smooth = Number($("smooth").value); move(state.index); };
+drawCurves();
+move(state.index);
+
+// --- samples -----------------------------------------------------------------------------------
+
+// A list over tokens, or one number for all that were sampled; undefined where it is not known.
+const each = (list, i) => Array.isArray(list) ? list[i] : list;
+const COLOURS = {
+  gap: { label: "log-probability gap", low: "1e-7", high: "1e-3 nats and more", of: (s, i) => each(s.gap, i), alpha: (v) => v ? Math.min(1, Math.max(0, (Math.log10(Math.abs(v)) + 7) / 4)) : 0 },
+  advantage: { label: "advantage", signed: true, of: (s, i) => each(s.advantage, i), alpha: (v, top) => Math.abs(v) / (top || 1) },
+  surprise: { label: "surprise (−log-probability)", low: "0", high: "4 nats and more", of: (s, i) => -s.logprob[i], alpha: (v) => Math.min(1, v / 4) },
+  version: { label: "version of the weights", low: "older", high: "newest", of: (s, i) => each(s.version, i), alpha: (v, top, bottom) => top === bottom ? 0.25 : (v - bottom) / (top - bottom) },
+};
+const sampleSteps = Object.keys(D.samples).map(Number).sort((a, b) => a - b);
+let step = sampleSteps.at(-1);
+
+function segments() { return D.samples[step].flatMap((g) => g.rollouts.flatMap((r) => r.segments)); }
+
+function drawSamples() {
+  $("groups").replaceChildren();
+  $("detail").textContent = "Point at a token, or focus a reply and use ← →.";
+  if (step === undefined) { $("detail").textContent = "No transcripts were kept."; return; }
+  $("step-out").value = step;
+  $("step").value = sampleSteps.indexOf(step);
+  $("step").setAttribute("aria-valuetext", "step " + step);
+  $("previous").disabled = step === sampleSteps[0];
+  $("next").disabled = step === sampleSteps.at(-1);
+  const colour = COLOURS[state.colour];
+  const values = segments().flatMap((s) => s.mask.flatMap((m, i) => m ? [colour.of(s, i)] : [])).filter((v) => v !== null && v !== undefined && !Number.isNaN(v));
+  const top = colour.signed ? Math.max(0, ...values.map(Math.abs)) : Math.max(...values), bottom = Math.min(...values);
+  drawLegend(colour, top, values.length);
+  for (const group of D.samples[step]) $("groups").append(drawGroup(group, colour, top, bottom));
+}
+
+function drawLegend(colour, top, count) {
+  $("legend").replaceChildren();
+  if (!count) { $("legend").append("not known at this step"); return; }
+  const swatch = el("span", { class: "swatch" });
+  swatch.style.background = colour.signed ? "linear-gradient(90deg, rgb(var(--neg) / .85), transparent, rgb(var(--pos) / .85))" : "linear-gradient(90deg, transparent, rgb(var(--hot) / .85))";
+  $("legend").append(colour.low ?? number(-top), swatch, colour.high ?? "+" + number(top));
+}
+
+function drawGroup(group, colour, top, bottom) {
+  const title = el("h4", {}, el("span", {}, group.label), el("span", {}, "mean reward " + number(group.mean)));
+  const task = el("div", { class: "task" });
+  for (const [key, value] of Object.entries(group.task)) task.append(key + " ", el("code", {}, value), "  ");
+  const node = el("div", { class: "group" }, title, task);
+  for (const rollout of group.rollouts) {
+    const notes = [];
+    if (rollout.advantage !== null) notes.push("A " + (rollout.advantage > 0 ? "+" : "") + number(rollout.advantage));
+    if (rollout.stop_reason === "length") notes.push("cut off");
+    if (rollout.turns > 1) notes.push(rollout.turns + " turns");
+    if (!rollout.trained) notes.push("not trained");
+    const reward = el("div", { class: "reward" }, rollout.failure ? "failed" : number(rollout.reward), ...notes.map((n) => el("small", {}, n)));
+    const body = el("div", {}, ...rollout.segments.map((s) => drawTokens(s, colour, top, bottom)));
+    if (rollout.failure) body.append(el("div", { class: "failure" }, rollout.failure));
+    node.append(el("div", { class: "rollout" }, reward, body));
+  }
+  if (group.left_out) node.append(el("p", { class: "muted" }, group.left_out + " more in the transcripts"));
+  return node;
+}
+
+function drawTokens(segment, colour, top, bottom) {
+  const box = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens: " + segment.text.join("") });
+  segment.text.forEach((text, i) => {
+    const token = el("span", { class: segment.mask[i] ? "t" : "t read" });
+    for (const part of text.split(/(\n)/)) if (part === "\n") token.append(el("i", {}, "⏎"), "\n"); else if (part) token.append(part);
+    if (!text) token.append(el("i", {}, "·"));
+    const value = segment.mask[i] ? colour.of(segment, i) : null;
+    if (value !== null && value !== undefined && !Number.isNaN(value)) {
+      token.style.setProperty("--a", (0.85 * colour.alpha(value, top, bottom)).toFixed(3));
+      if (colour.signed) token.classList.add(value < 0 ? "neg" : "pos");
+    }
+    box.append(token);
+  });
+  if (segment.left_out) box.append(el("i", {}, " … " + segment.left_out + " more tokens"));
+  let at = -1;
+  const choose = (i) => {
+    box.querySelector(".on")?.classList.remove("on");
+    at = Math.min(segment.text.length - 1, Math.max(0, i));
+    box.children[at].classList.add("on");
+    describe(segment, at);
+  };
+  box.onpointerover = (event) => { const token = event.target.closest(".t"); if (token) choose([...box.children].indexOf(token)); };
+  box.onpointerleave = box.onblur = () => box.querySelector(".on")?.classList.remove("on");
+  box.onkeydown = (event) => {
+    const jump = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
+    if (jump) { choose(at < 0 ? Math.max(0, segment.mask.indexOf(1)) : at + jump); event.preventDefault(); }
+  };
+  return box;
+}
+
+function describe(segment, i) {
+  const facts = ["token " + segment.ids[i]];
+  if (segment.mask[i]) {
+    facts.push("log-probability " + number(segment.logprob[i]), "when drawn " + number((segment.drawn ?? segment.logprob)[i]));
+    if (segment.gap !== undefined) facts.push("gap " + number(each(segment.gap, i)), "advantage " + number(each(segment.advantage, i)));
+    facts.push("weights of optimizer step " + each(segment.version, i));
+  } else facts.push("read, not sampled");
+  $("detail").replaceChildren(el("code", {}, JSON.stringify(segment.text[i])), "  " + facts.join(" · "));
+}
+
+function go(where) { step = sampleSteps[Math.min(sampleSteps.length - 1, Math.max(0, where))]; drawSamples(); }
+function open(wanted) {
+  if (!sampleSteps.length) return;
+  go(sampleSteps.reduce((best, s, i) => Math.abs(s - wanted) < Math.abs(sampleSteps[best] - wanted) ? i : best, 0));
+  $("samples").scrollIntoView();
+}
+for (const [key, colour] of Object.entries(COLOURS)) $("colour").append(el("option", { value: key }, colour.label));
+$("colour").onchange = () => { state.colour = $("colour").value; drawSamples(); };
+$("step").max = Math.max(0, sampleSteps.length - 1);
+$("step").oninput = () => go(Number($("step").value));
+$("previous").onclick = () => go(sampleSteps.indexOf(step) - 1);
+$("next").onclick = () => go(sampleSteps.indexOf(step) + 1);
+drawSamples();
+
+// --- configuration -----------------------------------------------------------------------------
+
+for (const [name, value] of D.config) $("config").tBodies[0].append(el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)));
+$("footer").textContent = D.footer;
