@@ -6,6 +6,7 @@ The clients' `get_tokenizer` uses it. transformers is imported when a tokenizer 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from weaver.protocol import Service
 
     PreTrainedTokenizer: TypeAlias = PreTrainedTokenizerBase
+
+FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
 class TokenizerCache:
@@ -66,7 +69,7 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokeni
 def _stored(files: Mapping[str, bytes], folder: Path) -> Path:
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
-        if Path(name).name != name:
+        if not FILE_NAME.fullmatch(name):
             raise InvalidNameError(f"the service sent a tokenizer file called {name!r}.")
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)

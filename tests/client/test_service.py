@@ -13,7 +13,7 @@ from tests.client.helpers import DATUMS, STEP, fake_client
 from weaver import AsyncServiceClient
 from weaver.client import embedded
 from weaver.engine.fake import FakeEngine
-from weaver.errors import ClosedError, ConfigError, MissingDependencyError, UnsupportedError
+from weaver.errors import ClosedError, ConfigError, MissingDependencyError, ServiceConnectionError
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
@@ -102,12 +102,13 @@ async def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyP
             pass
 
 
-async def test_servers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match="base_url"):
+async def test_a_server_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weaver.client.http.FIRST_CONTACT_S", 0.2)
+    with pytest.raises(ServiceConnectionError, match=r"http://localhost:1 .*weaver serve"):
         async with AsyncServiceClient("http://localhost:1"):
             pass
     monkeypatch.setenv("WEAVER_BASE_URL", "http://localhost:1")
-    with pytest.raises(UnsupportedError, match="base_url"):
+    with pytest.raises(ServiceConnectionError, match="http://localhost:1"):
         async with AsyncServiceClient():
             pass
     monkeypatch.setenv("WEAVER_BASE_URL", "localhost")
