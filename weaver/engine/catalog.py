@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver.engine.lora import Target, find_targets, has_fused_experts
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 NANO = Path(__file__).parents[1] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
 HUB_TIMEOUT_S = 0.8
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Without one of them transformers makes up an empty tokenizer."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -76,16 +78,15 @@ class Catalog:
         """
         if name not in self._tokenizers:
             source = self.facts(name).source
+            folder = Path(source)
+            if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+                raise _no_tokenizer(name, f"{source} has none of {', '.join(TOKENIZER_FILES)}")
             try:
                 self._tokenizers[name] = AutoTokenizer.from_pretrained(
                     source, trust_remote_code=False, local_files_only=_only_here(source)
                 )
             except (OSError, ValueError, KeyError) as error:
-                raise UnsupportedError(
-                    f"{name} has no tokenizer that can be read: {_first_line(error)}",
-                    field="base_model",
-                    hint="Put tokenizer.json and tokenizer_config.json into its folder.",
-                ) from error
+                raise _no_tokenizer(name, _first_line(error)) from error
         return self._tokenizers[name]
 
     def tokenizer_files(self, name: str) -> dict[str, bytes]:
@@ -104,13 +105,14 @@ class Catalog:
         raise self._unknown(name, "no such model.")
 
     def _config(self, name: str, source: str) -> Any:
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise self._unknown(name, "the folder has no config.json.")
         try:
             return AutoConfig.from_pretrained(
                 source, trust_remote_code=False, local_files_only=_only_here(source)
             )
         except OSError as error:
-            reason = "has no config.json" if Path(source).is_dir() else "is not cached here"
-            raise self._unknown(name, f"{reason}: {_first_line(error)}") from error
+            raise self._unknown(name, f"cannot be read or fetched: {_first_line(error)}") from error
         except (ValueError, KeyError) as error:
             raise _unsupported(name, _first_line(error)) from error
 
@@ -194,7 +196,7 @@ def _only_here(source: str) -> bool:
     if constants.HF_HUB_OFFLINE or Path(source).is_dir():
         return True
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except httpx.HTTPError:
         return True
     return False
@@ -205,6 +207,14 @@ def _unsupported(name: str, reason: str) -> UnsupportedError:
         f"{name} cannot run here: {reason}",
         field="base_model",
         hint="Choose a decoder-only model with plain causal attention, such as Llama or Qwen3.",
+    )
+
+
+def _no_tokenizer(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} has no tokenizer that can be read: {reason}.",
+        field="base_model",
+        hint="Put tokenizer.json and tokenizer_config.json into its folder.",
     )
 
 

@@ -1,0 +1,216 @@
+"""`TorchEngine` and its catalog: names, tokenizers, and refusals from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import torch
+import transformers
+
+from tests.engine.conftest import (
+    GEMMA,
+    LORA,
+    SIZES,
+    VOCAB,
+    datum,
+    job,
+    result_of,
+    save_tiny,
+    sequences,
+)
+from weaver.engine.engine import TorchEngine
+from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
+from weaver.types import AdamParams, LoraConfig, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+BOTH_WAYS: dict[str, Any] = {**SIZES, **GEMMA, "use_bidirectional_attention": True}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("no network in tests")
+
+    monkeypatch.setattr(httpx, "head", unreachable)
+
+
+def write_config(folder: Path, config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_named_models_and_folders_are_described_without_weights(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = TorchEngine({"mine": model_folder("qwen3")})
+    assert [info.name for info in engine.list_models()] == ["weaver-nano", "mine"]
+    info = engine.get_model("mine")
+    assert (info.architecture, info.vocab_size, info.context_length) == (
+        "Qwen3ForCausalLM",
+        VOCAB,
+        256,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"))
+    assert info.num_parameters == model.num_parameters()
+    bare = write_config(tmp_path / "bare", transformers.LlamaConfig(**SIZES))
+    assert engine.get_model(str(bare)).architecture == "LlamaForCausalLM"
+    with pytest.raises(UnsupportedError, match="cannot be read"):
+        engine.trainer.create_run("run", str(bare), training_mode="lora", lora_config=LORA, seed=0)
+
+
+@pytest.mark.parametrize("name", ["nope", "acme/nothing-here", "/no/such/folder", ""])
+def test_unknown_names_are_refused_quickly_with_the_known_ones(name: str) -> None:
+    engine = TorchEngine({})
+    start = time.monotonic()
+    with pytest.raises(UnknownModelError, match="Known: weaver-nano"):
+        engine.get_model(name)
+    assert time.monotonic() - start < 1
+
+
+def test_folders_are_unknown_where_paths_are_not_allowed(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    closed = TorchEngine({}, allow_paths=False)
+    with pytest.raises(UnknownModelError):
+        closed.get_model(str(model_folder("qwen3")))
+    with pytest.raises(UnknownModelError, match="config"):
+        TorchEngine().get_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: transformers.Gemma2Config(**SIZES, head_dim=8), "caps its attention"),
+        (lambda: transformers.T5Config(), "not a causal language model"),
+        (lambda: transformers.Gemma3Config(), "more than a text decoder"),
+        (lambda: transformers.GptOssConfig(num_hidden_layers=1), "attention sinks"),
+        (lambda: transformers.MambaConfig(num_hidden_layers=1), "linear_attention"),
+        (lambda: transformers.Qwen3NextConfig(num_hidden_layers=4), "linear_attention"),
+        (
+            lambda: transformers.Gemma3TextConfig(**BOTH_WAYS),
+            "not causal",
+        ),
+    ],
+)
+def test_models_that_cannot_run_are_refused_by_their_configuration(
+    config: Callable[[], Any], reason: str, tmp_path: Path
+) -> None:
+    folder = write_config(tmp_path, config())
+    with pytest.raises(UnsupportedError, match=reason):
+        TorchEngine().get_model(str(folder))
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UnsupportedError):
+        TorchEngine().get_model(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, transformers.LlamaConfig(**SIZES))
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="cannot be read"):
+        TorchEngine().trainer.create_run(
+            "run", str(folder), training_mode="lora", lora_config=LORA, seed=0
+        )
+
+
+def test_context_is_bounded_where_rotary_scaling_depends_on_the_batch(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    config = transformers.Phi3Config(
+        **SIZES, rope_parameters=rope, original_max_position_embeddings=64
+    )
+    folder = write_config(tmp_path, config)
+    assert TorchEngine().get_model(str(folder)).context_length == 64
+
+
+def test_a_head_that_is_scaled_is_exact(tmp_path: Path) -> None:
+    """Granite divides its logits, Cohere multiplies; loading compares with transformers."""
+    for name, config in (
+        ("granite", transformers.GraniteConfig(**SIZES, logits_scaling=4.0)),
+        ("cohere", transformers.CohereConfig(**SIZES, logit_scale=0.25)),
+    ):
+        save_tiny(config, tmp_path / name)
+        engine = TorchEngine({name: tmp_path / name})
+        engine.trainer.create_run(name, name, training_mode="lora", lora_config=LORA, seed=0)
+
+
+def test_text_and_chats_are_encoded(model_folder: Callable[[str], Path]) -> None:
+    engine = TorchEngine({"bare": model_folder("qwen3")})
+    tokens = engine.encode("weaver-nano", "rev:abc=")
+    chat = engine.encode("weaver-nano", [Message(role="user", content="rev:abc=")])
+    assert len(chat) > len(tokens) > 0
+    assert all(isinstance(token, int) for token in (*tokens, *chat))
+    with pytest.raises(UnsupportedError, match="no tokenizer"):
+        engine.encode("bare", "text")
+
+
+def test_tokenizer_files_make_the_same_tokenizer(tmp_path: Path) -> None:
+    engine = TorchEngine()
+    for name, content in engine.tokenizer_files("weaver-nano").items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("rev:abc=cba") == engine.encode("weaver-nano", "rev:abc=cba")
+    assert tokenizer.chat_template
+
+
+def test_what_cannot_be_configured_is_said() -> None:
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        TorchEngine(dtype="int8")
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(ConfigError, match="device"):
+            TorchEngine(device=device)
+    engine = TorchEngine(threads=3)
+    assert engine.description == f"torch {torch.__version__} on cpu, float32, 3 threads"
+    engine.close()
+
+
+def test_small_models_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("weaver.engine.store.physical_cores", lambda: 7)
+    for threads in (0, 3):
+        engine = TorchEngine(threads=threads)
+        engine.trainer.create_run(
+            "run", "weaver-nano", training_mode="lora", lora_config=LORA, seed=0
+        )
+        result_of(engine.trainer, job("run", [datum([3, 4, 5])], backward=False))
+        monkeypatch.setattr("weaver.engine.store.SMALL_MODEL", 0)
+    assert asked == [1, 3]
+
+
+def test_bfloat16_base_weights_keep_float32_adapters(model_folder: Callable[[str], Path]) -> None:
+    engine = TorchEngine({"tiny": model_folder("qwen3")}, dtype="bfloat16", threads=1)
+    trainer = engine.trainer
+    trainer.create_run("run", "tiny", training_mode="lora", lora_config=LoraConfig(rank=4), seed=0)
+    exact = TorchEngine({"tiny": model_folder("qwen3")}, threads=1).trainer
+    exact.create_run("run", "tiny", training_mode="lora", lora_config=LoraConfig(rank=4), seed=0)
+    data = [datum(s) for s in sequences(9, 9, 14)]
+    losses = []
+    for t in (trainer, exact):
+        losses.append(result_of(t, job("run", data)).metrics["loss"])
+        t.optim_step("run", AdamParams(learning_rate=1e-2))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]
+    assert {t.dtype for t in trainer.snapshot("run").tensors.values()} == {torch.float32}
+    trainer.create_run("full", "tiny", training_mode="full_ft", lora_config=None, seed=0)
+    result_of(trainer, job("full", data))
+    assert {t.dtype for t in trainer.snapshot("full").tensors.values()} == {torch.float32}

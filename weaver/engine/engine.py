@@ -1,0 +1,117 @@
+"""`TorchEngine`: models that transformers can read, trained and sampled by torch on one device.
+
+The embedded client and the server make one and give it to the service, which calls it through
+`weaver.engine.base.Engine`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weaver.engine.catalog import Catalog
+from weaver.engine.sampler import TorchSampler
+from weaver.engine.store import ModelStore
+from weaver.engine.trainer import TorchTrainer
+from weaver.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from weaver.types import Message, ModelInfo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchEngine:
+    """`models` names folders or Hugging Face ids beside `weaver-nano`.
+
+    Args:
+        allow_paths: also accept any local folder as a base model.
+        dtype: of frozen base weights, `float32` or `bfloat16`; what is trained is float32.
+        threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
+        deterministic: no result depends on what else runs.
+
+    Raises:
+        ConfigError: the device or dtype cannot be used here.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str | Path] | None = None,
+        *,
+        allow_paths: bool = True,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"is {dtype!r}.", field="dtype", hint="Use float32 or bfloat16.")
+        self._catalog = Catalog(models or {}, allow_paths=allow_paths)
+        self._store = ModelStore(
+            self._catalog, device=_device(device), dtype=DTYPES[dtype], threads=threads
+        )
+        self._trainer = TorchTrainer(self._store, deterministic=deterministic)
+        self._sampler = TorchSampler(self._store, deterministic=deterministic)
+
+    @property
+    def trainer(self) -> TorchTrainer:
+        return self._trainer
+
+    @property
+    def sampler(self) -> TorchSampler:
+        return self._sampler
+
+    @property
+    def description(self) -> str:
+        store = self._store
+        dtype = str(store.dtype).removeprefix("torch.")
+        return f"torch {torch.__version__} on {store.device}, {dtype}, {store.threads_text}"
+
+    def list_models(self) -> list[ModelInfo]:
+        """The configured models; any other name is still tried."""
+        return [self._catalog.facts(name).info for name in self._catalog.names()]
+
+    def get_model(self, base_model: str) -> ModelInfo:
+        return self._catalog.facts(base_model).info
+
+    def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
+        tokenizer = self._catalog.tokenizer(base_model)
+        if isinstance(prompt, str):
+            return list(tokenizer.encode(prompt))
+        if not tokenizer.chat_template:
+            raise UnsupportedError(
+                f"the tokenizer of {base_model} has no chat template.",
+                field="prompt",
+                hint="Pass text or tokens.",
+            )
+        return list(
+            tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        )
+
+    def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        return self._catalog.tokenizer_files(base_model)
+
+    def close(self) -> None:
+        """Forgets every model and run."""
+        self._trainer.close()
+        self._store.close()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"is {name!r}: {str(error).splitlines()[0]}", field="device", hint="Use cpu or cuda."
+        ) from error
+    return device
