@@ -211,3 +211,12 @@ def test_streams_are_pure_uniform_and_unlike() -> None:
     between_samples = np.corrcoef(u.T)[np.triu_indices(50, 1)]
     between_steps = np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]
     assert np.abs(between_samples).max() < 0.25 and abs(between_steps) < 0.03
+
+
+def test_logits_that_are_not_finite_spoil_their_row_alone() -> None:
+    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(temperature=0.0)] * 2
+    logits = torch.randn(6, 300)
+    logits[:3] = torch.nan
+    draws = draw(logits, params, torch.full((6,), 0.5, dtype=torch.float64))
+    assert 0 <= int(draws.tokens.min()) and int(draws.tokens.max()) < 300
+    assert draws.logprobs.isnan().tolist() == [True] * 3 + [False] * 3

@@ -93,14 +93,16 @@ class RunningJob:
         self.running += count
         return rows
 
+    def score(self, logprobs: list[float]) -> None:
+        """Adds log-probabilities of the prompt's next tokens, which may fail the job."""
+        self.prompt_logprobs += logprobs
+        if not all(map(math.isfinite, logprobs)):
+            self.error = _not_finite("in the prompt")
+
     def take(self, row: Row, token: int, *, logprob: float, sampling_logprob: float) -> None:
         """Adds a drawn token to a row, which may end it, or fail the job."""
         if not (math.isfinite(logprob) and math.isfinite(sampling_logprob)):
-            self.error = NonFiniteError(
-                f"the weights give logits that are not finite at sample {row.index}, token "
-                f"{len(row.logprobs)}.",
-                hint="Sample from an earlier checkpoint, and train with a smaller learning rate.",
-            )
+            self.error = _not_finite(f"at sample {row.index}, token {len(row.logprobs)}")
             return
         continuation = row.continuation
         text = continuation.push(token)
@@ -197,3 +199,10 @@ class Row:
         """In the cache; a row has one from its first token on."""
         assert self.cached is not None
         return self.cached
+
+
+def _not_finite(where: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the weights give logits that are not finite {where}.",
+        hint="Sample from an earlier checkpoint, and train with a smaller learning rate.",
+    )

@@ -99,7 +99,8 @@ class TorchSampler:
     def cancel(self, job_id: str) -> None:
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            self._drop(job)
+            with torch.inference_mode():
+                self._drop(job)
 
     @property
     def busy(self) -> bool:
@@ -116,7 +117,7 @@ class TorchSampler:
                 self._decode()
                 self._just_read = False
             self._begin()
-        return [p for job in list(self._jobs.values()) if (p := self._progress(job))]
+            return [p for job in list(self._jobs.values()) if (p := self._progress(job))]
 
     def _read(self, unread: Sequence[RunningJob]) -> None:
         """Feeds the next tokens of the oldest prompts of one model, up to the token budget."""
@@ -181,14 +182,16 @@ class TorchSampler:
                 hidden[start : start + len(some)], [job.weights.adapter] * len(some)
             )
             index = torch.tensor(some, device=logits.device)[:, None]
-            job.prompt_logprobs += logits.log_softmax(-1).gather(-1, index)[:, 0].tolist()
+            job.score(logits.log_softmax(-1).gather(-1, index)[:, 0].tolist())
 
     def _begin(self) -> None:
         """Draws the first tokens of samples that have a place, and gives them a row."""
         ready: dict[LoadedModel, list[Row]] = {}
         for job in self._jobs.values():
             count = min(job.pending, job.places - job.running)
-            if job.logits is not None and count and not (self._deterministic and job.running):
+            if self._deterministic and job.running:
+                continue  # the next wave follows the last row of this one
+            if count and job.logits is not None and job.error is None:
                 ready.setdefault(job.weights.model, []).extend(job.begin(count))
         for model, rows in ready.items():
             self._store.use_threads(model)

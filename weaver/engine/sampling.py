@@ -209,8 +209,8 @@ def _draw_among(
     before = running - values
     keep = torch.arange(ids.shape[-1], device=ids.device) < top_k
     keep &= before < params.top_p[rows] * total
-    keep[:, 0] = True
     keep &= values >= params.min_p[rows] * values[:, :1]
+    keep[:, 0] = True
     last = values.gather(-1, keep.sum(-1, keepdim=True) - 1)
     reached = (top_k <= ids.shape[-1]) | (top_k == weights.shape[-1])
     decided = (reached & (last > values[:, -1:]))[:, 0]
@@ -223,8 +223,9 @@ def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor
 
     First finds the block, then the index in it: a running sum of all would take most of the time.
     """
-    if weights.shape[-1] % BLOCK:
-        weights = functional.pad(weights, (0, -weights.shape[-1] % BLOCK))
+    size = weights.shape[-1]
+    if size % BLOCK:
+        weights = functional.pad(weights, (0, -size % BLOCK))
     blocks = weights.view(len(weights), -1, BLOCK)
     running = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     mass = running[:, -1:]
@@ -232,7 +233,8 @@ def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0]
     offset, _ = _locate(inside.cumsum(-1, dtype=torch.float64), rest)
     logprobs = (inside.gather(-1, offset) / mass).log()
-    return (block * BLOCK + offset)[:, 0], logprobs[:, 0].float()
+    index = (block * BLOCK + offset).clamp(max=size - 1)  # NaN leads anywhere
+    return index[:, 0], logprobs[:, 0].float()
 
 
 def _locate(running: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
