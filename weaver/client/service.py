@@ -16,13 +16,14 @@ from weaver.client.sampling import open_sampler
 from weaver.client.session import answer, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
-from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError, UnsupportedError
+from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError
 from weaver.protocol import CreateModel, ModelCreated
 from weaver.tokenizers import TokenizerCache
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractAsyncContextManager
     from os import PathLike
     from types import TracebackType
     from typing import Self
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from weaver.client.handle import OperationHandle
     from weaver.client.sampling import AsyncSamplingClient
     from weaver.client.session import Session
+    from weaver.config import Settings
     from weaver.protocol import Service
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, TrainingMode, TrainingRun
 
@@ -50,6 +52,7 @@ class AsyncServiceClient:
 
     Raises:
         ConfigError: a WEAVER_* variable cannot be used.
+        ServiceConnectionError, AuthenticationError: on entering, with a server.
     """
 
     def __init__(
@@ -77,9 +80,7 @@ class AsyncServiceClient:
         async with AsyncExitStack() as stack:
             service = self._given
             if service is None:
-                if self._settings.base_url is not None:
-                    raise UnsupportedError("servers come with a later release.", field="base_url")
-                service = await stack.enter_async_context(embedded_service(self._settings))
+                service = await stack.enter_async_context(_service(self._settings))
             self._open = await stack.enter_async_context(
                 open_session(service, user_metadata=self._user_metadata)
             )
@@ -230,6 +231,14 @@ class AsyncServiceClient:
             )
         self._open.check_open()
         return self._open
+
+
+def _service(settings: Settings) -> AbstractAsyncContextManager[Service]:
+    if settings.base_url is None:
+        return embedded_service(settings)
+    from weaver.client.http import HttpService
+
+    return HttpService(settings.base_url, api_key=settings.api_key)
 
 
 def _check_model_name(base_model: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -10,7 +11,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from weaver.errors import PermissionDeniedError
 from weaver.server.http.edge import Edge
 from weaver.server.http.errors import ErrorAnswer, add_error_handlers
-from weaver.server.http.routes import router
+from weaver.server.http.routes import Fronted, router
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -26,32 +27,38 @@ SECURITY = [
 
 def create_app(front: Front) -> ASGIApp:
     """The application; whoever calls it opens and closes the service and the database."""
+    return Edge(_routes(), front)
+
+
+@cache
+def _routes() -> FastAPI:
+    """Built once for all fronts: each request brings its own."""
     app = FastAPI(
         title="Weaver",
         description="Ordered operations on language models in training. See docs/wire.md.",
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.front = front
-    app.state.replies = front.replies
     add_error_handlers(app)
     refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
     app.include_router(router, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal})
+    app.add_api_route("/healthz", healthz, include_in_schema=False)
+    app.add_api_route("/readyz", readyz, include_in_schema=False)
+    app.add_api_route("/metrics", metrics, include_in_schema=False)
+    return app
 
-    @app.get("/healthz", include_in_schema=False)
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
 
-    @app.get("/readyz", include_in_schema=False)
-    async def readyz(response: Response) -> dict[str, str]:
-        if front.stopping.is_set():
-            response.status_code = 503
-        return {"status": "stopping" if front.stopping.is_set() else "ready"}
+async def healthz() -> dict[str, str]:
+    return {"status": "alive"}
 
-    @app.get("/metrics", include_in_schema=False)
-    async def metrics(request: Request) -> Response:
-        if not request.state.caller.admin:
-            raise PermissionDeniedError("metrics of the server need an administrator's key.")
-        return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
 
-    return Edge(app, front)
+async def readyz(front: Fronted, response: Response) -> dict[str, str]:
+    if front.stopping.is_set():
+        response.status_code = 503
+    return {"status": "stopping" if front.stopping.is_set() else "ready"}
+
+
+async def metrics(front: Fronted, request: Request) -> Response:
+    if not request.state.caller.admin:
+        raise PermissionDeniedError("metrics of the server need an administrator's key.")
+    return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")

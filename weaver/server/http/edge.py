@@ -48,7 +48,7 @@ class Edge:
         given = headers.get("X-Request-ID", "")
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(current)
-        scope.setdefault("state", {})["request_id"] = current
+        scope["state"] = {"front": self._front, "request_id": current}
         status = 500
         began = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""`Front`: what all routes of one app share; made by `create_app`, kept in `app.state.front`."""
+"""`Front`: what all routes of one app share; each request brings it along in its state."""
 
 from __future__ import annotations
 

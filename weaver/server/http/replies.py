@@ -64,7 +64,7 @@ class OnceRoute(APIRoute):
             key = request.headers.get("Idempotency-Key")
             if key is None or request.method == "GET":
                 return await handle(request)
-            replies: Replies = request.app.state.replies
+            replies: Replies = request.state.front.replies
             place = (request.state.caller.project, request.method, str(request.url), key)
             return await replies.once(place, lambda: handle(request))
 

@@ -58,7 +58,7 @@ class MetricsRequest(Value):
 
 
 def front_of(request: Request) -> Front:
-    front: Front = request.app.state.front
+    front: Front = request.state.front
     return front
 
 
