@@ -6,10 +6,13 @@ import ast
 import inspect
 import re
 from pathlib import Path
-from types import CodeType
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+
+if TYPE_CHECKING:
+    from types import CodeType
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
