@@ -47,13 +47,19 @@ class Caller:
     async def open(cls, service: Service) -> Caller:
         return cls(service, (await service.open_session()).session_id)
 
-    def stamp(self, operation: Operation | None, run_id: str | None = None) -> Submission:
+    def stamp(
+        self, operation: Operation | None, run_id: str | None = None, *, lost_gradient: bool = False
+    ) -> Submission:
         """A submission with the next seq of its run."""
         if run_id is None:
             return Submission(id=f"id-{next(IDS)}", operation=operation)
         self.seqs[run_id] = self.seqs.get(run_id, 0) + 1
         return Submission(
-            id=f"id-{next(IDS)}", operation=operation, run_id=run_id, seq=self.seqs[run_id]
+            id=f"id-{next(IDS)}",
+            operation=operation,
+            run_id=run_id,
+            seq=self.seqs[run_id],
+            lost_gradient=lost_gradient,
         )
 
     async def send(self, *submissions: Submission) -> list[str]:

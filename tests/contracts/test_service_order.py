@@ -132,7 +132,7 @@ async def test_a_refused_operation_takes_its_place_at_once(caller: Caller, gate:
     await caller.do(FORWARD, GradientsDone, run_id=run)
 
 
-@pytest.mark.parametrize("how", ["refused", "failed", "defect", "cancelled"])
+@pytest.mark.parametrize("how", ["refused", "failed", "defect", "cancelled", "withdrawn"])
 async def test_a_batch_that_lacks_a_part_is_never_applied(
     caller: Caller, service: Service, engine: FakeEngine, how: str
 ) -> None:
@@ -143,6 +143,7 @@ async def test_a_batch_that_lacks_a_part_is_never_applied(
         "failed": _failed_gradient,
         "defect": _defective_gradient,
         "cancelled": _cancelled_gradient,
+        "withdrawn": _withdrawn_gradient,
     }[how](caller, engine, run)
     assert code in ("token_out_of_range", "non_finite", "engine_error", "cancelled")
     await caller.do(GRADIENT, GradientsDone, run_id=run)
@@ -187,6 +188,13 @@ async def _cancelled_gradient(caller: Caller, engine: FakeEngine, run: str) -> s
     outcome = await caller.outcome(waiting)
     gate.opened.set()
     assert isinstance(await caller.result(running), GradientsDone)  # it had begun
+    assert outcome.error is not None
+    return outcome.error.code
+
+
+async def _withdrawn_gradient(caller: Caller, engine: FakeEngine, run: str) -> str:
+    (tombstone,) = await caller.send(caller.stamp(None, run, lost_gradient=True))
+    outcome = await caller.outcome(tombstone)
     assert outcome.error is not None
     return outcome.error.code
 

@@ -38,6 +38,7 @@ OPERATIONS: dict[str, Operation | None] = {
     "refused": BAD_GRADIENT,
     "failing": FAILING_GRADIENT,
     "withdrawn": None,
+    "lost": None,
 }
 
 
@@ -97,9 +98,9 @@ def expected(script: list[str], codes: list[str | None]) -> tuple[list[str | Non
         if kind == "refused":
             wanted.append("token_out_of_range")
             lacking = True
-        elif cancelled or kind == "withdrawn":
+        elif cancelled or kind in ("withdrawn", "lost"):
             wanted.append("cancelled")
-            lacking |= kind in ("gradient", "failing")
+            lacking |= kind in ("gradient", "failing", "lost")
         elif kind == "step" and lacking:
             wanted.append("gradients_discarded")
             gradient = lacking = False
@@ -133,7 +134,10 @@ async def check(case: Case, *, deterministic: bool) -> None:
             runs = [await caller.create() for _ in case.scripts]
             engine.hook = trace
             by_run = [
-                [caller.stamp(OPERATIONS[kind], run) for kind in script]
+                [
+                    caller.stamp(OPERATIONS[kind], run, lost_gradient=kind == "lost")
+                    for kind in script
+                ]
                 for run, script in zip(runs, case.scripts, strict=True)
             ]
             await deliver(caller, case, [s for submissions in by_run for s in submissions])

@@ -147,10 +147,10 @@ class Samplers:
         `added` maps the job's id to its operation.
         """
         for sampler_id in released:
-            self.release(sampler_id)
+            attempt(partial(self.release, sampler_id))
         for job_id in cancelled:
             self._running.discard(job_id)
-            self._engine.sampler.cancel(job_id)
+            attempt(partial(self._engine.sampler.cancel, job_id))
         progress = []
         for job_id, operation in added.items():
             problem = attempt(partial(self._add, job_id, operation))
@@ -166,7 +166,7 @@ class Samplers:
         if not isinstance(stepped, WeaverError):
             return stepped
         for job_id in self._running:  # nobody knows whose fault it was, or what state is left
-            self._engine.sampler.cancel(job_id)
+            attempt(partial(self._engine.sampler.cancel, job_id))
         return [SampleProgress(job_id=job_id, error=stepped) for job_id in self._running]
 
     def _add(self, job_id: str, operation: Sample) -> None:

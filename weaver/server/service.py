@@ -159,7 +159,7 @@ class LocalService:
             session.close()
         self._executor.stop()
         with anyio.move_on_after(self._close_timeout_s):
-            await self._executor.call(self._operations.forget_all)
+            await self._executor.call(partial(attempt, self._operations.forget_all))
         self._scope.cancel()
         await self._ended.wait()
 
@@ -335,8 +335,14 @@ class LocalService:
 
     async def _engine_call(self, work: Callable[[], T]) -> T:
         self._check_open()
-        return await self._executor.call(work)
+        return _or_raise(await self._executor.call(partial(attempt, work)))
 
     async def _disk(self, work: Callable[[], T]) -> T:
         self._check_open()
-        return await to_thread.run_sync(work)
+        return _or_raise(await to_thread.run_sync(partial(attempt, work)))
+
+
+def _or_raise(value: T | WeaverError) -> T:
+    if isinstance(value, WeaverError):
+        raise value
+    return value

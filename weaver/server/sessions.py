@@ -46,7 +46,8 @@ class Ticket:
         """Whether the batch that its run accumulates lacks a part without it."""
         operation = self.submission.operation
         missed = isinstance(operation, ForwardBackward) and operation.backward
-        return self.error is not None and (missed or self.behind_gap)
+        lost = missed or self.submission.lost_gradient or self.behind_gap
+        return self.error is not None and lost
 
 
 @dataclass(slots=True, eq=False)
@@ -177,8 +178,8 @@ class Session:
 
 def fingerprint(submission: Submission) -> bytes:
     """16 bytes that two submissions share only if they ask for the same at the same place."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _parts([submission.run_id, submission.seq, submission.operation]):
+    digest, s = hashlib.blake2b(digest_size=16), submission
+    for part in _parts([s.run_id, s.seq, s.lost_gradient, s.operation]):
         digest.update(part)
     return digest.digest()
 
