@@ -1,0 +1,84 @@
+"""Reinforcement learning and fine-tuning on Weaver: loops, environments, rewards, evaluation.
+
+Three levels, each written with the names of the one below: `train(model, tasks, reward)`;
+`on_policy`, `off_policy`, `rejection`, `supervised` with environments; the verbs of `weaver`.
+"""
+
+from weaver_rl import schedules
+from weaver_rl.advantages import ADVANTAGES
+from weaver_rl.agent import Agent, Budget, BudgetExceeded
+from weaver_rl.checks import check
+from weaver_rl.data import TaskStream, read_tasks, split_tasks
+from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
+from weaver_rl.evaluation import Evaluation, evaluate
+from weaver_rl.judges import judge
+from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
+from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.on_policy import Result, on_policy
+from weaver_rl.loops.rejection import Keep, rejection
+from weaver_rl.loops.run import Run
+from weaver_rl.loops.step import LogprobGapError
+from weaver_rl.loops.supervised import SupervisedPlan, supervised
+from weaver_rl.objectives import Objective
+from weaver_rl.plan import Plan
+from weaver_rl.report import write_report
+from weaver_rl.rewards import group_reward, weighted
+from weaver_rl.rollouts import RolloutsFailedError, sample_groups
+from weaver_rl.run_folder import RunFolder, open_run_folder
+from weaver_rl.tools import describe, use_tools
+from weaver_rl.train import Trained, train
+from weaver_rl.types import Failure, Group, Reply, Rollout, Score, Segment, Task, Trajectory
+
+__all__ = [
+    "ADVANTAGES",
+    "Agent",
+    "Budget",
+    "BudgetExceeded",
+    "Environment",
+    "Evaluation",
+    "Failure",
+    "Group",
+    "GroupEnvironment",
+    "JsonlLogger",
+    "Keep",
+    "Logger",
+    "Loggers",
+    "LogprobGapError",
+    "Objective",
+    "Plan",
+    "Reply",
+    "Result",
+    "Rollout",
+    "RolloutsFailedError",
+    "Run",
+    "RunFolder",
+    "Score",
+    "Segment",
+    "SupervisedPlan",
+    "Task",
+    "TaskStream",
+    "TensorBoardLogger",
+    "Trained",
+    "Trajectory",
+    "WandbLogger",
+    "check",
+    "describe",
+    "each",
+    "evaluate",
+    "group_reward",
+    "judge",
+    "off_policy",
+    "on_policy",
+    "open_run_folder",
+    "read_tasks",
+    "rejection",
+    "sample_groups",
+    "schedules",
+    "single_turn",
+    "split_tasks",
+    "supervised",
+    "train",
+    "use_tools",
+    "weighted",
+    "write_report",
+]

@@ -51,7 +51,7 @@ def read_chat(
     Raises:
         ConfigError: the tokenizer has no chat template, or it knows no tools.
     """
-    full = _render(tokenizer, messages, tools)
+    full = render(tokenizer, messages, tools=tools)
     if context.tokens and full.startswith(context.text):
         new = tokenizer.encode(full[len(context.text) :], add_special_tokens=False)
         return Context((*context.tokens, *new), full), True
@@ -71,9 +71,20 @@ def reply_content(tokenizer: Tokenizer, sampled: Sequence[int], *, stopped: bool
     return str(tokenizer.decode(said, skip_special_tokens=False))
 
 
-def _render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], tools: Sequence[Schema]
+def render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    tools: Sequence[Schema] = (),
+    generate: bool = True,
 ) -> str:
+    """The conversation as text; with `generate` up to where the next reply begins. "" for none.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or it knows no tools.
+    """
+    if not messages and not generate:
+        return ""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise ConfigError(
@@ -90,7 +101,7 @@ def _render(
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] or None,
-        add_generation_prompt=True,
+        add_generation_prompt=generate,
         tokenize=False,
     )
     return str(text)

@@ -1,0 +1,131 @@
+"""Supervised examples: from texts, completions and chats to datums with masks by role or span.
+
+Called by `loops.supervised`. An example is one of
+
+    {"prompt": "rev:abc=", "completion": "cba"}       the completion and an end token are learned
+    {"messages": [{"role": "user", ...}, ...]}        messages of the roles asked for are learned
+    {"text": "2+2=4", "spans": [[4, 5]]}              characters of the spans; all without `spans`
+
+Each piece is encoded on its own, as when a model reads a prompt and writes behind it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weaver.errors import ConfigError, InvalidRequestError
+from weaver.types import Datum, ModelInput
+from weaver_rl.rendering import render
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+Piece = tuple[str, bool]
+"""A text, and whether it is learned."""
+
+
+def to_datum(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Mapping[str, Any],
+    *,
+    roles: Collection[str] = ("assistant",),
+    max_length: int | None = None,
+    where: str = "example",
+) -> Datum:
+    """A `cross_entropy` datum; weights are 1 where the target is learned.
+
+    Raises:
+        InvalidRequestError: not an example, nothing to learn, or longer than `max_length` tokens.
+        ConfigError: a chat template is missing, or rewrites earlier messages.
+    """
+    tokens: list[int] = []
+    learned: list[float] = []
+    for text, wanted in pieces(tokenizer, example, roles=roles, where=where):
+        special = not tokens and "messages" not in example  # templates write their own BOS
+        new = tokenizer.encode(text, add_special_tokens=special)
+        tokens += new
+        learned += [float(wanted)] * len(new)
+    if not any(learned[1:]):
+        raise InvalidRequestError(
+            "has nothing to learn.", field=where, hint=f"The learned roles are {tuple(roles)}."
+        )
+    if max_length is not None and len(tokens) > max_length:
+        raise InvalidRequestError(
+            f"has {len(tokens)} tokens, more than {max_length}.",
+            field=where,
+            hint="Shorten it, leave it out, or raise max_length.",
+        )
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": learned[1:]},
+    )
+
+
+def pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Mapping[str, Any],
+    *,
+    roles: Collection[str] = ("assistant",),
+    where: str = "example",
+) -> list[Piece]:
+    """The example's text in order, split where learning begins and ends. Raises as `to_datum`."""
+    if "messages" in example:
+        return _chat(tokenizer, example["messages"], roles, where)
+    if "prompt" in example and "completion" in example:
+        end = str(tokenizer.eos_token or "")
+        return [(example["prompt"], False), (example["completion"].removesuffix(end) + end, True)]
+    if "text" in example:
+        return _spans(example["text"], example.get("spans"), where)
+    raise InvalidRequestError(
+        f"has the fields {', '.join(map(repr, example)) or 'none'}.",
+        field=where,
+        hint="Give prompt and completion, messages, or text.",
+    )
+
+
+def _spans(text: str, spans: Sequence[Sequence[int]] | None, where: str) -> list[Piece]:
+    if spans is None:
+        return [(text, True)]
+    made: list[Piece] = []
+    at = 0
+    for start, end in spans:
+        if not at <= start < end <= len(text):
+            raise InvalidRequestError(
+                f"has the span [{start}, {end}] in {len(text)} characters.",
+                field=where,
+                hint="Spans ascend and do not overlap.",
+            )
+        made += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return [piece for piece in (*made, (text[at:], False)) if piece[0]]
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    roles: Collection[str],
+    where: str,
+) -> list[Piece]:
+    full = render(tokenizer, messages, generate=False)
+    end = str(tokenizer.eos_token or "")
+    made: list[Piece] = []
+    at = 0
+    for i, message in enumerate(messages):
+        if message["role"] not in roles:
+            continue
+        opening = render(tokenizer, messages[:i], generate=message["role"] == "assistant")
+        closing = render(tokenizer, messages[: i + 1], generate=False)
+        if not (full.startswith(closing) and closing.startswith(opening)):
+            raise ConfigError(
+                f"the chat template rewrites message {i} when others follow.",
+                field=where,
+                hint="Cut the conversation behind it, and give each as an example.",
+            )
+        said = closing[len(opening) :]
+        if end and end in said:  # what the template writes behind it is never sampled
+            said = said[: said.rfind(end) + len(end)]
+        made += [(full[at : len(opening)], False), (said, True)]
+        at = len(opening) + len(said)
+    return [piece for piece in (*made, (full[at:], False)) if piece[0]]

@@ -1,0 +1,150 @@
+"""`rejection`: fine-tuning on a model's own best samples. Recipes call it.
+
+Best-of-n; RAFT (Dong et al., arXiv:2304.06767); expert iteration (Anthony et al., 1705.08439).
+Each round: 1. sample P tasks G times; 2. keep replies with a reward of at least the threshold,
+equal ones once, at most `top_k` of a task, the best first; 3. cross-entropy on the sampled tokens
+of what was kept, `passes` times in `minibatches` steps. Left out: restarts from the first weights.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from weaver.errors import ConfigError
+from weaver_rl.loops.collect import collect
+from weaver_rl.loops.on_policy import Result, check_inputs, evaluated, first_version
+from weaver_rl.loops.run import Run
+from weaver_rl.loops.step import policy_step
+from weaver_rl.metrics import rollout_metrics
+from weaver_rl.rollouts import FailureWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver import AsyncTrainingClient
+    from weaver_rl.environments import Environment, GroupEnvironment
+    from weaver_rl.filters import Filtered
+    from weaver_rl.loops.on_policy import Evaluate
+    from weaver_rl.plan import Plan
+    from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Which samples are learned: `Keep(threshold=1.0)`, or best-of-n: `Keep(top_k=1)`."""
+
+    threshold: float = float("-inf")
+    """The least reward."""
+    top_k: int | None = None
+    """The most replies of a task, the best first, of equal ones the first; None: all."""
+    unique: bool = True
+    """Equal token sequences count once."""
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"is {self.top_k}.", field="top_k", hint="At least 1, or None.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """`Kept(groups=(...), rejected=(...), metrics={"rejection/accept_rate": 0.4, ...})`"""
+
+    groups: tuple[Group, ...]
+    """Of what is learned; a task that has nothing is not among them."""
+    rejected: tuple[Group, ...]
+    metrics: dict[str, float]
+
+
+async def rejection(
+    trainer: AsyncTrainingClient,
+    tasks: Sequence[Task],
+    environment: Environment | GroupEnvironment,
+    plan: Plan,
+    *,
+    keep: Keep,
+    run: Run | None = None,
+    evaluate: Evaluate | None = None,
+) -> Result:
+    """Runs `plan.steps` rounds, or what is left of them in a run that goes on.
+
+    The plan's objective, advantage and filter of groups are not used. Other arguments and errors
+    are those of `on_policy`.
+    """
+    plan = replace(
+        plan, objective="cross_entropy", advantage=_ones, zero_variance="keep", max_staleness=0
+    )
+    environment = check_inputs(tasks, environment, plan, None)
+    run, watch = run or Run(), FailureWatch(plan.max_failure_rate)
+    done = await run.restore(trainer)
+    version = await first_version(trainer, done.extra)
+    metrics: dict[str, float] = {}
+    for step in range(done.step, plan.steps):
+        begin = time.monotonic()
+        sampler = await trainer.save_weights_and_get_sampling_client()
+        metrics = await evaluated(evaluate, sampler, plan, step)
+        run.waiting_for(f"samples of round {step + 1}")
+        found = await collect(sampler, tasks, environment, plan, step=step, watch=watch)
+        kept = select(found, keep)
+        run.waiting_for(f"training of round {step + 1}")
+        stepped = await policy_step(trainer, kept.groups, plan, step=step, version=version)
+        seconds = time.monotonic() - begin
+        sampled = [*found.kept, *found.dropped]
+        metrics |= rollout_metrics(sampled, weights_version=version, seconds=seconds)
+        metrics |= kept.metrics | stepped.metrics | {"time/step_s": seconds}
+        version = stepped.version
+        run.log_rollouts(
+            kept.groups,
+            step=step + 1,
+            dropped=[*kept.rejected, *found.dropped],
+            advantages_P_G=stepped.advantages_P_G,
+            trained=stepped.trained,
+        )
+        run.log(metrics, step=step + 1)
+        if run.is_due(step + 1, plan.steps):
+            position = (step + 1) * plan.groups_per_step
+            await run.checkpoint(trainer, step=step + 1, version=version, position=position)
+    sampler = await trainer.save_weights_and_get_sampling_client()
+    metrics |= dict(await evaluate(sampler)) if evaluate is not None else {}
+    return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
+
+
+def select(found: Filtered, keep: Keep) -> Kept:
+    """What of a round is learned, and the shares of it."""
+    groups: list[Group] = []
+    rejected: list[Group] = []
+    duplicates = 0
+    for group in found.kept:
+        chosen, doubles = _choose(group, keep)
+        duplicates += doubles
+        ids = {id(rollout) for rollout in chosen}
+        rest = tuple(rollout for rollout in group.rollouts if id(rollout) not in ids)
+        groups += [replace(group, rollouts=chosen)] if chosen else []
+        rejected += [replace(group, rollouts=rest)] if rest else []
+    count = sum(len(group.rewards) for group in found.kept)
+    kept = sum(len(group.rollouts) for group in groups)
+    rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+    metrics = {
+        "rejection/kept": float(kept),
+        "rejection/accept_rate": kept / max(count, 1),
+        "rejection/duplicates": float(duplicates),
+        "rejection/tasks_kept": len(groups) / max(len(found.kept), 1),
+    }
+    if rewards:
+        metrics["rejection/reward_kept"] = sum(rewards) / len(rewards)
+    return Kept(groups=tuple(groups), rejected=tuple(rejected), metrics=metrics)
+
+
+def _choose(group: Group, keep: Keep) -> tuple[tuple[Rollout, ...], int]:
+    good = [r for r in group.rollouts if r.failure is None and r.reward >= keep.threshold]
+    good.sort(key=lambda rollout: -rollout.reward)
+    distinct: dict[object, Rollout] = {}
+    for number, rollout in enumerate(good):
+        said = tuple(segment.tokens for segment in rollout.trajectory.segments)
+        distinct.setdefault(said if keep.unique else number, rollout)
+    return tuple(distinct.values())[: keep.top_k], len(good) - len(distinct)
+
+
+def _ones(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
+    return valid_P_G.astype(rewards_P_G.dtype)

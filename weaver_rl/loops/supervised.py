@@ -1,0 +1,160 @@
+"""`supervised`: fine-tuning on examples. Recipes call it.
+
+Batches are drawn under a token budget, in a seeded order that is new each epoch. The next step is
+submitted before the last is awaited, so that the engine never waits for this loop.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weaver.errors import ConfigError
+from weaver.types import AdamParams
+from weaver_rl.conversations import to_datum
+from weaver_rl.data import check_tasks
+from weaver_rl.loops.on_policy import Result, first_version
+from weaver_rl.loops.run import Run
+from weaver_rl.metrics import train_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from weaver import AsyncTrainingClient, OperationHandle
+    from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
+    from weaver_rl.loops.on_policy import Evaluate
+
+    Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedPlan:
+    """`SupervisedPlan(epochs=3, batch_tokens=4096, learning_rate=1e-3)`"""
+
+    epochs: int = 1
+    batch_tokens: int = 4096
+    """At most so many tokens a step; a longer example is a batch of its own."""
+    learning_rate: float | Callable[[int], float] = 1e-3
+    """Of AdamW, or a function of the step, from 0."""
+    roles: tuple[str, ...] = ("assistant",)
+    """Of messages that are learned."""
+    max_length: int | None = None
+    """Tokens of the longest example allowed."""
+    adam: AdamParams = field(default_factory=AdamParams)
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 1.")
+
+    def adam_params(self, step: int) -> AdamParams:
+        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        return self.adam.model_copy(update={"learning_rate": float(rate)})
+
+    def as_config(self) -> dict[str, Any]:
+        """For `config.json`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if callable(self.learning_rate):
+            values["learning_rate"] = getattr(self.learning_rate, "__qualname__", "function")
+        return values
+
+
+async def supervised(
+    trainer: AsyncTrainingClient,
+    examples: Sequence[Mapping[str, Any]],
+    plan: SupervisedPlan,
+    *,
+    held_out: Sequence[Mapping[str, Any]] = (),
+    run: Run | None = None,
+    evaluate: Evaluate | None = None,
+) -> Result:
+    """Trains on all examples, `plan.epochs` times; forms of an example: `weaver_rl.conversations`.
+
+    Args:
+        held_out: examples whose mean loss per token is logged as `eval/loss`.
+        evaluate: called with a sampler every `plan.evaluate_every` steps and at the end.
+
+    Raises:
+        InvalidRequestError: no examples, or one that cannot be learned; names it.
+    """
+    check_tasks(examples, fields=(), source="examples")
+    run = run or Run()
+    tokenizer = await trainer.get_tokenizer()
+    data, tests = (
+        [
+            to_datum(
+                tokenizer, one, roles=plan.roles, max_length=plan.max_length, where=f"{name}[{i}]"
+            )
+            for i, one in enumerate(rows)
+        ]
+        for name, rows in (("examples", examples), ("held_out", held_out))
+    )
+    lengths = [datum.model_input.length for datum in data]
+    steps = [
+        batch
+        for epoch in range(plan.epochs)
+        for batch in batches(lengths, plan.batch_tokens, seed=plan.seed, epoch=epoch)
+    ]
+    done = await run.restore(trainer)
+    version = await first_version(trainer, done.extra)
+    metrics: dict[str, float] = {}
+    ahead: Handles | None = None
+    begin = time.monotonic()
+    for step in range(done.step, len(steps)):
+        due = plan.evaluate_every and step and step % plan.evaluate_every == 0
+        evaluated = await _evaluate(trainer, tests, evaluate) if due else {}
+        handles = ahead or _submit(trainer, [data[i] for i in steps[step]], plan, step)
+        version += 1
+        next_due = plan.evaluate_every and (step + 1) % plan.evaluate_every == 0
+        alone = run.is_due(step + 1, len(steps)) or next_due or step + 1 == len(steps)
+        # What reads or saves the weights behind this step must not find the next one in them.
+        ahead = (
+            None if alone else _submit(trainer, [data[i] for i in steps[step + 1]], plan, step + 1)
+        )
+        metrics = train_metrics([(await handles[0]).metrics, (await handles[1]).metrics])
+        now = time.monotonic()
+        metrics |= {"time/step_s": now - begin, **evaluated}
+        begin = now
+        run.log(metrics, step=step + 1)
+        if run.is_due(step + 1, len(steps)):
+            await run.checkpoint(trainer, step=step + 1, version=version)
+    metrics |= await _evaluate(trainer, tests, evaluate)
+    sampler = await trainer.save_weights_and_get_sampling_client()
+    return Result(sampler=sampler, steps=len(steps), version=version, metrics=metrics)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of every example once, in a seeded order, cut so that none exceeds the budget."""
+    made: list[list[int]] = []
+    used = 0
+    for index in np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist():
+        if not made or used + lengths[index] > batch_tokens:
+            made.append([])
+            used = 0
+        made[-1].append(index)
+        used += lengths[index]
+    return made
+
+
+def _submit(
+    trainer: AsyncTrainingClient, batch: Sequence[Datum], plan: SupervisedPlan, step: int
+) -> Handles:
+    return trainer.forward_backward(batch), trainer.optim_step(plan.adam_params(step))
+
+
+async def _evaluate(
+    trainer: AsyncTrainingClient, tests: Sequence[Datum], evaluate: Evaluate | None
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if tests:
+        metrics["eval/loss"] = (await trainer.forward(tests)).metrics["loss"]
+    if evaluate is not None:
+        sampler = await trainer.save_weights_and_get_sampling_client()
+        metrics |= await evaluate(sampler)
+    return metrics

@@ -1,0 +1,44 @@
+"""Guessing a number by "higher" and "lower": a task of several turns, in weaver-nano's words."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from typing import TYPE_CHECKING
+
+from weaver_rl.types import Score
+
+if TYPE_CHECKING:
+    from weaver_rl.agent import Agent
+    from weaver_rl.types import Task
+
+
+def guess_number_tasks(count: int, *, upper: int = 7, seed: int = 0) -> list[Task]:
+    """Tasks `{"upper": 7, "answer": 5}`; every number comes up equally often."""
+    answers = [1 + i % upper for i in range(count)]
+    Random(seed).shuffle(answers)
+    return [{"upper": upper, "answer": answer} for answer in answers]
+
+
+def optimal_guesses(upper: int) -> int:
+    """Guesses that always suffice for whoever halves the range: 3 for 7, 7 for 100."""
+    return upper.bit_length()
+
+
+async def guess_number(agent: Agent, task: Task) -> Score:
+    """An environment: 1 for a number found within the optimal guesses, less for each one more.
+
+    It ends when the number is found, after twice the optimal guesses, or with a reply that is no
+    number. The metric `won` is 1 if it was found within the optimal guesses.
+    """
+    best = optimal_guesses(task["upper"])
+    said = f"Guess a number from 1 to {task['upper']}."
+    for turn in range(2 * best):
+        guess = (await agent.chat(said)).text.strip()
+        if not re.fullmatch(r"\d{1,9}", guess):
+            return Score(0.0, {"won": 0.0, "numbers": 0.0})
+        if int(guess) == task["answer"]:
+            late = max(0, turn + 1 - best)
+            return Score(1.0 - late / (best + 1), {"won": float(not late), "numbers": 1.0})
+        said = "higher" if int(guess) < task["answer"] else "lower"
+    return Score(0.0, {"won": 0.0, "numbers": 1.0})

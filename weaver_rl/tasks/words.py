@@ -1,0 +1,58 @@
+"""Reversing strings and pig latin: tasks without a download, in weaver-nano's own words."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weaver_rl.types import Reply, Task
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOWELS = "aeiou"
+
+
+def reverse_tasks(count: int, *, seed: int = 0, lengths: tuple[int, int] = (3, 6)) -> list[Task]:
+    """Distinct tasks `{"prompt": "rev:abc=", "answer": "cba"}`, the same for the same seed."""
+    words = _words(count, seed=seed, lengths=lengths)
+    return [{"prompt": f"rev:{word}=", "answer": word[::-1]} for word in words]
+
+
+def pig_latin_tasks(count: int, *, seed: int = 0, words: int = 2) -> list[Task]:
+    """Tasks `{"prompt": "English: hello world\\nPig Latin:", "answer": "ello-hay orld-way"}`."""
+    rng = Random(seed)
+    texts = [" ".join(_word(rng, (3, 6)) for _ in range(words)) for _ in range(count)]
+    return [{"prompt": f"English: {text}\nPig Latin:", "answer": pig_latin(text)} for text in texts]
+
+
+def pig_latin(text: str) -> str:
+    """`hello apple` becomes `ello-hay apple-way`: a first consonant moves behind, then "ay"."""
+    return " ".join(map(_pig_word, text.split()))
+
+
+def exact(task: Task, reply: Reply) -> float:
+    """1 if the reply is the task's answer, but for white space around it."""
+    return float(reply.text.strip() == task["answer"])
+
+
+def closeness(task: Task, reply: Reply) -> float:
+    """The share of characters that stand where they should; partial credit for `exact`."""
+    said, answer = reply.text.strip(), task["answer"]
+    right: int = sum(a == b for a, b in zip(said, answer, strict=False))
+    return right / max(len(said), len(answer), 1)
+
+
+def _pig_word(word: str) -> str:
+    return f"{word}-way" if word[0] in VOWELS else f"{word[1:]}-{word[0]}ay"
+
+
+def _word(rng: Random, lengths: tuple[int, int]) -> str:
+    return "".join(rng.choices(LETTERS, k=rng.randint(*lengths)))
+
+
+def _words(count: int, *, seed: int, lengths: tuple[int, int]) -> list[str]:
+    rng = Random(seed)
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words[_word(rng, lengths)] = None
+    return list(words)

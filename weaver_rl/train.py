@@ -1,0 +1,204 @@
+"""`train`: reinforcement learning from a reward in one blocking call; the top of the three levels.
+
+Below it are `on_policy` and its friends, which take a trainer of yours, and the verbs of `weaver`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyio.from_thread import start_blocking_portal
+
+from weaver import AsyncServiceClient
+from weaver.errors import ConfigError
+from weaver.types import SamplingParams
+from weaver_rl.data import check_tasks
+from weaver_rl.display import Display
+from weaver_rl.environments import as_group_environment, single_turn
+from weaver_rl.evaluation import evaluate
+from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
+from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.run import Run
+from weaver_rl.plan import Plan
+from weaver_rl.report import write_report
+from weaver_rl.resume import manifests
+from weaver_rl.run_folder import RunFolder, open_run_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver import AsyncSamplingClient
+    from weaver_rl.advantages import AdvantageFn
+    from weaver_rl.environments import Environment, GroupEnvironment
+    from weaver_rl.loops.on_policy import Evaluate
+    from weaver_rl.objectives import Objective
+    from weaver_rl.plan import Schedule
+    from weaver_rl.rewards import GroupReward, Reward
+    from weaver_rl.types import Task
+
+LORA = {"rank": 8, "alpha": 32}
+RESUME_MAY_CHANGE = ("steps",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What `train` ends with."""
+
+    metrics: Mapping[str, float]
+    """Of the last step, and `eval/...` of the held-out tasks."""
+    weights: str
+    """`weaver://...` of the final weights: for `create_sampling_client`, or to train on."""
+    report: Path | None
+    """`report.html` of the run's folder."""
+
+
+def train(
+    model: str,
+    tasks: Sequence[Task],
+    reward: Reward | GroupReward | None = None,
+    *,
+    environment: Environment | GroupEnvironment | None = None,
+    steps: int = 60,
+    groups_per_step: int = 32,
+    group_size: int = 8,
+    learning_rate: float | Schedule = 1e-3,
+    sampling: SamplingParams | None = None,
+    objective: str | Objective = "importance_sampling",
+    advantage: str | AdvantageFn = "group_centred",
+    max_staleness: int = 0,
+    held_out: Sequence[Task] = (),
+    evaluate_every: int = 10,
+    lora_config: Mapping[str, object] | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 10,
+    display: bool = True,
+    wandb_project: str | None = None,
+    base_url: str | None = None,
+) -> Trained:
+    """Trains a LoRA adapter by `on_policy`, or by `off_policy` where `max_staleness` is above 0.
+
+    Args:
+        reward: of the reply to `task["prompt"]`; or give an `environment`.
+        held_out: tasks that are only evaluated, greedily.
+        lora_config: rank 8, alpha 32 by default.
+        folder: gets config, metrics, transcripts, checkpoints and the report; None: nothing.
+        resume: goes on in that folder behind its last checkpoint, exactly, if there is one.
+        base_url: a server; None: WEAVER_BASE_URL, or this process.
+
+    The others are those of `Plan`.
+
+    Raises:
+        ConfigError, InvalidRequestError: before anything is sampled; names the argument.
+        ConflictError: the folder holds a run and `resume` is off.
+        RolloutsFailedError, LogprobGapError: see `Plan`.
+    """
+    plan = Plan(
+        steps=steps,
+        groups_per_step=groups_per_step,
+        group_size=group_size,
+        learning_rate=learning_rate,
+        sampling=sampling or SamplingParams(max_tokens=64),
+        objective=objective,
+        advantage=advantage,
+        max_staleness=max_staleness,
+        evaluate_every=evaluate_every,
+        seed=seed,
+    )
+    played = _played(reward, environment)
+    check_tasks(tasks, fields=played.fields)
+    if resume and folder is None:
+        raise ConfigError("is on, and there is no folder.", field="resume", hint="Pass folder=.")
+    lora = dict(lora_config or LORA)
+    config = {"model": model, "lora_config": lora, **plan.as_config()}
+    opened = None
+    if folder is not None:
+        path = Path(folder)
+        opened = open_run_folder(path, config, resume=resume, may_differ=RESUME_MAY_CHANGE)
+    run = Run(folder=opened, checkpoint_every=checkpoint_every)
+    run.loggers = _loggers(run, plan, config, display=display, wandb_project=wandb_project)
+    work = partial(_train, model, lora, tasks, played, held_out, plan, run, base_url)
+    try:
+        with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
+            metrics, weights = portal.call(work)
+    finally:
+        run.loggers.close()
+    report = write_report(opened) if opened is not None else None
+    return Trained(metrics=metrics, weights=weights, report=report)
+
+
+async def _train(
+    model: str,
+    lora: Mapping[str, object],
+    tasks: Sequence[Task],
+    environment: GroupEnvironment,
+    held_out: Sequence[Task],
+    plan: Plan,
+    run: Run,
+    base_url: str | None,
+) -> tuple[Mapping[str, float], str]:
+    async with AsyncServiceClient(base_url) as service:
+        trainer = await service.create_model(model, lora, seed=plan.seed)
+        run.delete = service.delete_checkpoint
+        result = await off_policy(
+            trainer,
+            tasks,
+            environment,
+            plan,
+            run=run,
+            evaluate=_evaluator(held_out, environment, plan) if held_out else None,
+        )
+        saved = await trainer.save_weights_for_sampler("final", overwrite=True)
+        return result.metrics, saved.path
+
+
+def _evaluator(held_out: Sequence[Task], environment: GroupEnvironment, plan: Plan) -> Evaluate:
+    greedy = plan.sampling.model_copy(update={"temperature": 0.0})
+
+    async def evaluated(sampler: AsyncSamplingClient) -> Mapping[str, float]:
+        found = await evaluate(
+            sampler, held_out, environment=environment, sampling=greedy, seed=plan.seed
+        )
+        return found.metrics
+
+    return evaluated
+
+
+def _played(
+    reward: Reward | GroupReward | None, environment: Environment | GroupEnvironment | None
+) -> GroupEnvironment:
+    if (reward is None) == (environment is None):
+        raise ConfigError(
+            "give a reward or an environment.", field="reward", hint="An environment has its own."
+        )
+    if reward is not None:
+        return single_turn(reward)
+    assert environment is not None
+    return as_group_environment(environment)
+
+
+def _loggers(
+    run: Run, plan: Plan, config: Mapping[str, object], *, display: bool, wandb_project: str | None
+) -> Loggers:
+    chosen: list[Logger] = []
+    if run.folder is not None:
+        chosen.append(JsonlLogger(run.folder.metrics))
+    if display:
+        shown = Display(steps=plan.steps)
+        run.waiting_for = shown.waiting_for
+        chosen.append(shown)
+    if wandb_project is not None:
+        state = _logger_state(run.folder, "wandb")
+        folder = run.folder.path if run.folder is not None else None
+        chosen.append(WandbLogger(wandb_project, config=config, folder=folder, state=state))
+    return Loggers(*chosen)
+
+
+def _logger_state(folder: RunFolder | None, name: str) -> Mapping[str, str] | None:
+    """What a logger left in the newest manifest."""
+    newest = next(manifests(folder), None) if folder is not None else None
+    return newest.loggers.get(name) if newest is not None else None
