@@ -1,0 +1,43 @@
+"""The command `weaver`: one file for each group of commands, all below `app`.
+
+Modules import typer alone; what a command needs is imported when it runs, so that `--help` is
+quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from weaver.cli import chat, checkpoints, doctor, keys, models, runs, serve
+from weaver.errors import WeaverError
+
+app = typer.Typer(
+    name="weaver",
+    help="Post-training of language models. WEAVER_BASE_URL and WEAVER_API_KEY choose a server; "
+    "without them, commands run in this process, below WEAVER_HOME.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("doctor")(doctor.doctor)
+app.command("sample")(chat.sample)
+app.command("chat")(chat.chat)
+app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
+app.add_typer(runs.app, name="runs")
+app.add_typer(checkpoints.app, name="checkpoints")
+
+
+def main() -> None:
+    """Runs the command; an error that can be mended is one line on stderr and exit code 1."""
+    try:
+        app()
+    except WeaverError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

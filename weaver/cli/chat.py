@@ -1,0 +1,111 @@
+"""`weaver sample` and `weaver chat`: a model at the prompt of a shell."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver.client.sampling import AsyncSamplingClient
+    from weaver.types import Message, SamplingParams
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a weaver:// path.")]
+MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; `-` reads stdin.")],
+    model: Model = "weaver-nano",
+    max_tokens: MaxTokens = 100,
+    temperature: Temperature = 1.0,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends an answer; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same samples again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Sample from a model or a checkpoint."""
+    import anyio
+
+    from weaver.types import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, stop=stop or (), seed=seed
+    )
+
+    async def run() -> None:
+        async with _Sampler(model) as client:
+            result = await client.sample(
+                prompt=text, sampling_params=params, num_samples=num_samples
+            )
+        if as_json:
+            sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+            return
+        for sequence in result.sequences:
+            sys.stdout.write(f"{sequence.text}\n")
+
+    anyio.run(run)
+
+
+def chat(
+    model: Model = "weaver-nano", max_tokens: MaxTokens = 256, temperature: Temperature = 0.7
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends it."""
+    import anyio
+
+    from weaver.types import Message, SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+
+    async def run() -> None:
+        messages: list[Message] = []
+        async with _Sampler(model) as client:
+            while said := await anyio.to_thread.run_sync(_read_line):
+                messages.append(Message(role="user", content=said))
+                answer = await _answer(client, messages, params)
+                messages.append(Message(role="assistant", content=answer))
+
+    anyio.run(run)
+
+
+async def _answer(
+    client: AsyncSamplingClient, messages: Sequence[Message], params: SamplingParams
+) -> str:
+    pieces = []
+    async for delta in client.stream(prompt=list(messages), sampling_params=params):
+        pieces.append(delta.text)
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return "".join(pieces)
+
+
+def _read_line() -> str:
+    sys.stdout.write("> ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip()
+
+
+class _Sampler:
+    """A sampling client and the service client below it, for as long as the block lasts."""
+
+    def __init__(self, model: str) -> None:
+        from weaver import AsyncServiceClient
+
+        self._model = model
+        self._service = AsyncServiceClient()
+
+    async def __aenter__(self) -> AsyncSamplingClient:
+        await self._service.__aenter__()
+        path = self._model.startswith("weaver://")
+        return await self._service.create_sampling_client(
+            model_path=self._model if path else None, base_model=None if path else self._model
+        )
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._service.__aexit__(*exc)

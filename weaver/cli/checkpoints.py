@@ -1,0 +1,80 @@
+"""`weaver checkpoints`: what runs have saved."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weaver.cli.output import Json, ask, find, show, show_one
+from weaver.errors import InvalidParamsError
+
+if TYPE_CHECKING:
+    from weaver.protocol import Service
+    from weaver.types import CheckpointInfo
+
+app = typer.Typer(help="Saved states and samplers.", no_args_is_help=True)
+Path = Annotated[str, typer.Argument(help="weaver://..., or a part of it that only one has.")]
+SHORT = {"path", "kind", "base_model", "step", "size_bytes", "created_at", "expires_at"}
+
+
+@app.command("list")
+def list_checkpoints(
+    run: Annotated[str | None, typer.Option(help="Only those of this run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List checkpoints, oldest first."""
+    found = ask(lambda service: service.list_checkpoints(run))
+    rows = [c.model_dump(mode="json", include=None if as_json else SHORT) for c in found]
+    show(rows, as_json=as_json, empty="No checkpoints.")
+
+
+@app.command("show")
+def show_checkpoint(path: Path, as_json: Json = False) -> None:
+    """Show a checkpoint."""
+    show_one(ask(lambda s: _find(s, path)).model_dump(mode="json"), as_json=as_json)
+
+
+@app.command()
+def delete(
+    path: Path,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a checkpoint for good."""
+    checkpoint = ask(lambda service: _find(service, path))
+    if not yes:
+        typer.confirm(f"Delete {checkpoint.path}?", abort=True)
+    ask(lambda service: service.delete_checkpoint(checkpoint.path))
+    sys.stdout.write(f"Deleted {checkpoint.path}.\n")
+
+
+@app.command()
+def ttl(
+    path: Path,
+    seconds: Annotated[str, typer.Argument(help="From now; `none` keeps it for good.")],
+) -> None:
+    """Let a checkpoint expire."""
+    if seconds != "none" and not (seconds.isdecimal() and int(seconds) > 0):
+        raise InvalidParamsError(f"is {seconds!r}.", field="seconds", hint="A number, or `none`.")
+    value = None if seconds == "none" else int(seconds)
+
+    async def change(service: Service) -> CheckpointInfo:
+        checkpoint = await _find(service, path)
+        return await service.set_checkpoint_ttl(checkpoint.path, value)
+
+    changed = ask(change)
+    sys.stdout.write(f"{changed.path} expires: {changed.expires_at or 'never'}.\n")
+
+
+async def _find(service: Service, given: str) -> CheckpointInfo:
+    """By its path, or by a part of it."""
+    if given.startswith("weaver://"):
+        return await service.get_checkpoint(given)
+    matching = [c for c in await service.list_checkpoints() if given in c.path]
+    return find(
+        given if len(matching) != 1 else matching[0].path,
+        matching,
+        name=lambda c: c.path,
+        what="checkpoints",
+    )
