@@ -308,7 +308,7 @@ CASES: list[tuple[str, str, Callable[[World], Any]]] = [
         "invalid_params",
         lambda w: w.trainer.forward(DATUMS).result(timeout=-1),
     ),
-    ("a server", "unsupported", lambda w: ServiceClient("http://localhost:1")),
+    ("an address without a scheme", "invalid_params", lambda w: ServiceClient("localhost:1")),
 ]
 
 

@@ -13,7 +13,13 @@ from tests.client.helpers import DATUMS, STEP, fake_client
 from weaver import AsyncServiceClient
 from weaver.client import embedded
 from weaver.engine.fake import FakeEngine
-from weaver.errors import ClosedError, ConfigError, MissingDependencyError, ServiceConnectionError
+from weaver.errors import (
+    ClosedError,
+    ConfigError,
+    InvalidParamsError,
+    MissingDependencyError,
+    ServiceConnectionError,
+)
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
@@ -111,6 +117,11 @@ async def test_a_server_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ServiceConnectionError, match="http://localhost:1"):
         async with AsyncServiceClient():
             pass
+
+
+async def test_an_address_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidParamsError, match="base_url"):
+        AsyncServiceClient("localhost:1")
     monkeypatch.setenv("WEAVER_BASE_URL", "localhost")
     with pytest.raises(ConfigError, match="WEAVER_BASE_URL"):
         AsyncServiceClient()

@@ -243,7 +243,14 @@ async def test_composed_handles_cancel_their_parts() -> None:
             return [await part for part in parts]
 
         whole = session.compose("both", [*parts], finish)
+        await anyio.wait_all_tasks_blocked()
+        assert whole.status == "running"
         assert whole.cancel()
+        assert service.cancelled == []
+        await anyio.wait_all_tasks_blocked()
+        assert service.cancelled == [s.id for s in service.submissions]
+        service.answer(service.submissions[0], OperationCancelledError("gone"))
+        service.answer(service.submissions[1], OperationCancelledError("gone"))
         with pytest.raises(OperationCancelledError):
             await whole
         assert whole.status == "cancelled" and all(part.done() for part in parts)

@@ -22,9 +22,9 @@ from weaver import Handle, SamplingClient, ServiceClient, TrainingClient
 from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     ClosedError,
+    MissingDependencyError,
     OperationCancelledError,
     UnknownModelError,
-    UnsupportedError,
     WaitTimeoutError,
 )
 
@@ -223,10 +223,14 @@ def test_a_client_that_is_forgotten_closes_itself(
 
 
 def test_a_constructor_that_fails_leaves_no_thread(
-    tmp_path: Path, no_thread_left: Callable[[], None]
+    monkeypatch: pytest.MonkeyPatch, no_thread_left: Callable[[], None]
 ) -> None:
-    with pytest.raises(UnsupportedError, match="later release"):
-        ServiceClient("http://localhost:1", home=tmp_path)
+    def no_torch(settings: object) -> None:
+        raise MissingDependencyError("no torch")
+
+    monkeypatch.setattr("weaver.client.embedded._torch_engine", no_torch)
+    with pytest.raises(MissingDependencyError):
+        ServiceClient()
 
 
 @pytest.mark.parametrize("ending", ["", "sys.exit(3)", "del client"])

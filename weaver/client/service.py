@@ -51,7 +51,7 @@ class AsyncServiceClient:
         service: an open service of this event loop to use instead; it is not closed.
 
     Raises:
-        ConfigError: a WEAVER_* variable cannot be used.
+        InvalidParamsError, ConfigError: `base_url` or a WEAVER_* variable cannot be used.
         ServiceConnectionError, AuthenticationError: on entering, with a server.
     """
 
@@ -64,6 +64,12 @@ class AsyncServiceClient:
         user_metadata: JsonDict | None = None,
         service: Service | None = None,
     ) -> None:
+        if base_url is not None and not base_url.startswith(("http://", "https://")):
+            raise InvalidParamsError(
+                f"is {base_url!r}.",
+                field="base_url",
+                hint="Start it with http:// or https://, or leave it out to run embedded.",
+            )
         settings = load_settings()
         self._settings = replace(
             settings,

@@ -241,6 +241,7 @@ class Session:
         parts: Sequence[OperationHandle[Any]],
         finish: Callable[[], Awaitable[T]],
     ) -> None:
+        handle.mark_sent()
         try:
             handle.settle(await finish())
         except Exception as error:  # the user's own function may raise anything
