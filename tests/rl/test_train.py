@@ -1,0 +1,125 @@
+"""`rl.train` on weaver-nano: a folder with everything, an exact resume, and named refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import weaver_rl as rl
+from weaver.errors import ConfigError, ConflictError, InvalidRequestError
+from weaver.types import SamplingParams
+from weaver_rl.storage import read_lines
+from weaver_rl.tasks.words import exact, reverse_tasks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TASKS = reverse_tasks(40)
+SMALL: dict[str, Any] = {
+    "groups_per_step": 4,
+    "group_size": 4,
+    "sampling": SamplingParams(max_tokens=10),
+    "checkpoint_every": 2,
+    "display": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WEAVER_THREADS", "1")
+    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time") and "per_second" not in k}
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_leaves_everything_and_goes_on_exactly(tmp_path: Path) -> None:
+    whole = rl.train("weaver-nano", TASKS, exact, steps=4, folder=tmp_path / "1", **SMALL)
+    rl.train("weaver-nano", TASKS, exact, steps=3, folder=tmp_path / "2", **SMALL)
+    again = rl.train(
+        "weaver-nano", TASKS, exact, steps=4, folder=tmp_path / "2", resume=True, **SMALL
+    )
+    assert numbers(tmp_path / "2") == numbers(tmp_path / "1")
+    assert again.report == tmp_path / "2" / "report.html"
+    assert again.report.stat().st_size > 1000
+    assert whole.metrics["reward/mean"] == again.metrics["reward/mean"]
+    assert len(list((tmp_path / "1" / "transcripts").iterdir())) == 4
+    with pytest.raises(ConflictError, match="resume=True"):
+        rl.train("weaver-nano", TASKS, exact, steps=4, folder=tmp_path / "1", **SMALL)
+
+
+def test_held_out_tasks_are_evaluated() -> None:
+    done = rl.train("weaver-nano", TASKS[:30], exact, steps=1, held_out=TASKS[30:], **SMALL)
+    assert 0.3 < done.metrics["eval/mean"] <= 1.0
+    assert done.report is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({}, ConfigError),
+        ({"reward": exact, "tasks": []}, InvalidRequestError),
+        ({"reward": exact, "tasks": [{"question": "x"}]}, InvalidRequestError),
+        ({"reward": exact, "resume": True}, ConfigError),
+        ({"reward": exact, "objective": "ppoo"}, ConfigError),
+        ({"reward": exact, "max_staleness": 2}, ConfigError),
+        ({"environment": exact}, ConfigError),
+    ],
+)
+def test_refusals(kwargs: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        rl.train("weaver-nano", **{"tasks": TASKS, "steps": 1, **SMALL, **kwargs})
+
+
+SCRIPT = """
+import sys
+import weaver_rl as rl
+from weaver.types import SamplingParams
+from weaver_rl.objectives import Objective
+from weaver_rl.tasks.words import exact, reverse_tasks
+
+if __name__ == "__main__":
+    rl.train(
+        "weaver-nano", reverse_tasks(40), exact, steps=12, groups_per_step=4, group_size=4,
+        sampling=SamplingParams(max_tokens=10), folder=sys.argv[1], resume=True,
+        checkpoint_every=2, max_staleness=int(sys.argv[2]),
+        objective=Objective(correction="ratio"),
+    )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_kill_nine_at_three_steps(staleness: int, tmp_path: Path) -> None:
+    """Killed when steps 3, 6 and 10 are printed, then left alone: as if nothing had happened."""
+
+    def run(folder: Path, kill_at: int | None) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder), str(staleness)],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        with process:
+            for line in process.stdout:
+                if kill_at is not None and line.startswith(f"step {kill_at}/"):
+                    process.send_signal(signal.SIGKILL)
+        assert process.returncode == (0 if kill_at is None else -signal.SIGKILL)
+
+    run(tmp_path / "whole", None)
+    for kill_at in (3, 6, 10, None):
+        run(tmp_path / "killed", kill_at)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert len(numbers(tmp_path / "whole")) == 12
