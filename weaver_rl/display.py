@@ -163,9 +163,9 @@ def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def number_text(value: float) -> str:
     """Three or four figures: 0.531, 4,210, 1.2e-06."""
-    if value == 0 or 1e-3 <= abs(value) < 1000:
+    if value == 0 or 1e-3 <= abs(value) < 100:
         return f"{value:.3f}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.1e}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e7 else f"{value:.1e}"
 
 
 def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]:
