@@ -6,7 +6,7 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 from anyio import to_thread
@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from starlette.exceptions import HTTPException
 
 from weaver import wire
-from weaver.errors import TooLargeError
+from weaver.errors import TooLargeError, WeaverError
 from weaver.protocol import Outcome, Service, SessionInfo, Submission
 from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
 from weaver.server.http.replies import OnceRoute
@@ -28,6 +28,9 @@ from weaver.types import (
     TrainingRun,
     Value,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LARGE_BYTES = 32 * 1024
 """Above this, a message is parsed or written in a thread, beside the event loop."""
@@ -117,11 +120,16 @@ async def collect(
     after: Annotated[int, Query(ge=0, le=2**63)] = 0,
     timeout: Annotated[float, Query(ge=0, le=LONGEST_POLL_S)] = 0.0,
 ) -> Response:
-    outcomes: list[Outcome] = []
+    outcomes: Sequence[Outcome] | WeaverError = ()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_cancel_when_set, front.stopping, tasks.cancel_scope)
-        outcomes.extend(await service.collect(session_id, after=after, timeout_s=timeout))
+        try:
+            outcomes = await service.collect(session_id, after=after, timeout_s=timeout)
+        except WeaverError as error:  # raised in here, it would arrive in a group
+            outcomes = error
         tasks.cancel_scope.cancel()
+    if isinstance(outcomes, WeaverError):
+        raise outcomes
     front.metrics.collected(outcomes)
     return Response(await to_thread.run_sync(wire.encode, outcomes), media_type=MEDIA_TYPE)
 

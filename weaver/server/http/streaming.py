@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import anyio
 from starlette.responses import Response
 
-from weaver.errors import WeaverError
+from weaver.errors import NotFoundError, WeaverError
 from weaver.protocol import ErrorInfo
+from weaver.server.http.errors import error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,21 +36,20 @@ class EventStream(Response):
         self._deltas = deltas
         self._after = after
         self._sent_at = 0.0
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {
-            "type": "http.response.start",
-            "status": self.status_code,
-            "headers": self.raw_headers,
-        }
-        await send(start)
+        refusal: WeaverError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._keep_alive, send)
             tasks.start_soon(_until_gone, receive, tasks.cancel_scope)
-            await self._send_deltas(send)
+            refusal = await self._send_deltas(send)
             tasks.cancel_scope.cancel()
+        if refusal is not None:
+            await error_response(refusal, scope["state"]["request_id"])(scope, receive, send)
 
-    async def _send_deltas(self, send: Send) -> None:
+    async def _send_deltas(self, send: Send) -> WeaverError | None:
+        """Answers why there is no such stream, as long as nothing was sent."""
         number = 0
         last = "event: end\ndata: {}\n\n"
         try:
@@ -59,8 +59,11 @@ class EventStream(Response):
                     event = f"id: {number}\ndata: {delta.model_dump_json()}\n\n"
                     await self._send(send, event)
         except WeaverError as error:
+            if isinstance(error, NotFoundError) and not self._started:
+                return error
             last = f"event: error\ndata: {ErrorInfo.of(error).model_dump_json()}\n\n"
         await self._send(send, last, more=False)
+        return None
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
@@ -70,6 +73,15 @@ class EventStream(Response):
 
     async def _send(self, send: Send, text: str, *, more: bool = True) -> None:
         self._sent_at = anyio.current_time()
+        if not self._started:
+            self._started = True
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
         await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 

@@ -1,0 +1,272 @@
+"""Bad HTTP requests: each answered at once with the right status, a code, and what to do."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import zstandard
+
+from tests.server.http.helpers import running
+from weaver import wire
+from weaver.protocol import CreateModel, Sample, Submission
+from weaver.server.http.front import MEDIA_TYPE, ServerLimits
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+LIMITS = ServerLimits(
+    message=wire.WireLimits(header_bytes=20_000, array_bytes=10_000), submissions=8
+)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def http(home: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(home, limits=LIMITS) as server, server.http() as client:
+        reply = await client.post("/v1/sessions", json={})
+        client.params = httpx.QueryParams()
+        client.headers["X-Session"] = reply.json()["session_id"]
+        yield client
+
+
+def message(tree: object, *, raw: bytes = b"") -> bytes:
+    header = json.dumps(tree).encode()
+    frame = zstandard.compress(raw) if raw else b""
+    lengths = len(header).to_bytes(4, "little") + len(raw).to_bytes(8, "little")
+    return wire.MAGIC + lengths + header + frame
+
+
+def operation(**fields: Any) -> bytes:
+    return message([{"id": "a", "operation": fields}])
+
+
+def announced(*, header: int = 2, arrays: int = 0) -> bytes:
+    lengths = header.to_bytes(4, "little") + arrays.to_bytes(8, "little")
+    return wire.MAGIC + lengths + b"[]"
+
+
+def gradient(**datum: Any) -> bytes:
+    return operation(kind="forward_backward", loss_fn="cross_entropy", datums=[datum])
+
+
+TOKENS = {"chunks": [{"tokens": [1, 2]}]}
+SAMPLE = {"kind": "sample", "sampler_id": "base:fake", "prompt": "x"}
+BOMB = wire.MAGIC + bytes([2, 0, 0, 0]) + (9000).to_bytes(8, "little") + b"[]"
+BOMB += zstandard.compress(bytes(2**24))
+
+SUBMISSIONS: list[tuple[bytes, int, str]] = [
+    (b"", 400, "invalid_request"),
+    (b"{}", 400, "invalid_request"),
+    (b'{"id": "a", "operation": null}', 400, "invalid_request"),
+    (wire.MAGIC, 400, "invalid_request"),
+    (b"WVR\x02" + bytes(12), 400, "invalid_request"),
+    (announced(header=500), 400, "invalid_request"),
+    (announced(header=10**6), 413, "too_large"),
+    (announced(arrays=10**12), 413, "too_large"),
+    (announced(arrays=100), 400, "invalid_request"),
+    (bytes(200_000), 413, "too_large"),
+    (BOMB, 400, "invalid_request"),
+    (message([], raw=b"abc"), 400, "invalid_request"),
+    (message({"$tensor": ["f4", [2], 0]}, raw=b"abcd"), 400, "invalid_request"),
+    (message({"$list": ["i4", [1], 8]}, raw=b"abcd"), 400, "invalid_request"),
+    (message({"$pickle": "x"}), 400, "invalid_request"),
+    (message({}), 400, "invalid_request"),
+    (message("a"), 400, "invalid_request"),
+    (message([1]), 400, "invalid_request"),
+    (message([None]), 400, "invalid_request"),
+    (message([{}]), 422, "invalid_params"),
+    (message([{"id": 1, "operation": None}]), 422, "invalid_params"),
+    (message([{"id": "a", "operation": None, "seq": 0}]), 422, "invalid_params"),
+    (message([{"id": "a", "operation": None, "seq": "x"}]), 422, "invalid_params"),
+    (message([{"id": "a", "operation": None, "extra": 1}]), 422, "invalid_params"),
+    (message([{"id": "a", "operation": None}] * 9), 413, "too_large"),
+    (operation(kind="format_disk"), 422, "invalid_params"),
+    (operation(), 422, "invalid_params"),
+    (operation(kind="create_model"), 422, "invalid_params"),
+    (operation(kind="create_model", base_model=3), 422, "invalid_params"),
+    (operation(kind="create_model", base_model="m", seed="x"), 422, "invalid_params"),
+    (operation(kind="create_model", base_model="m", training_mode="all"), 422, "invalid_params"),
+    (
+        operation(kind="create_model", base_model="m", lora_config={"rank": 0}),
+        422,
+        "invalid_params",
+    ),
+    (
+        operation(kind="create_model", base_model="m", lora_config={"rnk": 1}),
+        422,
+        "invalid_params",
+    ),
+    (operation(kind="optim_step", params={"learning_rate": -1}), 422, "invalid_params"),
+    (operation(kind="optim_step", params={"beta1": 1}), 422, "invalid_params"),
+    (operation(kind="optim_step", params={"lr": 1}), 422, "invalid_params"),
+    (operation(kind="save_checkpoint", purpose="backup"), 422, "invalid_params"),
+    (operation(kind="save_checkpoint", purpose="state", ttl_seconds=0), 422, "invalid_params"),
+    (gradient(), 422, "invalid_datum"),
+    (gradient(model_input={"chunks": [{"tokens": [-1]}]}), 422, "invalid_datum"),
+    (gradient(model_input={"chunks": [{"tokens": ["a"]}]}), 422, "invalid_datum"),
+    (gradient(model_input={"chunks": [{"tokens": [[1]]}]}), 422, "invalid_datum"),
+    (gradient(model_input={"chunks": [{"type": "image", "tokens": []}]}), 422, "invalid_datum"),
+    (gradient(model_input=TOKENS, loss_fn_inputs=[]), 422, "invalid_datum"),
+    (gradient(model_input=TOKENS, loss_fn_inputs={"target_tokens": "x"}), 422, "invalid_datum"),
+    (gradient(model_input=TOKENS, loss_fn_inputs={"target_tokens": [1.5]}), 422, "invalid_datum"),
+    (operation(**SAMPLE, params={"max_tokens": 0}), 422, "invalid_params"),
+    (operation(**SAMPLE, params={"temperature": -1}), 422, "invalid_params"),
+    (operation(**SAMPLE, params={"top_p": 0}), 422, "invalid_params"),
+    (operation(**SAMPLE, params={"stop": [""]}), 422, "invalid_params"),
+    (operation(**SAMPLE, num_samples=-1), 422, "invalid_params"),
+    (operation(**SAMPLE, num_samples=10**6), 422, "invalid_params"),
+    (operation(**{**SAMPLE, "prompt": 3}), 422, "invalid_params"),
+]
+
+REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
+    ("GET", "/", {}, 404, "not_found"),
+    ("GET", "/v1", {}, 404, "not_found"),
+    ("GET", "/v2/models", {}, 404, "not_found"),
+    ("GET", "/v1/sessions", {}, 405, "invalid_request"),
+    ("PATCH", "/v1/sessions", {}, 405, "invalid_request"),
+    ("DELETE", "/v1/models", {}, 405, "invalid_request"),
+    ("POST", "/v1/sessions", {}, 422, "invalid_request"),
+    ("POST", "/v1/sessions", {"content": b"{"}, 422, "invalid_request"),
+    ("POST", "/v1/sessions", {"content": b"{", "headers": "json"}, 400, "invalid_request"),
+    (
+        "POST",
+        "/v1/sessions",
+        {"content": b"[" * 99_999, "headers": "json"},
+        400,
+        "invalid_request",
+    ),
+    ("POST", "/v1/sessions", {"content": b'"\xff"', "headers": "json"}, 400, "invalid_request"),
+    ("POST", "/v1/sessions", {"json": []}, 422, "invalid_request"),
+    ("POST", "/v1/sessions", {"json": {"user_metadata": 1}}, 422, "invalid_params"),
+    ("POST", "/v1/sessions", {"json": {"admin": True}}, 422, "invalid_params"),
+    ("POST", "/v1/sessions", {"content": bytes(5 * 2**20)}, 413, "too_large"),
+    ("GET", "/v1/sessions/none/outcomes", {}, 404, "not_found"),
+    ("GET", "/v1/sessions/%00/outcomes", {}, 404, "not_found"),
+    ("GET", "/v1/sessions/..%2F..%2Fetc/outcomes", {}, 404, "not_found"),
+    ("GET", "/v1/sessions/S/outcomes?after=-1", {}, 422, "invalid_request"),
+    ("GET", "/v1/sessions/S/outcomes?after=x", {}, 422, "invalid_request"),
+    ("GET", "/v1/sessions/S/outcomes?after=99999999999999999999", {}, 422, "invalid_request"),
+    ("GET", "/v1/sessions/S/outcomes?timeout=26", {}, 422, "invalid_request"),
+    ("GET", "/v1/sessions/S/outcomes?timeout=nan", {}, 422, "invalid_request"),
+    ("POST", "/v1/sessions/S/submissions", {"json": []}, 415, "invalid_request"),
+    ("POST", "/v1/sessions/S/submissions", {"content": b"x"}, 415, "invalid_request"),
+    ("POST", "/v1/sessions/none/cancel", {"json": {"submission_ids": []}}, 404, "not_found"),
+    ("POST", "/v1/sessions/S/cancel", {"json": {}}, 422, "invalid_params"),
+    ("POST", "/v1/sessions/S/cancel", {"json": {"submission_ids": "a"}}, 422, "invalid_params"),
+    (
+        "POST",
+        "/v1/sessions/S/cancel",
+        {"json": {"submission_ids": ["a"] * 10_001}},
+        422,
+        "invalid_params",
+    ),
+    ("GET", "/v1/sessions/none/stream/a", {}, 404, "not_found"),
+    ("GET", "/v1/sessions/S/stream/none", {}, 404, "not_found"),
+    ("GET", "/v1/sessions/S/stream/a", {"headers": {"Last-Event-ID": "x"}}, 422, "invalid_request"),
+    ("GET", "/v1/models/info", {}, 422, "invalid_request"),
+    ("GET", "/v1/models/info?name=", {}, 422, "invalid_request"),
+    ("GET", "/v1/models/info?name=none", {}, 404, "unknown_model"),
+    ("GET", "/v1/models/info?name=/etc/passwd", {}, 404, "unknown_model"),
+    ("GET", f"/v1/models/info?name={'x' * 2000}", {}, 422, "invalid_request"),
+    ("GET", "/v1/models/tokenizer?name=../..", {}, 404, "unknown_model"),
+    ("GET", "/v1/runs/none", {}, 404, "run_not_found"),
+    ("GET", "/v1/runs/none/metrics", {}, 404, "run_not_found"),
+    ("POST", "/v1/runs/none/metrics", {"json": {"points": []}}, 404, "run_not_found"),
+    ("POST", "/v1/runs/none/metrics", {"json": {}}, 422, "invalid_params"),
+    (
+        "POST",
+        "/v1/runs/none/metrics",
+        {"json": {"points": [{"name": "a"}]}},
+        422,
+        "invalid_params",
+    ),
+    (
+        "POST",
+        "/v1/runs/none/metrics",
+        {"content": b'{"points":[{"name":"a","value":NaN}]}', "headers": "json"},
+        422,
+        "invalid_params",
+    ),
+    ("GET", "/v1/checkpoints/info", {}, 422, "invalid_request"),
+    ("GET", "/v1/checkpoints/info?path=/etc/passwd", {}, 404, "checkpoint_not_found"),
+    ("GET", "/v1/checkpoints/info?path=weaver://r/weights/x", {}, 404, "checkpoint_not_found"),
+    ("GET", "/v1/checkpoints/info?path=weaver://../weights/x", {}, 422, "invalid_name"),
+    ("GET", "/v1/checkpoints/info?path=weaver://r/weights/%2e%2e", {}, 422, "invalid_name"),
+    ("DELETE", "/v1/checkpoints", {}, 422, "invalid_request"),
+    ("DELETE", "/v1/checkpoints?path=weaver://r/weights/x", {}, 404, "checkpoint_not_found"),
+    ("DELETE", "/v1/checkpoints?path=weaver://r", {}, 422, "invalid_name"),
+    ("PUT", "/v1/checkpoints/ttl?path=weaver://r/weights/x", {"json": {}}, 422, "invalid_params"),
+    (
+        "PUT",
+        "/v1/checkpoints/ttl?path=weaver://r/weights/x",
+        {"json": {"ttl_seconds": 0}},
+        422,
+        "invalid_params",
+    ),
+    (
+        "PUT",
+        "/v1/checkpoints/ttl?path=weaver://r/weights/x",
+        {"json": {"ttl_seconds": None}},
+        404,
+        "checkpoint_not_found",
+    ),
+    ("GET", "/healthz", {"headers": {"Host": "evil.example"}}, 200, ""),
+    ("GET", "/v1/runs", {"headers": {"Host": "evil.example"}}, 403, "permission_denied"),
+    ("GET", "/v1/runs", {"headers": {"Origin": "http://evil.example"}}, 403, "permission_denied"),
+    ("GET", "/v1/runs", {"headers": {"Origin": "null"}}, 403, "permission_denied"),
+]
+
+
+def check(reply: httpx.Response, status: int, code: str) -> None:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["X-Request-ID"]
+    if status < 400:
+        return
+    error = reply.json()["error"]
+    assert error["code"] == code
+    assert error["request_id"] == reply.headers["X-Request-ID"]
+    assert error["message"] and "Traceback" not in reply.text
+
+
+@pytest.mark.parametrize(("body", "status", "code"), SUBMISSIONS)
+async def test_bad_submissions(
+    http: httpx.AsyncClient, body: bytes, status: int, code: str
+) -> None:
+    path = f"/v1/sessions/{http.headers['X-Session']}/submissions"
+    check(await http.post(path, content=body, headers={"Content-Type": MEDIA_TYPE}), status, code)
+    good = wire.encode([Submission(id="a", operation=CreateModel(base_model="fake"))])
+    reply = await http.post(path, content=good, headers={"Content-Type": MEDIA_TYPE})
+    assert reply.status_code == 202
+
+
+async def test_bad_requests(http: httpx.AsyncClient) -> None:
+    wrong = []
+    for method, path, options, status, code in REQUESTS:
+        session = http.headers["X-Session"]
+        if options.get("headers") == "json":
+            options = {**options, "headers": {"Content-Type": "application/json"}}
+        reply = await http.request(method, path.replace("/S/", f"/{session}/"), **options)
+        try:
+            check(reply, status, code)
+        except AssertionError as error:
+            wrong.append(f"{method} {path[:80]}: {str(error)[:300]}")
+    assert not wrong, "\n".join(wrong)
+
+
+async def test_the_same_id_with_another_body_is_a_conflict(http: httpx.AsyncClient) -> None:
+    path = f"/v1/sessions/{http.headers['X-Session']}/submissions"
+    for prompt, status in (("a", 202), ("a", 202), ("b", 409)):
+        sample = Sample(sampler_id="base:fake", prompt=prompt)
+        body = wire.encode([Submission(id="x", operation=sample)])
+        reply = await http.post(path, content=body, headers={"Content-Type": MEDIA_TYPE})
+        assert reply.status_code == status
+    check(reply, 409, "conflict")
