@@ -249,7 +249,7 @@ class HttpService:
     async def _events(self, path: str, seen: int) -> AsyncGenerator[tuple[str, str]]:
         """The (event, data) pairs of a stream of server-sent events."""
         headers = {"Last-Event-ID": str(seen)}
-        kind = "message"
+        kind, data = "message", ""
         async with self._http.stream("GET", path, headers=headers, timeout=REPLY_S) as reply:
             if reply.status_code != 200:
                 await reply.aread()
@@ -259,7 +259,10 @@ class HttpService:
                 if name == "event":
                     kind = value
                 elif name == "data":
-                    yield kind, value
+                    data = value
+                elif not line and data:  # an event counts once its end has come
+                    yield kind, data
+                    data = ""
 
     def _check(self, reply: httpx.Response) -> None:
         """Raises the error that the reply holds, if any."""
@@ -342,7 +345,7 @@ class _Outage:
             if isinstance(error, _ComesBackError):
                 raise error.error
             raise ServiceConnectionError(
-                f"{self._address} cannot be reached: {error or type(error).__name__}.",
+                f"{self._address} cannot be reached: {str(error) or type(error).__name__}.",
                 hint="Is the server running? `weaver serve` starts one; check WEAVER_BASE_URL.",
             ) from None
         self._attempts += 1

@@ -69,7 +69,7 @@ class EventStream(Response):
         while True:
             await anyio.sleep(KEEPALIVE_S)
             if anyio.current_time() - self._sent_at >= KEEPALIVE_S:
-                await self._send(send, ": waiting\n\n")
+                await self._send(send, ": waiting\n")
 
     async def _send(self, send: Send, text: str, *, more: bool = True) -> None:
         self._sent_at = anyio.current_time()

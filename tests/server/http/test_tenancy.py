@@ -1,0 +1,258 @@
+"""Keys and projects: who gets in, and what each sees. Every route that takes an id is tried."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.server.http.helpers import running
+from weaver.errors import (
+    AuthenticationError,
+    CheckpointNotFoundError,
+    InvalidNameError,
+    NotFoundError,
+    QuotaExceededError,
+    RunNotFoundError,
+)
+from weaver.protocol import (
+    CheckpointSaved,
+    CreateModel,
+    GradientsDone,
+    LoadCheckpoint,
+    OpenSampler,
+    Sample,
+    SaveCheckpoint,
+    StepDone,
+)
+from weaver.server.scoped import Quotas
+from weaver.types import MetricPoint, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.server.http.helpers import Server
+    from weaver.client.http import HttpService
+    from weaver.protocol import Operation
+
+pytestmark = pytest.mark.anyio
+SHORT = SamplingParams(max_tokens=2)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def server(home: Path) -> AsyncIterator[Server]:
+    async with running(home, auth=True) as server:
+        yield server
+
+
+def login(server: Server, project: str, *, admin: bool = False) -> HttpService:
+    return server.client(server.keys.create(project, admin=admin)[1])
+
+
+class Tenant:
+    """A project with a run, a checkpoint and a sampler."""
+
+    caller: Caller
+    run: str
+    path: str
+
+    @classmethod
+    async def settle(cls, service: HttpService) -> Tenant:
+        self = cls()
+        self.caller = await Caller.open(service)
+        self.run = await self.caller.create()
+        await self.caller.do(GRADIENT, GradientsDone, run_id=self.run)
+        await self.caller.do(STEP, StepDone, run_id=self.run)
+        self.path = await self.caller.save(self.run, "sampler", name="x")
+        await service.log_metrics(self.run, [MetricPoint(name="loss", value=1)])
+        return self
+
+
+async def test_without_a_valid_key_nothing_is_answered(server: Server) -> None:
+    info, secret = server.keys.create("alice")
+    server.keys.revoke(info.id)
+    for headers in (
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer wv-nothing"},
+        {"Authorization": f"Basic {secret}"},
+        {"Authorization": f"Bearer {secret}"},
+        {"Authorization": b"Bearer w\xe9v"},
+        {"X-WEAVER-API-KEY": "x"},
+    ):
+        async with server.http() as http:
+            for path in ("/v1/models", "/v1/runs", "/metrics", "/v1/nowhere"):
+                reply = await http.get(path, headers=headers)
+                assert reply.status_code == 401
+                assert reply.json()["error"]["code"] == "unauthenticated"
+                assert reply.headers["WWW-Authenticate"] == "Bearer"
+                assert secret not in reply.text
+            assert (await http.get("/healthz", headers=headers)).status_code == 200
+    with pytest.raises(AuthenticationError, match="WEAVER_API_KEY"):
+        await server.client().open_session()
+
+
+async def test_both_headers_let_in(server: Server) -> None:
+    _, secret = server.keys.create("alice")
+    async with server.http() as http:
+        for headers in ({"Authorization": f"bearer {secret}"}, {"X-WEAVER-API-KEY": secret}):
+            assert (await http.get("/v1/runs", headers=headers)).status_code == 200
+
+
+async def test_metrics_are_for_administrators(server: Server) -> None:
+    for admin, status in ((False, 403), (True, 200)):
+        async with server.http(server.keys.create("a", admin=admin)[1]) as http:
+            assert (await http.get("/metrics")).status_code == status
+
+
+async def test_a_project_sees_nothing_of_another(server: Server) -> None:
+    async with login(server, "alice") as alice, login(server, "bob") as bob:
+        hers = await Tenant.settle(alice)
+        session, run, path = hers.caller.session_id, hers.run, hers.path
+        assert await bob.list_runs() == [] and await bob.list_checkpoints() == []
+        for missing in (
+            lambda: bob.get_run(run),
+            lambda: bob.list_checkpoints(run),
+            lambda: bob.read_metrics(run),
+            lambda: bob.log_metrics(run, []),
+        ):
+            with pytest.raises(RunNotFoundError):
+                await missing()
+        for lost in (
+            lambda: bob.get_checkpoint(path),
+            lambda: bob.delete_checkpoint(path),
+            lambda: bob.set_checkpoint_ttl(path, 1),
+        ):
+            with pytest.raises(CheckpointNotFoundError):
+                await lost()
+        submission = hers.caller.stamp(Sample(sampler_id="base:fake", prompt="x", stream=True))
+        await alice.submit(session, [submission])
+        for strange in (
+            lambda: bob.submit(session, [submission]),
+            lambda: bob.collect(session, after=0, timeout_s=0),
+            lambda: bob.cancel(session, [submission.id]),
+            lambda: anext(aiter(bob.stream(session, submission.id))),
+        ):
+            with pytest.raises(NotFoundError):
+                await strange()
+        await bob.close_session(session)  # says nothing, does nothing
+        assert (await hers.caller.outcome(submission.id)).result is not None
+        assert [c.path for c in await alice.list_checkpoints(run)] == [path]
+
+
+async def test_operations_on_what_is_anothers_end_as_on_what_is_nowhere(server: Server) -> None:
+    async with login(server, "alice") as alice, login(server, "bob") as bob:
+        hers, his = await Tenant.settle(alice), await Tenant.settle(bob)
+        caller = his.caller
+
+        async def said(operation: Operation, run_id: str | None = None) -> str:
+            outcome = await caller.outcome(await caller.start(operation, run_id))
+            assert outcome.error is not None
+            return str(outcome.error.to_error())
+
+        foreign, nowhere = hers.path, hers.path.replace(hers.run, "run-000000000000")
+        for make in (
+            lambda path: (OpenSampler(model_path=path), None),
+            lambda path: (Sample(sampler_id=path, prompt="x", params=SHORT), None),
+            lambda path: (LoadCheckpoint(path=path), his.run),
+        ):
+            there, absent = await said(*make(foreign)), await said(*make(nowhere))
+            assert there.replace(hers.run, "") == absent.replace("run-000000000000", "")
+        there, absent = await said(STEP, hers.run), await said(STEP, "run-000000000000")
+        assert there.replace(hers.run, "") == absent.replace("run-000000000000", "")
+        # The refused operations took their places, in his order only.
+        await caller.do(GRADIENT, GradientsDone, run_id=his.run)
+        await hers.caller.do(GRADIENT, GradientsDone, run_id=hers.run)
+        assert (await hers.caller.do(STEP, StepDone, run_id=hers.run)).output.metrics["step"] == 2
+
+
+async def test_an_administrator_sees_all(server: Server) -> None:
+    async with login(server, "alice") as alice, login(server, "ops", admin=True) as admin:
+        hers = await Tenant.settle(alice)
+        assert [run.run_id for run in await admin.list_runs()] == [hers.run]
+        assert (await admin.get_checkpoint(hers.path)).run_id == hers.run
+
+
+async def test_checkpoints_stay_their_projects_after_a_restart(home: Path) -> None:
+    async with running(home, auth=True) as first, login(first, "alice") as alice:
+        path = (await Tenant.settle(alice)).path
+    async with running(home, auth=True) as second:
+        async with login(second, "alice") as alice, login(second, "bob") as bob:
+            assert [c.path for c in await alice.list_checkpoints()] == [path]
+            assert (await alice.get_checkpoint(path)).folder is None
+            assert await bob.list_checkpoints() == []
+
+
+async def test_folders_of_the_server_cannot_be_named(server: Server, home: Path) -> None:
+    async with login(server, "alice") as alice:
+        hers = await Tenant.settle(alice)
+        folder = str(home / "runs" / hers.run / "sampler" / "x")
+        caller = hers.caller
+        assert await caller.refused(OpenSampler(model_path=folder)) == "checkpoint_not_found"
+        assert await caller.refused(OpenSampler(base_model=folder)) == "unknown_model"
+        assert await caller.refused(CreateModel(base_model=folder)) == "unknown_model"
+        assert await caller.refused(Sample(sampler_id=folder, prompt="x")) == "not_found"
+        load = LoadCheckpoint(path=folder)
+        assert await caller.refused(load, run_id=hers.run) == "checkpoint_not_found"
+
+
+async def test_quotas(home: Path) -> None:
+    quotas = Quotas(pending_operations=2, runs=1, tokens_per_operation=20, stored_bytes=1)
+    async with running(home, auth=True, quotas=quotas) as server, login(server, "a") as service:
+        hers = await Tenant.settle(service)
+        caller = hers.caller
+        assert await caller.refused(CreateModel(base_model="fake")) == "quota_exceeded"
+        assert await caller.refused(SaveCheckpoint(purpose="state"), run_id=hers.run) == (
+            "quota_exceeded"
+        )
+        much = Sample(sampler_id="base:fake", prompt="x", params=SHORT, num_samples=11)
+        assert await caller.refused(much) == "too_large"
+        three = [caller.stamp(Sample(sampler_id="base:fake", prompt="x")) for _ in range(3)]
+        service._outage_s = 0.0
+        with pytest.raises(QuotaExceededError, match="limit of a project is 2"):
+            await service.submit(caller.session_id, three)
+        async with login(server, "b") as other:
+            await (await Caller.open(other)).create()
+
+
+async def test_quota_of_storage_is_freed_by_deleting(home: Path) -> None:
+    async with running(home, auth=True, quotas=Quotas(stored_bytes=1)) as server:
+        async with login(server, "a") as service:
+            hers = await Tenant.settle(service)
+            save = SaveCheckpoint(purpose="state", name="y")
+            assert await hers.caller.refused(save, run_id=hers.run) == "quota_exceeded"
+            await service.delete_checkpoint(hers.path)
+            await hers.caller.do(save, CheckpointSaved, run_id=hers.run)
+
+
+def test_keys_are_hashed_and_shown_once(home: Path) -> None:
+    from weaver.server.database import open_database
+    from weaver.server.keys import Keys
+
+    database = open_database(home)
+    keys = Keys(database)
+    info, secret = keys.create("alice", name="laptop")
+    assert secret.startswith("wv-") and len(secret) >= 46
+    assert keys.authenticate(secret).project == "alice"
+    stored = b"".join(path.read_bytes() for path in home.iterdir())
+    assert (
+        b"alice" in stored and secret.encode() not in stored and secret[3:].encode() not in stored
+    )
+    assert (home / "server.db").stat().st_mode & 0o077 == 0
+    assert [key.revoked_at for key in keys.list()] == [None]
+    assert keys.revoke(info.id[:5]).revoked_at is not None
+    with pytest.raises(AuthenticationError):
+        keys.authenticate(secret)
+    for bad in ("", "../x", "a b", "x" * 65):
+        with pytest.raises(InvalidNameError):
+            keys.create(bad)
+    with pytest.raises(NotFoundError):
+        keys.revoke("")
+    database.dispose()
