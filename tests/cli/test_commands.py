@@ -1,0 +1,170 @@
+"""The commands of `weaver`, run in process; the server of `serve` is in test_serve.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from typer.testing import CliRunner
+
+from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.server.http.helpers import serving
+from weaver.cli import app
+from weaver.cli.output import find
+from weaver.cli.serve import parse_models
+from weaver.client.http import HttpService
+from weaver.engine.fake import FakeEngine
+from weaver.errors import NotFoundError, WeaverError
+from weaver.protocol import GradientsDone, StepDone
+from weaver.server.http.run import ServerSettings
+from weaver.types import MetricPoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def weaver(*arguments: str, stdin: str | None = None) -> str:
+    """What the command writes to stdout; its error, if it fails."""
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture
+def saved(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """A server with a run and its checkpoint, chosen by WEAVER_BASE_URL."""
+
+    async def train(address: str) -> tuple[str, str]:
+        async with HttpService(address) as service:
+            caller = await Caller.open(service)
+            run = await caller.create()
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+            await caller.do(STEP, StepDone, run_id=run)
+            await service.log_metrics(run, [MetricPoint(name="loss", value=0.5)])
+            return run, await caller.save(run, "sampler", name="best")
+
+    engine = FakeEngine(models=("weaver-nano", "fake"))
+    with serving(engine, ServerSettings(home=home, port=0, auth=False)) as server:
+        monkeypatch.setenv("WEAVER_BASE_URL", server.address)
+        monkeypatch.setenv("WEAVER_HOME", str(home / "client"))
+        yield anyio.run(train, server.address)
+
+
+def test_lists_and_details(saved: tuple[str, str]) -> None:
+    run, path = saved
+    assert run in weaver("runs", "list") and path in weaver("checkpoints", "list")
+    assert [r["run_id"] for r in json.loads(weaver("runs", "list", "--json"))] == [run]
+    assert [c["path"] for c in json.loads(weaver("checkpoints", "list", "--json"))] == [path]
+    assert json.loads(weaver("checkpoints", "list", "--run", run, "--json"))[0]["step"] == 1
+    short = run.removeprefix("run-")[:8]
+    shown = json.loads(weaver("runs", "show", short, "--json"))
+    assert shown["run_id"] == run and shown["metrics"] == {"loss": 0.5}
+    assert json.loads(weaver("checkpoints", "show", "best", "--json"))["path"] == path
+    names = [m["name"] for m in json.loads(weaver("models", "list", "--json"))]
+    assert names == ["weaver-nano", "fake"]
+    assert "context_length" in weaver("models", "check", "fake")
+
+
+def test_checkpoints_expire_and_go(saved: tuple[str, str]) -> None:
+    _, path = saved
+    assert "never" not in weaver("checkpoints", "ttl", "best", "3600")
+    assert "never" in weaver("checkpoints", "ttl", path, "none")
+    with pytest.raises(WeaverError, match="seconds"):
+        weaver("checkpoints", "ttl", path, "soon")
+    with pytest.raises(SystemExit):
+        weaver("checkpoints", "delete", "best", stdin="n\n")
+    assert path in weaver("checkpoints", "list")
+    assert path in weaver("checkpoints", "delete", "best", "--yes")
+    assert weaver("checkpoints", "list") == "No checkpoints.\n"
+    assert json.loads(weaver("checkpoints", "list", "--json")) == []
+
+
+def test_sample_and_chat(saved: tuple[str, str]) -> None:
+    _, path = saved
+    assert len(weaver("sample", "hi", "-n", "2", "--max-tokens", "4").splitlines()) >= 2
+    once = weaver("sample", "-", "--model", path, "--seed", "1", "--json", stdin="hi")
+    assert once == weaver("sample", "hi", "--model", path, "--seed", "1", "--json")
+    assert json.loads(once)["sequences"][0]["weights_version"] == 1
+    assert weaver("chat", "--max-tokens", "4", stdin="hello\nagain\n\n").count("> ") == 3
+
+
+def test_doctor(saved: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "answers:" in weaver("doctor")
+    assert "answers:" in weaver("doctor", "--model", "fake")
+    result = CliRunner().invoke(app, ["doctor", "--model", "none"])
+    assert result.exit_code == 1 and "FAILED" in result.stdout and "none" in result.stdout
+
+
+def test_a_server_out_of_reach_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from weaver.cli import main
+
+    monkeypatch.setattr("weaver.client.http.FIRST_CONTACT_S", 0.1)
+    monkeypatch.setenv("WEAVER_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["weaver", "runs", "list"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and said.startswith("error: http://127.0.0.1:1 cannot be reached")
+    assert said.count("\n") == 1
+
+
+def test_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_HOME", str(home))
+    assert "No keys" in weaver("keys", "list")
+    secret = weaver("keys", "create", "--project", "alice", "--name", "laptop").strip()
+    assert secret.startswith("wv-")
+    made = json.loads(weaver("keys", "create", "--project", "ops", "--admin", "--json"))
+    assert made["key"].startswith("wv-") and made["admin"]
+    listed = weaver("keys", "list")
+    assert "alice" in listed and "laptop" in listed and secret not in listed
+    assert made["id"] in weaver("keys", "revoke", made["id"][:6])
+    rows = json.loads(weaver("keys", "list", "--json"))
+    assert [row["revoked_at"] is None for row in rows] == [True, False]
+    assert all("hash" not in row and "key" not in row for row in rows)
+    with pytest.raises(NotFoundError):
+        weaver("keys", "revoke", "zz")
+
+
+def test_ids_may_be_abbreviated_if_they_stay_unique() -> None:
+    ids = ["run-ab12", "run-ab34", "run-cd56"]
+
+    def pick(given: str) -> str:
+        return find(given, ids, name=str, what="runs")
+
+    assert pick("run-ab12") == "run-ab12" and pick("cd") == pick("run-c") == "run-cd56"
+    for given, message in (
+        ("ab", "2 runs match 'ab': run-ab12, run-ab34"),
+        ("x", "no runs"),
+        ("", "no"),
+    ):
+        with pytest.raises(NotFoundError, match=message):
+            pick(given)
+
+
+def test_models_are_served_under_their_name_and_as_given(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    assert parse_models([f"mine={folder}", "Qwen/Qwen3-8B"]) == {
+        "mine": tmp_path,
+        folder: tmp_path,
+        "Qwen/Qwen3-8B": "Qwen/Qwen3-8B",
+    }
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from weaver.cli import app; "
+        "from typer.testing import CliRunner; "
+        "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0; "
+        "heavy = {'torch', 'numpy', 'pydantic', 'httpx', 'fastapi', 'sqlalchemy', 'anyio'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

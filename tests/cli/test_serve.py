@@ -1,0 +1,116 @@
+"""`weaver serve` as a process: it starts, answers, and leaves when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import httpx
+import pytest
+
+from tests.contracts.caller import Caller
+from weaver.client.http import HttpService
+from weaver.engine.fake import FakeEngine
+from weaver.errors import ConfigError
+from weaver.protocol import OpenSampler, SamplerOpened
+from weaver.server.http.run import ServerSettings, run_server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEAVER = [sys.executable, "-c", "from weaver.cli import main; main()"]
+
+
+def serve(home: Path, *arguments: str, **settings: str) -> tuple[subprocess.Popen[str], str]:
+    """A running server and its address."""
+    environment = {**os.environ, "WEAVER_HOME": str(home), "WEAVER_PORT": "0", **settings}
+    server = subprocess.Popen(
+        [*WEAVER, "serve", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if line.startswith("Weaver at "):
+            return server, line.split()[2]
+    raise AssertionError(f"the server ended with {server.wait()}")
+
+
+@pytest.mark.slow
+def test_a_server_starts_answers_and_leaves(home: Path) -> None:
+    made = subprocess.run(
+        [*WEAVER, "keys", "create", "--project", "p", "--home", str(home)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    secret = made.stdout.strip()
+    server, address = serve(home, "--log-json", WEAVER_THREADS="1")
+    assert server.stderr is not None
+    try:
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+
+        async def use() -> None:
+            async with HttpService(address, api_key=secret) as service:
+                assert [m.name for m in await service.list_models()] == ["weaver-nano"]
+                caller = await Caller.open(service)
+                await caller.do(OpenSampler(base_model="weaver-nano"), SamplerOpened)
+                run = await caller.create("weaver-nano")
+                assert (await service.get_run(run)).base_model == "weaver-nano"
+                assert "tokenizer.json" in await service.tokenizer_files("weaver-nano")
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(stop_while_polled)
+                    await service._http.get(  # a long poll, which must not hold the server up
+                        f"sessions/{caller.session_id}/outcomes",
+                        params={"after": caller.cursor, "timeout": 25},
+                        timeout=30,
+                    )
+
+        async def stop_while_polled() -> None:
+            await anyio.sleep(0.3)
+            server.send_signal(signal.SIGTERM)
+
+        began = time.monotonic()
+        anyio.run(use)
+        assert server.wait(15) == 0
+        assert time.monotonic() - began < 60
+    finally:
+        server.kill()
+        log = server.stderr.read()
+        server.wait()
+        server.stderr.close()
+    assert secret not in log and "Traceback" not in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    asked = [line for line in lines if line.get("path") == "/v1/models"]
+    assert [line["status"] for line in asked] == [401, 200]
+    assert all(len(line["request_id"]) == 32 for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0", "auth": False}, "keys are off"),
+        ({"host": "203.0.113.1"}, "cannot listen on 203.0.113.1"),
+        ({"host": "no.such.host.invalid"}, "cannot listen"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    home: Path, settings: dict[str, object], message: str
+) -> None:
+    chosen = ServerSettings(home=home, port=0, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        asyncio.run(run_server(FakeEngine(), chosen, started=lambda running: running.stop()))
+
+
+def test_a_taken_port_is_named(home: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        chosen = ServerSettings(home=home, port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"Address already in use.*--port"):
+            asyncio.run(run_server(FakeEngine(), chosen, started=lambda running: running.stop()))
