@@ -5,7 +5,8 @@ of then, while those of the steps behind it are being played. One step's rollout
 each step that is trained on, so at most max_staleness + 1 of them are under way, none is dropped,
 and the staleness is bounded by construction; every token carries the version of its weights. What
 is trained on at which step depends on the seed alone, not on which rollout was faster. So a resumed
-run is exact here too: a checkpoint waits for the rollouts under way and keeps them.
+run is exact here too, on an engine in deterministic mode (no number depends on what shares the
+batch): a checkpoint waits for the rollouts under way and keeps them.
 """
 
 from __future__ import annotations
