@@ -152,6 +152,29 @@ def test_a_head_that_is_scaled_is_exact(tmp_path: Path) -> None:
         engine.trainer.create_run(name, name, training_mode="lora", lora_config=LORA, seed=0)
 
 
+def test_a_model_whose_tokens_see_other_sequences_is_refused(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr("weaver.engine.attention.packed_attention", leak)
+    engine = TorchEngine({"tiny": model_folder("llama")})
+    with pytest.raises(UnsupportedError, match="see each other"):
+        engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
+
+
+def test_a_head_that_is_not_known_is_refused(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weaver.engine.head.Head.finish", lambda self, z: 2 * z)
+    engine = TorchEngine({"tiny": model_folder("llama")})
+    with pytest.raises(UnsupportedError, match="transforms its logits"):
+        engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
+
+
 def test_text_and_chats_are_encoded(model_folder: Callable[[str], Path]) -> None:
     engine = TorchEngine({"bare": model_folder("qwen3")})
     tokens = engine.encode("weaver-nano", "rev:abc=")

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+import transformers
 
 from tests.engine.conftest import (
+    SIZES,
     datum,
     gradient_of,
     job,
@@ -16,16 +18,19 @@ from tests.engine.conftest import (
     new_run,
     reference_model,
     result_of,
+    save_tiny,
     sequences,
 )
+from weaver.engine.catalog import Catalog
+from weaver.engine.linear import FrozenLinear
 from weaver.engine.packing import pack
+from weaver.engine.store import ModelStore
+from weaver.engine.trainer import TorchTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from weaver.engine.store import ModelStore
-    from weaver.engine.trainer import TorchTrainer
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -46,12 +51,27 @@ def test_packed_logits_equal_those_of_transformers(
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
+def test_a_model_of_prepacked_layers_equals_transformers_and_peft(tmp_path: Path) -> None:
+    sizes = {**SIZES, "hidden_size": 384, "intermediate_size": 512, "vocab_size": 1000}
+    folder = tmp_path / "qwen3"
+    save_tiny(transformers.Qwen3Config(**sizes | {"initializer_range": 0.05}), folder)
+    catalog = Catalog({"qwen3": folder}, allow_paths=False)
+    store = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1)
+    frozen = [m for m in store.base("qwen3").module.modules() if isinstance(m, FrozenLinear)]
+    assert sum(layer._packed is not None for layer in frozen) == 2 * 5 + 1  # not k, v
+    assert_equals_peft(TorchTrainer(store), folder)
+
+
 def test_log_probabilities_and_gradients_equal_those_of_peft(
     architecture: str, trainer: TorchTrainer, model_folder: Callable[[str], Path]
 ) -> None:
-    run_id = new_run(trainer, architecture=architecture)
+    assert_equals_peft(trainer, model_folder(architecture))
+
+
+def assert_equals_peft(trainer: TorchTrainer, folder: Path) -> None:
+    run_id = new_run(trainer, architecture=folder.name)
     tokens = sequences(5, 5, 21, 12)
-    reference = peft_model(trainer, run_id, model_folder(architecture))
+    reference = peft_model(trainer, run_id, folder)
     expected = [
         torch.log_softmax(reference(torch.tensor([s[:-1]])).logits[0], -1)[range(len(s) - 1), s[1:]]
         for s in tokens

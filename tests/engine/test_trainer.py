@@ -287,6 +287,17 @@ def test_a_job_that_is_not_finite_names_its_datum_and_harms_nobody(trainer: Torc
     assert flat_gradient(trainer, well).isfinite().all()
 
 
+@pytest.mark.parametrize("loss_fn", RATIO)
+def test_a_ratio_that_overflows_is_refused_even_where_it_would_be_clipped(
+    trainer: TorchTrainer, loss_fn: str
+) -> None:
+    run_id = new_run(trainer)
+    broken = datum([5, 6, 7], logprobs=[-1e6, -1e6], advantages=[1.0, 1.0])
+    (result,) = trainer.forward_backward([job(run_id, [broken], loss_fn)])
+    assert isinstance(result, NonFiniteError)
+    assert result.field == "datums[0]"
+
+
 @pytest.mark.parametrize("training_mode", ["lora", "full_ft"])
 def test_broken_weights_fail_by_name_beside_a_healthy_tenant(
     store: ModelStore, training_mode: TrainingMode

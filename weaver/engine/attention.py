@@ -36,7 +36,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    packed_batch: PackedBatch,
+    packed_batch: PackedBatch | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -52,6 +52,12 @@ def _attention(
             f"{type(module).__name__} caps its attention logits or has attention sinks.",
             field="base_model",
             hint="Choose a model with plain softmax attention.",
+        )
+    if packed_batch is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} is not handed the keywords of the model call.",
+            field="base_model",
+            hint="Choose another model.",
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_batch.cache is not None:

@@ -83,7 +83,7 @@ class Catalog:
                 raise _no_tokenizer(name, f"{source} has none of {', '.join(TOKENIZER_FILES)}")
             try:
                 self._tokenizers[name] = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=_only_here(source)
+                    source, trust_remote_code=False, local_files_only=only_here(source)
                 )
             except (OSError, ValueError, KeyError) as error:
                 raise _no_tokenizer(name, _first_line(error)) from error
@@ -97,7 +97,10 @@ class Catalog:
 
     def _source(self, name: str) -> str:
         if name in self._sources:
-            return str(self._sources[name])
+            source = self._sources[name]
+            if isinstance(source, Path) and not source.is_dir():
+                raise self._unknown(name, f"{source} is not there.")
+            return str(source)
         if self._allow_paths and Path(name).expanduser().is_dir():
             return str(Path(name).expanduser())
         if re.fullmatch(HUB_ID, name):
@@ -109,7 +112,7 @@ class Catalog:
             raise self._unknown(name, "the folder has no config.json.")
         try:
             return AutoConfig.from_pretrained(
-                source, trust_remote_code=False, local_files_only=_only_here(source)
+                source, trust_remote_code=False, local_files_only=only_here(source)
             )
         except OSError as error:
             raise self._unknown(name, f"cannot be read or fetched: {_first_line(error)}") from error
@@ -188,7 +191,7 @@ def _context_length(config: Any) -> int:
     return length
 
 
-def _only_here(source: str) -> bool:
+def only_here(source: str) -> bool:
     """Whether to read `source` from this machine alone: a folder, or an id with no hub in reach.
 
     Asked first because the hub's own client retries for 20 seconds without a network.

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from weaver.engine.attention import register
+from weaver.engine.catalog import only_here
 from weaver.engine.head import head_of
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from weaver.engine.packing import PackedBatch
     from weaver.types import ModelInfo
 
-HEAD_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 
 class LoadedModel:
@@ -56,7 +57,7 @@ class LoadedModel:
         if not trainable:
             self._freeze()
         self.head = head_of(module.get_submodule(path), path=path, config=config)
-        self._check_head()
+        self._check()
 
     @property
     def info(self) -> ModelInfo:
@@ -124,10 +125,10 @@ class LoadedModel:
                 setattr(self.module.get_submodule(parent), name, frozen)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Refuses an architecture whose logits are not what `Head` computes."""
-        batch = pack([[0, 1, 2]], adapters=[None], device=self.device)
-        ours = self.logits(self.hidden_states(batch), [None] * 3)
+    def _check(self) -> None:
+        """Refuses an architecture that mixes packed sequences, or has another head than `Head`."""
+        batch = pack([[0, 1, 2], [0, 1, 2]], adapters=[None, None], device=self.device)
+        ours = self.logits(self.hidden_states(batch), [None] * 6)
         with self.routing.of(batch.lengths, batch.adapters):
             theirs = self.module(
                 input_ids=batch.input_ids[None],
@@ -135,13 +136,16 @@ class LoadedModel:
                 use_cache=False,
                 packed_batch=batch,
             ).logits[0]
-        if not torch.allclose(ours, theirs.float(), rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
-            raise UnsupportedError(
-                f"{self.info.name} ({self.info.architecture}) transforms its logits in a way that "
-                "is unknown here.",
-                field="base_model",
-                hint="Choose another model.",
-            )
+        for one, other, reason in (
+            (ours, theirs.float(), "transforms its logits in a way that is unknown here"),
+            (ours[:3], ours[3:], "lets packed sequences see each other"),
+        ):
+            if not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):
+                raise UnsupportedError(
+                    f"{self.info.name} ({self.info.architecture}) {reason}.",
+                    field="base_model",
+                    hint="Choose another model.",
+                )
 
 
 def load_model(
@@ -191,6 +195,7 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
             attn_implementation=register(),
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=only_here(str(source)),
             output_loading_info=True,
         )
     except (OSError, SafetensorError, ValueError) as error:

@@ -107,6 +107,7 @@ class Objective:
         if self.entropy_coef:
             value = value - self.entropy_coef * scores.entropy.double()
         self._observe(token, estimates, scores.entropy, counted=counted)
+        value = torch.where(token.ratio.isfinite(), value, torch.nan)  # clipped, yet broken data
         return torch.where(counted, w * value, 0.0)
 
     def _ratio_loss(

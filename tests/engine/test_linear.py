@@ -1,0 +1,89 @@
+"""The frozen projection: prepacked and plain paths, values, gradients, segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from weaver.engine.linear import PREPACK_MIN_SIZE, FrozenLinear
+from weaver.engine.lora import Adapter, LoraPair, Routing
+from weaver.errors import EngineError
+
+SMALL, LARGE = (24, 40), (384, 520)
+
+
+def make(
+    shape: tuple[int, int], *, bias: bool, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Linear, FrozenLinear, Routing]:
+    plain = torch.nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for seed, parameter in enumerate(plain.parameters()):
+            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+    routing = Routing()
+    return plain, FrozenLinear(plain, path="layer", routing=routing), routing
+
+
+def adapter(shape: tuple[int, int], seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(s, generator=generator) * 0.1 for s in ((3, shape[1]), (shape[0], 3)))
+    return Adapter({"layer": LoraPair(a.requires_grad_(), b.requires_grad_())}, 0.5 + seed)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 600])
+def test_values_and_gradients_by_segment_equal_plain_autograd(
+    shape: tuple[int, int], bias: bool, rows: int
+) -> None:
+    plain, frozen, routing = make(shape, bias=bias)
+    one, two = adapter(shape, 1), adapter(shape, 2)
+    lengths, adapters = (rows, rows, 2, rows), (one, None, two, one)
+    x = torch.randn(sum(lengths), shape[1], generator=torch.Generator().manual_seed(3))
+    x.requires_grad_()
+    with routing.of(lengths, adapters):
+        y = frozen(x[None])[0]
+    weights = []
+    for a in adapters:
+        update = 0 if a is None else a.scale * a.pairs["layer"].b @ a.pairs["layer"].a
+        weights.append(plain.weight + update)
+    pieces = zip(x.split(lengths), weights, strict=True)
+    expected = torch.cat([linear(rows_, weight, plain.bias) for rows_, weight in pieces])
+    torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-5)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
+    inputs = [x, *one.parameters(), *two.parameters()]
+    ours = torch.autograd.grad(y, inputs, upstream)
+    theirs = torch.autograd.grad(expected, inputs, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert float((mine - other).norm()) < 1e-5 * float(other.norm())
+
+
+def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
+    plain, frozen, _ = make(LARGE, bias=False)
+    assert plain.weight.numel() >= PREPACK_MIN_SIZE
+    assert torch.equal(frozen.weight, plain.weight)
+    assert (frozen._weight is None) == torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    small_plain, small, _ = make(SMALL, bias=False)
+    assert small.weight.data_ptr() == small_plain.weight.data_ptr()
+
+
+def test_the_packed_path_gives_the_same_bits_again() -> None:
+    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3))
+    first, second = (make(LARGE, bias=True)[1].project(x) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_bfloat16_weights_are_as_close_as_their_precision() -> None:
+    plain, frozen, _ = make(LARGE, bias=True, dtype=torch.bfloat16)
+    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).bfloat16()
+    torch.testing.assert_close(frozen.project(x), plain(x).detach(), atol=2e-2, rtol=2e-2)
+    y = plain(x).detach()
+    torch.testing.assert_close(frozen.project_back(y), y @ plain.weight, atol=5e-2, rtol=5e-2)
+
+
+def test_rows_that_do_not_fit_the_routing_are_a_defect() -> None:
+    _, frozen, routing = make(SMALL, bias=False)
+    with routing.of((3,), (None,)), pytest.raises(EngineError, match="4 rows"):
+        frozen(torch.zeros(4, SMALL[1]))
+    with pytest.raises(EngineError, match="None"):
+        frozen(torch.zeros(4, SMALL[1]))
