@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from weaver_rl.types import Task
 
 LORA = {"rank": 8, "alpha": 32}
-RESUME_MAY_CHANGE = ("steps",)
+MAY_CHANGE = ("steps",)
+"""In a run that goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +118,7 @@ def train(
     config = {"model": model, "lora_config": lora, **plan.as_config()}
     opened = None
     if folder is not None:
-        path = Path(folder)
-        opened = open_run_folder(path, config, resume=resume, may_differ=RESUME_MAY_CHANGE)
+        opened = open_run_folder(Path(folder), config, resume=resume, may_differ=MAY_CHANGE)
     run = Run(folder=opened, checkpoint_every=checkpoint_every)
     run.loggers = _loggers(run, plan, config, display=display, wandb_project=wandb_project)
     work = partial(_train, model, lora, tasks, played, held_out, plan, run, base_url)

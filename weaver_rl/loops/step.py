@@ -101,22 +101,13 @@ async def policy_step(
         batch = datums.corrected(batch, before, objective=objective)
     submitted = _submit(trainer, batch, references, plan, step=step)
     results = [await one.gradient for one in submitted]
-    kl_losses = [(await s.kl_gradient).metrics["loss"] for s in submitted if s.kl_gradient]
-    steps = [(await one.step).metrics for one in submitted]
-    first = _logprobs(results[0])
     if before is None:
-        order = submitted[0].indices
-        gap = datums.logprob_gap([batch[i] for i in order], first, version=version)
-    metrics = train_metrics([r.metrics for r in results])
-    metrics |= {f"train/{name}": value for name, value in steps[-1].items()}
-    metrics["train/grad_norm"] = max(s["grad_norm"] for s in steps)
-    if kl_losses:
-        metrics["train/kl_loss"] = float(np.mean(kl_losses))
+        part = [batch[i] for i in submitted[0].indices]
+        gap = datums.logprob_gap(part, _logprobs(results[0]), version=version)
+    metrics = await _metrics(submitted, results, gap)
     if references:
         metrics["train/kl_reference"] = _mean_kl(batch, references)
-    if gap is not None:
-        metrics["gap/max"] = gap
-        _check_gap(gap, plan)
+    _check_gap(gap, plan)
     seen = {
         i: lp
         for one, result in zip(submitted[: plan.minibatches], results, strict=False)
@@ -182,6 +173,21 @@ def _submit(
     return submitted
 
 
+async def _metrics(
+    submitted: Sequence[_Submitted], results: Sequence[ForwardBackwardResult], gap: float | None
+) -> dict[str, float]:
+    kl_losses = [(await s.kl_gradient).metrics["loss"] for s in submitted if s.kl_gradient]
+    steps = [(await one.step).metrics for one in submitted]
+    metrics = train_metrics([result.metrics for result in results])
+    metrics |= {f"train/{name}": value for name, value in steps[-1].items()}
+    metrics["train/grad_norm"] = max(step["grad_norm"] for step in steps)
+    if kl_losses:
+        metrics["train/kl_loss"] = float(np.mean(kl_losses))
+    if gap is not None:
+        metrics["gap/max"] = gap
+    return metrics
+
+
 async def _forward(
     trainer: AsyncTrainingClient, batch: Sequence[Example], plan: Plan
 ) -> list[FloatN]:
@@ -215,8 +221,8 @@ def _mean_kl(batch: Sequence[Example], references: Sequence[FloatN]) -> float:
     return total / sum(float(example.mask.sum()) for example in batch)
 
 
-def _check_gap(gap: float, plan: Plan) -> None:
-    if plan.max_logprob_gap is not None and gap > plan.max_logprob_gap:
+def _check_gap(gap: float | None, plan: Plan) -> None:
+    if gap is not None and plan.max_logprob_gap is not None and gap > plan.max_logprob_gap:
         raise LogprobGapError(
             f"trainer and sampler differ by {gap:.2g} nats on a token of the same weights, "
             f"more than {plan.max_logprob_gap:g}.",
