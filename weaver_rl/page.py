@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def make_page(template: str, *, title: str, data: Mapping[str, object]) -> str:
-    """Fills `templates/<template>.html`, `.js` and the common `page.css`."""
-    script = _read(f"{template}.js")
+    """Fills `templates/<template>.html` with the common style and script, and its own script."""
+    script = _read("page.js") + _read(f"{template}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "HASH": f"sha256-{digest}",

@@ -1,15 +1,12 @@
 """`report.html`: a run in one page, made from what its folder holds. Loops write it at the end.
 
 Curves of every metric, hints, the best and the worst groups of any step with tokens coloured by
-log-probability gap, advantage, surprise or age, and the configuration. Also by hand:
-`python -m weaver_rl.report runs/reverse`.
+log-probability gap, advantage, surprise or age, and the configuration. By hand: `weaver-rl report`.
 """
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weaver.errors import NotFoundError
@@ -21,6 +18,7 @@ from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 MAX_POINTS = 1000
 """Of a curve; more are thinned out evenly."""
@@ -189,13 +187,3 @@ def _common(values: list[Any], sampled: Sequence[bool]) -> Any:
 
 def _figures(value: float | None, digits: int = 6) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
-
-
-def main() -> None:
-    """Writes the report of the run whose folder is the first argument."""
-    path = write_report(RunFolder(Path(sys.argv[1] if len(sys.argv) > 1 else ".")))
-    sys.stdout.write(f"{path}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -121,8 +121,11 @@ def test_what_a_model_wrote_cannot_run(tmp_path: Path) -> None:
 
 
 def test_the_script_makes_no_html_of_text() -> None:
-    script = (Path(__file__).parents[2] / "weaver_rl/templates/report.js").read_text()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
+    for file in (Path(__file__).parents[2] / "weaver_rl/templates").glob("*.js"):
+        made = re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", file.read_text()
+        )
+        assert made is None, file.name
 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""`weaver-rl selftest`: runs the learning proofs here and writes a page of their results.
+
+The page is written anew behind every run, so one that is ended early shows what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from weaver import AsyncServiceClient
+from weaver.errors import ConfigError, WeaverError, nearest
+from weaver_rl.page import make_page
+from weaver_rl.proofs import PROOFS, Outcome
+from weaver_rl.storage import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver_rl.proofs import Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One run of a proof with one seed."""
+
+    proof: str
+    seed: int
+    outcome: Outcome
+    seconds: float
+
+
+def chosen(names: Sequence[str], *, quick: bool = False) -> list[tuple[Proof, tuple[int, ...]]]:
+    """The proofs of these names (all of them for none) and their seeds; quick: the first seed.
+
+    Raises:
+        ConfigError: no proof has that name; with the nearest.
+    """
+    known = {proof.name: proof for proof in PROOFS}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"no proof is called {name!r}.", field="proof", hint=nearest(name, known)
+            )
+    return [
+        (proof, proof.seeds[:1] if quick else proof.seeds)
+        for proof in PROOFS
+        if not names or proof.name in names
+    ]
+
+
+async def run(wanted: Sequence[tuple[Proof, tuple[int, ...]]], page: Path) -> list[Ran]:
+    """Runs the proofs one after the other, printing a line for each and writing the page.
+
+    A proof that ends with an error has failed; its words are on the page.
+    """
+    done: list[Ran] = []
+    write_page(page, wanted, done)
+    async with AsyncServiceClient() as service:
+        for proof, seeds in wanted:
+            for seed in seeds:
+                begin = time.monotonic()
+                try:
+                    outcome = await proof.run(service, seed)
+                except WeaverError as error:
+                    outcome = Outcome(value=float("nan"), passed=False, note=str(error))
+                done.append(Ran(proof.name, seed, outcome, time.monotonic() - begin))
+                write_page(page, wanted, done)
+                _say(done[-1])
+    return done
+
+
+def write_page(
+    page: Path, wanted: Sequence[tuple[Proof, tuple[int, ...]]], done: Sequence[Ran]
+) -> None:
+    """Raises StorageError: the page cannot be written."""
+    write_atomically(
+        page, make_page("selftest", title="Self-test", data=_data(wanted, done)).encode()
+    )
+
+
+def _data(
+    wanted: Sequence[tuple[Proof, tuple[int, ...]]], done: Sequence[Ran]
+) -> Mapping[str, object]:
+    total = sum(len(seeds) for _, seeds in wanted)
+    failed = sum(not one.outcome.passed for one in done)
+    minutes = sum(one.seconds for one in done) / 60
+    return {
+        "subtitle": f"Weaver {version('weaver-post-training')} · "
+        f"Python {platform.python_version()} · {platform.system()} {platform.machine()} · "
+        f"{datetime.now():%Y-%m-%d %H:%M}",
+        "tiles": [
+            ("Runs", f"{len(done)} of {total}"),
+            ("Passed", str(len(done) - failed)),
+            ("Failed", str(failed)),
+            ("Minutes", f"{minutes:.1f}"),
+        ],
+        "proofs": [
+            {
+                "name": proof.name,
+                "claim": proof.claim,
+                "gate": proof.gate,
+                "control": proof.control,
+                "seeds": len(seeds),
+                "runs": [
+                    {"seed": one.seed, "seconds": one.seconds, **asdict(one.outcome)}
+                    for one in done
+                    if one.proof == proof.name
+                ],
+            }
+            for proof, seeds in wanted
+        ],
+        "footer": "Curves show the mean reward by step, for supervised fine-tuning the loss. "
+        "The definitions are in weaver_rl/proofs.py; tests/learning runs the same.",
+    }
+
+
+def _say(one: Ran) -> None:
+    verdict = "passed" if one.outcome.passed else "FAILED"
+    note = f"  ({one.outcome.note})" if one.outcome.note else ""
+    sys.stdout.write(
+        f"{verdict}  {one.proof}, seed {one.seed}: {one.outcome.value:.3f}{note}"
+        f"  {one.seconds:.0f} s\n"
+    )
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0: all passed; 1: not all; 2: wrong arguments."""
+    parser = argparse.ArgumentParser("weaver-rl selftest", description="Run the learning proofs.")
+    parser.add_argument("proof", nargs="*", help="names; all by default")
+    parser.add_argument("--quick", action="store_true", help="one seed of each")
+    parser.add_argument("--list", action="store_true", help="only show names and gates")
+    parser.add_argument("--page", type=Path, default=Path("selftest.html"))
+    options = parser.parse_args(arguments)
+    try:
+        wanted = chosen(options.proof, quick=options.quick)
+    except ConfigError as error:
+        parser.error(str(error))
+    if options.list:
+        sys.stdout.writelines(f"{proof.name}: {proof.gate}\n" for proof, _ in wanted)
+        return 0
+    done = anyio.run(run, wanted, options.page)
+    failed = [one for one in done if not one.outcome.passed]
+    sys.stdout.write(f"{len(done) - len(failed)} of {len(done)} passed: {options.page.resolve()}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
