@@ -65,10 +65,12 @@ def main() -> None:
     torch.set_num_threads(threads)
 
 
-def paired_medians(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
+def paired_medians(
+    first: Callable[[], object], second: Callable[[], object], *, rounds: int = ROUNDS
+) -> tuple[float, float]:
     """Median seconds of each, run in turns after one round that does not count."""
     times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         for run, kept in zip((first, second), times, strict=True):
             start = time.perf_counter()
             run()
