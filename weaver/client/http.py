@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
-from weaver.protocol import ErrorInfo, Outcome, SessionInfo, Submission
+from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, SessionInfo, Submission
 from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ COMES_BACK = frozenset({429, 502, 503, 504})
 SUBMISSIONS_AT_ONCE = 256
 LARGE_BYTES = 256 * 1024
 """Above this, a message is parsed beside the event loop."""
+FEW_SEQUENCES = 8
+"""So many are written at once, which takes less than a thread does to begin."""
 
 SESSION = TypeAdapter(SessionInfo)
 OUTCOMES = TypeAdapter(tuple[Outcome, ...])
@@ -212,7 +214,10 @@ class HttpService:
     # --- one request, as often as it takes ------------------------------------------------------
 
     async def _submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        data = await to_thread.run_sync(wire.encode, submissions)
+        if sum(map(_sequences, submissions)) > FEW_SEQUENCES:
+            data = await to_thread.run_sync(wire.encode, submissions)
+        else:
+            data = wire.encode(submissions)
         await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
 
     async def _call(
@@ -225,9 +230,11 @@ class HttpService:
         wait_s: float = 0.0,
         outage_s: float | None = None,
     ) -> httpx.Response:
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        if body is not None:
-            headers["Content-Type"] = MEDIA_TYPE if isinstance(body, bytes) else "application/json"
+        headers = {}
+        if isinstance(body, bytes):
+            headers["Content-Type"] = MEDIA_TYPE  # submissions have ids of their own
+        elif method != "GET":
+            headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex}
         request = partial(
             self._http.build_request,
             method,
@@ -350,6 +357,11 @@ class _Outage:
             ) from None
         self._attempts += 1
         await anyio.sleep(pause_s)
+
+
+def _sequences(submission: Submission) -> int:
+    operation = submission.operation
+    return len(operation.datums) if isinstance(operation, ForwardBackward) else 1
 
 
 def _json(body: JsonDict) -> bytes:

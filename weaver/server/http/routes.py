@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LARGE_BYTES = 32 * 1024
-"""Above this, a message is parsed or written in a thread, beside the event loop."""
+"""Above this, a message is parsed in a thread, beside the event loop."""
+FEW_OUTCOMES = 8
+"""So many are written at once, which takes less than a thread does to begin."""
 SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
 BINARY: dict[str, Any] = {
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
@@ -60,12 +62,13 @@ class MetricsRequest(Value):
     points: tuple[MetricPoint, ...] = Field(max_length=10_000)
 
 
-def front_of(request: Request) -> Front:
+# Dependencies are coroutines because the framework calls plain functions in a thread.
+async def front_of(request: Request) -> Front:
     front: Front = request.state.front
     return front
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     service: Service = request.state.service
     return service
 
@@ -131,7 +134,11 @@ async def collect(
     if isinstance(outcomes, WeaverError):
         raise outcomes
     front.metrics.collected(outcomes)
-    return Response(await to_thread.run_sync(wire.encode, outcomes), media_type=MEDIA_TYPE)
+    if len(outcomes) > FEW_OUTCOMES:
+        data = await to_thread.run_sync(wire.encode, outcomes)
+    else:
+        data = wire.encode(outcomes)
+    return Response(data, media_type=MEDIA_TYPE)
 
 
 @router.post("/sessions/{session_id}/cancel", status_code=204)

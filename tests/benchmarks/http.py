@@ -1,0 +1,132 @@
+"""What HTTP costs on loopback, with the fake engine in a server process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.test_wire import batch_of
+from weaver import AsyncServiceClient, types, wire
+from weaver.client.http import HttpService
+from weaver.protocol import CreateModel, ModelCreated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAIRS, SAMPLES, CLIENTS, UPLOADS = 200, 1000, 64, 20
+SERVER = """
+import asyncio, pathlib, sys
+from weaver.engine.fake import FakeEngine
+from weaver.server.http.run import ServerSettings, run_server
+settings = ServerSettings(home=pathlib.Path(sys.argv[1]), port=0, auth=False)
+started = lambda running: print(running.address, flush=True)
+asyncio.run(run_server(FakeEngine(context_length=2**20), settings, started=started))
+"""
+
+
+@contextmanager
+def server() -> Iterator[tuple[str, int]]:
+    """The address and the process id of a server."""
+    with tempfile.TemporaryDirectory() as home:
+        command = [sys.executable, "-c", SERVER, home]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield process.stdout.readline().strip(), process.pid
+            finally:
+                process.terminate()
+
+
+async def operations(address: str) -> float:
+    """Seconds from call to result, at the median, one operation after the other."""
+    async with HttpService(address) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        spent = []
+        for operation in (GRADIENT, STEP) * PAIRS:
+            start = time.perf_counter()
+            await caller.result(await caller.start(operation, run))
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
+
+
+async def samples(address: str, count: int) -> float:
+    """Seconds for `count` samples in flight from one client."""
+    async with AsyncServiceClient(address) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        start = time.perf_counter()
+        handles = [
+            sampler.sample(prompt="hi", sampling_params=types.SamplingParams(max_tokens=32))
+            for _ in range(count)
+        ]
+        for handle in handles:
+            assert (await handle).sequences[0].tokens
+        return time.perf_counter() - start
+
+
+async def many_clients(address: str) -> float:
+    """Seconds until as many clients as there are have each trained a step and sampled."""
+    start = time.perf_counter()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(CLIENTS):
+            tasks.start_soon(_one_client, address)
+    return time.perf_counter() - start
+
+
+async def _one_client(address: str) -> None:
+    async with HttpService(address) as service:
+        caller = await Caller.open(service)
+        created = await caller.do(CreateModel(base_model="fake"), ModelCreated)
+        for operation in (GRADIENT, STEP):
+            await caller.result(await caller.start(operation, created.run.run_id))
+    await samples(address, 4)
+
+
+async def uploads(address: str) -> tuple[float, float, float]:
+    """Seconds to encode, seconds until acknowledged, bytes a token; 16 x 4096 tokens."""
+    batch = batch_of(16, 4096)
+    encoding, sending = [], []
+    async with HttpService(address) as service:
+        caller = await Caller.open(service)
+        for n in range(UPLOADS):
+            start = time.perf_counter()
+            size = len(wire.encode(batch))
+            encoding.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            await service.submit(caller.session_id, [batch[0].model_copy(update={"id": str(n)})])
+            sending.append(time.perf_counter() - start)
+    return statistics.median(encoding), statistics.median(sending), size / (16 * 4096)
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def main() -> None:
+    with server() as (address, pid):
+        print(f"an operation: {1000 * anyio.run(operations, address):.1f} ms (bound 5)")
+        spent = anyio.run(samples, address, SAMPLES)
+        print(f"{SAMPLES} samples in flight: {spent:.1f} s, {SAMPLES / spent:.0f}/s")
+        print(f"{CLIENTS} clients at once: {anyio.run(many_clients, address):.1f} s, no error")
+        encode_s, send_s, size = anyio.run(uploads, address)
+        print(
+            f"16 x 4096 tokens: encoded in {1000 * encode_s:.0f} ms (bound 60), acknowledged after "
+            f"{1000 * send_s:.0f} ms, {size:.1f} bytes a token (bound 8)"
+        )
+        before = _cpu_seconds(pid)
+        time.sleep(5)
+        print(f"idle: {20 * (_cpu_seconds(pid) - before):.1f} % of a core (bound 1)")
+
+
+if __name__ == "__main__":
+    main()
