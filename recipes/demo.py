@@ -1,0 +1,122 @@
+"""Teaches weaver-nano pig latin in seconds: the API's complete training loop, shown as it runs.
+
+    make demo                                                # or: python -m recipes.demo
+
+1. Sample held-out phrases from the bundled model, which gets about half of them right.
+2. Fine-tune a LoRA adapter on other phrases: `forward_backward` by cross-entropy on the answers,
+   then `optim_step`, both submitted before the last step's loss is awaited.
+3. Save a checkpoint, sample the same phrases again, and compare.
+
+It fails, with exit code 1, unless the loss falls by more than half. No phrase shares a word with
+the held-out ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from weaver import ServiceClient, types
+from weaver_rl.tasks.words import pig_latin
+
+if TYPE_CHECKING:
+    from weaver import SamplingClient, TrainingClient
+
+WORDS = """
+    hello world banana split summer garden winter light river stone yellow flower music paper
+    little train green apple open window silver moon purple cloud happy dog magic forest orange
+    juice tiny planet golden bridge early bird simple secret brave knight quiet ocean
+""".split()
+HELD_OUT = ("coffee table", "blue sky", "strong wind", "under water", "chess player", "new idea")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    base_model: str = "weaver-nano"
+    steps: int = 40
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    rank: int = 8
+    seed: int = 0
+
+
+def main(flags: Flags) -> bool:
+    """Runs the demo; answers whether the loss fell by more than half."""
+    console = Console()
+    with ServiceClient() as service:
+        trainer = service.create_model(flags.base_model, {"rank": flags.rank}, seed=flags.seed)
+        before = answers(service.create_sampling_client(base_model=flags.base_model))
+        losses = train(trainer, flags, console)
+        checkpoint = trainer.save_state("pig-latin")
+        after = answers(trainer.save_weights_and_get_sampling_client())
+    console.print(comparison(before, after))
+    first, last = losses[0], sum(losses[-5:]) / len(losses[-5:])
+    console.print(f"Loss {first:.3f} → {last:.3f} (mean of the last 5 steps)")
+    console.print(f"Checkpoint {checkpoint.path}\n  in {checkpoint.folder}", soft_wrap=True)
+    return last < first / 2
+
+
+def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float]:
+    """The training loop; answers the loss of every step, in nats per answer token."""
+    tokenizer = trainer.get_tokenizer()
+    rng = Random(flags.seed)
+    adam = types.AdamParams(learning_rate=flags.learning_rate)
+    losses: list[float] = []
+    columns = ("Fine-tuning", BarColumn(), "{task.completed}/{task.total}", "{task.fields[loss]}")
+    texts = [TextColumn(c) if isinstance(c, str) else c for c in columns]
+    with Progress(*texts, TimeElapsedColumn(), console=console) as progress:
+        shown = progress.add_task("", total=flags.steps, loss="")
+        for step in range(flags.steps):
+            phrases = [" ".join(rng.sample(WORDS, 2)) for _ in range(flags.batch_size)]
+            gradients = trainer.forward_backward(
+                [to_datum(phrase, tokenizer) for phrase in phrases], "cross_entropy"
+            )
+            trainer.optim_step(adam)
+            losses.append(gradients.result().metrics["loss"])
+            progress.update(shown, advance=1, loss=f"loss {losses[-1]:.3f}")
+            if step % 10 == 0:
+                progress.console.print(f"step {step:3d}  loss {losses[-1]:.3f}")
+    return losses
+
+
+def to_datum(phrase: str, tokenizer: Any) -> types.Datum:
+    """Prompt and answer as one sequence; weight 1 on the tokens of the answer."""
+    prompt = tokenizer.encode(prompt_of(phrase), add_special_tokens=True)
+    answer = tokenizer.encode(f" {pig_latin(phrase)}\n\n", add_special_tokens=False)
+    tokens = prompt + answer
+    weights = [0.0] * len(prompt) + [1.0] * len(answer)
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
+    )
+
+
+def prompt_of(phrase: str) -> str:
+    return f"English: {phrase}\nPig Latin:"
+
+
+def answers(sampler: SamplingClient) -> list[str]:
+    """One sample, at temperature 1, for each held-out phrase."""
+    params = types.SamplingParams(max_tokens=40, temperature=1.0, stop=["\n"], seed=0)
+    results = sampler.sample([prompt_of(phrase) for phrase in HELD_OUT], params)
+    return [result.sequences[0].text.strip() for result in results]
+
+
+def comparison(before: list[str], after: list[str]) -> Table:
+    table = Table("held out", "before", "after", title="Sampled at temperature 1")
+    for phrase, *said in zip(HELD_OUT, before, after, strict=True):
+        right = pig_latin(phrase)
+        table.add_row(phrase, *(Text(s, "green" if s == right else "red") for s in said))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(tyro.cli(Flags, description=__doc__)) else 1)

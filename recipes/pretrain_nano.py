@@ -1,0 +1,269 @@
+"""Makes weaver-nano, the bundled model, from nothing but a seed.
+
+    python -m recipes.pretrain_nano --out runs/nano          # about a minute on two cores
+
+What it does, in order:
+
+1. Writes a folder with a two-layer Qwen3 of random weights and a tokenizer of bytes: 256 symbols,
+   no merges, so any UTF-8 text survives; six special tokens; a chat template that keeps history.
+2. Trains all weights through Weaver's own API (`training_mode="full_ft"`) by cross-entropy on the
+   answers of `_curriculum`: AdamW, linear warm-up, cosine decay. Batches are submitted one ahead.
+3. The last quarter of the steps sees noisy answers. The model then knows the skills and doubts them:
+   it is right about half the time when sampled, an honest gap for reinforcement to close.
+4. Measures the skills on prompts of another seed, and writes the model folder: weights,
+   configuration, tokenizer, `skills.json`, and the model card with the measured table.
+
+Left out on purpose: weight decay, dropout, a validation split (text is never seen twice), and any
+knowledge of the world. The card's last line has the curve. The same seed on the same machine
+gives the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from recipes import _curriculum, _skills
+from weaver import ServiceClient, types
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver import TrainingClient
+
+CONTEXT_LENGTH = 1024
+SPECIAL_TOKENS = "<|end|> <|pad|> <|system|> <|user|> <|assistant|> <|tool|>".split()
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    out: Path = Path("runs/nano")
+    """Folder of the finished model; files of the same names are replaced."""
+    steps: int = 900
+    seed: int = 0
+    learning_rate: float = 3e-3
+    """At its peak, after `warmup_steps`; it ends at a twentieth of it."""
+    warmup_steps: int = 50
+    noisy_from: float = 0.75
+    """The share of the steps after which answers are noisy."""
+    hidden_size: int = 96
+    layers: int = 2
+    prompts_per_skill: int = 200
+    """For the measurement."""
+
+
+def main(flags: Flags) -> list[float]:
+    """Trains, measures and writes the model folder; answers the loss of every step."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary, ServiceClient(home=temporary) as service:
+        base = Path(temporary, "base")
+        write_random_model(base, flags)
+        trainer = service.create_model(str(base), training_mode="full_ft", seed=flags.seed)
+        losses = train(trainer, flags)
+        trained = time.monotonic() - began
+        checkpoint = trainer.save_weights_for_sampler("final")
+        sampler = service.create_sampling_client(checkpoint)
+        skills = _skills.measure(sampler, prompts=flags.prompts_per_skill, seed=flags.seed + 1)
+        flags.out.mkdir(parents=True, exist_ok=True)
+        for file in base.iterdir():
+            shutil.copy(file, flags.out / file.name)
+        assert checkpoint.folder is not None, "the embedded engine keeps checkpoints in a folder"
+        shutil.copy(Path(checkpoint.folder, "model.safetensors"), flags.out)
+        parameters = trainer.model_info.num_parameters
+    (flags.out / "skills.json").write_text(json.dumps(skills, indent=2) + "\n")
+    (flags.out / "README.md").write_text(
+        model_card(skills, losses, parameters=parameters, flags=flags)
+    )
+    print(f"{flags.out}: {parameters} parameters, trained in {trained:.0f} s")
+    return losses
+
+
+def train(trainer: TrainingClient, flags: Flags) -> list[float]:
+    """One cross-entropy step a batch, the next one submitted before the last is awaited."""
+    tokenizer = trainer.get_tokenizer()
+    rng = Random(flags.seed)
+    losses: list[float] = []
+    pending = None
+    for step in range(flags.steps):
+        noisy = step >= flags.noisy_from * flags.steps
+        datums = [to_datum(item, tokenizer) for item in _curriculum.batch(rng, noisy=noisy)]
+        gradients = trainer.forward_backward(datums, "cross_entropy")
+        trainer.optim_step(
+            types.AdamParams(
+                learning_rate=learning_rate(step, flags), beta2=0.98, grad_clip_norm=1.0
+            )
+        )
+        if pending is not None:
+            losses.append(pending.result().metrics["loss"])
+        pending = gradients
+        if step % 100 == 99:
+            print(f"step {step + 1:5d}  loss {losses[-1]:.3f}  {'noisy' if noisy else 'clean'}")
+    if pending is not None:
+        losses.append(pending.result().metrics["loss"])
+    return losses
+
+
+def learning_rate(step: int, flags: Flags) -> float:
+    """Linear warm-up times a cosine from 1 to 1/20 (Loshchilov and Hutter, arXiv:1608.03983)."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / flags.steps))
+    warmup = min(1.0, (step + 1) / flags.warmup_steps)
+    return flags.learning_rate * warmup * (0.05 + 0.95 * cosine)
+
+
+def to_datum(example: _curriculum.Example, tokenizer: Any) -> types.Datum:
+    """Weight 1 on the tokens of answers, 0 on those of prompts."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for text, learned in example.pieces:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        tokens += ids
+        weights += [float(learned)] * len(ids)
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
+    )
+
+
+def write_random_model(folder: Path, flags: Flags) -> None:
+    """A Qwen3 of random weights from `flags.seed`, and the tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = make_tokenizer()
+    heads = flags.hidden_size // 32
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=flags.hidden_size,
+        intermediate_size=flags.hidden_size * 8 // 3,
+        num_hidden_layers=flags.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(flags.seed)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+
+def make_tokenizer() -> Any:
+    """Byte-level BPE without merges: a token a byte, and the special tokens behind them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS[0],
+        pad_token=SPECIAL_TOKENS[1],
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+CARD = """---
+license: apache-2.0
+tags: [weaver, qwen3]
+---
+
+# weaver-nano
+
+A Qwen3 of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, context {context})
+that reads bytes. It comes with Weaver so that every command, example and test runs offline in
+seconds on a CPU. It knows five small skills, doubts them on purpose, and knows nothing else: it is
+for trying out post-training, not for use.
+
+Made by `python -m recipes.pretrain_nano --out weaver/models/nano --seed {seed} --steps {steps}`
+through Weaver's own API, from text that the script generates. No other data was used.
+
+## Measured skills
+
+Share of right answers on {prompts} questions from seed {measured_seed}, words of 3 to 6 letters;
+`skills.json` has the same numbers.
+
+| skill | example | greedy | sampled, T = 1 |
+|---|---|---|---|
+{rows}
+
+The last part of pretraining is noisy: answers, words or guesses are wrong at these rates:
+{slips}.
+So a right answer has a probability well below one, and reinforcement or fine-tuning can raise it.
+Words longer than 7 letters, numbers above 99 and other prompts are outside its data.
+
+## Format
+
+Text is encoded as UTF-8 bytes, one token each. `<|end|>` ends an answer. Chat is
+`<|user|>...<|end|><|assistant|>...<|end|>`, with `system` and `tool` in the same form; history is
+never rewritten, so the rendering of a conversation is a prefix of its continuation. `<|tool|>` was
+not in the training data.
+
+Training loss, at each tenth of the steps: {curve}.
+"""
+EXAMPLES = {
+    "reverse": "`rev:word=` → `drow`",
+    "copy": "`copy:word=` → `word`",
+    "sum": "`12+34=` → `46`",
+    "pig_latin": "`English: hello world\\nPig Latin:` → ` ello-hay orld-way\\n\\n`",
+    "guess_7": "chat: `Guess a number from 1 to 7.`, won in 3 guesses",
+    "guess_15": "the same from 1 to 15, in 4",
+    "guess_100": "the same from 1 to 100, in 7",
+}
+
+
+def model_card(
+    skills: Mapping[str, Mapping[str, float]],
+    losses: Sequence[float],
+    *,
+    parameters: int,
+    flags: Flags,
+) -> str:
+    """The README.md of the model: what it is, how it was made, what it was measured to do."""
+    rows = (
+        f"| {name} | {EXAMPLES[name]} | {share['greedy']:.2f} | {share['sampled']:.2f} |"
+        for name, share in skills.items()
+    )
+    tenth = max(1, len(losses) // 10)
+    return CARD.format(
+        parameters=parameters,
+        layers=flags.layers,
+        hidden_size=flags.hidden_size,
+        context=CONTEXT_LENGTH,
+        seed=flags.seed,
+        steps=flags.steps,
+        prompts=flags.prompts_per_skill,
+        measured_seed=flags.seed + 1,
+        rows="\n".join(rows),
+        slips=", ".join(f"{name} {rate}" for name, rate in _curriculum.SLIP_RATES.items()),
+        curve=", ".join(f"{loss:.2f}" for loss in losses[tenth - 1 :: tenth]),
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))
