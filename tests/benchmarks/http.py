@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import httpx
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.test_wire import batch_of
@@ -59,6 +60,18 @@ async def operations(address: str) -> float:
         return statistics.median(spent)
 
 
+async def bare(address: str) -> float:
+    """Seconds for the two requests of an operation if they did nothing, at the median."""
+    async with httpx.AsyncClient(base_url=address, verify=False) as client:
+        spent = []
+        for _ in range(2 * PAIRS):
+            start = time.perf_counter()
+            for _ in range(2):
+                await client.get("/healthz")
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
+
+
 async def samples(address: str, count: int) -> float:
     """Seconds for `count` samples in flight from one client."""
     async with AsyncServiceClient(address) as client:
@@ -102,7 +115,8 @@ async def uploads(address: str) -> tuple[float, float, float]:
             size = len(wire.encode(batch))
             encoding.append(time.perf_counter() - start)
             start = time.perf_counter()
-            await service.submit(caller.session_id, [batch[0].model_copy(update={"id": str(n)})])
+            again = batch[0].model_copy(update={"id": str(n), "seq": n + 1})
+            await service.submit(caller.session_id, [again])
             sending.append(time.perf_counter() - start)
     return statistics.median(encoding), statistics.median(sending), size / (16 * 4096)
 
@@ -114,7 +128,11 @@ def _cpu_seconds(pid: int) -> float:
 
 def main() -> None:
     with server() as (address, pid):
-        print(f"an operation: {1000 * anyio.run(operations, address):.1f} ms (bound 5)")
+        floor_s, spent = anyio.run(bare, address), anyio.run(operations, address)
+        print(
+            f"an operation: {1000 * spent:.1f} ms (bound 5), "
+            f"{spent / floor_s:.1f} times two requests that do nothing"
+        )
         spent = anyio.run(samples, address, SAMPLES)
         print(f"{SAMPLES} samples in flight: {spent:.1f} s, {SAMPLES / spent:.0f}/s")
         print(f"{CLIENTS} clients at once: {anyio.run(many_clients, address):.1f} s, no error")
