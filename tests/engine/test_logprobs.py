@@ -34,6 +34,7 @@ def head_adapter(head: Head, seed: int) -> Adapter:
 )
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
 def test_values_and_gradients_equal_the_whole_array(
     store: ModelStore,
     monkeypatch: pytest.MonkeyPatch,
@@ -41,8 +42,11 @@ def test_values_and_gradients_equal_the_whole_array(
     trained: tuple[bool, ...],
     entropy_gradient: bool,
     masked: bool,
+    chunked: bool,
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * VOCAB)  # several chunks
+    if chunked:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * VOCAB)
+        monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 0)
     model = store.base(architecture)
     adapters = [head_adapter(model.head, i) if on else None for i, on in enumerate(trained)]
     batch = pack(sequences(20, 7, 25), adapters=adapters, device=CPU)

@@ -16,8 +16,6 @@ from transformers import AttentionInterface
 from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from weaver.engine.packing import PackedBatch
 
 IMPLEMENTATION = "weaver_packed"
@@ -88,36 +86,26 @@ def packed_attention(
 
     Neighbouring sequences of one length are one batched call.
     """
+    groups = [(length, len(list(same))) for length, same in groupby(batch.lengths)]
+    rows = [length * n for length, n in groups]
     outputs: list[torch.Tensor] = []
-    start = 0
-    for length, same in groupby(batch.lengths):
-        n = len(list(same))
-        split = _splitter(start, n, length)
+    pieces = zip(*(torch.split(x[0], rows, dim=1) for x in (q, k, v)), strict=True)
+    for (length, n), piece in zip(groups, pieces, strict=True):
         mask = None
         if sliding_window is not None and sliding_window < length:
             mask = _window_mask(batch, length, window=sliding_window, like=q)
+        q_n, k_n, v_n = (x.view(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
         o = scaled_dot_product_attention(
-            split(q),
-            split(k),
-            split(v),
+            q_n,
+            k_n,
+            v_n,
             attn_mask=mask,
             is_causal=mask is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(o.transpose(1, 2).reshape(1, n * length, o.shape[1], o.shape[3]))
-        start += n * length
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _splitter(start: int, n: int, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Views rows [start, start + n·length) of [1, H, T, D] as [n, H, length, D]."""
-
-    def split(x: torch.Tensor) -> torch.Tensor:
-        rows = x[0, :, start : start + n * length]
-        return rows.view(rows.shape[0], n, length, -1).transpose(0, 1)
-
-    return split
 
 
 def _window_mask(

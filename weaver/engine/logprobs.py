@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 2**23
 """C·V of a chunk: 32 MiB in float32."""
+KEPT_ELEMENTS = 2**21
+"""Logits of a whole pass that are kept for the backward pass: 8 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +90,7 @@ def target_scores(
         with torch.set_grad_enabled(with_gradient):
             if in_general:
                 counts = torch.bincount(sequence[rows], minlength=len(batch.lengths)).tolist()
-                pieces.append(_general(model, h, counts, batch, asked))
+                pieces.append(_general(model, h, counts, batch, asked, entropy=entropy))
             else:
                 assert isinstance(head.linear, FrozenLinear)
                 pieces.append(_FrozenHead.apply(h, head, asked, entropy))  # type: ignore[no-untyped-call]
@@ -107,21 +109,35 @@ def _general(
     counts: list[int],
     batch: PackedBatch,
     queries: Queries,
+    *,
+    entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For a trained head: each chunk is computed again in the backward pass instead of kept."""
+    """For a trained head: chunks, each computed again in the backward pass instead of kept.
+
+    What fits `KEPT_ELEMENTS` is kept after all: there the time counts, not the memory.
+    """
 
     def score(h: torch.Tensor, lengths: list[int], asked: Queries) -> tuple[torch.Tensor, ...]:
         with model.routing.of(lengths, batch.adapters):
             logits = model.head.logits(h) / asked.temperature[:, None]
         normalised = torch.log_softmax(logits, dim=-1)
-        entropy = -(normalised.exp() * normalised).sum(-1)
-        return normalised.gather(1, asked.targets[:, None]).squeeze(1), entropy
+        logprobs = normalised.gather(1, asked.targets[:, None]).squeeze(1)
+        if not entropy:
+            return logprobs, torch.zeros_like(logprobs)
+        return logprobs, -(normalised.exp() * normalised).sum(-1)
 
+    if len(hidden) * model.info.vocab_size <= KEPT_ELEMENTS:
+        logprobs, entropies = score(hidden, counts, queries)
+        return logprobs, entropies
     pieces: list[tuple[torch.Tensor, ...]] = []
     for rows in _chunks(len(hidden), model.info.vocab_size):
         asked = queries.take(torch.arange(rows.start, rows.stop, device=hidden.device))
         lengths = _lengths_within(counts, rows)
-        pieces.append(checkpoint(score, hidden[rows], lengths, asked, use_reentrant=False))
+        pieces.append(
+            checkpoint(
+                score, hidden[rows], lengths, asked, use_reentrant=False, preserve_rng_state=False
+            )
+        )
     logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
     return logprobs, entropies
 
