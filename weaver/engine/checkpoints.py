@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from weaver.engine.adapters import CONFIG, read_adapter, read_json, read_tensors, write_adapter
 from weaver.engine.base import WeightSnapshot
-from weaver.engine.models import check_weights, read_module, set_weights
+from weaver.engine.models import check_weights, read_module, set_weights, without_progress_bars
 from weaver.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -69,7 +69,8 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
             tensors = run.named_parameters()
             write_adapter(folder, tensors, config=run.lora_config, base=source)
         else:
-            run.model.module.save_pretrained(folder)
+            with without_progress_bars():
+                run.model.module.save_pretrained(folder)
             _write_tokenizer(run, folder)
         if include_optimizer:
             save_file(_optimizer_tensors(run), folder / OPTIMIZER)

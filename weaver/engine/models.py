@@ -5,6 +5,7 @@ T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from weaver.engine.packing import pack
 from weaver.errors import CheckpointMismatchError, EngineError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from weaver.engine.catalog import Catalog, ModelFacts
@@ -185,28 +186,24 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
     Raises:
         UnsupportedError: its weights cannot be read; speaks of it as `name`.
     """
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=register(),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=only_here(str(source)),
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=register(),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=only_here(str(source)),
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError, ValueError) as error:
         raise UnsupportedError(
             f"the weights of {name} cannot be read: {str(error).splitlines()[0]}",
             field="base_model",
             hint="Weights must be complete safetensors files beside config.json.",
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnsupportedError(
@@ -215,6 +212,18 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
             hint="Download the model again.",
         )
     return module
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws one for every load and save."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_weights(
