@@ -51,6 +51,18 @@ def test_packed_logits_equal_those_of_transformers(
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
+    save_tiny(transformers.Qwen3Config(**SIZES), tmp_path / "qwen3")
+    catalog = Catalog({"qwen3": tmp_path / "qwen3"}, allow_paths=False)
+    model = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1).base("qwen3")
+    batch = pack([[1, 2, 3]], adapters=[None], device=CPU)
+    before = model.hidden_states(batch)
+    weights = tmp_path / "qwen3" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert torch.equal(model.hidden_states(batch), before)
+
+
 def test_a_model_of_prepacked_layers_equals_transformers_and_peft(tmp_path: Path) -> None:
     sizes = {**SIZES, "hidden_size": 384, "intermediate_size": 512, "vocab_size": 1000}
     folder = tmp_path / "qwen3"

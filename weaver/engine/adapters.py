@@ -145,9 +145,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; CheckpointCorruptError where it is broken or not finite."""
+    """Copies of a safetensors file's tensors; CheckpointCorruptError if it is broken or not finite.
+
+    Copies, because `load_file` gives views of the file, and somebody may write over it.
+    """
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise _corrupt(path, f"cannot be read ({type(error).__name__})") from error
     for name, tensor in tensors.items():

@@ -211,6 +211,8 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
             field="base_model",
             hint="Download the model again.",
         )
+    for parameter in module.parameters():  # else a view of the file, which may be overwritten
+        parameter.data = parameter.data.clone()
     return module
 
 
