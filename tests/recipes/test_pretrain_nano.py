@@ -1,4 +1,4 @@
-"""A short pretraining run: the loss falls, the folder is whole, the seed decides; and the demo."""
+"""A short pretraining run: the loss falls, the folder is whole, the seed decides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes import _curriculum, demo, pretrain_nano
+from recipes import _curriculum, pretrain_nano
 from weaver import ServiceClient
 from weaver_rl.tasks.words import pig_latin
 
@@ -98,10 +98,3 @@ def test_guesses_stay_inside_what_feedback_leaves() -> None:
             guess = int(said.removesuffix(_curriculum.END))
             assert low <= guess <= high
             low, high = (guess + 1, high) if "higher" in heard else (low, guess - 1)
-
-
-def test_the_demo_halves_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEAVER_HOME", str(tmp_path))
-    assert demo.main(demo.Flags(steps=20))
-    assert not demo.main(demo.Flags(steps=4, learning_rate=0.0))
-    assert not set(demo.WORDS) & {word for phrase in demo.HELD_OUT for word in phrase.split()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,8 @@ class SupervisedPlan:
     """`SupervisedPlan(epochs=3, batch_tokens=4096, learning_rate=1e-3)`"""
 
     epochs: int = 1
+    steps: int | None = None
+    """The most steps, where that ends before the epochs do; None: all epochs."""
     batch_tokens: int = 4096
     """At most so many tokens a step; a longer example is a batch of its own."""
     learning_rate: float | Callable[[int], float] = 1e-3
@@ -52,6 +55,8 @@ class SupervisedPlan:
         for name in ("epochs", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 1.")
+        if self.steps is not None and self.steps < 0:
+            raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
 
     def adam_params(self, step: int) -> AdamParams:
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
@@ -74,7 +79,7 @@ async def supervised(
     run: Run | None = None,
     evaluate: Evaluate | None = None,
 ) -> Result:
-    """Trains on all examples, `plan.epochs` times; forms of an example: `weaver_rl.conversations`.
+    """Trains on all examples, as the plan says; forms of an example: `weaver_rl.conversations`.
 
     Args:
         held_out: examples whose mean loss per token is logged as `eval/loss`.
@@ -96,11 +101,12 @@ async def supervised(
         for name, rows in (("examples", examples), ("held_out", held_out))
     )
     lengths = [datum.model_input.length for datum in data]
-    steps = [
+    planned = (
         batch
         for epoch in range(plan.epochs)
         for batch in batches(lengths, plan.batch_tokens, seed=plan.seed, epoch=epoch)
-    ]
+    )
+    steps = list(islice(planned, plan.steps))
     done = await run.restore(trainer)
     version = await first_version(trainer, done.extra)
     metrics: dict[str, float] = {}

@@ -1,0 +1,129 @@
+"""Reinforcement learning by importance sampling, on weaver-nano: it learns to reverse words.
+
+    python -m recipes.importance_sampling                      # offline, about a minute
+    python -m recipes.importance_sampling --dry-run            # validate, score four replies, leave
+    python -m recipes.importance_sampling --tasks my.jsonl --model Qwen/Qwen3-0.6B
+
+Each step:
+
+1. Publish the adapter's weights, and sample G replies to each of P prompts with them.
+2. Score every reply. Its advantage A is its reward minus the mean reward of its group.
+3. Minimise the mean of −r·A over all sampled tokens, by one step of AdamW on the LoRA adapter. r is
+   a token's probability now over the one it was sampled with: 1 here, where the weights are the
+   same, so this is REINFORCE with a baseline. With `--max-staleness 4` sampling runs up to four
+   steps ahead, while the engine trains, and r makes up for it.
+
+Every tenth step held-out prompts are answered greedily.
+
+Left out: a penalty for leaving the base model (`Objective(kl_loss=...)`); clipping (`--objective
+ppo`); several passes over the same samples (`Plan(passes=...)`); division by the group's standard
+deviation (`--advantage standardised`), with which it would be GRPO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import tyro
+
+import weaver_rl as rl
+from recipes import _run
+from weaver import AsyncServiceClient
+from weaver.types import SamplingParams
+from weaver_rl.tasks.words import exact, reverse_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TASKS = reverse_tasks(1100, seed=1)
+"""`{"prompt": "rev:abc=", "answer": "cba"}`"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    model: str = "weaver-nano"
+    """A bundled model, a Hugging Face id or a local folder."""
+    tasks: str | None = None
+    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: TASKS."""
+    held_out: int = 100
+    """Tasks that are only evaluated."""
+    steps: int = 60
+    groups_per_step: int = 32
+    """P, prompts of a step."""
+    group_size: int = 8
+    """G, samples of each."""
+    max_tokens: int = 12
+    learning_rate: float = 1e-3
+    rank: int = 8
+    objective: str = "importance_sampling"
+    """Or ppo, cispo, gspo."""
+    advantage: str = "group_centred"
+    """Or standardised, leave_one_out, reinforce_pp."""
+    max_staleness: int = 0
+    """Steps by which sampling may run ahead of training."""
+    seed: int = 0
+    out: Path | None = None
+    """The run's folder; none: a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --out behind its last checkpoint, exactly."""
+    dry_run: bool = False
+    """Validate everything, score four replies, and leave."""
+    base_url: str | None = None
+    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
+    wandb_project: str | None = None
+
+
+def main(flags: Flags) -> Mapping[str, float]:
+    """Trains, evaluates and reports; answers the metrics of the end."""
+    return anyio.run(train, flags)
+
+
+async def train(flags: Flags) -> Mapping[str, float]:
+    asked = ("prompt", "answer")
+    everything = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else TASKS
+    tasks, held_out = rl.split_tasks(everything, held_out=flags.held_out)
+    plan = rl.Plan(
+        steps=flags.steps,
+        groups_per_step=flags.groups_per_step,
+        group_size=flags.group_size,
+        learning_rate=flags.learning_rate,
+        sampling=SamplingParams(max_tokens=flags.max_tokens),
+        objective=rl.Objective(loss_fn=flags.objective, correction="ratio"),
+        advantage=flags.advantage,
+        max_staleness=flags.max_staleness,
+        evaluate_every=10,
+        seed=flags.seed,
+    )
+    lora = {"rank": flags.rank, "alpha": 4 * flags.rank}
+    async with AsyncServiceClient(flags.base_url) as service:
+        if flags.dry_run:
+            return await _run.dry_run(
+                service, flags.model, tasks=tasks, reward=exact, max_tokens=flags.max_tokens
+            )
+        with _run.opened(
+            "importance-sampling",
+            service,
+            config={"model": flags.model, "lora": lora, "tasks": flags.tasks, **plan.as_config()},
+            out=flags.out,
+            steps=flags.steps,
+            resume=flags.resume,
+            wandb_project=flags.wandb_project,
+        ) as run:
+            trainer = await service.create_model(flags.model, lora, seed=flags.seed)
+            result = await rl.off_policy(  # the synchronous on_policy where staleness is 0
+                trainer,
+                tasks,
+                rl.single_turn(exact),
+                plan,
+                run=run,
+                evaluate=_run.greedily(held_out, exact, max_tokens=flags.max_tokens),
+            )
+        return _run.finished(run, result.metrics)
+
+
+if __name__ == "__main__":
+    _run.leave(partial(main, tyro.cli(Flags, description=__doc__)))

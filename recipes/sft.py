@@ -1,0 +1,121 @@
+"""Supervised fine-tuning, on weaver-nano: it learns pig latin from given answers.
+
+    python -m recipes.sft                                      # offline, about a minute
+    python -m recipes.sft --dry-run                            # validate, score four replies, leave
+    python -m recipes.sft --tasks my.jsonl --model Qwen/Qwen3-0.6B
+
+The algorithm:
+
+1. An example is a prompt and its answer as one sequence of tokens, the prompt masked: the mean of
+   −log p over the tokens of the answer and the end token behind it is minimised.
+2. Each epoch goes through the examples in a new seeded order, cut into batches of at most
+   `batch_tokens` tokens; each batch is one step of AdamW on the LoRA adapter. The next step
+   is submitted before the last is awaited, so the engine never waits.
+3. Every twentieth step: the loss on held-out examples, and greedy answers to their prompts.
+
+Left out: a schedule of the learning rate (`weaver_rl.schedules` has some); packing of several
+examples into one context, which the engine has no need of (it pads nothing); early stopping (the
+last checkpoints are there to go back to).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import tyro
+
+import weaver_rl as rl
+from recipes import _run
+from weaver import AsyncServiceClient
+from weaver_rl.tasks.words import exact, pig_latin_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TASKS = pig_latin_tasks(6100, seed=1)
+"""`{"prompt": "English: hello world\\nPig Latin:", "answer": "ello-hay orld-way"}`"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    model: str = "weaver-nano"
+    """A bundled model, a Hugging Face id or a local folder."""
+    tasks: str | None = None
+    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: TASKS."""
+    held_out: int = 100
+    """Tasks that are only evaluated."""
+    epochs: int = 2
+    steps: int = 150
+    """The most, where the epochs would take more."""
+    batch_tokens: int = 2048
+    """The most tokens of a step."""
+    max_tokens: int = 40
+    """Of an answer in the evaluation."""
+    learning_rate: float = 2e-3
+    rank: int = 8
+    seed: int = 0
+    out: Path | None = None
+    """The run's folder; none: a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --out behind its last checkpoint, exactly."""
+    dry_run: bool = False
+    """Validate everything, score four replies, and leave."""
+    base_url: str | None = None
+    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
+    wandb_project: str | None = None
+
+
+def main(flags: Flags) -> Mapping[str, float]:
+    """Trains, evaluates and reports; answers the metrics of the end."""
+    return anyio.run(train, flags)
+
+
+async def train(flags: Flags) -> Mapping[str, float]:
+    asked = ("prompt", "answer")
+    everything = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else TASKS
+    tasks, held_out = rl.split_tasks(everything, held_out=flags.held_out)
+    examples, tests = (
+        [{"prompt": one["prompt"], "completion": f" {one['answer']}"} for one in part]
+        for part in (tasks, held_out)
+    )
+    plan = rl.SupervisedPlan(
+        epochs=flags.epochs,
+        steps=flags.steps,
+        batch_tokens=flags.batch_tokens,
+        learning_rate=flags.learning_rate,
+        evaluate_every=20,
+        seed=flags.seed,
+    )
+    lora = {"rank": flags.rank, "alpha": 4 * flags.rank}
+    async with AsyncServiceClient(flags.base_url) as service:
+        if flags.dry_run:
+            return await _run.dry_run(
+                service, flags.model, tasks=tasks, reward=exact, max_tokens=flags.max_tokens
+            )
+        with _run.opened(
+            "sft",
+            service,
+            config={"model": flags.model, "lora": lora, "tasks": flags.tasks, **plan.as_config()},
+            out=flags.out,
+            steps=flags.steps,
+            resume=flags.resume,
+            wandb_project=flags.wandb_project,
+        ) as run:
+            trainer = await service.create_model(flags.model, lora, seed=flags.seed)
+            result = await rl.supervised(
+                trainer,
+                examples,
+                plan,
+                held_out=tests,
+                run=run,
+                evaluate=_run.greedily(held_out, exact, max_tokens=flags.max_tokens),
+            )
+        return _run.finished(run, result.metrics)
+
+
+if __name__ == "__main__":
+    _run.leave(partial(main, tyro.cli(Flags, description=__doc__)))

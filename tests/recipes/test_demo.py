@@ -1,0 +1,41 @@
+"""The demo: both of its parts learn, or it says that they did not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from recipes import demo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEAVER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
+
+
+def test_fine_tuning_halves_the_loss() -> None:
+    assert demo.fine_tune(demo.Flags(steps=20), Console())
+    assert not set(demo.WORDS) & {word for phrase in demo.HELD_OUT for word in phrase.split()}
+
+
+def test_it_notices_when_neither_part_learns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = demo.Flags(steps=4, rl_steps=5, learning_rate=0.0)
+    assert not demo.fine_tune(flags, Console())
+    assert not demo.reinforce(flags, Console())
+    assert "Report: runs/demo-" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("runs/demo-*/report.html"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_parts_learn() -> None:
+    assert demo.main(demo.Flags())
