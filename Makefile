@@ -4,11 +4,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format test test-slow bench clean
+.PHONY: help install demo check format test test-slow test-clients bench clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the proofs that take minutes"
+	@echo "make test-clients  the published clients of other projects at our server"
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make format     mend what can be mended by a tool"
 	@echo "make bench      measure against peers, as ratios"
@@ -48,8 +49,18 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 1200
 
+# Other projects' clients, each as it was published, in an environment of their own.
+.venv-clients/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt nex-weaver==1.19.2
+	@touch $@
+
+test-clients: .venv/.installed-dev .venv-clients/.installed
+	$(BIN)/python -m pytest -m clients tests/clients
+
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -63,10 +63,10 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokeni
             "a tokenizer needs transformers.",
             hint='Run: pip install "weaver-post-training[engine]"',
         ) from None
-    return AutoTokenizer.from_pretrained(_stored(files, folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(store_tokenizer(files, folder), local_files_only=True)
 
 
-def _stored(files: Mapping[str, bytes], folder: Path) -> Path:
+def store_tokenizer(files: Mapping[str, bytes], folder: Path) -> Path:
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         if not FILE_NAME.fullmatch(name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weaver.errors import (
@@ -209,6 +210,17 @@ class ScopedService:
     async def get_checkpoint(self, path: str) -> CheckpointInfo:
         await self._check_path(path)
         return _without_folder(await self._service.get_checkpoint(path))
+
+    async def checkpoint_folder(self, path: str) -> Path:
+        """Where its files lie, for the server itself: callers are never told.
+
+        Raises:
+            CheckpointNotFoundError
+        """
+        await self._check_path(path)
+        folder = (await self._service.get_checkpoint(path)).folder
+        assert folder is not None, "the service is of this process"
+        return Path(folder)
 
     async def delete_checkpoint(self, path: str) -> None:
         await self._check_path(path)

@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from weaver.errors import PermissionDeniedError
+from weaver.server.compat import weaver_rest
 from weaver.server.http.edge import Edge
 from weaver.server.http.errors import ErrorAnswer, add_error_handlers
 from weaver.server.http.routes import Fronted, router
@@ -42,6 +43,7 @@ def _routes() -> FastAPI:
     add_error_handlers(app)
     refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
     app.include_router(router, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal})
+    app.include_router(weaver_rest.router)
     app.add_api_route("/healthz", healthz, include_in_schema=False)
     app.add_api_route("/readyz", readyz, include_in_schema=False)
     app.add_api_route("/metrics", metrics, include_in_schema=False)

@@ -28,6 +28,8 @@ logger = logging.getLogger("weaver.server.http")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 """Need no key: they say nothing of anybody's work."""
+SIGNED_PATHS = "/api/v1/downloads/"
+"""Addresses below it carry their own right."""
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -62,10 +64,12 @@ class Edge:
         with self._front.metrics.running.track_inprogress():
             try:
                 await self._admit(scope, headers)
-                limit = self._front.limits.body_bytes(headers.get("Content-Type", ""))
+                limit = self._front.limits.body_bytes(
+                    headers.get("Content-Type", ""), scope["path"]
+                )
                 receive_some = _bounded(receive, limit, headers.get("Content-Length", ""))
             except WeaverError as error:
-                await error_response(error, current)(scope, receive, send_and_note)
+                await error_response(error, scope)(scope, receive, send_and_note)
             else:
                 await self._app(scope, receive_some, send_and_note)
             finally:
@@ -73,7 +77,7 @@ class Edge:
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(SIGNED_PATHS):
             return
         if self._front.stopping.is_set():
             raise ServiceConnectionError("the server is stopping.", hint="Try again in a moment.")

@@ -16,10 +16,12 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ErrorInfo
+from weaver.server.compat.weaver_rest_errors import PREFIX, error_envelope
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
+    from starlette.types import Scope
 
 STATUS = {
     "invalid_request": 400,
@@ -55,18 +57,21 @@ class ErrorAnswer(Value):
     error: ErrorDetail
 
 
-def error_response(
-    error: WeaverError, request_id: str, *, status: int | None = None
-) -> JSONResponse:
+def error_response(error: WeaverError, scope: Scope, *, status: int | None = None) -> JSONResponse:
+    """In the envelope of the interface that the request's path belongs to."""
     status = status or STATUS.get(error.code)
     if status is None:
         status = 422 if isinstance(error, InvalidRequestError) else 500
-    info = ErrorInfo.of(error).model_dump()
     headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    answer = ErrorAnswer(error=ErrorDetail(**info, request_id=request_id))
-    return JSONResponse(answer.model_dump(), status_code=status, headers=headers)
+    request_id = scope["state"]["request_id"]
+    if scope["path"].startswith(PREFIX):
+        content = error_envelope(error, request_id, status=status)
+    else:
+        info = ErrorInfo.of(error).model_dump()
+        content = ErrorAnswer(error=ErrorDetail(**info, request_id=request_id)).model_dump()
+    return JSONResponse(content, status_code=status, headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -78,7 +83,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _weaver_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, WeaverError)
-    return error_response(error, request.state.request_id)
+    return error_response(error, request.scope)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -89,7 +94,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(cause, InvalidRequestError):
         where = ".".join(str(part) for part in problem["loc"])
         cause = InvalidRequestError(f"{problem['msg']}.", field=where)
-    return error_response(cause, request.state.request_id, status=status)
+    return error_response(cause, request.scope, status=status)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -99,7 +104,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     kind = kinds.get(error.status_code, InvalidRequestError)
     hint = "GET /openapi.json lists what there is." if error.status_code in (404, 405) else None
     answer = error_response(
-        kind(f"{error.detail}.", hint=hint), request.state.request_id, status=error.status_code
+        kind(f"{error.detail}.", hint=hint), request.scope, status=error.status_code
     )
     answer.headers.update(error.headers or {})
     return answer
@@ -109,4 +114,4 @@ async def _defect(request: Request, error: Exception) -> JSONResponse:
     """Says nothing of the cause: the log has it, under the same request id."""
     request_id = request.state.request_id
     hint = f"Report it with the log of request {request_id}."
-    return error_response(EngineError("the server has a defect.", hint=hint), request_id)
+    return error_response(EngineError("the server has a defect.", hint=hint), request.scope)

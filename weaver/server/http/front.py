@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 
 from weaver.errors import AuthenticationError
+from weaver.server.compat.weaver_rest_errors import PREFIX
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
 from weaver.server.keys import Caller
 from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from starlette.datastructures import Headers
 
+    from weaver.server.compat.weaver_rest_operations import Desk
     from weaver.server.keys import Keys
     from weaver.server.scoped import Scopes
 
 MEDIA_TYPE = "application/vnd.weaver"
 JSON_BODY_BYTES = 4 * 2**20
+REST_JSON_BYTES = 64 * 2**20
+"""There, JSON carries training data: a million tokens."""
 MESSAGE_LIMITS = WireLimits(header_bytes=16 * 2**20, array_bytes=256 * 2**20)
 LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
@@ -33,7 +40,10 @@ class ServerLimits:
     message: WireLimits = MESSAGE_LIMITS
     submissions: int = 1024
 
-    def body_bytes(self, media_type: str) -> int:
+    def body_bytes(self, media_type: str, path: str) -> int:
+        if path.startswith(PREFIX):
+            binary = media_type.startswith("multipart/form-data")
+            return self.message.message_bytes if binary else REST_JSON_BYTES
         return self.message.message_bytes if media_type == MEDIA_TYPE else JSON_BODY_BYTES
 
 
@@ -50,6 +60,12 @@ class Front:
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
+    folder: Path | None = None
+    """Where tokenizers are kept for clients on this machine; None: they are not."""
+    desks: dict[Caller, Desk] = field(default_factory=dict)
+    """Of callers of the Weaver REST interface."""
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    """Signs addresses of downloads, which end with the process."""
 
     async def authenticate(self, headers: Headers) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.

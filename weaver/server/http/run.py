@@ -81,6 +81,7 @@ async def run_server(
                 scopes=Scopes(service, Owners(database), quotas=settings.quotas),
                 keys=Keys(database) if settings.auth else None,
                 limits=settings.limits,
+                folder=settings.home,
             )
             await _serve(front, listener, started)
 

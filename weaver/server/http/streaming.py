@@ -46,7 +46,7 @@ class EventStream(Response):
             refusal = await self._send_deltas(send)
             tasks.cancel_scope.cancel()
         if refusal is not None:
-            await error_response(refusal, scope["state"]["request_id"])(scope, receive, send)
+            await error_response(refusal, scope)(scope, receive, send)
 
     async def _send_deltas(self, send: Send) -> WeaverError | None:
         """Answers why there is no such stream, as long as nothing was sent."""

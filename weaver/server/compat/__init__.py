@@ -1,0 +1,1 @@
+"""Other wire formats over the same service: thin adapters, mounted by `weaver.server.http.app`."""

@@ -1,0 +1,97 @@
+"""Ids and paths of the Weaver REST interface, computed from native ones so that none is stored.
+
+| there                                | here                                        |
+|--------------------------------------|---------------------------------------------|
+| weaver://<model>/checkpoints/<name>  | weaver://<run>/weights/<name>               |
+| weaver://<model>/sampler/<name>      | the same                                    |
+| a checkpoint's or artifact's UUID    | UUID 5 of its path                          |
+| a sampling session's id              | the sampler's id in base64url               |
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from typing import TYPE_CHECKING
+
+from weaver.errors import CheckpointNotFoundError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weaver.protocol import Service
+    from weaver.types import CheckpointInfo, JsonDict
+
+KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
+
+
+def native_path(path: str) -> str:
+    return path.replace("/checkpoints/", "/weights/", 1)
+
+
+def rest_path(path: str) -> str:
+    return path.replace("/weights/", "/checkpoints/", 1)
+
+
+def uuid_of(path: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, path))
+
+
+def session_of(sampler_id: str) -> str:
+    return base64.urlsafe_b64encode(sampler_id.encode()).decode().rstrip("=")
+
+
+def sampler_of(sampling_session: str) -> str:
+    """Raises NotFoundError."""
+    padded = sampling_session + "=" * (-len(sampling_session) % 4)
+    try:
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise NotFoundError(
+            f"no sampling session is called {sampling_session[:80]!r}.", field="sampling_session"
+        ) from None
+
+
+def checkpoint_json(info: CheckpointInfo) -> JsonDict:
+    lora = info.lora_config
+    kind = KINDS.get(info.kind, "sampling")
+    return {
+        "id": uuid_of(info.path),
+        "model_id": info.run_id,
+        "path": rest_path(info.path),
+        "name": info.name,
+        "type": kind,
+        "checkpoint_type": kind,
+        "status": "completed",
+        "train_attn": lora is None or lora.train_attn,
+        "train_mlp": lora is None or lora.train_mlp,
+        "train_unembed": lora is None or lora.train_unembed,
+        "step": info.step,
+        "size_bytes": info.size_bytes,
+        "ttl_seconds": info.ttl_seconds,
+        "created_at": info.created_at.isoformat(),
+        "expires_at": info.expires_at.isoformat() if info.expires_at else None,
+    }
+
+
+async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
+    """By its path of either form, or by its id.
+
+    Raises:
+        CheckpointNotFoundError
+    """
+    if "://" in reference:
+        return await service.get_checkpoint(native_path(reference))
+    return by_uuid(await service.list_checkpoints(), reference)
+
+
+def by_uuid(checkpoints: Sequence[CheckpointInfo], checkpoint_id: str) -> CheckpointInfo:
+    for info in checkpoints:
+        if uuid_of(info.path) == checkpoint_id:
+            return info
+    raise CheckpointNotFoundError(
+        f"no checkpoint has the id {checkpoint_id[:80]!r}.",
+        field="checkpoint_id",
+        hint="GET /models/{model_id}/checkpoints lists them.",
+    )
