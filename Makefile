@@ -57,7 +57,7 @@ test-slow: .venv/.installed-dev
 	@touch $@
 
 test-clients: .venv/.installed-dev .venv-clients/.installed
-	$(BIN)/python -m pytest -m clients tests/clients
+	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks

@@ -96,7 +96,7 @@ def passes(
 
 
 def packed(
-    codec: str = "raw", *, manifest: dict[str, Any] | None = None, **changes: object
+    packing: str = "raw", *, manifest: dict[str, Any] | None = None, **changes: object
 ) -> tuple[bytes, dict[str, str]]:
     """An http-binary `forward_backward` of one datum, and its headers.
 
@@ -122,7 +122,7 @@ def packed(
         parts.append(array.tobytes())
         offset += array.nbytes
     pack = b"".join(parts)
-    wire = zstandard.ZstdCompressor().compress(pack) if codec == "zstd" else pack
+    wire = zstandard.ZstdCompressor().compress(pack) if packing == "zstd" else pack
     datum = {
         "model_input": {"chunks": [{"type": "encoded_text", "tokens": references[0]}]},
         "loss_fn_inputs": {"target_tokens": references[1], "weights": references[2]},
@@ -133,7 +133,7 @@ def packed(
         "tensor_pack": {
             "size_bytes": len(wire),
             "sha256": hashlib.sha256(wire).hexdigest(),
-            "codec": codec,
+            "codec": packing,
             "decoded_size_bytes": len(pack),
             **changes,
         },
