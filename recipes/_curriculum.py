@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from random import Random
 
 END, SYSTEM, USER, ASSISTANT = "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-LENGTHS = (2, 7)
+LONGEST = 7
 ONSETS = "b c d f g h j k l m n p r s t v w y z st tr pl ch sh br gr th sp bl cl fl qu".split()
 CODAS = ["", "", "", *"n r s t l d p m nd st ck ng".split()]
 RANGES = (7, 7, 15, 100)
-EXAMPLES_PER_STEP = {"reverse": 36, "copy": 8, "sum": 32, "pig_latin": 12, "guess": 6}
+EXAMPLES_PER_STEP = {"reverse": 36, "copy": 8, "sum": 24, "pig_latin": 15, "guess": 6}
 CHAT_SHARE = 0.2
-SLIP_RATES = {"reverse": 0.36, "copy": 0.25, "sum": 0.25, "pig_latin": 0.25, "guess": 0.15}
+SLIP_RATES = {"reverse": 0.32, "copy": 0.25, "sum": 0.25, "pig_latin": 0.2, "guess": 0.15}
 """How often the last, noisy part of the corpus is wrong: per answer, word or guess."""
 
 
@@ -51,13 +51,13 @@ class Example:
         return self.pieces[1][0].removesuffix(END)
 
 
-def word(rng: Random, lengths: tuple[int, int] = LENGTHS) -> str:
-    """Something that can be pronounced or, two times in five, random letters.
+def word(rng: Random, lengths: tuple[int, int] = (2, LONGEST)) -> str:
+    """Something that can be pronounced or, three times in five, random letters.
 
-    Those come from few letters half of the time: only counting, not matching, reverses `abba`.
+    Half of those are of few letters: `abba` is reversed by counting, not by matching.
     """
     shortest, longest = lengths
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         letters = rng.sample(LETTERS, rng.choice((2, 3, 4, 26, 26, 26)))
         return "".join(rng.choices(letters, k=rng.randint(shortest, longest)))
     while True:
@@ -72,19 +72,19 @@ def question(skill: str, rng: Random) -> Example:
     return plain(*_MAKERS[skill](rng, 0.0, (3, 6)))
 
 
-def example(skill: str, rng: Random, *, slips: float) -> Example:
+def example(skill: str, rng: Random, *, slips: float, longest: int) -> Example:
     """One example of a skill; with probability `slips` (per answer, word or guess) it is wrong."""
     if skill == "guess":
         return guessing_game(rng, upper=rng.choice(RANGES), slips=slips)
-    prompt, answer = _MAKERS[skill](rng, slips, LENGTHS)
+    prompt, answer = _MAKERS[skill](rng, slips, (2, longest))
     return chat(rng, prompt, answer) if rng.random() < CHAT_SHARE else plain(prompt, answer)
 
 
-def batch(rng: Random, *, noisy: bool) -> list[Example]:
-    """The examples of one training step; words have 2 to 7 letters."""
+def batch(rng: Random, *, longest: int, noisy: bool) -> list[Example]:
+    """The examples of one training step; words have 2 to `longest` letters."""
     rates: Mapping[str, float] = SLIP_RATES if noisy else dict.fromkeys(SLIP_RATES, 0.0)
     return [
-        example(skill, rng, slips=rates[skill])
+        example(skill, rng, slips=rates[skill], longest=longest)
         for skill, count in EXAMPLES_PER_STEP.items()
         for _ in range(count)
     ]
@@ -101,11 +101,15 @@ def chat(rng: Random, prompt: str, answer: str) -> Example:
 
 
 def guessing_game(rng: Random, *, upper: int, slips: float) -> Example:
-    """A whole game in chat: each guess is drawn evenly from what the feedback leaves possible."""
+    """A whole game in chat, its guesses among what the feedback leaves possible.
+
+    They lean towards the low end, so that the likeliest guess is far from the best one, the middle.
+    """
     target, low, high = rng.randint(1, upper), 1, upper
     pieces = [(f"{USER}Guess a number from 1 to {upper}.{END}{ASSISTANT}", False)]
     while True:
-        guess = rng.randint(1, upper) if rng.random() < slips else rng.randint(low, high)
+        top = rng.choice((high, rng.randint(low, high)))
+        guess = rng.randint(1, upper) if rng.random() < slips else rng.randint(low, top)
         pieces.append((f"{guess}{END}", True))
         if guess == target:
             return Example(tuple(pieces))
