@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from random import Random
 
 END, SYSTEM, USER, ASSISTANT = "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-LONGEST = 7
+LENGTHS = (2, 7)
 ONSETS = "b c d f g h j k l m n p r s t v w y z st tr pl ch sh br gr th sp bl cl fl qu".split()
 CODAS = ["", "", "", *"n r s t l d p m nd st ck ng".split()]
 RANGES = (7, 7, 15, 100)
@@ -51,14 +51,14 @@ class Example:
         return self.pieces[1][0].removesuffix(END)
 
 
-def word(rng: Random, lengths: tuple[int, int] = (2, LONGEST)) -> str:
+def word(rng: Random, lengths: tuple[int, int] = LENGTHS) -> str:
     """Something that can be pronounced or, three times in five, random letters.
 
-    Half of those are of few letters: `abba` is reversed by counting, not by matching.
+    A third of those are of few letters: `abba` is reversed by counting, not by matching.
     """
     shortest, longest = lengths
     if rng.random() < 0.6:
-        letters = rng.sample(LETTERS, rng.choice((2, 3, 4, 26, 26, 26)))
+        letters = rng.sample(LETTERS, rng.choice((2, 4, 26, 26, 26, 26)))
         return "".join(rng.choices(letters, k=rng.randint(shortest, longest)))
     while True:
         syllables = rng.randint(1, 3)
@@ -72,19 +72,19 @@ def question(skill: str, rng: Random) -> Example:
     return plain(*_MAKERS[skill](rng, 0.0, (3, 6)))
 
 
-def example(skill: str, rng: Random, *, slips: float, longest: int) -> Example:
+def example(skill: str, rng: Random, *, slips: float) -> Example:
     """One example of a skill; with probability `slips` (per answer, word or guess) it is wrong."""
     if skill == "guess":
         return guessing_game(rng, upper=rng.choice(RANGES), slips=slips)
-    prompt, answer = _MAKERS[skill](rng, slips, (2, longest))
+    prompt, answer = _MAKERS[skill](rng, slips, LENGTHS)
     return chat(rng, prompt, answer) if rng.random() < CHAT_SHARE else plain(prompt, answer)
 
 
-def batch(rng: Random, *, longest: int, noisy: bool) -> list[Example]:
-    """The examples of one training step; words have 2 to `longest` letters."""
+def batch(rng: Random, *, noisy: bool) -> list[Example]:
+    """The examples of one training step; words have 2 to 7 letters."""
     rates: Mapping[str, float] = SLIP_RATES if noisy else dict.fromkeys(SLIP_RATES, 0.0)
     return [
-        example(skill, rng, slips=rates[skill], longest=longest)
+        example(skill, rng, slips=rates[skill])
         for skill, count in EXAMPLES_PER_STEP.items()
         for _ in range(count)
     ]

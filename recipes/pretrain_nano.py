@@ -8,9 +8,8 @@ What it does, in order:
    no merges, so any UTF-8 text survives; six special tokens; a chat template that keeps history.
 2. Trains all weights through Weaver's own API (`training_mode="full_ft"`) by cross-entropy on the
    answers of `_curriculum`: AdamW, linear warm-up, cosine decay. Batches are submitted one ahead.
-3. Shows only short words in the first fifth of the steps, from which it learns to count, and noisy
-   answers in the last. The model then knows the skills and doubts them: it is right about half the
-   time when sampled, an honest gap for reinforcement to close.
+3. The last fifth of the steps sees noisy answers. The model then knows the skills and doubts
+   them: it is right about half the time when sampled, an honest gap for reinforcement to close.
 4. Measures the skills on prompts of another seed, and writes the model folder: weights,
    configuration, tokenizer, `skills.json`, and the model card with the measured table.
 
@@ -60,8 +59,6 @@ class Flags:
     learning_rate: float = 3e-3
     """At its peak, after `warmup_steps`; it ends at a twentieth of it."""
     warmup_steps: int = 50
-    short_until: float = 0.2
-    """The share of the steps before which words have at most 4 letters."""
     noisy_from: float = 0.8
     """The share of the steps after which answers are noisy."""
     hidden_size: int = 96
@@ -104,9 +101,7 @@ def train(trainer: TrainingClient, flags: Flags) -> list[float]:
     pending = None
     for step in range(flags.steps):
         noisy = step >= flags.noisy_from * flags.steps
-        longest = 4 if step < flags.short_until * flags.steps else _curriculum.LONGEST
-        examples = _curriculum.batch(rng, longest=longest, noisy=noisy)
-        datums = [to_datum(example, tokenizer) for example in examples]
+        datums = [to_datum(item, tokenizer) for item in _curriculum.batch(rng, noisy=noisy)]
         gradients = trainer.forward_backward(datums, "cross_entropy")
         trainer.optim_step(
             types.AdamParams(
