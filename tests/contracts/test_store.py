@@ -1,22 +1,29 @@
-"""The contract of `Store`."""
+"""The contract of a `Store` that outlives its process."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
+import sqlalchemy as sa
 
-from tests.contracts.caller import FORWARD, STEP
-from weaver.protocol import ErrorInfo, StepDone, Submission
-from weaver.types import LoraConfig, MetricPoint, OptimStepResult, TrainingRun
+from tests.contracts.caller import FORWARD, GRADIENT, STEP
+from weaver.errors import StorageError
+from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
+from weaver.server.store import Settled
+from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
 if TYPE_CHECKING:
+    from weaver.protocol import Operation
     from weaver.server.store import Store
 
 pytestmark = pytest.mark.anyio
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 DONE = StepDone(output=OptimStepResult(metrics={"step": 1.0}))
+NO = ErrorInfo(code="cancelled", message="no")
+MODEL = ModelInfo(name="fake", architecture="x", vocab_size=9, context_length=9, num_parameters=9)
 
 
 def run(run_id: str, step: int = 0) -> TrainingRun:
@@ -32,28 +39,132 @@ def run(run_id: str, step: int = 0) -> TrainingRun:
     )
 
 
-async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) -> None:
-    first = Submission(id="1", operation=FORWARD, run_id="r", seq=1)
-    second = Submission(id="2", operation=STEP, run_id="r", seq=2)
-    await store.append("a", [first, second])
-    await store.append("b", [first])
-    assert list(await store.pending()) == [("a", first), ("a", second), ("b", first)]
-    await store.settle("a", "1", DONE)
-    await store.settle("b", "1", ErrorInfo(code="cancelled", message="no"))
-    assert list(await store.pending()) == [("a", second)]
+def sent(submission_id: str, operation: Operation | None = STEP, *, seq: int = 1) -> Submission:
+    return Submission(id=submission_id, operation=operation, run_id="r", seq=seq)
 
 
-async def test_a_run_is_replaced_by_its_newer_description(store: Store) -> None:
-    await store.put_run(run("r"))
-    await store.put_run(run("s"))
-    await store.put_run(run("r", step=3))
-    assert [(r.run_id, r.step) for r in await store.runs()] == [("r", 3), ("s", 0)]
+def ended(
+    submission_id: str, cursor: int, *, number: int | None = None, error: ErrorInfo | None = None
+) -> Settled:
+    result = DONE if error is None else None
+    outcome = Outcome(submission_id=submission_id, cursor=cursor, result=result, error=error)
+    return Settled(session_id="a", outcome=outcome, number=number, lost_gradient=number is None)
 
 
 async def test_metrics_keep_their_order_and_belong_to_a_run(store: Store) -> None:
     points = [MetricPoint(name=n, value=v, occurred_at=NOW) for n, v in [("a", 1), ("b", 2)]]
     await store.add_metrics("r", points)
-    await store.add_metrics("r", points[:1])
-    assert [p.value for p in await store.metrics("r")] == [1, 2, 1]
+    await store.add_metrics("r", [*points[:1], MetricPoint(name="c", value=0.1, step=7)])
+    assert list(await store.metrics("r"))[:3] == [*points, points[0]]
     assert [p.value for p in await store.metrics("r", name="a")] == [1, 1]
+    [odd] = await store.metrics("r", name="c")
+    assert odd.value == 0.1 and odd.step == 7 and odd.occurred_at is None
     assert list(await store.metrics("s")) == []
+
+
+async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) -> None:
+    await store.open_session("a")
+    await store.append("a", [sent("1", FORWARD), sent("2", seq=2)])
+    await store.append("b", [sent("1", FORWARD)])
+    pending = [(e.session_id, e.submission, e.cursor) for e in await store.entries()]
+    assert pending == [
+        ("a", sent("1", FORWARD), 0),
+        ("a", sent("2", seq=2), 0),
+        ("b", sent("1", FORWARD), 0),
+    ]
+    await store.settle([ended("1", 1, number=1), ended("2", 2, error=NO)])
+    first, second, third = await store.entries()
+    assert (first.submission, first.cursor, first.executed) == (None, 1, True)
+    assert isinstance(first.outcome, Outcome) and first.outcome.result == DONE
+    assert (second.executed, second.lost_gradient) == (False, True)
+    assert isinstance(second.outcome, Outcome) and second.outcome.error == NO
+    assert third.submission == sent("1", FORWARD)
+    assert len({first.fingerprint, third.fingerprint}) == 1 != len(first.fingerprint)
+
+
+async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(store: Store) -> None:
+    await store.open_session("a")
+    await store.append("a", [sent("1"), sent("2", seq=2)])
+    await store.settle([ended("1", 1, number=1)])
+    store.acknowledge("a", ["1"])
+    await store.settle([ended("2", 2, number=2)])
+    first, second = await store.entries()
+    assert first.outcome is None and first.cursor == 1 and first.seq == 1
+    assert second.outcome is not None
+
+
+async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
+    await store.open_session("a")
+    await store.put_run(run("r"), model=MODEL, seed=5)
+    await store.put_run(run("s"), model=MODEL, seed=6)
+    operations = [GRADIENT, STEP, GRADIENT, STEP]
+    await store.append("a", [sent(str(i), op, seq=i) for i, op in enumerate(operations, start=1)])
+    for number in (1, 2, 3):
+        error = NO if number == 3 else None
+        settled = ended(str(number), number, number=number, error=error)
+        await store.settle([settled], runs=[run("r", step=number)])
+    record = await store.run("r")
+    assert record is not None and (record.seed, record.snapshot, record.executed) == (5, 0, 3)
+    assert (record.model, record.run.step) == (MODEL, 3)
+    assert [r.run.run_id for r in await store.runs()] == ["r", "s"]
+    done = await store.executed("r", after=0)
+    assert [(one.number, one.operation, one.error) for one in done] == [
+        (1, GRADIENT, None),
+        (2, STEP, None),
+        (3, GRADIENT, "cancelled"),
+    ]
+    await store.put_snapshot("r", 2)
+    record = await store.run("r")
+    assert record is not None and (record.snapshot, record.executed) == (2, 3)
+    assert [one.number for one in await store.executed("r", after=2)] == [3]
+    assert len(await store.entries()) == 4  # a resend is still recognised
+    assert await store.run("t") is None
+
+
+async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
+    await store.open_session("a")
+    await store.put_run(run("r"), model=MODEL, seed=0)
+    await store.append("a", [sent("1", GRADIENT), sent("2", seq=2), sent("3", seq=3)])
+    await store.settle([ended("1", 1, number=1), ended("3", 2, error=NO)])
+    await store.close_session("a")
+    assert list(await store.sessions()) == []
+    assert [entry.submission_id for entry in await store.entries()] == ["2"]
+    assert [one.number for one in await store.executed("r", after=0)] == [1]
+    await store.settle([ended("2", 3, number=2)])
+    await store.put_snapshot("r", 2)
+    assert not await store.executed("r", after=0) and not await store.entries()
+
+
+async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) -> None:
+    await store.open_session("a")
+    for run_id in ("r", "s"):
+        await store.put_run(run(run_id), model=MODEL, seed=0)
+    await store.append("a", [sent("1", GRADIENT), sent("2", seq=2)])
+    await store.settle([ended("1", 1, number=1)])
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE operations SET body = substr(body, 1, 30)"))
+        connection.execute(sa.text("UPDATE runs SET description = model WHERE run_id = 's'"))
+    with pytest.raises(StorageError, match="operation 1 of r"):
+        await store.executed("r", after=0)
+    first, second = await store.entries()
+    assert isinstance(first.outcome, Outcome)
+    assert isinstance(second.submission, StorageError)
+    assert [record.run.run_id for record in await store.runs()] == ["r"]
+
+
+async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None:
+    failed = []
+    await store.open_session("a")
+
+    async def append(submission_id: str) -> None:
+        try:
+            await store.append("a", [sent(submission_id)])
+        except StorageError:
+            failed.append(submission_id)
+
+    await store.append("a", [sent("0")])
+    async with anyio.create_task_group() as tasks:
+        for submission_id in ("1", "2", "0", "3"):
+            tasks.start_soon(append, submission_id)
+    assert failed == ["0"]
+    assert {entry.submission_id for entry in await store.entries()} == {"0", "1", "2", "3"}

@@ -290,8 +290,6 @@ async def test_what_cannot_be_journaled_is_not_accepted(home: Path) -> None:
             await caller.send(submission)
         store.failing = False
         await caller.result((await caller.send(submission))[0])
-        assert not await store.pending()
-        assert [r.run_id for r in await store.runs()] == [run]
 
 
 # --- closing ------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The boundary around an operation: whatever happens inside becomes a value."""
+"""The boundary around an operation: whatever happens inside becomes a value.
+
+Called by the executor and by the service.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from weaver.errors import EngineError, WeaverError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -21,8 +24,22 @@ def attempt(work: Callable[[], T]) -> T | WeaverError:
     except WeaverError as error:
         return error
     except Exception as error:
-        logger.exception("an operation failed through a defect")
-        return EngineError(
-            f"{type(error).__name__}: {error}",
-            hint="The service's log has the traceback; the service goes on.",
-        )
+        return _defect(error)
+
+
+async def attempt_async(work: Callable[[], Awaitable[T]]) -> T | WeaverError:
+    """The same, of what has to be awaited."""
+    try:
+        return await work()
+    except WeaverError as error:
+        return error
+    except Exception as error:
+        return _defect(error)
+
+
+def _defect(error: Exception) -> EngineError:
+    logger.exception("an operation failed through a defect", exc_info=error)
+    return EngineError(
+        f"{type(error).__name__}: {error}",
+        hint="The service's log has the traceback; the service goes on.",
+    )

@@ -98,10 +98,12 @@ class Location:
 
 
 class Checkpoints:
-    """All checkpoints below one home folder."""
+    """All checkpoints below one folder of a home."""
 
-    def __init__(self, home: Path, *, now: Callable[[], datetime] = now_utc) -> None:
-        self._root = home / "runs"
+    def __init__(
+        self, home: Path, *, folder: str = "runs", now: Callable[[], datetime] = now_utc
+    ) -> None:
+        self.root = home / folder
         self._now = now
         self._changing = threading.RLock()
 
@@ -111,24 +113,55 @@ class Checkpoints:
         fill: Callable[[Path], None],
         *,
         describe: Callable[[datetime], CheckpointInfo],
+        author: str = "",
         overwrite: bool = False,
     ) -> CheckpointInfo:
         """Saves what `fill` puts into an empty folder; `describe` is told the time of it.
+
+        A checkpoint that the same `author` has written is kept as it is: nothing is done twice.
 
         Raises:
             NameTakenError: it exists, and `overwrite` is not set.
             StorageError: the disk is full or not writable; nothing was left behind.
         """
-        place = self._folder(location)
-        if not overwrite and self._find(location) is not None:
+        found = self._find(location)
+        if found is not None and author and self.author(str(location)) == author:
+            return found
+        if found is not None and not overwrite:
             raise NameTakenError(
                 f"{location} exists already.", field="name", hint="Set overwrite=True."
             )
-        draft = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
+        draft = self.draft(location, fill)
+        return self.commit(draft, location, describe=describe, author=author)
+
+    def draft(self, location: Location, fill: Callable[[Path], None]) -> Path:
+        """The first half of `write`: a folder for `commit`, which need not be on the disk yet.
+
+        Raises:
+            StorageError
+        """
+        draft = self._folder(location).parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             with _storage_errors(f"saving {location}"):
                 draft.mkdir(parents=True)
                 fill(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return draft
+
+    def commit(
+        self,
+        draft: Path,
+        location: Location,
+        *,
+        describe: Callable[[datetime], CheckpointInfo],
+        author: str,
+    ) -> CheckpointInfo:
+        """The second half: flushes a draft to the disk and puts it in its place."""
+        place = self._folder(location)
+        try:
+            with _storage_errors(f"saving {location}"):
                 files = sorted(path for path in draft.rglob("*") if path.is_file())
                 now = self._now()
                 info = describe(now)
@@ -140,7 +173,7 @@ class Checkpoints:
                     }
                 )
                 sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
-                _write_manifest(draft, info, sums)
+                _write_manifest(draft, info, sums=sums, author=author)
                 for path in (*files, draft):
                     _flush(path)
                 with self._changing:
@@ -148,6 +181,14 @@ class Checkpoints:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return info.model_copy(update={"folder": str(place)})
+
+    def author(self, path: str) -> str:
+        """Whose submission wrote it.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError
+        """
+        return _read_manifest(Path(self.get(path).folder or ""))[2]
 
     def get(self, path: str) -> CheckpointInfo:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError."""
@@ -174,7 +215,7 @@ class Checkpoints:
                     field="path",
                     hint="Give a weaver:// path, or a folder that save_state wrote.",
                 )
-        info, sums = _read_manifest(folder)
+        info, sums, _ = _read_manifest(folder)
         for name, expected in sums.items():
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
@@ -207,21 +248,21 @@ class Checkpoints:
         """Counts from now; None keeps it for ever."""
         with _storage_errors(f"setting the lifetime of {path}"), self._changing:
             folder = Path(self.get(path).folder or "")
-            info, sums = _read_manifest(folder)
+            info, sums, author = _read_manifest(folder)
             expires_at = _expiry(self._now(), ttl_seconds)
             changed = info.model_copy(update={"ttl_seconds": ttl_seconds, "expires_at": expires_at})
-            _write_manifest(folder, changed, sums)
+            _write_manifest(folder, changed, sums=sums, author=author)
         return changed
 
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
-        for draft in self._root.glob(f"*/*/{DRAFT}*"):
+        for draft in self.root.glob(f"*/*/{DRAFT}*"):
             if time.time() - draft.stat().st_mtime > ABANDONED_AFTER_S:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _folder(self, location: Location) -> Path:
-        return self._root / location.run_id / location.group / location.name
+        return self.root / location.run_id / location.group / location.name
 
     def _existing(self, location: Location) -> Path | None:
         place = self._folder(location)
@@ -250,7 +291,7 @@ class Checkpoints:
 
     def _locations(self, run_id: str | None) -> Iterator[Location]:
         run = "*" if run_id is None else check_name(run_id, field="run_id")
-        for folder in self._root.glob(f"{run}/*/*"):
+        for folder in self.root.glob(f"{run}/*/*"):
             group, name = folder.parent.name, folder.name.removeprefix(REPLACED)
             crashed = name != folder.name and not (folder.parent / name).is_dir()
             if group in GROUPS and NAME.fullmatch(name) and (crashed or name == folder.name):
@@ -277,19 +318,27 @@ def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:
     return None if ttl_seconds is None else start + timedelta(seconds=ttl_seconds)
 
 
-def _write_manifest(folder: Path, info: CheckpointInfo, sums: dict[str, str]) -> None:
-    content = {"checkpoint": info.model_dump(mode="json", exclude={"folder"}), "sha256": sums}
+def _write_manifest(
+    folder: Path, info: CheckpointInfo, *, sums: dict[str, str], author: str
+) -> None:
+    content = {
+        "checkpoint": info.model_dump(mode="json", exclude={"folder"}),
+        "sha256": sums,
+        "author": author,
+    }
     draft = folder / f".{MANIFEST}"
     draft.write_text(json.dumps(content, indent=1))
     _flush(draft)
     draft.rename(folder / MANIFEST)
 
 
-def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str]]:
+def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str], str]:
+    """What it is, the digests of its files, and its author."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
         info = CheckpointInfo(**content["checkpoint"], folder=str(folder))
-        return info, {str(name): str(value) for name, value in content["sha256"].items()}
+        sums = {str(name): str(value) for name, value in content["sha256"].items()}
+        return info, sums, str(content.get("author", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
@@ -24,16 +24,22 @@ from weaver.protocol import (
     Sampled,
     StepDone,
 )
+from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
+from weaver.server.operations import Work
 from weaver.server.scheduler import FairShare, Head, plan
+from weaver.server.store import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from weaver.protocol import Operation, Result
+    from weaver.protocol import Operation, Outcome, Result
     from weaver.server.operations import Operations
+    from weaver.server.recovery import Recovery
+    from weaver.server.runs import Run
     from weaver.server.sessions import Ticket
     from weaver.server.store import Store
+    from weaver.types import TrainingRun
 
 T = TypeVar("T")
 
@@ -42,10 +48,17 @@ class Executor:
     """Runs the heads of the lanes and the samples, by equal shares of the engine's time."""
 
     def __init__(
-        self, operations: Operations, store: Store, *, merge_tokens: int, unnamed_samplers: int
+        self,
+        operations: Operations,
+        store: Store,
+        *,
+        recovery: Recovery,
+        merge_tokens: int,
+        unnamed_samplers: int,
     ) -> None:
         self._operations = operations
         self._store = store
+        self._recovery = recovery
         self._merge_tokens = merge_tokens
         self._unnamed_samplers = unnamed_samplers
         self._engine_free = CapacityLimiter(1)
@@ -59,6 +72,10 @@ class Executor:
         self._added: dict[str, Sample] = {}
         self._cancelled: list[str] = []
         self._released: list[str] = []
+        self._idle: list[Run] = []
+        self._settling = anyio.Lock()
+        self._unwritten: list[Settled] = []
+        """Outcomes that were shown though the journal could not be written: they follow later."""
 
     async def call(self, work: Callable[[], T]) -> T:
         """Runs `work` in a thread while nothing else uses the engine.
@@ -89,6 +106,11 @@ class Executor:
         self._released += sampler_ids
         self._wake.set()
 
+    def unload(self, run: Run) -> None:
+        """Takes an idle run out of the engine, unless work for it comes first."""
+        self._idle.append(run)
+        self._wake.set()
+
     async def cancel(self, ticket: Ticket) -> None:
         """Ends what has not begun, and any sample."""
         if ticket.running or ticket.settled:
@@ -97,22 +119,57 @@ class Executor:
         if self._samples.pop(job_id, None) is not None and self._added.pop(job_id, None) is None:
             self._cancelled.append(job_id)
             self._wake.set()
-        await self.settle(ticket, OperationCancelledError("it was cancelled."))
+        await self.settle((ticket, OperationCancelledError("it was cancelled.")))
 
-    async def settle(self, ticket: Ticket, value: Result | WeaverError) -> None:
-        """Journals the outcome, then shows it; the first one counts."""
-        if ticket.settled:
+    async def settle(
+        self, *ended: tuple[Ticket, Result | WeaverError], runs: Sequence[TrainingRun] = ()
+    ) -> None:
+        """Journals outcomes together, then shows them; the first one of a ticket counts."""
+        fresh = [(ticket, value) for ticket, value in ended if not ticket.settled]
+        for ticket, value in fresh:
+            ticket.settled = True
+            ticket.error = value if isinstance(value, WeaverError) else None
+        if not fresh:
             return
-        ticket.settled = True
-        if isinstance(value, WeaverError):
-            ticket.error = value
-        outcome = ErrorInfo.of(value) if isinstance(value, WeaverError) else value
-        await self._store.settle(ticket.session.session_id, ticket.submission.id, outcome)
-        ticket.session.settle(ticket, outcome)
+        with CancelScope(shield=True):  # what is settled gets shown
+            async with self._settling:
+                tickets = [ticket for ticket, _ in fresh]
+                outcomes = [
+                    ticket.session.outcome(ticket, _shown(value)) for ticket, value in fresh
+                ]
+                settled = [*self._unwritten, *map(_settled, tickets, outcomes)]
+                failure = await attempt_async(partial(self._store.settle, settled, runs=runs))
+                if failure is None:
+                    self._unwritten.clear()
+                else:
+                    outcomes = await self._undo(tickets, outcomes, failure)
+                for ticket, outcome in zip(tickets, outcomes, strict=True):
+                    ticket.session.show(ticket, outcome)
+
+    async def _undo(
+        self, tickets: Sequence[Ticket], outcomes: Sequence[Outcome], failure: WeaverError
+    ) -> list[Outcome]:
+        """Makes failures of outcomes that cannot be journaled; their runs go back to before."""
+        undone = []
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            run = self._operations.runs.get(ticket.submission.run_id or "")
+            executed = self._store.durable and ticket.number is not None
+            if run is not None and run.loaded and executed:
+                await self._recovery.unload(run, self.call)
+            ticket.number, ticket.error = None, ticket.error or failure
+            error = outcome.error or ErrorInfo.of(failure)
+            undone.append(outcome.model_copy(update={"result": None, "error": error}))
+            self._unwritten.append(_settled(ticket, undone[-1]))
+        return undone
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with anyio.create_task_group() as self._beside:
+            await self._run()
+
+    async def _run(self) -> None:
         while not self._stopped:
+            await self._unload_idle()
             heads = self._heads()
             sampler = bool(self._added or self._cancelled or self._released)
             side = self._share.choose(
@@ -139,22 +196,62 @@ class Executor:
         for lane, ticket in batch:
             ticket.running = True
             self._lanes[lane] = self._lanes.pop(lane)  # to the back of the queue
-        work = [(lane.run, _operation(ticket)) for lane, ticket in batch]
-        results = await self.call(partial(self._operations.execute, work))
-        for (lane, ticket), result in zip(batch, results, strict=True):
+        batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
+        if not batch:
+            return
+        work = [Work(lane.run, _operation(ticket), _job_id(ticket)) for lane, ticket in batch]
+        results = list(await self.call(partial(self._operations.execute, work)))
+        changed: list[tuple[Run, Result]] = []
+        for i, (lane, ticket) in enumerate(batch):
+            result = results[i]
+            if lane.run is not None:
+                lane.run.executed += 1
+                ticket.number = lane.run.executed
+                if isinstance(result, (StepDone, CheckpointLoaded)):
+                    changed.append((lane.run, result))
             if isinstance(result, ModelCreated):
-                await self._store.put_run(result.run)
-            elif lane.run is not None and isinstance(result, (StepDone, CheckpointLoaded)):
-                await self._store.put_run(lane.run.describe())
-            if isinstance(result, CheckpointSaved):
+                results[i] = await self._keep(result)
+            elif isinstance(result, CheckpointSaved):
                 self._pin(ticket, result)
-            await self.settle(ticket, result)
+        ended = [(ticket, result) for (_, ticket), result in zip(batch, results, strict=True)]
+        await self.settle(*ended, runs=[run.describe() for run, _ in changed])
+        for run, result in changed:
+            if run.loaded and self._recovery.due(run, at_once=isinstance(result, CheckpointLoaded)):
+                rest = await self._recovery.snapshot(run, self.call)
+                if rest is not None:
+                    self._beside.start_soon(rest)
+
+    async def _is_loaded(self, lane: Lane, ticket: Ticket) -> bool:
+        """Whether an operation can begin; if its run cannot be brought back, it has failed."""
+        if lane.run is None or lane.run.loaded:
+            return True
+        failure = await attempt_async(partial(self._recovery.load, lane.run, self.call))
+        if failure is not None:
+            await self.settle((ticket, failure))
+        return failure is None
+
+    async def _keep(self, created: ModelCreated) -> ModelCreated | WeaverError:
+        """Writes down a new run; one that cannot be written down is none."""
+        run = self._operations.runs[created.run.run_id]
+        put = partial(self._store.put_run, created.run, model=created.model, seed=run.seed)
+        failure = await attempt_async(partial(self._recovery.hold, run)) or await attempt_async(put)
+        if failure is None:
+            return created
+        del self._operations.runs[run.run_id]
+        await self._recovery.unload(run, self.call)
+        return failure
+
+    async def _unload_idle(self) -> None:
+        idle, self._idle = self._idle, []
+        for run in idle:
+            if run.loaded and not run.lane.busy:
+                await self._recovery.unload(run, self.call)
 
     def _pin(self, ticket: Ticket, saved: CheckpointSaved) -> None:
         """An unnamed sampler lives as long as its session, or until many newer ones came."""
         info, mine = saved.checkpoint, ticket.session.unnamed_samplers
         if info.kind != "sampler" or info.folder is not None:
-            return
+            return  # it has a name
         mine.append(info.path)
         keep = 0 if ticket.session.closed else self._unnamed_samplers
         self.release(mine[: max(0, len(mine) - keep)])
@@ -168,6 +265,7 @@ class Executor:
             added=self._added,
         )
         self._released, self._cancelled, self._added = [], [], {}
+        ended: list[tuple[Ticket, Result | WeaverError]] = []
         for progress in await self.call(turn):
             ticket = self._samples.get(progress.job_id)
             if ticket is None:
@@ -175,15 +273,29 @@ class Executor:
             if ticket.stream is not None and progress.deltas:
                 ticket.stream.push(progress.deltas)
             if progress.error is not None:
-                del self._samples[progress.job_id]
-                await self.settle(ticket, progress.error)
+                ended.append((ticket, progress.error))
             elif progress.result is not None:
-                del self._samples[progress.job_id]
-                await self.settle(ticket, Sampled(output=progress.result))
+                ended.append((ticket, Sampled(output=progress.result)))
+        for ticket, _ in ended:
+            del self._samples[_job_id(ticket)]
+        await self.settle(*ended)
 
 
 def _job_id(ticket: Ticket) -> str:
     return f"{ticket.session.session_id}/{ticket.submission.id}"
+
+
+def _shown(value: Result | WeaverError) -> Result | ErrorInfo:
+    return ErrorInfo.of(value) if isinstance(value, WeaverError) else value
+
+
+def _settled(ticket: Ticket, outcome: Outcome) -> Settled:
+    return Settled(
+        session_id=ticket.session.session_id,
+        outcome=outcome,
+        number=ticket.number,
+        lost_gradient=ticket.number is None and ticket.discards_gradient,
+    )
 
 
 def _operation(ticket: Ticket) -> Operation:

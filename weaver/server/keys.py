@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from weaver.errors import AuthenticationError, InvalidNameError, NotFoundError
-from weaver.server.database import metadata
+from weaver.server.tables import keys_table
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
 PREFIX = "wv-"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
-
-keys_table = sa.Table(
-    "keys",
-    metadata,
-    sa.Column("id", sa.String(16), primary_key=True),
-    sa.Column("hash", sa.String(64), nullable=False, unique=True),
-    sa.Column("project", sa.String(64), nullable=False),
-    sa.Column("name", sa.String(64), nullable=False),
-    sa.Column("admin", sa.Boolean, nullable=False),
-    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-    sa.Column("revoked_at", sa.DateTime(timezone=True)),
-)
 
 
 class KeyInfo(Value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,41 +43,56 @@ if TYPE_CHECKING:
     from weaver.server.sampling import Samplers
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One operation to carry out, on its run. `key` names its submission for all time."""
+
+    run: Run | None
+    operation: Operation
+    key: str
+
+    @property
+    def token(self) -> str:
+        """For names that come out the same if this is carried out again after a crash."""
+        return hashlib.blake2b(self.key.encode(), digest_size=6).hexdigest()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operations:
     """The engine and what operations need beside it."""
 
     engine: Engine
     checkpoints: Checkpoints
+    kept_samplers: Checkpoints | None
+    """Where samplers without a name outlive the process, if they are to."""
     samplers: Samplers
     runs: dict[str, Run]
     now: Callable[[], datetime]
 
-    def execute(
-        self, work: Sequence[tuple[Run | None, Operation]]
-    ) -> Sequence[Result | WeaverError]:
+    def execute(self, work: Sequence[Work]) -> Sequence[Result | WeaverError]:
         """One operation, or several `forward_backward` that share a pass."""
         gradients = [
-            (run, operation)
-            for run, operation in work
-            if run is not None and isinstance(operation, ForwardBackward)
+            gradient_job(one.run.run_id, one.operation)
+            for one in work
+            if one.run is not None and isinstance(one.operation, ForwardBackward)
         ]
         if gradients:
             done = attempt(lambda: self._forward_backward(gradients))
             return [done] * len(work) if isinstance(done, WeaverError) else done
-        run, operation = work[0]
-        return [attempt(lambda: self._one(run, operation))]
+        return [attempt(lambda: self._one(work[0]))]
 
     def forget_all(self) -> None:
         """Frees what this service holds of the engine."""
         self.samplers.clear()
-        for run_id in self.runs:
-            self.engine.trainer.delete_run(run_id)
+        for run in self.runs.values():
+            if run.loaded:
+                self.engine.trainer.delete_run(run.run_id)
 
-    def _one(self, run: Run | None, operation: Operation) -> Result:
+    def _one(self, work: Work) -> Result:
+        run, operation = work.run, work.operation
         match operation:
             case CreateModel():
-                return self._create_model(operation)
+                return self._create_model(operation, f"run-{work.token}")
             case OpenSampler():
                 return self.samplers.open(operation)
         assert run is not None, operation.kind
@@ -85,12 +100,12 @@ class Operations:
             case OptimStep():
                 return self._optim_step(run, operation)
             case SaveCheckpoint():
-                return self._save(run, operation)
+                return self._save(run, operation, work)
             case LoadCheckpoint():
                 return self._load(run, operation)
         raise AssertionError(operation.kind)
 
-    def _create_model(self, operation: CreateModel) -> ModelCreated:
+    def _create_model(self, operation: CreateModel, run_id: str) -> ModelCreated:
         model = self.engine.get_model(operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
@@ -107,39 +122,27 @@ class Operations:
             lora = LoraConfig()
         now = self.now()
         run = Run(
-            run_id=f"run-{secrets.token_hex(6)}",
+            run_id=run_id,
             model=model,
             training_mode=mode,
             lora_config=lora,
             created_at=now,
             last_request_at=now,
             user_metadata=operation.user_metadata,
+            seed=operation.seed if lora is None or lora.seed is None else lora.seed,
         )
-        seed = operation.seed if lora is None or lora.seed is None else lora.seed
         self.engine.trainer.create_run(
-            run.run_id, model.name, training_mode=mode, lora_config=lora, seed=seed
+            run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
         self.runs[run.run_id] = run
         return ModelCreated(run=run.describe(), model=model)
 
     def _forward_backward(
-        self, work: Sequence[tuple[Run, ForwardBackward]]
+        self, jobs: Sequence[GradientJob]
     ) -> Sequence[GradientsDone | WeaverError]:
-        outputs = self.engine.trainer.forward_backward(
-            [
-                GradientJob(
-                    run_id=run.run_id,
-                    datums=operation.datums,
-                    loss_fn=operation.loss_fn,
-                    loss_fn_config=check_loss(operation.loss_fn, operation.loss_fn_config),
-                    backward=operation.backward,
-                )
-                for run, operation in work
-            ]
-        )
         return [
             output if isinstance(output, WeaverError) else GradientsDone(output=output)
-            for output in outputs
+            for output in self.engine.trainer.forward_backward(jobs)
         ]
 
     def _optim_step(self, run: Run, operation: OptimStep) -> StepDone:
@@ -155,12 +158,12 @@ class Operations:
         run.step = trainer.step(run.run_id)
         return StepDone(output=output)
 
-    def _save(self, run: Run, operation: SaveCheckpoint) -> CheckpointSaved:
+    def _save(self, run: Run, operation: SaveCheckpoint, work: Work) -> CheckpointSaved:
         trainer, sampler = self.engine.trainer, operation.purpose == "sampler"
         run.step = trainer.step(run.run_id)
         if operation.name is None:
             kind = "unnamed" if sampler else f"step-{run.step}"
-            name = f"{kind}-{secrets.token_hex(4)}"
+            name = f"{kind}-{work.token}"
         else:
             name = operation.name
         location = Location(run.run_id, "sampler" if sampler else "weights", name)
@@ -182,22 +185,26 @@ class Operations:
             )
 
         unnamed = sampler and operation.name is None
+        disk = self.kept_samplers if unnamed else self.checkpoints
         info = describe(self.now())
-        if not unnamed:
-            info = self.checkpoints.write(
+        if disk is not None:
+            info = disk.write(
                 location,
                 lambda folder: trainer.save(run.run_id, folder, include_optimizer=optimizer),
                 describe=describe,
+                author=work.key,
                 overwrite=operation.overwrite,
             )
         if sampler:
             self.samplers.publish(
                 str(location),
                 trainer.snapshot(run.run_id),
-                pinned=unnamed,
+                pinned=disk is None,
                 expires_at=info.expires_at,
             )
-        return CheckpointSaved(checkpoint=info)
+        return CheckpointSaved(
+            checkpoint=info.model_copy(update={"folder": None}) if unnamed else info
+        )
 
     def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:
         info, folder = self.checkpoints.open(operation.path)
@@ -214,3 +221,13 @@ class Operations:
         run.step = self.engine.trainer.step(run.run_id)
         run.lane.discard_reason = None  # loading cleared the gradient
         return CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+
+
+def gradient_job(run_id: str, operation: ForwardBackward) -> GradientJob:
+    return GradientJob(
+        run_id=run_id,
+        datums=operation.datums,
+        loss_fn=operation.loss_fn,
+        loss_fn_config=check_loss(operation.loss_fn, operation.loss_fn_config),
+        backward=operation.backward,
+    )

@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from anyio import to_thread
 
-from weaver.server.database import metadata
+from weaver.server.tables import owners_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-owners_table = sa.Table(
-    "owners",
-    metadata,
-    sa.Column("resource", sa.String(160), primary_key=True),
-    sa.Column("project", sa.String(64), nullable=False, index=True),
-)
 
 
 class Owners:

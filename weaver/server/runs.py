@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import anyio
 
 from weaver.server.lanes import Lane
 from weaver.types import JsonDict, LoraConfig, ModelInfo, TrainingMode, TrainingRun
@@ -11,6 +14,7 @@ from weaver.types import JsonDict, LoraConfig, ModelInfo, TrainingMode, Training
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from weaver.server.store import RunRecord
     from weaver.types import CheckpointInfo
 
 
@@ -25,10 +29,38 @@ class Run:
     user_metadata: JsonDict
     step: int = 0
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
+    loaded: bool = True
+    """Whether the engine has it; if not, its next operation brings it back."""
+    seed: int = 0
+    executed: int = 0
+    """The number of the last operation that was executed."""
+    snapshot_step: int = 0
+    snapshot_at: float = field(default_factory=time.monotonic)
+    committing: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held while a snapshot goes to the disk."""
+    lock: int | None = None
+    """Held while this process has it loaded: a descriptor of its lock file."""
     lane: Lane = field(init=False)
 
     def __post_init__(self) -> None:
         self.lane = Lane(self)
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Run:
+        """A run that is not loaded."""
+        run = record.run
+        return cls(
+            run_id=run.run_id,
+            model=record.model,
+            training_mode=run.training_mode,
+            lora_config=run.lora_config,
+            created_at=run.created_at,
+            last_request_at=run.last_request_at,
+            user_metadata=run.user_metadata,
+            step=run.step,
+            loaded=False,
+            seed=record.seed,
+        )
 
     def describe(self) -> TrainingRun:
         return TrainingRun(

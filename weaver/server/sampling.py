@@ -5,6 +5,7 @@ Called by the executor, from the thread that calls the engine, so it needs no lo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine, WeightSnapshot
     from weaver.server.checkpoints import Checkpoints
-    from weaver.types import ModelInfo
+    from weaver.types import CheckpointInfo, ModelInfo
 
 BASE = "base:"
 
@@ -63,12 +64,14 @@ class Samplers:
         engine: Engine,
         checkpoints: Checkpoints,
         *,
+        kept: Checkpoints | None,
         max_loaded: int,
         now: Callable[[], datetime],
     ) -> None:
         self._now = now
         self._engine = engine
         self._checkpoints = checkpoints
+        self._kept = kept
         self._max_loaded = max_loaded
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._folders: dict[str, tuple[str, Path | None]] = {}
@@ -148,6 +151,8 @@ class Samplers:
         """
         for sampler_id in released:
             attempt(partial(self.release, sampler_id))
+            if self._kept is not None and sampler_id.startswith(SCHEME):
+                attempt(partial(self._kept.delete, sampler_id))
         for job_id in cancelled:
             self._running.discard(job_id)
             attempt(partial(self._engine.sampler.cancel, job_id))
@@ -178,12 +183,16 @@ class Samplers:
             else self._engine.encode(loaded.model.name, prompt)
         )
         _check_sample(operation, tokens, loaded.model)
+        params = operation.params
+        if params.seed is None:  # drawn from the id, so that a restart in its middle repeats it
+            digest = hashlib.blake2b(job_id.encode(), digest_size=6).digest()
+            params = params.model_copy(update={"seed": int.from_bytes(digest, "little")})
         self._engine.sampler.add(
             SampleJob(
                 job_id=job_id,
                 weights_id=loaded.weights_id,
                 prompt=tokens,
-                params=operation.params,
+                params=params,
                 num_samples=operation.num_samples,
                 include_prompt_logprobs=operation.include_prompt_logprobs,
                 stream=operation.stream,
@@ -202,7 +211,7 @@ class Samplers:
         if sampler_id.startswith(BASE):
             base_model, folder = sampler_id.removeprefix(BASE), None
         elif sampler_id.startswith(SCHEME):
-            checkpoint, folder = self._checkpoints.open(sampler_id)
+            checkpoint, folder = self._open(sampler_id)
             base_model, expires_at = checkpoint.base_model, checkpoint.expires_at
         elif sampler_id in self._folders:
             base_model, folder = self._folders[sampler_id]
@@ -224,6 +233,15 @@ class Samplers:
         )
         self._keep(sampler_id, loaded)
         return loaded
+
+    def _open(self, path: str) -> tuple[CheckpointInfo, Path]:
+        """A checkpoint, or a sampler without a name that was kept."""
+        try:
+            return self._checkpoints.open(path)
+        except CheckpointNotFoundError:
+            if self._kept is None:
+                raise
+            return self._kept.open(path)
 
     def _keep(self, sampler_id: str, loaded: Loaded) -> None:
         self._loaded[sampler_id] = loaded

@@ -6,7 +6,9 @@ tasks, leaving ends them. It closes neither the engine nor the store; who made t
 
 from __future__ import annotations
 
+import os
 import secrets
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +29,9 @@ from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.operations import Operations
+from weaver.server.recovery import Durability, Recovery, hold_lock, release
+from weaver.server.restart import restore
+from weaver.server.runs import Run
 from weaver.server.sampling import Samplers
 from weaver.server.sessions import Session
 from weaver.server.store import MemoryStore
@@ -44,7 +49,6 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine
     from weaver.protocol import Outcome, Submission
     from weaver.server.lanes import Lane
-    from weaver.server.runs import Run
     from weaver.server.sessions import Ticket
     from weaver.server.store import Store
     from weaver.types import (
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
         TrainingRun,
     )
 
+DURABILITY = Durability()
 T = TypeVar("T")
 
 
@@ -73,6 +78,7 @@ class LocalService:
             call's thread to itself.
         loaded_samplers: the weights that stay ready to sample though they could be loaded again.
         unnamed_samplers: the newest unnamed samplers of a session that are kept.
+        durability: how often runs are snapshotted, if the store outlives this process.
         now: the clock of checkpoints and runs, in UTC.
     """
 
@@ -89,6 +95,7 @@ class LocalService:
         close_timeout_s: float = 0.1,
         loaded_samplers: int = 16,
         unnamed_samplers: int = 64,
+        durability: Durability = DURABILITY,
         now: Callable[[], datetime] = now_utc,
     ) -> None:
         self._engine = engine
@@ -96,34 +103,59 @@ class LocalService:
         self._gap_timeout_s = gap_timeout_s
         self._sweep_every_s = sweep_every_s
         self._close_timeout_s = close_timeout_s
+        self._unload_after = timedelta(seconds=durability.unload_after_s)
         self._now = now
         self._checkpoints = Checkpoints(home.expanduser(), now=now)
+        self._live = Checkpoints(home.expanduser(), folder="live", now=now)
+        kept = self._live if self._store.keeps_sessions else None
         self._runs: dict[str, Run] = {}
         self._sessions: dict[str, Session] = {}
         self._operations = Operations(
             engine=engine,
             checkpoints=self._checkpoints,
-            samplers=Samplers(engine, self._checkpoints, max_loaded=loaded_samplers, now=now),
+            kept_samplers=kept,
+            samplers=Samplers(
+                engine, self._checkpoints, kept=kept, max_loaded=loaded_samplers, now=now
+            ),
             runs=self._runs,
             now=now,
         )
         self._executor = Executor(
             self._operations,
             self._store,
+            recovery=Recovery(
+                engine=engine,
+                store=self._store,
+                checkpoints=self._checkpoints,
+                live=self._live,
+                durability=durability,
+            ),
             merge_tokens=0 if deterministic else merge_tokens,
             unnamed_samplers=unnamed_samplers,
         )
         self._closed = True
+        self._lock: int | None = None
         self._scope = CancelScope()
         self._ended = anyio.Event()
 
     # --- lifetime -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if self._store.keeps_sessions:
+            self._lock = hold_lock(self._live.root, what=f"the home {self._live.root.parent}")
+        try:
+            restored = await restore(self._store, self._live)
+        except BaseException:
+            self._unlock()
+            raise
+        self._runs |= restored.runs
+        self._sessions |= restored.sessions
         self._host = anyio.create_task_group()
         await self._host.__aenter__()
         await self._host.start(self._main)
         self._closed = False
+        for ticket in restored.tickets:
+            await self._accept(ticket)
         return self
 
     async def __aexit__(
@@ -162,18 +194,31 @@ class LocalService:
             await self._executor.call(partial(attempt, self._operations.forget_all))
         self._scope.cancel()
         await self._ended.wait()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        for run in self._runs.values():
+            release(run)
+        if self._lock is not None:
+            os.close(self._lock)
 
     async def _sweep(self) -> None:
         while True:
             await anyio.sleep(self._sweep_every_s)
-            swept = partial(attempt, self._checkpoints.sweep)
-            await to_thread.run_sync(swept, abandon_on_cancel=True)
+            for disk in (self._checkpoints, self._live):
+                swept = partial(attempt, disk.sweep)
+                await to_thread.run_sync(swept, abandon_on_cancel=True)
+            for run in self._runs.values():
+                idle = self._now() - run.last_request_at > self._unload_after
+                if self._store.durable and run.loaded and idle and not run.lane.busy:
+                    self._executor.unload(run)
 
     # --- sessions and operations ----------------------------------------------------------------
 
     async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
         self._check_open()
         session = Session(f"session-{secrets.token_hex(6)}")
+        await self._store.open_session(session.session_id)
         self._sessions[session.session_id] = session
         return SessionInfo(session_id=session.session_id, description=self._engine.description)
 
@@ -189,6 +234,7 @@ class LocalService:
             run.lane.forget(session_id)
         self._executor.release(session.unnamed_samplers)
         session.close()
+        await self._store.close_session(session_id)
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         session = self._session(session_id)
@@ -206,7 +252,7 @@ class LocalService:
     async def _accept(self, ticket: Ticket) -> None:
         submission = ticket.submission
         run = self._runs.get(submission.run_id or "")
-        error = refusal(submission, run)
+        error = ticket.error or refusal(submission, run)
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
         if run is not None:
@@ -223,7 +269,7 @@ class LocalService:
                 hint="Submit it again with the next seq.",
             )
         if error is not None:
-            await self._executor.settle(ticket, error)
+            await self._executor.settle((ticket, error))
 
     def _watch(self, lane: Lane, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""
@@ -248,11 +294,13 @@ class LocalService:
                 f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
                 hint="Submit the operations again, counting on from the last seq.",
             )
-            await self._executor.settle(ticket, error)
+            await self._executor.settle((ticket, error))
             self._executor.enqueue(ticket, lane)
 
     async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
-        return await self._session(session_id).collect(after=after, timeout_s=timeout_s)
+        session = self._session(session_id)
+        self._store.acknowledge(session_id, session.acknowledge(after))
+        return await session.collect(after=after, timeout_s=timeout_s)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         session = self._session(session_id)
@@ -279,7 +327,7 @@ class LocalService:
         return [run.describe() for run in self._runs.values()]
 
     async def get_run(self, run_id: str) -> TrainingRun:
-        return self._run(run_id).describe()
+        return (await self._run(run_id)).describe()
 
     async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         now = self._now()
@@ -287,10 +335,12 @@ class LocalService:
             p if p.occurred_at is not None else p.model_copy(update={"occurred_at": now})
             for p in points
         ]
-        await self._store.add_metrics(self._run(run_id).run_id, timed)
+        await self._run(run_id)
+        await self._store.add_metrics(run_id, timed)
 
     async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
-        return await self._store.metrics(self._run(run_id).run_id, name=name)
+        await self._run(run_id)
+        return await self._store.metrics(run_id, name=name)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -325,8 +375,10 @@ class LocalService:
             )
         return self._sessions[session_id]
 
-    def _run(self, run_id: str) -> Run:
+    async def _run(self, run_id: str) -> Run:
         self._check_open()
+        if run_id not in self._runs and (record := await self._store.run(run_id)):
+            self._runs.setdefault(run_id, Run.of(record))  # another process on this home made it
         if run_id not in self._runs:
             raise RunNotFoundError(
                 f"no run is called {run_id!r}.", field="run_id", hint="See list_runs()."

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from weaver.protocol import Result, Submission
+    from weaver.server.store import Entry
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +39,8 @@ class Ticket:
     """Why it was refused, cancelled or failed."""
     running: bool = False
     settled: bool = False
+    number: int | None = None
+    """Counts what its run has executed; set when it was."""
     behind_gap: bool = False
     """It failed because an earlier operation never came."""
 
@@ -118,35 +121,58 @@ class Session:
         self.tickets[submission.id] = ticket
         return ticket
 
-    def settle(self, ticket: Ticket, value: Result | ErrorInfo) -> None:
-        """Makes the outcome collectable."""
-        del self.tickets[ticket.submission.id]
+    def outcome(self, ticket: Ticket, value: Result | ErrorInfo) -> Outcome:
+        """The next outcome of the session, to be journaled before it is shown."""
         self._cursor += 1
         failed = isinstance(value, ErrorInfo)
-        self._outcomes.append(
-            Outcome(
-                submission_id=ticket.submission.id,
-                cursor=self._cursor,
-                result=None if failed else value,
-                error=value if failed else None,
-            )
+        return Outcome(
+            submission_id=ticket.submission.id,
+            cursor=self._cursor,
+            result=None if failed else value,
+            error=value if failed else None,
         )
+
+    def show(self, ticket: Ticket, outcome: Outcome) -> None:
+        """Makes it collectable; to be called in the order of `outcome`."""
+        del self.tickets[ticket.submission.id]
+        self._outcomes.append(outcome)
         if ticket.stream is not None:
-            ticket.stream.finish(value.to_error() if isinstance(value, ErrorInfo) else None)
+            ticket.stream.finish(outcome.error.to_error() if outcome.error else None)
         self._notify()
 
-    async def collect(self, *, after: int, timeout_s: float) -> list[Outcome]:
-        """Outcomes above `after`; waits for one, at most `timeout_s`. Forgets those up to it.
+    def restore(self, entries: Sequence[Entry]) -> None:
+        """Takes up what the journal remembers of this session."""
+        for entry in entries:
+            self._prints[entry.submission_id] = entry.fingerprint
+            if entry.run_id is not None and entry.seq is not None:
+                self._places[entry.run_id, entry.seq] = entry.submission_id
+            self._cursor = max(self._cursor, entry.cursor)
+            if isinstance(entry.outcome, WeaverError):
+                error = ErrorInfo.of(entry.outcome)
+                lost = Outcome(submission_id=entry.submission_id, cursor=entry.cursor, error=error)
+                self._outcomes.append(lost)
+            elif entry.outcome is not None:
+                self._outcomes.append(entry.outcome)
+        self._outcomes = deque(sorted(self._outcomes, key=lambda outcome: outcome.cursor))
 
-        Raises:
-            ClosedError: the session was closed.
-        """
+    def acknowledge(self, after: int) -> list[str]:
+        """Forgets the outcomes up to a cursor; answers whose they were."""
+        forgotten = []
         while self._outcomes and self._outcomes[0].cursor <= after:
-            read = self.streams.get(self._outcomes.popleft().submission_id)
+            forgotten.append(self._outcomes.popleft().submission_id)
+            read = self.streams.get(forgotten[-1])
             if read is not None:
                 read.acknowledged = True
         for submission_id in [id for id, stream in self.streams.items() if stream.finished_with]:
             del self.streams[submission_id]
+        return forgotten
+
+    async def collect(self, *, after: int, timeout_s: float) -> list[Outcome]:
+        """Outcomes above `after`; waits for one, at most `timeout_s`.
+
+        Raises:
+            ClosedError: the session was closed.
+        """
         with anyio.move_on_after(timeout_s):
             while not self.closed and not (self._outcomes and self._outcomes[-1].cursor > after):
                 await self._changed.wait()

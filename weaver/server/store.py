@@ -6,32 +6,118 @@ methods may raise `StorageError`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.protocol import ErrorInfo, Result, Submission
-    from weaver.types import MetricPoint, TrainingRun
+    from weaver.errors import WeaverError
+    from weaver.protocol import Operation, Outcome, Submission
+    from weaver.types import MetricPoint, ModelInfo, TrainingRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What became of a submission."""
+
+    session_id: str
+    outcome: Outcome
+    number: int | None = None
+    """Counts, from 1, what its run has executed; None if this was not executed on a run."""
+    lost_gradient: bool = False
+    """A batch of its run lacks a part because this was not carried out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run, and how to bring it back: create it with `seed`, or load its snapshot; then replay."""
+
+    run: TrainingRun
+    model: ModelInfo
+    seed: int
+    snapshot: int
+    """The number of the last operation that the newest snapshot holds; 0: there is none."""
+    executed: int
+    """The number of the last operation that was executed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executed:
+    """An operation of a run that was carried out, to be replayed; `error` is its code, if any."""
+
+    number: int
+    operation: Operation
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A submission as the journal remembers it."""
+
+    session_id: str
+    submission_id: str
+    run_id: str | None
+    seq: int | None
+    fingerprint: bytes
+    submission: Submission | WeaverError | None
+    """What is pending, or why it cannot be read; None once it has an outcome."""
+    cursor: int
+    """Of its outcome; 0: it has none."""
+    outcome: Outcome | WeaverError | None
+    """None once its client has it, too. An error: why it cannot be read."""
+    executed: bool
+    ended_batch: bool
+    """It was a step, or a load: no gradient was left after it."""
+    lost_gradient: bool
 
 
 class Store(Protocol):
+    @property
+    def durable(self) -> bool:
+        """Whether runs outlive this process; only then are they snapshotted."""
+
+    @property
+    def keeps_sessions(self) -> bool:
+        """Whether clients outlive this process, so that their sessions must."""
+
+    async def open_session(self, session_id: str) -> None: ...
+
+    async def close_session(self, session_id: str) -> None:
+        """Forgets it, but not what its runs still need."""
+
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
         """Writes all of them down, or none. Their ids are new to the session."""
 
-    async def settle(
-        self, session_id: str, submission_id: str, outcome: Result | ErrorInfo
-    ) -> None:
-        """Writes down what became of a submission, once."""
+    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
+        """Writes down what became of submissions, once each, and of their runs: all or nothing."""
 
-    async def pending(self) -> Sequence[tuple[str, Submission]]:
-        """(session_id, submission) of all that have no outcome, in the order of `append`."""
+    def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        """Their clients have these outcomes, which may be forgotten with the next write."""
 
-    async def put_run(self, run: TrainingRun) -> None:
-        """Inserts or replaces a run's description."""
+    async def sessions(self) -> Sequence[str]:
+        """The open ones."""
 
-    async def runs(self) -> Sequence[TrainingRun]:
-        """In the order in which they were first put."""
+    async def entries(self) -> Sequence[Entry]:
+        """What is pending, and all of open sessions, in the order of `append`."""
+
+    async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
+        """Writes down a run at its beginning."""
+
+    async def runs(self) -> Sequence[RunRecord]:
+        """In the order in which they were put."""
+
+    async def run(self, run_id: str) -> RunRecord | None: ...
+
+    async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
+        """What a run has carried out since its snapshot, in that order.
+
+        Raises:
+            StorageError: an entry is damaged.
+        """
+
+    async def put_snapshot(self, run_id: str, number: int) -> None:
+        """A snapshot holds all up to `number`, which is not needed any more."""
 
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
 
@@ -40,29 +126,49 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Keeps everything in this process, and submissions only until they are settled."""
+    """Keeps metrics, which are read in this process; nothing else is ever asked for."""
+
+    durable = False
+    keeps_sessions = False
 
     def __init__(self) -> None:
-        self._pending: dict[tuple[str, str], Submission] = {}
-        self._runs: dict[str, TrainingRun] = {}
         self._metrics: dict[str, list[MetricPoint]] = {}
 
+    async def open_session(self, session_id: str) -> None:
+        pass
+
+    async def close_session(self, session_id: str) -> None:
+        pass
+
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        self._pending |= {(session_id, submission.id): submission for submission in submissions}
+        pass
 
-    async def settle(
-        self, session_id: str, submission_id: str, outcome: Result | ErrorInfo
-    ) -> None:
-        del self._pending[session_id, submission_id]
+    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
+        pass
 
-    async def pending(self) -> Sequence[tuple[str, Submission]]:
-        return [(session_id, submission) for (session_id, _), submission in self._pending.items()]
+    def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        pass
 
-    async def put_run(self, run: TrainingRun) -> None:
-        self._runs[run.run_id] = run
+    async def sessions(self) -> Sequence[str]:
+        return []
 
-    async def runs(self) -> Sequence[TrainingRun]:
-        return list(self._runs.values())
+    async def entries(self) -> Sequence[Entry]:
+        return []
+
+    async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
+        pass
+
+    async def runs(self) -> Sequence[RunRecord]:
+        return []
+
+    async def run(self, run_id: str) -> RunRecord | None:
+        return None
+
+    async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
+        return []
+
+    async def put_snapshot(self, run_id: str, number: int) -> None:
+        pass
 
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         self._metrics.setdefault(run_id, []).extend(points)

@@ -24,7 +24,7 @@ from weaver.protocol import (
 )
 from weaver.server.compat.weaver_rest_ids import checkpoint_json, find_checkpoint, session_of
 from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered, resend_key
-from weaver.server.compat.weaver_rest_tensors import Body, Prompt, read_body
+from weaver.server.compat.weaver_rest_tensors import LARGE_BYTES, Body, Prompt, read_body
 from weaver.types import AdamParams, Datum
 
 if TYPE_CHECKING:
@@ -184,7 +184,10 @@ async def _ordered(
     await desk.service.get_run(model_id)
     async with desk.turn(model_id):
         body, data = await read_body(request, kind)
-        operation, answer = await to_thread.run_sync(make, body)
+        if len(data) <= LARGE_BYTES:
+            operation, answer = make(body)
+        else:
+            operation, answer = await to_thread.run_sync(make, body)
         key = resend_key(request, data, numbered=numbered)
         entry = await desk.submit(operation, answer, key=key, run_id=model_id)
     return await answered(desk, entry)

@@ -1,0 +1,431 @@
+"""What outlives the service: runs, sessions, outcomes, pending work; and what when that fails."""
+
+from __future__ import annotations
+
+import random
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+import sqlalchemy as sa
+
+from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
+from tests.server.test_service import Recorder
+from weaver.engine.fake import FakeEngine
+from weaver.errors import ConfigError, ConflictError, StorageError
+from weaver.protocol import (
+    CheckpointLoaded,
+    CheckpointSaved,
+    GradientsDone,
+    LoadCheckpoint,
+    Sample,
+    Sampled,
+    SaveCheckpoint,
+    StepDone,
+)
+from weaver.server.database import open_database
+from weaver.server.recovery import Durability
+from weaver.server.service import LocalService
+from weaver.server.sql_store import SqlStore
+from weaver.server.step_store import StepStore
+from weaver.server.tables import keys_table, metadata, schema_table
+from weaver.types import ModelInput, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from pathlib import Path
+
+    from weaver.protocol import Outcome
+    from weaver.server.store import Settled
+    from weaver.types import TrainingRun
+
+pytestmark = pytest.mark.anyio
+ALWAYS = Durability(snapshot_every_s=0.0)
+NEVER = Durability(snapshot_every_s=1e9)
+SAMPLE = Sample(
+    sampler_id="base:fake",
+    prompt=ModelInput.from_ints(list(b"hi")),
+    params=SamplingParams(max_tokens=8),
+)
+
+
+@asynccontextmanager
+async def server(
+    home: Path,
+    *,
+    engine: FakeEngine | None = None,
+    durability: Durability = NEVER,
+    store: Callable[[sa.Engine], SqlStore] = SqlStore,
+) -> AsyncIterator[LocalService]:
+    database = open_database(home)
+    try:
+        async with LocalService(
+            engine or FakeEngine(),
+            home=home,
+            store=store(database),
+            deterministic=True,
+            durability=durability,
+        ) as service:
+            yield service
+    finally:
+        database.dispose()
+
+
+async def weights(caller: Caller, run: str) -> list[float]:
+    """What a forward pass of the run says, bit by bit."""
+    forward = GRADIENT.model_copy(update={"backward": False})
+    done = await caller.do(forward, GradientsDone, run_id=run)
+    return list(done.output.loss_fn_outputs[0]["logprobs"].to_numpy())
+
+
+async def train(caller: Caller, run: str, *, steps: int) -> None:
+    for _ in range(steps):
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        await caller.do(STEP, StepDone, run_id=run)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    with anyio.fail_after(10):
+        while True:
+            if await condition():
+                return
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("durability", [ALWAYS, NEVER])
+async def test_a_client_goes_on_where_it_was(home: Path, durability: Durability) -> None:
+    async with server(home, durability=durability) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=3)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        sampler = await caller.save(run, "sampler")
+        uncollected = await caller.start(SAMPLE)
+        await anyio.sleep(0.05)
+        expected = await weights(caller, run)
+    async with server(home, durability=durability) as service:
+        caller.service = service
+        assert (await service.get_run(run)).step == 3
+        assert await weights(caller, run) == expected
+        resent = caller.stamp(STEP, run)
+        await caller.send(resent, resent)
+        await caller.send(resent)
+        step = await caller.result(resent.id)
+        assert isinstance(step, StepDone) and step.output.metrics["step"] == 4
+        await caller.result(uncollected)
+        again = SAMPLE.model_copy(update={"sampler_id": sampler})
+        sampled = await caller.do(again, Sampled)
+        assert sampled.output.sequences[0].weights_version == 3
+        with pytest.raises(ConflictError, match=r"seq \d+ of run"):
+            await caller.send(resent.model_copy(update={"id": "another"}))
+        await service.close_session(caller.session_id)
+        other = await Caller.open(service)
+        await other.do(SAMPLE, Sampled)
+        assert await other.refused(again) == "checkpoint_not_found"
+
+
+async def test_the_outcome_of_a_resend_is_the_first_one(home: Path) -> None:
+    async with server(home) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        gradient = caller.stamp(GRADIENT, run)
+        first = await caller.outcome((await caller.send(gradient))[0])
+    async with server(home) as service:
+        await service.submit(caller.session_id, [gradient])
+        outcomes = await service.collect(caller.session_id, after=first.cursor - 1, timeout_s=0)
+        assert list(outcomes) == [first]
+        caller.service = service
+        await caller.do(STEP, StepDone, run_id=run)
+
+
+async def test_pending_work_goes_on_by_itself(home: Path) -> None:
+    record = Recorder()
+    record.hold = "optim_step"
+    async with server(home, engine=FakeEngine(hook=record)) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        batch = (GRADIENT, STEP, GRADIENT, BAD_GRADIENT, STEP, GRADIENT, STEP)
+        ids = [await caller.start(operation, run) for operation in batch]
+        await record.until_held()
+    async with server(home) as service:
+        caller.service = service
+        outcomes = [await caller.outcome(submission_id) for submission_id in ids]
+        codes = [outcome.error.code if outcome.error else None for outcome in outcomes]
+        bad, discarded = "token_out_of_range", "gradients_discarded"
+        assert codes == [None, None, None, bad, discarded, None, None]
+        assert (await service.get_run(run)).step == 2
+        assert not [e for e in await SqlStore(open_database(home)).entries() if not e.cursor]
+    record.go_on.set()
+
+
+async def test_a_restart_at_any_moment_changes_nothing(home: Path) -> None:
+    expected = await _three_tenants(home / "whole", restarts=0)
+    for seed in range(3):
+        assert await _three_tenants(home / str(seed), restarts=6, seed=seed) == expected
+
+
+async def _three_tenants(home: Path, *, restarts: int, seed: int = 0) -> list[object]:
+    """What each of three clients saw: its outcomes in their order, and its final weights."""
+    rng, callers, runs = random.Random(seed), [], []
+    steps = 8
+    sent: list[list[str]] = [[], [], []]
+    plan = [GRADIENT, GRADIENT, STEP, SaveCheckpoint(purpose="sampler"), BAD_GRADIENT]
+    for restart in range(restarts + 1):
+        durability = Durability(snapshot_every_s=rng.choice([0.0, 0.01, 1e9]))
+        async with server(home, durability=durability) as service:
+            if restart == 0:
+                callers = [await Caller.open(service) for _ in range(3)]
+                runs = [await caller.create() for caller in callers]
+            for caller in callers:
+                caller.service = service
+            share = steps if restart == restarts else rng.randrange(steps + 1)
+            steps -= share
+            for _ in range(share):
+                for caller, run, ids in zip(callers, runs, sent, strict=True):
+                    ids += await caller.send(*(caller.stamp(operation, run) for operation in plan))
+            if restart < restarts:
+                await anyio.sleep(rng.uniform(0, 0.1))
+                continue
+            for caller, ids in zip(callers, sent, strict=True):
+                for submission_id in ids:
+                    await caller.outcome(submission_id)
+            return [
+                ([_seen(caller.outcomes[i]) for i in ids], await weights(caller, run))
+                for caller, run, ids in zip(callers, runs, sent, strict=True)
+            ]
+    raise AssertionError
+
+
+def _seen(outcome: Outcome) -> object:
+    """Of an outcome, what does not name the run."""
+    match outcome.result:
+        case GradientsDone(output=output) | StepDone(output=output):
+            return dict(output.metrics)
+        case CheckpointSaved(checkpoint=checkpoint):
+            return checkpoint.step
+    return outcome.error and outcome.error.code
+
+
+async def test_what_a_snapshot_holds_leaves_the_journal(home: Path) -> None:
+    async with server(home, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        path = await caller.save(run, name="kept")
+        await train(caller, run, steps=5)
+        load = LoadCheckpoint(path=path, include_optimizer=True)
+        await caller.do(load, CheckpointLoaded, run_id=run)
+        expected = await weights(caller, run)
+        await service.delete_checkpoint(path)
+        store = SqlStore(open_database(home))
+
+        async def snapshotted() -> bool:
+            record = await store.run(run)
+            return record is not None and record.snapshot == 12
+
+        await until(snapshotted)
+        assert not [e for e in await store.executed(run, after=12) if e.number <= 12]
+    async with server(home) as service:
+        caller.service = service
+        assert await weights(caller, run) == expected
+        assert (await service.get_run(run)).step == 0
+
+
+async def test_an_idle_run_leaves_the_engine_and_comes_back(home: Path) -> None:
+    record = Recorder()
+    database = open_database(home)
+    async with LocalService(
+        FakeEngine(hook=record),
+        home=home,
+        store=SqlStore(database),
+        sweep_every_s=0.01,
+        durability=Durability(unload_after_s=0.0),
+    ) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=2)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+
+        async def unloaded() -> bool:
+            return record.count("delete_run") > 0
+
+        await until(unloaded)
+        step = await caller.do(STEP, StepDone, run_id=run)
+        assert step.output.metrics["step"] == 3
+        assert record.count("create_run") > 1
+    database.dispose()
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+async def test_a_damaged_entry_stops_its_run_alone(home: Path) -> None:
+    async with server(home) as service:
+        caller = await Caller.open(service)
+        runs = [await caller.create() for _ in range(2)]
+        for run in runs:
+            await train(caller, run, steps=1)
+        expected = await weights(caller, runs[1])
+    database = open_database(home)
+    with database.begin() as connection:
+        damage = sa.text("UPDATE operations SET body = substr(body, 1, 40) WHERE run_id = :run")
+        connection.execute(damage, {"run": runs[0]})
+    database.dispose()
+    async with server(home) as service:
+        caller.service = service
+        outcome = await caller.outcome(await caller.start(GRADIENT, runs[0]))
+        assert outcome.error is not None and outcome.error.code == "storage_error"
+        assert f"operation 1 of {runs[0]}" in outcome.error.message
+        assert await weights(caller, runs[1]) == expected
+
+
+async def test_a_damaged_snapshot_stops_its_run_alone(home: Path) -> None:
+    async with server(home, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        runs = [await caller.create() for _ in range(2)]
+        for run in runs:
+            await train(caller, run, steps=1)
+        await anyio.sleep(0.2)
+    for file in (home / "live" / runs[0]).glob("weights/*/weight.npy"):
+        file.write_bytes(b"damaged")
+    async with server(home) as service:
+        caller.service = service
+        assert await caller.refused(GRADIENT, run_id=runs[0]) == "checkpoint_corrupt"
+        await train(caller, runs[1], steps=1)
+
+
+async def test_a_base_model_that_is_gone_stops_its_runs_alone(home: Path) -> None:
+    async with server(home, engine=FakeEngine(models=("fake", "gone"))) as service:
+        caller = await Caller.open(service)
+        runs = [await caller.create(name) for name in ("gone", "fake")]
+    async with server(home, engine=FakeEngine(models=("fake",))) as service:
+        caller.service = service
+        assert [run.base_model for run in await service.list_runs()] == ["gone", "fake"]
+        assert await caller.refused(GRADIENT, run_id=runs[0]) == "unknown_model"
+        await train(caller, runs[1], steps=1)
+
+
+class FullDisk(SqlStore):
+    """Fails to write outcomes of the kinds in `full`."""
+
+    full: tuple[type, ...] = ()
+
+    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
+        if any(isinstance(one.outcome.result, self.full) for one in settled):
+            raise StorageError("the database failed: disk full", hint="Free some space.")
+        await super().settle(settled, runs=runs)
+
+
+async def test_an_outcome_that_cannot_be_written_never_happened(home: Path) -> None:
+    database = open_database(home)
+    store = FullDisk(database)
+    async with LocalService(FakeEngine(), home=home, store=store, durability=NEVER) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=2)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        store.full = (StepDone,)
+        assert await caller.refused(STEP, run_id=run) == "storage_error"
+        store.full = (GradientsDone,)
+        assert await caller.refused(GRADIENT, run_id=run) == "storage_error"
+        store.full = ()
+        assert await caller.refused(STEP, run_id=run) == "gradients_discarded"
+        await train(caller, run, steps=1)
+        expected = await weights(caller, run)
+    database.dispose()
+    async with server(home) as service:
+        caller.service = service
+        assert await weights(caller, run) == expected
+        assert (await service.get_run(run)).step == 3
+
+
+async def test_a_checkpoint_is_not_written_twice(home: Path) -> None:
+    database = open_database(home)
+    store = FullDisk(database)
+    store.full = (CheckpointSaved,)
+    async with LocalService(FakeEngine(), home=home, store=store) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        named = caller.stamp(SaveCheckpoint(purpose="state", name="x"), run)
+        nameless = caller.stamp(SaveCheckpoint(purpose="state"), run)
+        await caller.send(named, nameless)
+        for submission in (named, nameless):
+            await caller.outcome(submission.id)
+        before = await service.list_checkpoints()
+    database.dispose()
+    async with server(home) as service:  # the journal knows nothing of the end of these two
+
+        async def idle() -> bool:
+            return (await service.get_run(run)).status == "idle"
+
+        await until(idle)
+        assert await service.list_checkpoints() == before
+        outcomes = await service.collect(caller.session_id, after=1, timeout_s=5)
+        assert [outcome.error for outcome in outcomes] == [None, None]
+
+
+# --- two processes, and the embedded engine -----------------------------------------------------
+
+
+async def test_a_home_has_one_server(home: Path) -> None:
+    async with server(home):
+        with pytest.raises(ConflictError, match="in use by another process"):
+            async with server(home):
+                pass
+    async with server(home):
+        pass
+
+
+async def test_an_embedded_run_comes_back_after_its_last_step(home: Path) -> None:
+    async with server(home, store=StepStore) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=3)
+        expected = await weights(caller, run)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+    async with server(home, store=StepStore) as service:
+        caller = await Caller.open(service)
+        assert [(r.run_id, r.step) for r in await service.list_runs()] == [(run, 3)]
+        assert await weights(caller, run) == expected
+        assert await caller.refused(STEP, run_id=run) == "no_gradients"
+        await train(caller, run, steps=1)
+        assert (await service.get_run(run)).step == 4
+
+
+async def test_two_processes_do_not_share_a_run(home: Path) -> None:
+    async with server(home, store=StepStore) as one, server(home, store=StepStore) as two:
+        first, second = await Caller.open(one), await Caller.open(two)
+        run = await first.create()
+        await train(first, run, steps=1)
+        assert (await two.get_run(run)).step == 1
+        assert await second.refused(STEP, run_id=run) == "conflict"
+        await train(second, await second.create(), steps=1)
+        await train(first, run, steps=1)
+        await one.aclose()
+        second.seqs.clear()
+        third = await Caller.open(two)
+        await train(third, run, steps=1)
+        assert (await two.get_run(run)).step == 3
+
+
+# --- the database -------------------------------------------------------------------------------
+
+
+def test_tables_of_the_time_before_versions_are_taken_over(home: Path) -> None:
+    home.mkdir(exist_ok=True)
+    before = sa.create_engine(f"sqlite:///{home / 'server.db'}")
+    keys_table.create(before)
+    before.dispose()
+    database = open_database(home)
+    assert set(sa.inspect(database).get_table_names()) == set(metadata.tables)
+    with database.begin() as connection:
+        connection.execute(schema_table.update().values(version=99))
+    database.dispose()
+    with pytest.raises(ConfigError, match="version 99"):
+        open_database(home)
+
+
+def test_a_database_that_cannot_be_reached_is_named(home: Path) -> None:
+    for url in ("nonsense://x", "sqlite:////nowhere/at/all.db"):
+        with pytest.raises(ConfigError, match="database_url"):
+            open_database(home, url)

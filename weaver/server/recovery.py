@@ -1,0 +1,248 @@
+"""`Recovery`: brings a run back from its snapshot and its journal, and takes the snapshots.
+
+Called by the executor when the next operation of a run finds it not loaded: after a restart, after
+it was idle, and after its journal could not be written. A loaded run's lock file is held, so that
+no other process on this home has it, too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from anyio import to_thread
+
+from weaver.errors import ConflictError, EngineError, RunNotFoundError, WeaverError
+from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
+from weaver.server.attempt import attempt, attempt_async
+from weaver.server.checkpoints import Location
+from weaver.server.operations import gradient_job
+from weaver.types import CheckpointInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from weaver.engine.base import Engine
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.server.runs import Run
+    from weaver.server.store import Executed, RunRecord, Store
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineCall(Protocol):
+    """Runs a function in a thread while nothing else uses the engine."""
+
+    async def __call__(self, work: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durability:
+    """Snapshots are taken after steps, when so many steps and so much time have passed.
+
+    What lies behind the last one is replayed after a restart.
+    """
+
+    snapshot_every_steps: int = 1
+    snapshot_every_s: float = 10.0
+    unload_after_s: float = 1800.0
+    """A run that is idle for so long leaves the engine until its next operation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """Brings runs of `store` back into `engine`."""
+
+    engine: Engine
+    store: Store
+    checkpoints: Checkpoints
+    live: Checkpoints
+    """Snapshots, named by the last operation in them; the lock files are beside them."""
+    durability: Durability
+
+    async def load(self, run: Run, call: EngineCall) -> None:
+        """Brings the engine to where the run stood after its last finished operation.
+
+        Raises:
+            ConflictError: another process has it.
+            StorageError, CheckpointCorruptError: the journal or the snapshot is damaged.
+            UnknownModelError: the base model is gone.
+        """
+        await self.hold(run)
+        try:
+            record = await self.store.run(run.run_id)
+            if record is None:
+                raise RunNotFoundError(f"{run.run_id} is not in the database.", field="run_id")
+            done = await self.store.executed(run.run_id, after=record.snapshot)
+            restored = await call(partial(attempt, partial(self._restore, run, record, done)))
+            if isinstance(restored, WeaverError):
+                raise restored
+        except WeaverError:
+            release(run)
+            raise
+
+    async def unload(self, run: Run, call: EngineCall) -> None:
+        """Takes it out of the engine; its next operation brings it back."""
+        run.loaded = False
+        await call(partial(attempt, partial(self.engine.trainer.delete_run, run.run_id)))
+        release(run)
+
+    async def hold(self, run: Run) -> None:
+        """Takes the run's lock, unless nothing outlives this process anyway.
+
+        Raises:
+            ConflictError: another process has it.
+        """
+        if self.store.durable and run.lock is None:
+            run.lock = hold_lock(self.live.root / run.run_id, what=f"run {run.run_id}")
+
+    def due(self, run: Run, *, at_once: bool) -> bool:
+        """Whether a snapshot should be taken, now that a step has ended.
+
+        `at_once` after a checkpoint was loaded, which may be deleted and not be found in a replay.
+        """
+        steps, passed_s = run.step - run.snapshot_step, time.monotonic() - run.snapshot_at
+        enough = self.durability
+        in_turn = (
+            not run.committing.locked()
+            and steps >= enough.snapshot_every_steps
+            and passed_s >= enough.snapshot_every_s
+        )
+        return self.store.durable and (at_once or in_turn)
+
+    async def snapshot(
+        self, run: Run, call: EngineCall
+    ) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Writes the run into a folder, which takes the engine; answers what remains to be done.
+
+        The rest (waiting for the disk, and pruning the journal) can go on beside the engine.
+        """
+        number = run.executed
+        run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
+        save = partial(self.engine.trainer.save, run.run_id, include_optimizer=True)
+        draft = await call(partial(attempt, partial(self.live.draft, _place(run, number), save)))
+        if isinstance(draft, WeaverError):
+            logger.warning("no snapshot of %s: %s", run.run_id, draft)
+            return None
+        return partial(self._commit, run, draft, number)
+
+    async def _commit(self, run: Run, draft: Path, number: int) -> None:
+        def describe(now: datetime) -> CheckpointInfo:
+            return CheckpointInfo(
+                path=str(_place(run, number)),
+                run_id=run.run_id,
+                name=str(number),
+                kind="weights_and_optimizer",
+                base_model=run.model.name,
+                training_mode=run.training_mode,
+                lora_config=run.lora_config,
+                step=run.snapshot_step,
+                created_at=now,
+                size_bytes=0,
+            )
+
+        write = partial(self.live.commit, draft, _place(run, number), describe=describe, author="")
+        async with run.committing:  # one after another: each prunes what the former held
+            done = await to_thread.run_sync(partial(attempt, write), abandon_on_cancel=True)
+            failure = done if isinstance(done, WeaverError) else None
+            if failure is None:
+                put = partial(self.store.put_snapshot, run.run_id, number)
+                failure = await attempt_async(put)
+            if failure is None:
+                await to_thread.run_sync(partial(attempt, partial(self._prune, run, number)))
+            else:
+                logger.warning("no snapshot of %s: %s", run.run_id, failure)
+
+    def _prune(self, run: Run, number: int) -> None:
+        for info in self.live.list(run.run_id):
+            if info.kind != "sampler" and info.name != str(number):
+                self.live.delete(info.path)
+
+    def _restore(self, run: Run, record: RunRecord, done: Sequence[Executed]) -> None:
+        trainer, reason = self.engine.trainer, None
+        trainer.create_run(
+            run.run_id,
+            run.model.name,
+            training_mode=run.training_mode,
+            lora_config=run.lora_config,
+            seed=run.seed,
+        )
+        try:
+            if record.snapshot:
+                _, folder = self.live.open(str(_place(run, record.snapshot)))
+                trainer.load(run.run_id, folder, include_optimizer=True)
+            run.snapshot_step = trainer.step(run.run_id)
+            for one in done:
+                reason = self._replay(run, one, reason)
+        except BaseException:
+            trainer.delete_run(run.run_id)
+            raise
+        run.step = trainer.step(run.run_id)
+        run.executed = max([record.executed, *(one.number for one in done)])
+        run.lane.discard_reason = run.lane.discard_reason or reason
+        run.loaded = True
+
+    def _replay(self, run: Run, done: Executed, reason: str | None) -> str | None:
+        """Does again what changed the run; answers why its gradient must not be applied, if so."""
+        trainer, operation = self.engine.trainer, done.operation
+        match operation:
+            case ForwardBackward(backward=True):
+                if done.error is not None:
+                    return f"operation {done.number}: {done.error}"
+                [output] = trainer.forward_backward([gradient_job(run.run_id, operation)])
+                if isinstance(output, WeaverError):
+                    raise EngineError(
+                        f"{run.run_id} cannot be brought back: its operation {done.number} "
+                        f"succeeded before and now fails ({output}).",
+                        hint="Is the base model the same? Else go on from a checkpoint.",
+                    )
+            case OptimStep(params=params):
+                if done.error is None:
+                    trainer.optim_step(run.run_id, params)
+                else:  # whatever the reason was, nothing of that batch was left
+                    trainer.clear_gradients(run.run_id)
+                return None
+            case LoadCheckpoint(path=path, include_optimizer=optimizer) if done.error is None:
+                trainer.load(
+                    run.run_id, self.checkpoints.open(path)[1], include_optimizer=optimizer
+                )
+                return None
+        return reason
+
+
+def release(run: Run) -> None:
+    """Lets other processes have the run."""
+    if run.lock is not None:
+        os.close(run.lock)
+        run.lock = None
+
+
+def hold_lock(folder: Path, *, what: str) -> int:
+    """A descriptor of the lock file in `folder`; it ends with the process, however that ends.
+
+    Raises:
+        ConflictError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConflictError(
+            f"{what} is in use by another process.",
+            hint="Close that one, or use another home (WEAVER_HOME).",
+        ) from None
+    return lock
+
+
+def _place(run: Run, number: int) -> Location:
+    return Location(run.run_id, "weights", str(number))

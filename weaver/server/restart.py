@@ -1,0 +1,148 @@
+"""What a service takes up from its store when it starts. Called by `LocalService`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from weaver.errors import OperationError, WeaverError
+from weaver.protocol import Outcome, Submission
+from weaver.server.runs import Run
+from weaver.server.sessions import Session, Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.server.store import Entry, Store
+
+
+@dataclass(slots=True)
+class Restored:
+    runs: dict[str, Run] = field(default_factory=dict)
+    """None of them is loaded: the next operation of each brings it back."""
+    sessions: dict[str, Session] = field(default_factory=dict)
+    tickets: list[Ticket] = field(default_factory=list)
+    """For the lanes, in their order: what is pending, and what is settled but not passed over."""
+
+
+async def restore(store: Store, live: Checkpoints) -> Restored:
+    """Runs, open sessions and pending work.
+
+    Raises:
+        StorageError: the database cannot be read; a damaged entry in it fails alone.
+    """
+    restored = Restored(runs={record.run.run_id: Run.of(record) for record in await store.runs()})
+    if not store.keeps_sessions:
+        return restored
+    restored.sessions = {session_id: Session(session_id) for session_id in await store.sessions()}
+    entries = await store.entries()
+    by_session: defaultdict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_session[entry.session_id].append(entry)
+    for session_id, session in restored.sessions.items():
+        session.restore(by_session[session_id])
+    next_seqs = _next_seqs(entries)
+    for (session_id, run_id), seq in next_seqs.items():
+        if run_id in restored.runs:
+            restored.runs[run_id].lane.inbox(session_id).next_seq = seq
+    restored.tickets = _tickets(entries, restored, next_seqs)
+    await to_thread.run_sync(_take_up_samplers, live, restored.sessions)
+    return restored
+
+
+def _next_seqs(entries: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
+    """For each session and run, the seq whose turn it is: after the last that was executed.
+
+    Where nothing that was executed is remembered, the first that is.
+    """
+    executed: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        if entry.run_id is None or entry.seq is None:
+            continue
+        place = entry.session_id, entry.run_id
+        first[place] = min(first.get(place, entry.seq), entry.seq)
+        if entry.executed:
+            executed[place] = max(executed.get(place, 0), entry.seq)
+    return first | {place: seq + 1 for place, seq in executed.items()}
+
+
+def _tickets(
+    entries: Sequence[Entry], restored: Restored, next_seqs: Mapping[tuple[str, str], int]
+) -> list[Ticket]:
+    closed: dict[str, Session] = {}
+    lost = _lost(entries)
+    tickets = []
+    for i, entry in enumerate(entries):
+        session = restored.sessions.get(entry.session_id) or closed.setdefault(
+            entry.session_id, Session(entry.session_id, closed=True)
+        )
+        if isinstance(entry.submission, Submission):
+            tickets.append(session.ticket(entry.submission))
+        elif entry.submission is not None:
+            tickets.append(session.ticket(_stand_in(entry, lost_gradient=True)))
+            tickets[-1].error = entry.submission
+        elif not entry.executed and entry.run_id in restored.runs and entry.seq is not None:
+            error = _error(entry)
+            if entry.seq >= next_seqs[entry.session_id, entry.run_id]:
+                stand_in = _stand_in(entry, lost_gradient=i in lost)
+                tickets.append(Ticket(session, stand_in, error=error, settled=True))
+            elif i in lost:
+                reason = f"seq {entry.seq}: {error}"
+                restored.runs[entry.run_id].lane.discard_reason = reason
+    return tickets
+
+
+def _lost(entries: Sequence[Entry]) -> set[int]:
+    """Those entries, by index, for want of which a batch that is not stepped yet lacks a part."""
+    seqs: dict[tuple[str, str | None], int] = {}
+    """Of the last step of each session and run."""
+    steps: dict[str | None, list[tuple[int, str]]] = defaultdict(list)
+    """Of each run: the index and the session of each step."""
+    for i, entry in enumerate(entries):
+        if entry.ended_batch:
+            place = entry.session_id, entry.run_id
+            seqs[place] = max(seqs.get(place, 0), entry.seq or 0)
+            steps[entry.run_id].append((i, entry.session_id))
+    lost = set()
+    for i, entry in enumerate(entries):
+        own = seqs.get((entry.session_id, entry.run_id), 0)
+        if entry.lost_gradient and (entry.seq or 0) > own:
+            others = (at for at, id in steps[entry.run_id] if id != entry.session_id)
+            if max(others, default=-1) < i:
+                lost.add(i)
+    return lost
+
+
+def _error(entry: Entry) -> WeaverError:
+    if isinstance(entry.outcome, Outcome) and entry.outcome.error is not None:
+        return entry.outcome.error.to_error()
+    return OperationError("it had failed before the server was started anew.")
+
+
+def _stand_in(entry: Entry, *, lost_gradient: bool) -> Submission:
+    return Submission(
+        id=entry.submission_id,
+        operation=None,
+        run_id=entry.run_id,
+        seq=entry.seq,
+        lost_gradient=lost_gradient,
+    )
+
+
+def _take_up_samplers(live: Checkpoints, sessions: Mapping[str, Session]) -> None:
+    """Gives samplers without a name back to their sessions; those of closed ones go."""
+    for info in live.list():
+        if info.kind == "sampler":
+            try:
+                session = sessions.get(live.author(info.path).partition("/")[0])
+                if session is None:
+                    live.delete(info.path)
+                else:
+                    session.unnamed_samplers.append(info.path)
+            except WeaverError:
+                continue  # damaged: it fails by name when it is asked for
