@@ -43,6 +43,14 @@ def embedded_fake(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[N
 
 
 @pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python ignores SIGINT when it was started in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServiceClient]:
     with embedded_fake(monkeypatch), ServiceClient(home=tmp_path) as client:
         yield client
@@ -117,7 +125,7 @@ def test_every_verb(client: ServiceClient) -> None:
 
 
 def test_a_wait_that_ends_early_leaves_things_usable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:
     release = threading.Event()
 

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import wandb as wandb_package
 
 from tests.rl.helpers import group
 from weaver.errors import MissingDependencyError, StorageError
@@ -155,6 +156,7 @@ def test_wandb_offline_reads_back_as_metrics_jsonl(
     assert content["columns"] == list(SAMPLE_COLUMNS)
     assert content["data"] == [list(row) for row in sample_rows(GROUPS, 1)]
 
+    wandb_package.teardown()  # a resume is another process: its service does not know the run
     # wandb names folders by the second: this one could get the first one's name.
     resumed = WandbLogger("reverse", folder=tmp_path / "resumed", state=state["wandb"])
     assert resumed.state() == state["wandb"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -309,8 +310,9 @@ class LocalService:
                 await self._executor.cancel(session.tickets[submission_id])
 
     async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
-        async for delta in self._session(session_id).stream(submission_id).read():
-            yield delta
+        async with aclosing(self._session(session_id).stream(submission_id).read()) as pieces:
+            async for delta in pieces:
+                yield delta
 
     # --- models, runs, metrics ------------------------------------------------------------------
 

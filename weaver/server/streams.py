@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from weaver.errors import WeaverError
     from weaver.types import SampleDelta
@@ -44,7 +44,7 @@ class SampleStream:
             self._finished, self._error = True, error
             self._notify()
 
-    async def read(self) -> AsyncIterator[SampleDelta]:
+    async def read(self) -> AsyncGenerator[SampleDelta, None]:
         """All pieces from the first.
 
         Raises:
