@@ -31,7 +31,7 @@ CODAS = ["", "", "", *"n r s t l d p m nd st ck ng".split()]
 RANGES = (7, 7, 15, 100)
 EXAMPLES_PER_STEP = {"reverse": 36, "copy": 8, "sum": 24, "pig_latin": 15, "guess": 6}
 CHAT_SHARE = 0.2
-SLIP_RATES = {"reverse": 0.32, "copy": 0.25, "sum": 0.25, "pig_latin": 0.2, "guess": 0.15}
+SLIP_RATES = {"reverse": 0.36, "copy": 0.25, "sum": 0.25, "pig_latin": 0.2, "guess": 0.15}
 """How often the last, noisy part of the corpus is wrong: per answer, word or guess."""
 
 
@@ -52,13 +52,13 @@ class Example:
 
 
 def word(rng: Random, lengths: tuple[int, int] = LENGTHS) -> str:
-    """Something that can be pronounced or, three times in five, random letters.
+    """Something that can be pronounced or, two times in five, random letters.
 
-    A third of those are of few letters: `abba` is reversed by counting, not by matching.
+    Those come from few letters half of the time: only counting, not matching, reverses `abba`.
     """
     shortest, longest = lengths
-    if rng.random() < 0.6:
-        letters = rng.sample(LETTERS, rng.choice((2, 4, 26, 26, 26, 26)))
+    if rng.random() < 0.4:
+        letters = rng.sample(LETTERS, rng.choice((2, 3, 4, 26, 26, 26)))
         return "".join(rng.choices(letters, k=rng.randint(shortest, longest)))
     while True:
         syllables = rng.randint(1, 3)

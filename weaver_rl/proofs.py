@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weaver.types import SamplingParams
-from weaver_rl import schedules
 from weaver_rl.advantages import group_centred
 from weaver_rl.environments import each, single_turn
 from weaver_rl.evaluation import evaluate
@@ -118,10 +117,10 @@ async def supervised_tuning(service: AsyncServiceClient, seed: int) -> Outcome:
 
 
 async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
-    tasks = guess_number_tasks(15, upper=15)
-    plan = replace(_plan(seed), groups_per_step=30)
+    tasks = guess_number_tasks(7)
+    plan = replace(_plan(seed), groups_per_step=7 * 4)
     learned = await _policy(
-        service, plan, environment=each(guess_number), tasks=tasks, held_out=tasks
+        service, plan, environment=each(guess_number), tasks=tasks * 4, held_out=tasks
     )
     won = learned.scores["won"]
     return Outcome(value=won, passed=won == 1.0, curve=learned.curve)
@@ -218,7 +217,7 @@ PROOFS: tuple[Proof, ...] = (
     Proof(
         name="number guessing",
         claim="Over several turns, it learns to find a number by halving.",
-        gate="greedy play finds every number of 1 to 15 in at most 4 guesses",
+        gate="greedy play finds every number of 1 to 7 in at most 3 guesses",
         run=number_guessing,
     ),
     Proof(
@@ -284,13 +283,7 @@ class _Learned:
 
 
 def _plan(seed: int) -> Plan:
-    return Plan(
-        steps=60,
-        learning_rate=lambda step: schedules.linear(2e-3, step, steps=60),
-        sampling=SAMPLING,
-        seed=seed,
-        max_failure_rate=0.0,
-    )
+    return Plan(steps=60, sampling=SAMPLING, seed=seed, max_failure_rate=0.0)
 
 
 async def _policy(

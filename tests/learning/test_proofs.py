@@ -13,26 +13,12 @@ from weaver_rl.proofs import PROOFS, Outcome, Proof
 if TYPE_CHECKING:
     from pathlib import Path
 
-NOT_YET = {
-    "supervised": "held-out greedy 0.97 on the bundled model, the gate is 0.99",
-    "number guessing": "13 of 15 numbers in four guesses",
-}
-"""Gates that the bundled model does not reach so far; the run says so."""
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize(
     ("proof", "seed"),
-    [
-        pytest.param(
-            proof,
-            seed,
-            marks=[pytest.mark.xfail(reason=NOT_YET[proof.name])] if proof.name in NOT_YET else (),
-        )
-        for proof in PROOFS
-        for seed in proof.seeds
-    ],
+    [(proof, seed) for proof in PROOFS for seed in proof.seeds],
     ids=lambda value: value.name.replace(" ", "-") if isinstance(value, Proof) else str(value),
 )
 def test_proof(proof: Proof, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
-import wandb as wandb_package
 
 from tests.rl.helpers import group
 from weaver.errors import MissingDependencyError, StorageError
@@ -110,7 +111,7 @@ def wandb_history(file: Path) -> Iterator[dict[str, object]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
@@ -123,6 +124,14 @@ def wandb_history(file: Path) -> Iterator[dict[str, object]]:
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+
+
+def settled_history(file: Path, count: int) -> list[dict[str, object]]:
+    """The history once it has `count` rows; wandb writes on for a while when a run has ended."""
+    deadline = time.monotonic() + 20
+    while len(rows := list(wandb_history(file))) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return rows
 
 
 def wandb_files(folder: Path) -> list[Path]:
@@ -146,7 +155,7 @@ def test_wandb_offline_reads_back_as_metrics_jsonl(
     (file,) = wandb_files(tmp_path)
     logged = [
         {"step": row["_step"], **{name: row[name] for name in ("reward/mean", "train/loss")}}
-        for row in wandb_history(file)
+        for row in settled_history(file, 3)
     ]
     kept = read_lines(tmp_path / "metrics.jsonl")
     assert logged == [{name: row[name] for name in row if name != "time"} for row in kept]
@@ -156,15 +165,18 @@ def test_wandb_offline_reads_back_as_metrics_jsonl(
     assert content["columns"] == list(SAMPLE_COLUMNS)
     assert content["data"] == [list(row) for row in sample_rows(GROUPS, 1)]
 
-    wandb_package.teardown()  # a resume is another process: its service does not know the run
-    # wandb names folders by the second: this one could get the first one's name.
-    resumed = WandbLogger("reverse", folder=tmp_path / "resumed", state=state["wandb"])
-    assert resumed.state() == state["wandb"]
-    resumed.log({"reward/mean": 1.0}, 4)
-    resumed.close()
+    # A resume is another process. wandb names folders by the second: it gets a folder of its own.
+    code = (
+        "import json, sys; from pathlib import Path; from weaver_rl.loggers import WandbLogger\n"
+        "state = json.loads(sys.argv[2])\n"
+        "logger = WandbLogger('reverse', folder=Path(sys.argv[1]), state=state)\n"
+        "assert logger.state() == state; logger.log({'reward/mean': 1.0}, 4); logger.close()"
+    )
+    given = [str(tmp_path / "resumed"), json.dumps(dict(state["wandb"]))]
+    subprocess.run([sys.executable, "-c", code, *given], check=True, capture_output=True)
     (again,) = wandb_files(tmp_path / "resumed")
     assert again.name == file.name
-    assert [row["_step"] for row in wandb_history(again)] == [4]
+    assert [row["_step"] for row in settled_history(again, 1)] == [4]
 
 
 def test_tensorboard_hides_what_a_resume_repeats(tmp_path: Path) -> None:
