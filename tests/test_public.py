@@ -55,16 +55,9 @@ def test_type_checkers_see_the_same_names() -> None:
 
 
 @pytest.mark.parametrize("statement", ["import weaver", "from weaver import ServiceClient, types"])
-def test_importing_is_quick_and_light(statement: str) -> None:
-    script = (
-        "import sys, time; start = time.process_time()\n"
-        f"{statement}\n"
-        f"print(time.process_time() - start, [m for m in {HEAVY} if m in sys.modules])"
+def test_importing_is_light(statement: str) -> None:
+    script = f"import sys; {statement}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    seconds, heavy = min(run.stdout.split(" ", 1) for run in runs)
-    assert heavy.strip() == "[]"
-    assert float(seconds) < (0.3 if statement == "import weaver" else 0.6)
+    assert done.stdout.strip() == "[]"

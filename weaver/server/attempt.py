@@ -43,3 +43,10 @@ def _defect(error: Exception) -> EngineError:
         f"{type(error).__name__}: {error}",
         hint="The service's log has the traceback; the service goes on.",
     )
+
+
+def or_raise(value: T | WeaverError) -> T:
+    """The value that `attempt` answered; its error is raised here."""
+    if isinstance(value, WeaverError):
+        raise value
+    return value

@@ -26,7 +26,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import Sample, SessionInfo
-from weaver.server.attempt import attempt
+from weaver.server.attempt import attempt, or_raise
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.operations import Operations
@@ -389,14 +389,8 @@ class LocalService:
 
     async def _engine_call(self, work: Callable[[], T]) -> T:
         self._check_open()
-        return _or_raise(await self._executor.call(partial(attempt, work)))
+        return or_raise(await self._executor.call(partial(attempt, work)))
 
     async def _disk(self, work: Callable[[], T]) -> T:
         self._check_open()
-        return _or_raise(await to_thread.run_sync(partial(attempt, work)))
-
-
-def _or_raise(value: T | WeaverError) -> T:
-    if isinstance(value, WeaverError):
-        raise value
-    return value
+        return or_raise(await to_thread.run_sync(partial(attempt, work)))
