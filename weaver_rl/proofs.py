@@ -38,7 +38,6 @@ MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
 WORDS = reverse_tasks(1100, seed=1)
 TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
-STALE_RATE = 4e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +142,7 @@ async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
         Objective(loss_fn="cross_entropy", correction="none"),
     ):
         for one in range(seed, seed + 3):
-            plan = replace(
-                _plan(one), objective=objective, max_staleness=8, learning_rate=STALE_RATE
-            )
+            plan = replace(_plan(one), objective=objective, max_staleness=8)
             learned = await _policy(service, plan)
             ends[str(objective.correction)].append(learned.greedy)
             curve = curve or learned.curve
