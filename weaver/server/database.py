@@ -40,7 +40,8 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
             path = home / file
             path.touch(mode=0o600)
             url = f"sqlite:///{path}"
-        engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:

@@ -18,7 +18,7 @@ from anyio import CancelScope, to_thread
 from pydantic import TypeAdapter
 
 from weaver import wire
-from weaver.errors import StorageError, WeaverError
+from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.protocol import Outcome, Submission
 from weaver.server.sessions import fingerprint
 from weaver.server.store import Entry, Executed, RunRecord, Settled
@@ -241,7 +241,7 @@ class SqlStore:
                         if rows:
                             connection.execute(statement, rows)
         except sa.exc.SQLAlchemyError as error:
-            failure = _storage_error(error)
+            failure = self._failure(error)
         for write, _ in writes:
             write.error = failure
         return failure is None
@@ -254,7 +254,20 @@ class SqlStore:
         try:
             return await to_thread.run_sync(read)
         except sa.exc.SQLAlchemyError as error:
-            raise _storage_error(error) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: sa.exc.SQLAlchemyError) -> WeaverError:
+        cause = getattr(error, "orig", None) or error
+        away = isinstance(error, sa.exc.OperationalError) or (
+            isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        )
+        if away and self._database.dialect.name != "sqlite":
+            return ServiceConnectionError(
+                f"the database cannot be reached: {cause}", hint="Try again when it is back."
+            )
+        return StorageError(
+            f"the database failed: {cause}", hint="Check the free space and the permissions of it."
+        )
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -380,11 +393,4 @@ def _damaged(where: str, why: str) -> StorageError:
     return StorageError(
         f"the journal's {where} cannot be read: {why}",
         hint="Restore the database from a backup, or go on in a new run from a checkpoint.",
-    )
-
-
-def _storage_error(error: sa.exc.SQLAlchemyError) -> StorageError:
-    cause = getattr(error, "orig", None) or error
-    return StorageError(
-        f"the database failed: {cause}", hint="Check that it runs and its disk has space."
     )
