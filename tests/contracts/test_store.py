@@ -168,3 +168,20 @@ async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None
             tasks.start_soon(append, submission_id)
     assert failed == ["0"]
     assert {entry.submission_id for entry in await store.entries()} == {"0", "1", "2", "3"}
+
+
+async def test_connections_that_the_database_has_ended_are_made_anew(
+    store: Store, database: sa.Engine
+) -> None:
+    if database.dialect.name == "sqlite":
+        pytest.skip("SQLite has none")
+    await store.open_session("a")
+    another = sa.create_engine(database.url)
+    with another.connect() as other:
+        others = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
+        )
+        other.execute(sa.text(f"{others} AND datname = current_database()"))
+    another.dispose()
+    await store.open_session("b")
+    assert list(await store.sessions()) == ["a", "b"]

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.test_service import Recorder
 from weaver.engine.fake import FakeEngine
-from weaver.errors import ConfigError, ConflictError, StorageError
+from weaver.errors import ConfigError, ConflictError, ServiceConnectionError, StorageError
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
@@ -337,6 +337,30 @@ async def test_an_outcome_that_cannot_be_written_never_happened(home: Path) -> N
         caller.service = service
         assert await weights(caller, run) == expected
         assert (await service.get_run(run)).step == 3
+
+
+class Away(SqlStore):
+    """Out of reach for a number of times."""
+
+    times = 0
+
+    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
+        self.times -= 1
+        if self.times >= 0:
+            raise ServiceConnectionError("the database cannot be reached")
+        await super().settle(settled, runs=runs)
+
+
+async def test_finished_work_waits_for_a_database_that_is_away(home: Path) -> None:
+    database = open_database(home)
+    store = Away(database)
+    async with LocalService(FakeEngine(), home=home, store=store) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        store.times = 2
+        await train(caller, run, steps=2)
+        assert store.times < 0
+    database.dispose()
 
 
 async def test_a_checkpoint_is_not_written_twice(home: Path) -> None:

@@ -29,7 +29,9 @@ def serve(
     ),
     database_url: Annotated[
         str | None,
-        typer.Option(envvar="WEAVER_DATABASE_URL", help="Of keys and owners; SQLite in the home."),
+        typer.Option(
+            envvar="WEAVER_DATABASE_URL", help="Of all but checkpoints; SQLite in the home."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(envvar="WEAVER_DTYPE", help="Of base weights.")] = "float32",
     device: Annotated[str, typer.Option(envvar="WEAVER_DEVICE", help="cpu or cuda.")] = "cpu",
@@ -38,6 +40,12 @@ def serve(
         bool,
         typer.Option(envvar="WEAVER_DETERMINISTIC", help="No result depends on what else runs."),
     ] = False,
+    snapshot_every: Annotated[
+        float, typer.Option(envvar="WEAVER_SNAPSHOT_EVERY", help="Seconds, at least, of a run.")
+    ] = 10.0,
+    snapshot_every_steps: Annotated[
+        int, typer.Option(envvar="WEAVER_SNAPSHOT_EVERY_STEPS", help="Steps, at least, of a run.")
+    ] = 1,
     auth: Annotated[
         bool, typer.Option(envvar="WEAVER_AUTH", help="Ask for API keys; off only on loopback.")
     ] = True,
@@ -57,6 +65,7 @@ def serve(
         from weaver.engine.engine import TorchEngine
         from weaver.server.http.logs import configure_logs
         from weaver.server.http.run import ServerSettings, run_server
+        from weaver.server.recovery import Durability
     except ImportError as error:
         raise MissingDependencyError(
             f"the server needs {error.name}.",
@@ -80,6 +89,9 @@ def serve(
         database_url=database_url,
         auth=auth,
         deterministic=deterministic,
+        durability=Durability(
+            snapshot_every_s=snapshot_every, snapshot_every_steps=snapshot_every_steps
+        ),
     )
     anyio.run(partial(run_server, engine, settings, started=partial(_tell, auth)))
     engine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from weaver.config import Settings
     from weaver.engine.base import Engine
     from weaver.protocol import Service
+    from weaver.server.store import Store
 
 logger = logging.getLogger("weaver")
 
@@ -25,32 +27,56 @@ async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
     """A `LocalService` on the torch engine, for as long as the context lasts.
 
     Raises:
-        MissingDependencyError: torch or transformers is not installed.
+        MissingDependencyError: torch, transformers or sqlalchemy is not installed.
+        ConfigError: the home cannot be written.
     """
     engine = await anyio.to_thread.run_sync(_torch_engine, settings)
     from weaver.server.service import LocalService
 
     logger.info("running embedded: %s, saving below %s", engine.description, settings.home)
     try:
-        async with LocalService(
-            engine, home=settings.home, deterministic=settings.deterministic
-        ) as service:
+        async with (
+            _database(settings) as store,
+            LocalService(
+                engine, home=settings.home, store=store, deterministic=settings.deterministic
+            ) as service,
+        ):
             yield service
     finally:
         engine.close()
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Store]:
+    """Where runs are kept, so that another process can go on with them."""
+    try:
+        from weaver.server.database import open_database
+        from weaver.server.step_store import StepStore
+    except ImportError as error:
+        raise _missing(error) from error
+    open_it = partial(open_database, settings.home, file="embedded.db")
+    database = await anyio.to_thread.run_sync(open_it)
+    try:
+        yield StepStore(database)
+    finally:
+        database.dispose()
 
 
 def _torch_engine(settings: Settings) -> Engine:
     try:
         from weaver.engine.engine import TorchEngine
     except ImportError as error:
-        raise MissingDependencyError(
-            f"the embedded engine needs {error.name}.",
-            hint='Run: pip install "weaver-post-training[engine]"',
-        ) from error
+        raise _missing(error) from error
     return TorchEngine(
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
         deterministic=settings.deterministic,
+    )
+
+
+def _missing(error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"the embedded engine needs {error.name}.",
+        hint='Run: pip install "weaver-post-training[engine]"',
     )

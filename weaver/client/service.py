@@ -41,8 +41,8 @@ class AsyncServiceClient:
 
     Without `base_url` and WEAVER_BASE_URL everything runs in this process, below `home`
     (WEAVER_HOME, ~/.weaver). Enter and leave it in one task. Leaving it fails what is still pending
-    with `ClosedError` and never touches what was saved; the runs of the embedded engine end with
-    it, so save what you want to continue.
+    with `ClosedError` and never touches what was saved. A run stays as it is after its last step,
+    for `attach` in this process or a later one on the same home.
 
     Args:
         base_url: of a server; WEAVER_BASE_URL by default.

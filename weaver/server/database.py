@@ -34,22 +34,23 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
     Raises:
         ConfigError: it cannot be reached, or a newer version of this program has used it.
     """
-    if url is None:
-        home.mkdir(parents=True, exist_ok=True)
-        path = home / file
-        path.touch(mode=0o600)
-        url = f"sqlite:///{path}"
     try:
-        engine = sa.create_engine(url)
+        if url is None:
+            home.mkdir(parents=True, exist_ok=True)
+            path = home / file
+            path.touch(mode=0o600)
+            url = f"sqlite:///{path}"
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:
             upgrade(connection)
-    except (sa.exc.SQLAlchemyError, ImportError) as error:
+    except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         raise ConfigError(
             f"cannot be opened: {getattr(error, 'orig', None) or error}",
             field="database_url",
-            hint="Such as postgresql+psycopg://user:password@host/name; without it, a file serves.",
+            hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None
     return engine
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from weaver.errors import OperationCancelledError, WeaverError
+from weaver.errors import OperationCancelledError, ServiceConnectionError, WeaverError
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
@@ -31,7 +31,7 @@ from weaver.server.scheduler import FairShare, Head, plan
 from weaver.server.store import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from weaver.protocol import Operation, Outcome, Result
     from weaver.server.operations import Operations
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from weaver.types import TrainingRun
 
 T = TypeVar("T")
+DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
+"""How long finished work waits for the database, and how often it is tried."""
 
 
 class Executor:
@@ -138,13 +140,23 @@ class Executor:
                     ticket.session.outcome(ticket, _shown(value)) for ticket, value in fresh
                 ]
                 settled = [*self._unwritten, *map(_settled, tickets, outcomes)]
-                failure = await attempt_async(partial(self._store.settle, settled, runs=runs))
+                failure = await self._write(partial(self._store.settle, settled, runs=runs))
                 if failure is None:
                     self._unwritten.clear()
                 else:
                     outcomes = await self._undo(tickets, outcomes, failure)
                 for ticket, outcome in zip(tickets, outcomes, strict=True):
                     ticket.session.show(ticket, outcome)
+
+    async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
+        """Waits for a database that is out of reach, for a while; answers why it failed."""
+        end = anyio.current_time() + DATABASE_AWAY_S
+        while True:
+            failure = await attempt_async(write)
+            away = isinstance(failure, ServiceConnectionError)
+            if not away or self._stopped or anyio.current_time() > end:
+                return failure
+            await anyio.sleep(DATABASE_PAUSE_S)
 
     async def _undo(
         self, tickets: Sequence[Ticket], outcomes: Sequence[Outcome], failure: WeaverError

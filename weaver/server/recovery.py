@@ -19,7 +19,7 @@ from anyio import to_thread
 
 from weaver.errors import ConflictError, EngineError, RunNotFoundError, WeaverError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
-from weaver.server.attempt import attempt, attempt_async
+from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Location
 from weaver.server.operations import gradient_job
 from weaver.types import CheckpointInfo
@@ -82,9 +82,7 @@ class Recovery:
             if record is None:
                 raise RunNotFoundError(f"{run.run_id} is not in the database.", field="run_id")
             done = await self.store.executed(run.run_id, after=record.snapshot)
-            restored = await call(partial(attempt, partial(self._restore, run, record, done)))
-            if isinstance(restored, WeaverError):
-                raise restored
+            or_raise(await call(partial(attempt, partial(self._restore, run, record, done))))
         except WeaverError:
             release(run)
             raise

@@ -1,7 +1,7 @@
 """`SqlStore`: the `Store` in a database; opened by `weaver serve`.
 
-Writes that wait for each other are committed together, one transaction at a time, each in a worker
-thread. An entry is encoded there too.
+Writes that wait for each other are committed together, one transaction at a time, in a worker
+thread unless they are small.
 """
 
 from __future__ import annotations
@@ -9,24 +9,31 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import sqlalchemy as sa
 from anyio import CancelScope, to_thread
-from pydantic import TypeAdapter
 
 from weaver import wire
-from weaver.errors import StorageError, WeaverError
-from weaver.protocol import Outcome, Submission
-from weaver.server.sessions import fingerprint
-from weaver.server.store import Entry, Executed, RunRecord, Settled
+from weaver.errors import ServiceConnectionError, StorageError, WeaverError
+from weaver.protocol import ForwardBackward, Submission
+from weaver.server.rows import (
+    entry_of,
+    executed_of,
+    metric_row,
+    new_row,
+    point_of,
+    run_record_of,
+    settled_row,
+)
 from weaver.server.tables import metrics_table, operations_table, runs_table, sessions_table
-from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from weaver.server.store import Entry, Executed, RunRecord, Settled
+    from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,11 +42,8 @@ ALWAYS: list[dict[str, Any]] = [{}]
 Statement = tuple[sa.Executable, list[dict[str, Any]]]
 Statements = list[Statement]
 
-LIMITS = wire.WireLimits(header_bytes=2**30, array_bytes=2**34)
-"""Entries were checked when they came in."""
-SUBMISSION, OUTCOME = TypeAdapter(Submission), TypeAdapter(Outcome)
-RUN, MODEL = TypeAdapter(TrainingRun), TypeAdapter(ModelInfo)
-
+FEW = 8
+"""So many sequences or outcomes are written at once, without a thread."""
 operations = operations_table.c
 OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
 SETTLE = (
@@ -48,12 +52,7 @@ SETTLE = (
         operations.session_id == sa.bindparam("of_session"),
         operations.submission_id == sa.bindparam("of_submission"),
     )
-    .values(
-        {
-            name: sa.bindparam(name)
-            for name in ("cursor", "outcome", "number", "error", "lost_gradient")
-        }
-    )
+    .values({name: sa.bindparam(name) for name in OUTCOME_COLUMNS})
 )
 ACKNOWLEDGE = (
     operations_table.update()
@@ -78,6 +77,8 @@ class _Write:
 
     make: Callable[[], Statements]
     """Called in the thread that commits."""
+    few: bool
+    """Few rows for a file, which are there before a thread has begun."""
     done: bool = False
     error: WeaverError | None = None
 
@@ -109,9 +110,9 @@ class SqlStore:
 
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
         def make() -> Statements:
-            return [insert_operations([_new_row(session_id, one) for one in submissions])]
+            return [insert_operations([new_row(session_id, one) for one in submissions])]
 
-        await self._write(make)
+        await self._write(make, few=sum(map(_sequences, submissions)) <= FEW)
 
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
         def make() -> Statements:
@@ -122,12 +123,12 @@ class SqlStore:
                 for submission_id in submission_ids
             ]
             return [
-                (SETTLE, [_settled_row(one) for one in settled]),
+                (SETTLE, [settled_row(one) for one in settled]),
                 describe_runs(runs),
                 (ACKNOWLEDGE, acknowledged),
             ]
 
-        await self._write(make)
+        await self._write(make, few=len(settled) <= FEW)
 
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         self._acknowledged[session_id] += submission_ids
@@ -146,7 +147,7 @@ class SqlStore:
             .where(sa.or_(pending, is_open))
             .order_by(operations.position)
         )
-        return [_entry(row) for row in await self._read(query)]
+        return [entry_of(row) for row in await self._read(query)]
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         row = {
@@ -163,14 +164,14 @@ class SqlStore:
         records = []
         for row in await self._read(RECORD.order_by(runs_table.c.position)):
             try:
-                records.append(_run_record(row))
+                records.append(run_record_of(row))
             except StorageError as error:
                 logger.error("left out: %s", error)
         return records
 
     async def run(self, run_id: str) -> RunRecord | None:
         rows = await self._read(RECORD.where(runs_table.c.run_id == run_id))
-        return next((_run_record(row) for row in rows), None)
+        return next((run_record_of(row) for row in rows), None)
 
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         query = (
@@ -179,7 +180,7 @@ class SqlStore:
             .order_by(operations.number)
         )
         rows = await self._read(query)
-        return await to_thread.run_sync(lambda: [_executed(run_id, row) for row in rows])
+        return await to_thread.run_sync(lambda: [executed_of(run_id, row) for row in rows])
 
     async def put_snapshot(self, run_id: str, number: int) -> None:
         snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
@@ -195,7 +196,7 @@ class SqlStore:
         )
 
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
-        rows = [_metric_row(run_id, point) for point in points]
+        rows = [metric_row(run_id, point) for point in points]
         if rows:
             await self._write(lambda: [(metrics_table.insert(), rows)])
 
@@ -203,19 +204,22 @@ class SqlStore:
         query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)
         if name is not None:
             query = query.where(metrics_table.c.name == name)
-        return [_point(row) for row in await self._read(query.order_by(metrics_table.c.position))]
+        return [point_of(row) for row in await self._read(query.order_by(metrics_table.c.position))]
 
     # --- the database ---------------------------------------------------------------------------
 
-    async def _write(self, make: Callable[[], Statements]) -> None:
+    async def _write(self, make: Callable[[], Statements], *, few: bool = False) -> None:
         """Durable when it returns. Who finds the database free commits what all others wait for."""
-        write = _Write(make)
+        write = _Write(make, few=few and self._database.dialect.name == "sqlite")
         self._writes.append(write)
         with CancelScope(shield=True):
             async with self._writing:
                 if not write.done:
                     batch, self._writes = self._writes, []
-                    await to_thread.run_sync(self._commit, batch)
+                    if all(waiting.few for waiting in batch):
+                        self._commit(batch)
+                    else:
+                        await to_thread.run_sync(self._commit, batch)
         if write.error is not None:
             raise write.error
 
@@ -241,7 +245,7 @@ class SqlStore:
                         if rows:
                             connection.execute(statement, rows)
         except sa.exc.SQLAlchemyError as error:
-            failure = _storage_error(error)
+            failure = self._failure(error)
         for write, _ in writes:
             write.error = failure
         return failure is None
@@ -254,10 +258,20 @@ class SqlStore:
         try:
             return await to_thread.run_sync(read)
         except sa.exc.SQLAlchemyError as error:
-            raise _storage_error(error) from error
+            raise self._failure(error) from error
 
-
-# --- rows ---------------------------------------------------------------------------------------
+    def _failure(self, error: sa.exc.SQLAlchemyError) -> WeaverError:
+        cause = getattr(error, "orig", None) or error
+        away = isinstance(error, sa.exc.OperationalError) or (
+            isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        )
+        if away and self._database.dialect.name != "sqlite":
+            return ServiceConnectionError(
+                f"the database cannot be reached: {cause}", hint="Try again when it is back."
+            )
+        return StorageError(
+            f"the database failed: {cause}", hint="Check the free space and the permissions of it."
+        )
 
 
 def insert_operations(rows: list[dict[str, Any]]) -> Statement:
@@ -268,123 +282,6 @@ def describe_runs(runs: Sequence[TrainingRun]) -> Statement:
     return DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
 
 
-def executed_row(submission: Submission, settled: Settled) -> dict[str, Any]:
-    """Of an operation that is written down after it was carried out; its outcome is not kept."""
-    return _new_row(settled.session_id, submission) | {
-        "cursor": settled.outcome.cursor,
-        "number": settled.number,
-        "error": error_code(settled),
-    }
-
-
-def error_code(settled: Settled) -> str | None:
-    return settled.outcome.error.code if settled.outcome.error else None
-
-
-def _new_row(session_id: str, submission: Submission) -> dict[str, Any]:
-    return {
-        "session_id": session_id,
-        "submission_id": submission.id,
-        "run_id": submission.run_id,
-        "seq": submission.seq,
-        "kind": submission.operation and submission.operation.kind,
-        "fingerprint": fingerprint(submission),
-        "body": wire.encode(submission),
-        "lost_gradient": False,
-    }
-
-
-def _settled_row(settled: Settled) -> dict[str, Any]:
-    outcome = settled.outcome
-    return {
-        "of_session": settled.session_id,
-        "of_submission": outcome.submission_id,
-        "cursor": outcome.cursor,
-        "outcome": wire.encode(outcome),
-        "number": settled.number,
-        "error": error_code(settled),
-        "lost_gradient": settled.lost_gradient,
-    }
-
-
-def _entry(row: sa.Row[Any]) -> Entry:
-    where = f"operation {row.submission_id} of session {row.session_id}"
-    submission = _try_decode(row.body, SUBMISSION, where)
-    outcome = _try_decode(row.outcome, OUTCOME, where)
-    return Entry(
-        session_id=row.session_id,
-        submission_id=row.submission_id,
-        run_id=row.run_id,
-        seq=row.seq,
-        fingerprint=row.fingerprint,
-        submission=submission,
-        cursor=row.cursor or 0,
-        outcome=outcome,
-        executed=row.number is not None,
-        ended_batch=row.number is not None
-        and (row.kind == "optim_step" or (row.kind == "load_checkpoint" and row.error is None)),
-        lost_gradient=row.lost_gradient,
-    )
-
-
-def _executed(run_id: str, row: sa.Row[Any]) -> Executed:
-    where = f"operation {row.number} of {run_id}"
-    submission = _decode(row.body, SUBMISSION, where)
-    if submission.operation is None:
-        raise _damaged(where, "it is withdrawn, but was executed")
-    return Executed(number=row.number, operation=submission.operation, error=row.error)
-
-
-def _run_record(row: sa.Row[Any]) -> RunRecord:
-    return RunRecord(
-        run=_decode(row.description, RUN, row.run_id),
-        model=_decode(row.model, MODEL, row.run_id),
-        seed=row.seed,
-        snapshot=row.snapshot,
-        executed=max(row.newest or 0, row.snapshot),
-    )
-
-
-def _metric_row(run_id: str, point: MetricPoint) -> dict[str, Any]:
-    row = point.model_dump(mode="python")
-    return row | {
-        "run_id": run_id,
-        "occurred_at": point.occurred_at and point.occurred_at.isoformat(),
-    }
-
-
-def _point(row: sa.Row[Any]) -> MetricPoint:
-    return MetricPoint(
-        name=row.name,
-        value=row.value,
-        step=row.step,
-        occurred_at=row.occurred_at and datetime.fromisoformat(row.occurred_at),
-    )
-
-
-def _decode(data: bytes | None, adapter: TypeAdapter[T], where: str) -> T:
-    try:
-        return wire.decode(data or b"", adapter, limits=LIMITS)
-    except WeaverError as error:
-        raise _damaged(where, str(error)) from error
-
-
-def _try_decode(data: bytes | None, adapter: TypeAdapter[T], where: str) -> T | WeaverError | None:
-    try:
-        return None if data is None else _decode(data, adapter, where)
-    except StorageError as error:
-        return error
-
-
-def _damaged(where: str, why: str) -> StorageError:
-    return StorageError(
-        f"the journal's {where} cannot be read: {why}",
-        hint="Restore the database from a backup, or go on in a new run from a checkpoint.",
-    )
-
-
-def _storage_error(error: sa.exc.SQLAlchemyError) -> StorageError:
-    cause = getattr(error, "orig", None) or error
-    return StorageError(
-        f"the database failed: {cause}", hint="Check that it runs and its disk has space."
-    )
+def _sequences(submission: Submission) -> int:
+    operation = submission.operation
+    return len(operation.datums) if isinstance(operation, ForwardBackward) else 1

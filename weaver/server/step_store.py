@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING
 
 from weaver.errors import StorageError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
-from weaver.server.sql_store import (
-    SqlStore,
-    describe_runs,
-    error_code,
-    executed_row,
-    insert_operations,
-)
+from weaver.server.rows import error_code, executed_row
+from weaver.server.sql_store import SqlStore, describe_runs, insert_operations
 from weaver.server.store import Executed
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """`Store`: where the service writes down what must outlive a crash; `MemoryStore` outlives none.
 
 `LocalService` journals a request before it acknowledges it and an outcome before it shows it. All
-methods may raise `StorageError`.
+methods may raise `StorageError`, or `ServiceConnectionError` while a database is out of reach.
 """
 
 from __future__ import annotations

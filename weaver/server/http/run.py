@@ -24,13 +24,15 @@ from weaver.server.http.front import LIMITS, Front, ServerLimits
 from weaver.server.keys import Keys
 from weaver.server.owners import Owners
 from weaver.server.scoped import NO_QUOTAS, Quotas, Scopes
-from weaver.server.service import LocalService
+from weaver.server.service import DURABILITY, LocalService
+from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from weaver.engine.base import Engine
+    from weaver.server.recovery import Durability
 
 GRACE_S = 10
 
@@ -44,6 +46,7 @@ class ServerSettings:
     database_url: str | None = None
     auth: bool = True
     deterministic: bool = False
+    durability: Durability = DURABILITY
     limits: ServerLimits = LIMITS
     quotas: Quotas = NO_QUOTAS
 
@@ -75,7 +78,11 @@ async def run_server(
         database = open_database(settings.home, settings.database_url)
         stack.callback(database.dispose)
         async with LocalService(
-            engine, home=settings.home, deterministic=settings.deterministic
+            engine,
+            home=settings.home,
+            store=SqlStore(database),
+            deterministic=settings.deterministic,
+            durability=settings.durability,
         ) as service:
             front = Front(
                 scopes=Scopes(service, Owners(database), quotas=settings.quotas),

@@ -1,0 +1,160 @@
+"""A server that is killed at random moments beside three loops: nothing is lost or repeated."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from weaver import AsyncServiceClient, Datum, ModelInput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+TENANTS = range(3)
+SERVER = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import anyio
+from weaver.server.http.run import ServerSettings, run_server
+from weaver.server.recovery import Durability
+{engine}
+settings = ServerSettings(
+    home=Path(sys.argv[1]), port=int(sys.argv[2]), auth=False, deterministic=True,
+    durability=Durability(snapshot_every_s=0.3),
+)
+anyio.run(partial(run_server, engine, settings, started=lambda server: None))
+"""
+FAKE = """
+from weaver.engine.fake import FakeEngine
+engine = FakeEngine(hook=lambda name, argument: time.sleep(0.004))
+"""
+TORCH = """
+from weaver.engine.engine import TorchEngine
+engine = TorchEngine(threads=1, deterministic=True)
+"""
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Server:
+    """A server process on a port of its own, which can be killed and started again."""
+
+    def __init__(self, home: Path, engine: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._command = [sys.executable, "-c", SERVER.format(engine=engine), str(home)]
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Answers when it listens."""
+        self._process = subprocess.Popen([*self._command, str(self.port)])
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            assert self._process.poll() is None, "the server ended by itself"
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        raise AssertionError("the server does not listen")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def running(home: Path, engine: str) -> Iterator[Server]:
+    server = Server(home, engine)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+async def train(url: str, *, model: str, tenant: int, steps: int) -> list[object]:
+    """A loop as a user writes it: all that it saw, and at its end the weights' own answer."""
+    text = list(f"the quick brown fox {tenant} jumps over".encode())
+    datum = Datum(model_input=text[:-1], loss_fn_inputs={"target_tokens": text[1:]})
+    seen: list[object] = []
+    async with AsyncServiceClient(base_url=url) as service:
+        trainer = await service.create_model(model, {"rank": 4, "seed": tenant})
+        for step in range(steps):
+            first = trainer.forward_backward([datum], loss_fn="cross_entropy")
+            second = trainer.forward_backward([datum, datum], loss_fn="cross_entropy")
+            stepped = trainer.optim_step({"learning_rate": 0.01})
+            seen += [dict((await first).metrics), dict((await second).metrics)]
+            seen.append(dict((await stepped).metrics))
+            if step % 4 == 3:
+                sampler = await trainer.save_weights_and_get_sampling_client()
+                params = {"max_tokens": 6, "seed": step}
+                reply = await sampler.sample(ModelInput.from_ints(text[:9]), params, num_samples=2)
+                seen += [list(sequence.tokens) for sequence in reply.sequences]
+            if step == steps // 2:
+                await trainer.save_state("half")
+        final = await trainer.forward([datum], loss_fn="cross_entropy")
+        seen.append(list(final.loss_fn_outputs[0]["logprobs"].to_numpy()))
+        checkpoints = await service.list_checkpoints(trainer.model_id)
+        seen.append([(saved.name, saved.step) for saved in checkpoints])
+    return seen
+
+
+async def loops(server: Server, *, model: str, steps: int, kills: int, seed: int) -> list[object]:
+    """What the tenants saw while the server was killed so often."""
+    saw: list[object] = [None for _ in TENANTS]
+    rng = random.Random(seed)
+
+    async def one(tenant: int) -> None:
+        saw[tenant] = await train(server.url, model=model, tenant=tenant, steps=steps)
+
+    async with anyio.create_task_group() as tasks:
+        for tenant in TENANTS:
+            tasks.start_soon(one, tenant)
+        for _ in range(kills):
+            await anyio.sleep(rng.uniform(0.2, 0.8))
+            assert None in saw, "the loops were over before the server was killed"
+            server.kill()
+            await anyio.to_thread.run_sync(server.start)
+    return saw
+
+
+async def check(home: Path, *, engine: str, model: str, steps: int, kills: int, seed: int) -> None:
+    with running(home / "whole", engine) as server:
+        expected = await loops(server, model=model, steps=steps, kills=0, seed=seed)
+    with running(home / "killed", engine) as server:
+        assert await loops(server, model=model, steps=steps, kills=kills, seed=seed) == expected
+
+
+async def test_a_killed_server_is_a_pause(tmp_path: Path) -> None:
+    await check(tmp_path, engine=FAKE, model="fake", steps=40, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(1, 4))
+async def test_a_server_killed_many_times(tmp_path: Path, seed: int) -> None:
+    await check(tmp_path, engine=FAKE, model="fake", steps=150, kills=10, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_weights_of_a_real_model_are_bit_identical(tmp_path: Path) -> None:
+    await check(tmp_path, engine=TORCH, model="weaver-nano", steps=60, kills=6, seed=0)
