@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_overloads
 
 import pytest
 
@@ -268,6 +268,15 @@ PAIRS = [
     (weaver.AsyncSamplingClient, SamplingClient),
 ]
 ONLY_ASYNC = {"stream"}
+LATER = {
+    "forward",
+    "forward_backward",
+    "forward_backward_custom",
+    "optim_step",
+    "load_state",
+    "load_state_with_optimizer",
+}
+"""What does not wait by default, as the reference has it."""
 
 
 @pytest.mark.parametrize(("twin", "cls"), PAIRS)
@@ -289,6 +298,38 @@ def test_sync_and_async_signatures_agree(twin: type, cls: type) -> None:
         assert [(p.name, p.kind, p.default) for p in mine] == [
             (p.name, p.kind, p.default) for p in their
         ]
+
+
+@pytest.mark.parametrize(("twin", "cls"), PAIRS[1:])
+def test_what_a_type_checker_sees_agrees_too(twin: type, cls: type) -> None:
+    def shape(function: Any) -> list[Any]:
+        parameters = inspect.signature(function).parameters.values()
+        return [
+            (p.name, p.kind, p.default is p.empty, p.annotation)
+            for p in parameters
+            if p.name != "wait"
+        ]
+
+    def result(function: Any) -> str:
+        answer: str = function.__annotations__["return"]
+        prefix = "OperationHandle["
+        return answer[len(prefix) : -1] if answer.startswith(prefix) else answer
+
+    found = 0
+    for name, method in vars(cls).items():
+        if not callable(method) or "wait" not in inspect.signature(method).parameters:
+            continue
+        default = inspect.signature(method).parameters["wait"].default
+        assert default is (name not in LATER)
+        theirs = get_overloads(getattr(twin, name)) or [getattr(twin, name)]
+        expected = []
+        for their in theirs:
+            kinds = [("Now", result(their)), ("Later", f"Handle[{result(their)}]")]
+            expected += [(shape(their), *kind) for kind in kinds]
+        mine = [(shape(f), f.__annotations__["wait"], result(f)) for f in get_overloads(method)]
+        assert sorted(mine, key=str) == sorted(expected, key=str)
+        found += 1
+    assert found
 
 
 def test_every_public_method_is_documented() -> None:

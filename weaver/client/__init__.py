@@ -4,9 +4,7 @@ from weaver.client.handle import OperationHandle
 from weaver.client.portal import Handle
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
-from weaver.client.sync import ServiceClient
-from weaver.client.sync_sampling import SamplingClient
-from weaver.client.sync_training import TrainingClient
+from weaver.client.sync import SamplingClient, ServiceClient, TrainingClient
 from weaver.client.training import AsyncTrainingClient
 
 __all__ = [

@@ -23,6 +23,8 @@ V = TypeVar("V", bound=Value)
 Prompt = ModelInput | str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
 """Tokens, text, or a chat such as `[{"role": "user", "content": "Hello"}]`."""
 Prompts = list[ModelInput] | list[str] | list[list[int]] | list[list[Message]]
+CheckpointPath = str | os.PathLike[str] | CheckpointInfo
+"""A weaver:// path, a folder, or what `save_state` returned."""
 PromptValue = ModelInput | str | tuple[Message, ...]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -7,7 +7,7 @@ import threading
 import weakref
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
@@ -15,13 +15,11 @@ from weaver.errors import ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from typing import Literal
 
     from weaver.client.handle import OperationHandle, Status
     from weaver.client.service import AsyncServiceClient
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
 
 
 class Handle(Generic[T]):
@@ -78,15 +76,14 @@ class Portal:
             self._stack.close()
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Runs a coroutine function and waits; an interrupted wait cancels only the waiting."""
+        """Runs an async function and waits; an interrupted wait cancels only the waiting."""
         if not self._collected.alive:
             raise ClosedError("the client was closed.", hint="Make a new ServiceClient.")
         future = self._loop.start_task_soon(function)
         try:
             return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        finally:
+            future.cancel()  # what is done cannot be cancelled
 
     def call_soon(self, function: Callable[[], T]) -> T:
         """Runs a plain function in the loop's thread; its result is not awaited."""
@@ -95,18 +92,6 @@ class Portal:
             return function()
 
         return self.call(run)
-
-    @overload
-    def verb(self, queue: Callable[[], OperationHandle[T]], wait: Literal[True]) -> T: ...
-    @overload
-    def verb(self, queue: Callable[[], OperationHandle[T]], wait: bool) -> T | Handle[T]: ...
-    def verb(self, queue: Callable[[], OperationHandle[T]], wait: bool) -> T | Handle[T]:
-        """Queues an operation, whose place is fixed when this returns; waits for it or not."""
-
-        async def run() -> T:
-            return await queue()
-
-        return self.call(run) if wait else Handle(self.call_soon(queue), self)
 
 
 def _close_elsewhere(stack: ExitStack) -> None:
@@ -117,15 +102,3 @@ def _close_elsewhere(stack: ExitStack) -> None:
 def _close_if_alive(portal: weakref.ref[Portal]) -> None:
     if (alive := portal()) is not None:
         alive.close()
-
-
-def documented_by(twin: type) -> Callable[[C], C]:
-    """Gives a sync class' methods the docstrings of their async twins."""
-
-    def copy(cls: C) -> C:
-        for name, method in vars(cls).items():
-            if callable(method) and not name.startswith("_") and method.__doc__ is None:
-                method.__doc__ = getattr(twin, name).__doc__
-        return cls
-
-    return copy

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from weaver.client.checks import CheckpointPath
     from weaver.client.handle import OperationHandle
     from weaver.client.sampling import AsyncSamplingClient
     from weaver.client.session import Session
@@ -171,7 +172,7 @@ class AsyncServiceClient:
 
     def create_sampling_client(
         self,
-        model_path: str | PathLike[str] | CheckpointInfo | None = None,
+        model_path: CheckpointPath | None = None,
         base_model: str | None = None,
     ) -> OperationHandle[AsyncSamplingClient]:
         """A client that samples from saved weights, or from a base model as it is.

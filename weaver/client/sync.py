@@ -1,44 +1,250 @@
-"""`ServiceClient`: the sync way in.
+"""`ServiceClient`, `TrainingClient`, `SamplingClient`: the sync way in.
 
-Each sync class wraps its async twin, whose documentation holds here too. Where a method has `wait`,
-True blocks for the result and False returns a `Handle` at once; either way the call fixes the
+Each wraps its async twin, whose documentation holds here too. Where a method has `wait`, True
+blocks for the result and False returns a `Handle` at once; either way the call fixes the
 operation's place in the order. The clients may be used from several threads.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weaver.client.portal import Portal, documented_by
+from weaver.client.portal import Handle, Portal
+from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
-from weaver.client.sync_sampling import SamplingClient
-from weaver.client.sync_training import TrainingClient
+from weaver.client.training import AsyncTrainingClient
+from weaver.client.twins import Twin, blocking, making, queued
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from os import PathLike
     from types import TracebackType
     from typing import Self
 
+    from weaver.client.checks import CheckpointPath, Prompt, Prompts
+    from weaver.client.custom_loss import CustomLoss
+    from weaver.loss_specs import LossConfig
     from weaver.types import (
+        AdamParams,
         CheckpointInfo,
+        Datum,
+        ForwardBackwardResult,
         JsonDict,
-        LoraConfig,
-        ModelInfo,
-        TrainingMode,
-        TrainingRun,
+        OptimStepResult,
+        SampleResult,
+        SamplingParams,
     )
 
+Now = Literal[True]
+Later = Literal[False]
 
-@documented_by(AsyncServiceClient)
-class ServiceClient:
+
+class SamplingClient(Twin[AsyncSamplingClient]):
+    """Samples from weights as they were when this client was made."""
+
+    def __init__(self, inner: AsyncSamplingClient, portal: Portal) -> None:
+        super().__init__(inner, portal)
+        self.sampler_id = inner.sampler_id
+        self.base_model = inner.base_model
+        self.model_info = inner.model_info
+        self.weights_version = inner.weights_version
+        """The optimizer step of the weights; 0 for a base model."""
+
+    @overload
+    def sample(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        *,
+        num_samples: int = ...,
+        include_prompt_logprobs: bool = ...,
+        wait: Now = ...,
+    ) -> SampleResult: ...
+    @overload
+    def sample(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        *,
+        num_samples: int = ...,
+        include_prompt_logprobs: bool = ...,
+        wait: Later,
+    ) -> Handle[SampleResult]: ...
+    @overload
+    def sample(
+        self,
+        prompt: Prompts,
+        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        *,
+        num_samples: int = ...,
+        include_prompt_logprobs: bool = ...,
+        wait: Now = ...,
+    ) -> list[SampleResult]: ...
+    @overload
+    def sample(
+        self,
+        prompt: Prompts,
+        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        *,
+        num_samples: int = ...,
+        include_prompt_logprobs: bool = ...,
+        wait: Later,
+    ) -> Handle[list[SampleResult]]: ...
+    @queued(AsyncSamplingClient.sample, wait=True)
+    def sample(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def compute_logprobs(self, prompt: Prompt, *, wait: Now = ...) -> list[float | None]: ...
+    @overload
+    def compute_logprobs(self, prompt: Prompt, *, wait: Later) -> Handle[list[float | None]]: ...
+    @queued(AsyncSamplingClient.compute_logprobs, wait=True)
+    def compute_logprobs(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    get_tokenizer = blocking(AsyncSamplingClient.get_tokenizer)
+
+
+class TrainingClient(Twin[AsyncTrainingClient]):
+    """Trains one run; several clients of one service client may share a run and its order."""
+
+    def __init__(self, inner: AsyncTrainingClient, portal: Portal) -> None:
+        super().__init__(inner, portal)
+        self.model_id = inner.model_id
+        self.base_model = inner.base_model
+        self.model_info = inner.model_info
+
+    get_tokenizer = blocking(AsyncTrainingClient.get_tokenizer)
+    get_info = blocking(AsyncTrainingClient.get_info)
+
+    @overload
+    def forward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = ...,
+        *,
+        loss_fn_config: LossConfig | None = ...,
+        wait: Later = ...,
+    ) -> Handle[ForwardBackwardResult]: ...
+    @overload
+    def forward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = ...,
+        *,
+        loss_fn_config: LossConfig | None = ...,
+        wait: Now,
+    ) -> ForwardBackwardResult: ...
+    @queued(AsyncTrainingClient.forward, wait=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def forward_backward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = ...,
+        *,
+        loss_fn_config: LossConfig | None = ...,
+        wait: Later = ...,
+    ) -> Handle[ForwardBackwardResult]: ...
+    @overload
+    def forward_backward(
+        self,
+        datums: Sequence[Datum],
+        loss_fn: str = ...,
+        *,
+        loss_fn_config: LossConfig | None = ...,
+        wait: Now,
+    ) -> ForwardBackwardResult: ...
+    @queued(AsyncTrainingClient.forward_backward, wait=False)
+    def forward_backward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def forward_backward_custom(
+        self, datums: Sequence[Datum], loss_fn: CustomLoss, *, wait: Later = ...
+    ) -> Handle[ForwardBackwardResult]: ...
+    @overload
+    def forward_backward_custom(
+        self, datums: Sequence[Datum], loss_fn: CustomLoss, *, wait: Now
+    ) -> ForwardBackwardResult: ...
+    @queued(AsyncTrainingClient.forward_backward_custom, wait=False)
+    def forward_backward_custom(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def optim_step(
+        self, adam_params: AdamParams | Mapping[str, object], *, wait: Later = ...
+    ) -> Handle[OptimStepResult]: ...
+    @overload
+    def optim_step(
+        self, adam_params: AdamParams | Mapping[str, object], *, wait: Now
+    ) -> OptimStepResult: ...
+    @queued(AsyncTrainingClient.optim_step, wait=False)
+    def optim_step(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def save_state(
+        self,
+        name: str | None = ...,
+        *,
+        include_optimizer: bool = ...,
+        ttl_seconds: int | None = ...,
+        overwrite: bool = ...,
+        wait: Now = ...,
+    ) -> CheckpointInfo: ...
+    @overload
+    def save_state(
+        self,
+        name: str | None = ...,
+        *,
+        include_optimizer: bool = ...,
+        ttl_seconds: int | None = ...,
+        overwrite: bool = ...,
+        wait: Later,
+    ) -> Handle[CheckpointInfo]: ...
+    @queued(AsyncTrainingClient.save_state, wait=True)
+    def save_state(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def save_weights_for_sampler(
+        self, name: str, *, ttl_seconds: int | None = ..., overwrite: bool = ..., wait: Now = ...
+    ) -> CheckpointInfo: ...
+    @overload
+    def save_weights_for_sampler(
+        self, name: str, *, ttl_seconds: int | None = ..., overwrite: bool = ..., wait: Later
+    ) -> Handle[CheckpointInfo]: ...
+    @queued(AsyncTrainingClient.save_weights_for_sampler, wait=True)
+    def save_weights_for_sampler(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    save_weights_and_get_sampling_client = making(
+        AsyncTrainingClient.save_weights_and_get_sampling_client, SamplingClient
+    )
+
+    @overload
+    def load_state(self, path: CheckpointPath, *, wait: Later = ...) -> Handle[CheckpointInfo]: ...
+    @overload
+    def load_state(self, path: CheckpointPath, *, wait: Now) -> CheckpointInfo: ...
+    @queued(AsyncTrainingClient.load_state, wait=False)
+    def load_state(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @overload
+    def load_state_with_optimizer(
+        self, path: CheckpointPath, *, wait: Later = ...
+    ) -> Handle[CheckpointInfo]: ...
+    @overload
+    def load_state_with_optimizer(self, path: CheckpointPath, *, wait: Now) -> CheckpointInfo: ...
+    @queued(AsyncTrainingClient.load_state_with_optimizer, wait=False)
+    def load_state_with_optimizer(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    list_checkpoints = blocking(AsyncTrainingClient.list_checkpoints)
+    log_metrics = blocking(AsyncTrainingClient.log_metrics)
+    read_metrics = blocking(AsyncTrainingClient.read_metrics)
+
+
+class ServiceClient(Twin[AsyncServiceClient]):
     """The way in; makes training and sampling clients and manages what is saved.
 
     Without `base_url` and WEAVER_BASE_URL everything runs in this process, below `home`
     (WEAVER_HOME, ~/.weaver). It works with and without a `with` block; leaving one, or the program,
-    fails what is still pending with `ClosedError` and never touches what was saved. The runs of the
-    embedded engine end with it, so save what you want to continue.
+    fails what is still pending with `ClosedError` and never touches what was saved. A run stays as
+    it is after its last step, for `attach` in this process or a later one on the same home.
 
     Raises:
         ConfigError: a WEAVER_* variable cannot be used.
@@ -53,8 +259,8 @@ class ServiceClient:
         home: str | PathLike[str] | None = None,
         user_metadata: JsonDict | None = None,
     ) -> None:
-        self._inner = AsyncServiceClient(base_url, api_key, home=home, user_metadata=user_metadata)
-        self._portal = Portal(self._inner)
+        inner = AsyncServiceClient(base_url, api_key, home=home, user_metadata=user_metadata)
+        super().__init__(inner, Portal(inner))
 
     def __enter__(self) -> Self:
         return self
@@ -71,56 +277,13 @@ class ServiceClient:
         """Fails what is pending with `ClosedError` and ends the thread; saved state stays."""
         self._portal.close()
 
-    def create_model(
-        self,
-        base_model: str,
-        lora_config: LoraConfig | Mapping[str, object] | None = None,
-        *,
-        training_mode: TrainingMode = "lora",
-        seed: int = 0,
-        user_metadata: JsonDict | None = None,
-    ) -> TrainingClient:
-        create = partial(
-            self._inner.create_model,
-            base_model,
-            lora_config,
-            training_mode=training_mode,
-            seed=seed,
-            user_metadata=user_metadata,
-        )
-        return TrainingClient(self._portal.verb(create, True), self._portal)
-
+    create_model = making(AsyncServiceClient.create_model, TrainingClient)
     create_training_client = create_model
-
-    def attach(self, model_id: str) -> TrainingClient:
-        return TrainingClient(
-            self._portal.call(partial(self._inner.attach, model_id)), self._portal
-        )
-
-    def create_sampling_client(
-        self,
-        model_path: str | PathLike[str] | CheckpointInfo | None = None,
-        base_model: str | None = None,
-    ) -> SamplingClient:
-        create = partial(self._inner.create_sampling_client, model_path, base_model)
-        return SamplingClient(self._portal.verb(create, True), self._portal)
-
-    def list_supported_models(self) -> list[ModelInfo]:
-        return self._portal.call(self._inner.list_supported_models)
-
-    def list_training_runs(self) -> list[TrainingRun]:
-        return self._portal.call(self._inner.list_training_runs)
-
-    def get_training_run(self, model_id: str) -> TrainingRun:
-        return self._portal.call(partial(self._inner.get_training_run, model_id))
-
-    def list_checkpoints(self, model_id: str | None = None) -> list[CheckpointInfo]:
-        return self._portal.call(partial(self._inner.list_checkpoints, model_id))
-
-    def delete_checkpoint(self, path: str | CheckpointInfo) -> None:
-        self._portal.call(partial(self._inner.delete_checkpoint, path))
-
-    def set_checkpoint_ttl(
-        self, path: str | CheckpointInfo, ttl_seconds: int | None
-    ) -> CheckpointInfo:
-        return self._portal.call(partial(self._inner.set_checkpoint_ttl, path, ttl_seconds))
+    attach = making(AsyncServiceClient.attach, TrainingClient)
+    create_sampling_client = making(AsyncServiceClient.create_sampling_client, SamplingClient)
+    list_supported_models = blocking(AsyncServiceClient.list_supported_models)
+    list_training_runs = blocking(AsyncServiceClient.list_training_runs)
+    get_training_run = blocking(AsyncServiceClient.get_training_run)
+    list_checkpoints = blocking(AsyncServiceClient.list_checkpoints)
+    delete_checkpoint = blocking(AsyncServiceClient.delete_checkpoint)
+    set_checkpoint_ttl = blocking(AsyncServiceClient.set_checkpoint_ttl)

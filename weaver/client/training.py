@@ -31,8 +31,8 @@ from weaver.types import AdamParams, MetricPoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from os import PathLike
 
+    from weaver.client.checks import CheckpointPath
     from weaver.client.custom_loss import CustomLoss
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
@@ -216,9 +216,7 @@ class AsyncTrainingClient:
 
         return self._session.compose(saved.label, parts, finish)
 
-    def load_state(
-        self, path: str | PathLike[str] | CheckpointInfo
-    ) -> OperationHandle[CheckpointInfo]:
+    def load_state(self, path: CheckpointPath) -> OperationHandle[CheckpointInfo]:
         """Replaces the weights by saved ones; the optimizer starts anew.
 
         Raises:
@@ -228,9 +226,7 @@ class AsyncTrainingClient:
         """
         return self._load(path, include_optimizer=False)
 
-    def load_state_with_optimizer(
-        self, path: str | PathLike[str] | CheckpointInfo
-    ) -> OperationHandle[CheckpointInfo]:
+    def load_state_with_optimizer(self, path: CheckpointPath) -> OperationHandle[CheckpointInfo]:
         """`load_state` with the optimizer's state, to continue exactly where the save was made."""
         return self._load(path, include_optimizer=True)
 
@@ -304,7 +300,7 @@ class AsyncTrainingClient:
         return self._session.submit(operation, SAVED, run_id=self.model_id)
 
     def _load(
-        self, path: str | PathLike[str] | CheckpointInfo, *, include_optimizer: bool
+        self, path: CheckpointPath, *, include_optimizer: bool
     ) -> OperationHandle[CheckpointInfo]:
         operation = LoadCheckpoint(path=as_path(path), include_optimizer=include_optimizer)
         return self._session.submit(operation, LOADED, run_id=self.model_id)
