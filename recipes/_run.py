@@ -1,4 +1,4 @@
-"""What the recipes share: a run's folder and loggers, the dry run, the last words, the exit code.
+"""What the recipes share: their common flags, a run's folder and loggers, the dry run, the end.
 
 Nothing of an algorithm is here; read a recipe first.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import weaver_rl as rl
 from weaver.errors import ConfigError, WeaverError
-from weaver.types import SamplingParams
+from weaver.types import LoraConfig, SamplingParams
 from weaver_rl.display import Display
 from weaver_rl.resume import manifests
 
@@ -27,37 +28,80 @@ TRIES = 4
 """Replies that a dry run scores."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """What every recipe takes; each adds its own flags, and may change a default.
+
+    Raises:
+        ConfigError: at construction; names the flag.
+    """
+
+    model: str = "weaver-nano"
+    """A bundled model, a Hugging Face id or a local folder."""
+    tasks: str | None = None
+    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: the recipe's own."""
+    held_out: int = 100
+    """Tasks that are only evaluated."""
+    steps: int = 60
+    max_tokens: int = 12
+    """Of a reply."""
+    learning_rate: float = 1e-3
+    rank: int = 8
+    """Of the LoRA adapter; its alpha is four times that."""
+    seed: int = 0
+    out: Path | None = None
+    """The run's folder; none: a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --out behind its last checkpoint, exactly."""
+    dry_run: bool = False
+    """Validate everything, score four replies, and leave."""
+    base_url: str | None = None
+    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
+    wandb_project: str | None = None
+    """Log there as well; offline with WANDB_MODE=offline."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise ConfigError("is on, no run is named.", field="resume", hint="Pass --out FOLDER.")
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(rank=self.rank, alpha=4 * self.rank)
+
+
+def split_tasks(flags: Flags, own: Sequence[rl.Task]) -> tuple[list[rl.Task], list[rl.Task]]:
+    """Those of `--tasks`, or the recipe's `own`: to train on, and held out.
+
+    Raises:
+        InvalidRequestError: a task lacks a field, or too many are held out; names it.
+    """
+    asked = ("prompt", "answer")
+    tasks = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else own
+    return rl.split_tasks(tasks, held_out=flags.held_out)
+
+
 @contextmanager
 def opened(
-    name: str,
-    service: AsyncServiceClient,
-    *,
-    config: Mapping[str, object],
-    out: Path | None,
-    steps: int,
-    resume: bool,
-    wandb_project: str | None,
+    service: AsyncServiceClient, flags: Flags, name: str, plan: Mapping[str, object]
 ) -> Iterator[rl.Run]:
     """A run with metrics, transcripts, checkpoints and a display, until it ends.
 
     Args:
-        config: what must not change when it goes on; its `steps` may.
-        out: its folder; None: a new one under runs/.
+        plan: what must not change when it goes on, beside the model; its `steps` may.
 
     Raises:
-        ConfigError: `resume` without `out`, or another config than the run was started with.
-        ConflictError: `out` holds a run and `resume` is off.
+        ConfigError: another plan than the run was started with.
+        ConflictError: `--out` holds a run and `--resume` is off.
     """
-    if resume and out is None:
-        raise ConfigError("is on, and no run is named.", field="resume", hint="Pass --out FOLDER.")
-    path = out or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder = rl.open_run_folder(path, config, resume=resume, may_differ=("steps",))
-    display = Display(steps=steps)
+    config = {"model": flags.model, "lora": flags.lora, "tasks": flags.tasks, **plan}
+    path = flags.out or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = rl.open_run_folder(path, config, resume=flags.resume, may_differ=("steps",))
+    display = Display(steps=flags.steps)
     loggers: list[rl.Logger] = [rl.JsonlLogger(folder.metrics), display]
-    if wandb_project is not None:
+    if flags.wandb_project is not None:
         newest = next(manifests(folder), None)
         state = newest.loggers.get("wandb") if newest is not None else None
-        loggers.append(rl.WandbLogger(wandb_project, config=config, folder=path, state=state))
+        loggers.append(rl.WandbLogger(flags.wandb_project, config=config, folder=path, state=state))
     run = rl.Run(
         folder=folder,
         loggers=rl.Loggers(*loggers),
@@ -71,10 +115,10 @@ def opened(
 
 
 def greedily(
-    tasks: Sequence[rl.Task], reward: Reward, *, max_tokens: int
+    flags: Flags, tasks: Sequence[rl.Task], reward: Reward
 ) -> Callable[[AsyncSamplingClient], Awaitable[Mapping[str, float]]]:
     """An evaluation that loops call: the mean reward of one greedy reply to each task."""
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    sampling = SamplingParams(max_tokens=flags.max_tokens, temperature=0.0)
 
     async def evaluated(sampler: AsyncSamplingClient) -> Mapping[str, float]:
         return (await rl.evaluate(sampler, tasks, reward=reward, sampling=sampling)).metrics
@@ -83,12 +127,7 @@ def greedily(
 
 
 async def dry_run(
-    service: AsyncServiceClient,
-    model: str,
-    *,
-    tasks: Sequence[rl.Task],
-    reward: Reward,
-    max_tokens: int,
+    service: AsyncServiceClient, flags: Flags, tasks: Sequence[rl.Task], reward: Reward
 ) -> Mapping[str, float]:
     """Shows the model's replies to four tasks with their rewards; nothing is trained or written.
 
@@ -96,14 +135,15 @@ async def dry_run(
         RolloutsFailedError: the reward raised, hung or gave no number; shows its traceback.
         WeaverError: the service has no such model, or a task does not fit it.
     """
-    sampler = await service.create_sampling_client(base_model=model)
-    sampling = SamplingParams(max_tokens=max_tokens)
+    adapter = f"LoRA of rank {flags.lora.rank}"
+    sampler = await service.create_sampling_client(base_model=flags.model)
+    sampling = SamplingParams(max_tokens=flags.max_tokens)
     found = await rl.evaluate(sampler, tasks[:TRIES], reward=reward, sampling=sampling)
     for rollout in (rollout for group in found.groups for rollout in group.rollouts):
         if rollout.failure is not None:
             raise rl.RolloutsFailedError(rollout.failure.traceback or rollout.failure.message)
         print(f"{rollout.reward:5.2f}  {rollout.task['prompt']!r} → {rollout.text!r}")
-    print(f"Flags, tasks, {model} and the reward are sound; nothing was trained.")
+    print(f"Flags, tasks, {flags.model}, {adapter} and the reward are sound; nothing was trained.")
     return found.metrics
 
 

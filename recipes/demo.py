@@ -60,6 +60,8 @@ class Flags:
     learning_rate: float = 1e-3
     rank: int = 8
     seed: int = 0
+    base_url: str | None = None
+    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
 
 
 def main(flags: Flags) -> bool:
@@ -74,7 +76,7 @@ def main(flags: Flags) -> bool:
 
 def fine_tune(flags: Flags, console: Console) -> bool:
     """Whether the loss fell by more than half."""
-    with ServiceClient() as service:
+    with ServiceClient(flags.base_url) as service:
         trainer = service.create_model(flags.base_model, {"rank": flags.rank}, seed=flags.seed)
         before = answers(service.create_sampling_client(base_model=flags.base_model))
         losses = train(trainer, flags, console)
@@ -102,6 +104,7 @@ def reinforce(flags: Flags, console: Console) -> bool:
         lora_config={"rank": flags.rank, "alpha": 4 * flags.rank},
         seed=flags.seed,
         folder=folder,
+        base_url=flags.base_url,
     )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rewards: list[float] = [json.loads(line)["reward/mean"] for line in lines]

@@ -23,8 +23,6 @@ deviation (`--advantage standardised`), with which it would be GRPO.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -44,37 +42,17 @@ TASKS = reverse_tasks(1100, seed=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    model: str = "weaver-nano"
-    """A bundled model, a Hugging Face id or a local folder."""
-    tasks: str | None = None
-    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: TASKS."""
-    held_out: int = 100
-    """Tasks that are only evaluated."""
-    steps: int = 60
+class Flags(_run.Flags):
     groups_per_step: int = 32
     """P, prompts of a step."""
     group_size: int = 8
     """G, samples of each."""
-    max_tokens: int = 12
-    learning_rate: float = 1e-3
-    rank: int = 8
     objective: str = "importance_sampling"
     """Or ppo, cispo, gspo."""
     advantage: str = "group_centred"
     """Or standardised, leave_one_out, reinforce_pp."""
     max_staleness: int = 0
     """Steps by which sampling may run ahead of training."""
-    seed: int = 0
-    out: Path | None = None
-    """The run's folder; none: a new one under runs/."""
-    resume: bool = False
-    """Go on with the run in --out behind its last checkpoint, exactly."""
-    dry_run: bool = False
-    """Validate everything, score four replies, and leave."""
-    base_url: str | None = None
-    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
-    wandb_project: str | None = None
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -83,9 +61,7 @@ def main(flags: Flags) -> Mapping[str, float]:
 
 
 async def train(flags: Flags) -> Mapping[str, float]:
-    asked = ("prompt", "answer")
-    everything = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else TASKS
-    tasks, held_out = rl.split_tasks(everything, held_out=flags.held_out)
+    tasks, held_out = _run.split_tasks(flags, TASKS)
     plan = rl.Plan(
         steps=flags.steps,
         groups_per_step=flags.groups_per_step,
@@ -98,32 +74,20 @@ async def train(flags: Flags) -> Mapping[str, float]:
         evaluate_every=10,
         seed=flags.seed,
     )
-    lora = {"rank": flags.rank, "alpha": 4 * flags.rank}
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
-            return await _run.dry_run(
-                service, flags.model, tasks=tasks, reward=exact, max_tokens=flags.max_tokens
-            )
-        with _run.opened(
-            "importance-sampling",
-            service,
-            config={"model": flags.model, "lora": lora, "tasks": flags.tasks, **plan.as_config()},
-            out=flags.out,
-            steps=flags.steps,
-            resume=flags.resume,
-            wandb_project=flags.wandb_project,
-        ) as run:
-            trainer = await service.create_model(flags.model, lora, seed=flags.seed)
+            return await _run.dry_run(service, flags, tasks, exact)
+        with _run.opened(service, flags, "importance-sampling", plan.as_config()) as run:
             result = await rl.off_policy(  # the synchronous on_policy where staleness is 0
-                trainer,
+                await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 tasks,
                 rl.single_turn(exact),
                 plan,
                 run=run,
-                evaluate=_run.greedily(held_out, exact, max_tokens=flags.max_tokens),
+                evaluate=_run.greedily(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 
 
 if __name__ == "__main__":
-    _run.leave(partial(main, tyro.cli(Flags, description=__doc__)))
+    _run.leave(lambda: main(tyro.cli(Flags, description=__doc__)))

@@ -21,8 +21,6 @@ the first weights, and a store of what earlier rounds kept.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -42,15 +40,7 @@ TASKS = reverse_tasks(1100, seed=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    model: str = "weaver-nano"
-    """A bundled model, a Hugging Face id or a local folder."""
-    tasks: str | None = None
-    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: TASKS."""
-    held_out: int = 100
-    """Tasks that are only evaluated."""
-    steps: int = 60
-    """Rounds."""
+class Flags(_run.Flags):
     groups_per_step: int = 32
     """P, prompts of a round."""
     group_size: int = 8
@@ -61,19 +51,6 @@ class Flags:
     """The most replies to a prompt that are kept; none: all."""
     unique: bool = False
     """Keep equal replies to a prompt once."""
-    max_tokens: int = 12
-    learning_rate: float = 1e-3
-    rank: int = 8
-    seed: int = 0
-    out: Path | None = None
-    """The run's folder; none: a new one under runs/."""
-    resume: bool = False
-    """Go on with the run in --out behind its last checkpoint, exactly."""
-    dry_run: bool = False
-    """Validate everything, score four replies, and leave."""
-    base_url: str | None = None
-    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
-    wandb_project: str | None = None
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -82,9 +59,7 @@ def main(flags: Flags) -> Mapping[str, float]:
 
 
 async def train(flags: Flags) -> Mapping[str, float]:
-    asked = ("prompt", "answer")
-    everything = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else TASKS
-    tasks, held_out = rl.split_tasks(everything, held_out=flags.held_out)
+    tasks, held_out = _run.split_tasks(flags, TASKS)
     keep = rl.Keep(threshold=flags.threshold, top_k=flags.top_k, unique=flags.unique)
     plan = rl.Plan(
         steps=flags.steps,
@@ -95,39 +70,22 @@ async def train(flags: Flags) -> Mapping[str, float]:
         evaluate_every=10,
         seed=flags.seed,
     )
-    lora = {"rank": flags.rank, "alpha": 4 * flags.rank}
+    planned = {"keep": asdict(keep), **plan.as_config()}
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
-            return await _run.dry_run(
-                service, flags.model, tasks=tasks, reward=exact, max_tokens=flags.max_tokens
-            )
-        with _run.opened(
-            "rejection-sampling",
-            service,
-            config={
-                "model": flags.model,
-                "lora": lora,
-                "tasks": flags.tasks,
-                "keep": asdict(keep),
-                **plan.as_config(),
-            },
-            out=flags.out,
-            steps=flags.steps,
-            resume=flags.resume,
-            wandb_project=flags.wandb_project,
-        ) as run:
-            trainer = await service.create_model(flags.model, lora, seed=flags.seed)
+            return await _run.dry_run(service, flags, tasks, exact)
+        with _run.opened(service, flags, "rejection-sampling", planned) as run:
             result = await rl.rejection(
-                trainer,
+                await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 tasks,
                 rl.single_turn(exact),
                 plan,
                 keep=keep,
                 run=run,
-                evaluate=_run.greedily(held_out, exact, max_tokens=flags.max_tokens),
+                evaluate=_run.greedily(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 
 
 if __name__ == "__main__":
-    _run.leave(partial(main, tyro.cli(Flags, description=__doc__)))
+    _run.leave(lambda: main(tyro.cli(Flags, description=__doc__)))

@@ -21,8 +21,6 @@ last checkpoints are there to go back to).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -41,13 +39,7 @@ TASKS = pig_latin_tasks(6100, seed=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    model: str = "weaver-nano"
-    """A bundled model, a Hugging Face id or a local folder."""
-    tasks: str | None = None
-    """JSONL, Parquet or a dataset's folder with `prompt` and `answer`; none: TASKS."""
-    held_out: int = 100
-    """Tasks that are only evaluated."""
+class Flags(_run.Flags):
     epochs: int = 2
     steps: int = 150
     """The most, where the epochs would take more."""
@@ -56,17 +48,6 @@ class Flags:
     max_tokens: int = 40
     """Of an answer in the evaluation."""
     learning_rate: float = 2e-3
-    rank: int = 8
-    seed: int = 0
-    out: Path | None = None
-    """The run's folder; none: a new one under runs/."""
-    resume: bool = False
-    """Go on with the run in --out behind its last checkpoint, exactly."""
-    dry_run: bool = False
-    """Validate everything, score four replies, and leave."""
-    base_url: str | None = None
-    """A Weaver server; none: WEAVER_BASE_URL, or this process."""
-    wandb_project: str | None = None
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -75,9 +56,7 @@ def main(flags: Flags) -> Mapping[str, float]:
 
 
 async def train(flags: Flags) -> Mapping[str, float]:
-    asked = ("prompt", "answer")
-    everything = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else TASKS
-    tasks, held_out = rl.split_tasks(everything, held_out=flags.held_out)
+    tasks, held_out = _run.split_tasks(flags, TASKS)
     examples, tests = (
         [{"prompt": one["prompt"], "completion": f" {one['answer']}"} for one in part]
         for part in (tasks, held_out)
@@ -90,32 +69,20 @@ async def train(flags: Flags) -> Mapping[str, float]:
         evaluate_every=20,
         seed=flags.seed,
     )
-    lora = {"rank": flags.rank, "alpha": 4 * flags.rank}
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
-            return await _run.dry_run(
-                service, flags.model, tasks=tasks, reward=exact, max_tokens=flags.max_tokens
-            )
-        with _run.opened(
-            "sft",
-            service,
-            config={"model": flags.model, "lora": lora, "tasks": flags.tasks, **plan.as_config()},
-            out=flags.out,
-            steps=flags.steps,
-            resume=flags.resume,
-            wandb_project=flags.wandb_project,
-        ) as run:
-            trainer = await service.create_model(flags.model, lora, seed=flags.seed)
+            return await _run.dry_run(service, flags, tasks, exact)
+        with _run.opened(service, flags, "sft", plan.as_config()) as run:
             result = await rl.supervised(
-                trainer,
+                await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 examples,
                 plan,
                 held_out=tests,
                 run=run,
-                evaluate=_run.greedily(held_out, exact, max_tokens=flags.max_tokens),
+                evaluate=_run.greedily(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 
 
 if __name__ == "__main__":
-    _run.leave(partial(main, tyro.cli(Flags, description=__doc__)))
+    _run.leave(lambda: main(tyro.cli(Flags, description=__doc__)))

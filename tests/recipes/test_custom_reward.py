@@ -12,13 +12,6 @@ from weaver_rl import Reply
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WEAVER_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
-
-
 @pytest.mark.parametrize(
     ("said", "reward"), [("cba", 1.0), ("cb", 2 / 3), ("cbax", 0.75), ("abc", 1 / 3), ("", 0.0)]
 )

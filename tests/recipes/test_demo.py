@@ -13,13 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WEAVER_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
-
-
 def test_fine_tuning_halves_the_loss() -> None:
     assert demo.fine_tune(demo.Flags(steps=20), Console())
     assert not set(demo.WORDS) & {word for phrase in demo.HELD_OUT for word in phrase.split()}

@@ -57,6 +57,8 @@ class SupervisedPlan:
                 raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 1.")
         if self.steps is not None and self.steps < 0:
             raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
+        if not callable(self.learning_rate):
+            AdamParams(learning_rate=self.learning_rate)
 
     def adam_params(self, step: int) -> AdamParams:
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate

@@ -1,0 +1,90 @@
+"""What every recipe of a loop does alike: dry, short, resumed, and in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from recipes import importance_sampling, rejection_sampling, sft
+from weaver.errors import ConfigError, ConflictError, InvalidParamsError, InvalidRequestError
+from weaver_rl.storage import read_lines
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FEW = {"held_out": 8, "groups_per_step": 4, "group_size": 4}
+SMALL: dict[ModuleType, dict[str, Any]] = {
+    sft: {"held_out": 8, "batch_tokens": 512},
+    rejection_sampling: FEW,
+    importance_sampling: FEW,
+}
+BOUNDS = {
+    sft: ("train/loss", 0, 20),
+    rejection_sampling: ("rejection/accept_rate", 0, 1),
+    importance_sampling: ("gap/max", 0, 1e-4),
+}
+"""Between which values a metric of each must lie, at every step."""
+RECIPES = pytest.mark.parametrize("recipe", SMALL, ids=lambda module: module.__name__[8:])
+
+
+def short(recipe: ModuleType, out: str, **flags: Any) -> list[dict[str, Any]]:
+    """What a run of a few small steps leaves in its metrics.jsonl."""
+    recipe.main(recipe.Flags(out=Path(out), **{**SMALL[recipe], "steps": 2, **flags}))
+    return read_lines(Path(out, "metrics.jsonl"))
+
+
+@RECIPES
+def test_a_dry_run_scores_four_replies_and_writes_nothing(
+    recipe: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = recipe.main(recipe.Flags(dry_run=True))
+    assert 0 <= metrics["eval/mean"] <= 1
+    assert capsys.readouterr().out.count("→") == 4
+    assert not Path("runs").exists()
+
+
+@RECIPES
+def test_a_dry_run_refuses_what_a_run_would(recipe: ModuleType) -> None:
+    Path("tasks.jsonl").write_text('{"prompt": "rev:ab="}\n')
+    with pytest.raises(InvalidRequestError, match="answer"):
+        recipe.main(recipe.Flags(dry_run=True, tasks="tasks.jsonl", held_out=0))
+    with pytest.raises(ConfigError, match="--out"):
+        recipe.main(recipe.Flags(dry_run=True, resume=True))
+    for wrong in ({"rank": 0}, {"learning_rate": -1.0}):
+        with pytest.raises(InvalidParamsError, match=next(iter(wrong))):
+            recipe.main(recipe.Flags(dry_run=True, **wrong))
+
+
+@RECIPES
+def test_a_short_run_leaves_its_report_and_goes_on(
+    recipe: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short(recipe, "run")
+    with pytest.raises(ConflictError):
+        short(recipe, "run")
+    rows = short(recipe, "run", steps=3, resume=True)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    metric, low, high = BOUNDS[recipe]
+    assert all(low <= row[metric] <= high for row in rows)
+    said = capsys.readouterr().out
+    assert "Report: run/report.html" in said
+    assert "Held out, greedy: " in said
+    assert Path("run/report.html").stat().st_size > 10_000
+
+
+def test_sampling_may_run_ahead() -> None:
+    rows = short(importance_sampling, "run", steps=3, max_staleness=1)
+    assert [row["staleness/max"] for row in rows] == [0, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("recipe", "gate"),
+    [(sft, 0.90), (rejection_sampling, 0.97), (importance_sampling, 0.95)],
+    ids=["sft", "rejection_sampling", "importance_sampling"],
+)
+def test_it_learns(recipe: ModuleType, gate: float) -> None:
+    assert recipe.main(recipe.Flags())["eval/mean"] >= gate
