@@ -9,6 +9,7 @@ from weaver_rl.advantages import ADVANTAGES
 from weaver_rl.agent import Agent, Budget, BudgetExceeded
 from weaver_rl.checks import check
 from weaver_rl.data import TaskStream, read_tasks, split_tasks
+from weaver_rl.display import Display, draw_curve
 from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
 from weaver_rl.evaluation import Evaluation, evaluate
 from weaver_rl.judges import judge
@@ -16,13 +17,14 @@ from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, W
 from weaver_rl.loops.off_policy import off_policy
 from weaver_rl.loops.on_policy import Result, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
-from weaver_rl.loops.run import Run
+from weaver_rl.loops.run import Run, open_run
 from weaver_rl.loops.step import LogprobGapError
 from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
-from weaver_rl.rewards import group_reward, weighted
+from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
+from weaver_rl.rewards import GroupReward, Reward, group_reward, weighted
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups
 from weaver_rl.run_folder import RunFolder, open_run_folder
 from weaver_rl.tools import describe, use_tools
@@ -34,20 +36,24 @@ __all__ = [
     "Agent",
     "Budget",
     "BudgetExceeded",
+    "Display",
     "Environment",
     "Evaluation",
     "Failure",
     "Group",
     "GroupEnvironment",
+    "GroupReward",
     "JsonlLogger",
     "Keep",
     "Logger",
     "Loggers",
     "LogprobGapError",
+    "Manifest",
     "Objective",
     "Plan",
     "Reply",
     "Result",
+    "Reward",
     "Rollout",
     "RolloutsFailedError",
     "Run",
@@ -63,16 +69,21 @@ __all__ = [
     "WandbLogger",
     "check",
     "describe",
+    "draw_curve",
     "each",
     "evaluate",
     "group_reward",
     "judge",
+    "manifests",
     "off_policy",
     "on_policy",
+    "open_run",
     "open_run_folder",
     "read_tasks",
     "rejection",
+    "restore",
     "sample_groups",
+    "save_checkpoint",
     "schedules",
     "single_turn",
     "split_tasks",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +94,18 @@ def split_tasks(
     return train, test
 
 
+def digest(tasks: Sequence[Task]) -> dict[str, object]:
+    """Which tasks these are, in their order: `{"count": 40, "sha256": "9f2a..."}`.
+
+    For a run's config. The address in the text of an object without a form of its own is left out,
+    so that another process finds the same.
+    """
+    content = hashlib.sha256()
+    for task in tasks:
+        content.update(re.sub(r" at 0x[0-9a-f]+", "", _content(task)).encode() + b"\n")
+    return {"count": len(tasks), "sha256": content.hexdigest()}
+
+
 class TaskStream:
     """Tasks without an end, in a new order each epoch. `position` is all its state.
 
@@ -134,8 +147,11 @@ class TaskStream:
 
 
 def _mark(task: Task, seed: int) -> bytes:
-    content = json.dumps(plain(task), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(encode([seed, content])).digest()
+    return hashlib.sha256(encode([seed, _content(task)])).digest()
+
+
+def _content(task: Task) -> str:
+    return json.dumps(plain(task), sort_keys=True, ensure_ascii=False)
 
 
 def _read_jsonl(path: Path) -> list[Task]:

@@ -10,6 +10,7 @@ from weaver.errors import ConfigError
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
 from weaver_rl.objectives import Objective, as_objective, named_correction
+from weaver_rl.rewards import name_of
 
 if TYPE_CHECKING:
     from weaver_rl.filters import ZeroVariance
@@ -80,10 +81,16 @@ class Plan:
         return self.adam.model_copy(update={"learning_rate": float(rate)})
 
     def as_config(self) -> dict[str, Any]:
-        """For `config.json`: a function by its name."""
+        """For `config.json`: a function by its name, a schedule by its first two rates as well."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["objective"] = {f.name: getattr(self.loss, f.name) for f in fields(Objective)}
-        for name in ("learning_rate", "advantage"):
-            if callable(values[name]):
-                values[name] = getattr(values[name], "__qualname__", type(values[name]).__name__)
+        if callable(self.learning_rate):
+            values["learning_rate"] = config_of_schedule(self.learning_rate)
+        if callable(self.advantage):
+            values["advantage"] = name_of(self.advantage)
         return values
+
+
+def config_of_schedule(schedule: Schedule) -> list[str | float]:
+    """`["cosine", 0.001, 0.0009]`: its name, which may be that of another lambda, and two rates."""
+    return [name_of(schedule), schedule(0), schedule(1)]

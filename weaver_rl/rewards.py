@@ -52,7 +52,7 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
 
     `weighted({exact: 1.0, brevity: 0.1})`. Async if one of them is.
     """
-    names = [_name(reward) for reward in rewards]
+    names = [name_of(reward) for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise ConfigError(f"is {names}.", field="rewards", hint="Give functions of distinct names.")
     parts = list(zip(names, rewards, rewards.values(), strict=True))
@@ -117,16 +117,16 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
         async with limiter:  # the time runs from when it has a place
             with anyio.move_on_after(timeout_s):
                 return await run(task, argument)
-        name = _name(function)
+        name = name_of(function)
         return Failure("reward", "timeout", f"{name} did not return within {timeout_s:g} s.")
 
     async def score(task: Task, replies: Sequence[Reply]) -> list[Score | Failure]:
         if grouped:
-            return _as_list(await timed(task, replies), len(replies), _name(function))
+            return _as_list(await timed(task, replies), len(replies), name_of(function))
         results: list[Score | Failure] = [Score(0.0)] * len(replies)
 
         async def one(index: int) -> None:
-            results[index] = checked(await timed(task, replies[index]), _name(function))
+            results[index] = checked(await timed(task, replies[index]), name_of(function))
 
         async with anyio.create_task_group() as tasks:
             for index in range(len(replies)):
@@ -239,7 +239,10 @@ def _as_list(values: object, count: int, source: str) -> list[Score | Failure]:
     return [checked(value, source) for value in values]
 
 
-def _name(function: object) -> str:
+def name_of(function: object) -> str:
+    """Of a function, an object that is called, a partial or a group reward, for people."""
     if isinstance(function, partial):
-        return _name(function.func)
+        return name_of(function.func)
+    if isinstance(function, GroupReward):
+        return name_of(function.function)
     return str(getattr(function, "__name__", type(function).__name__))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
+OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256")}
+"""What a digest in a config stands for."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -123,7 +126,7 @@ def _check_same(
             raise ConfigError(
                 f"the run in {path} was started with {before!r}, now it is {after!r}.",
                 field=name,
-                hint="Resume with the old value, or choose another folder.",
+                hint=f"Resume with the old {OLD.get(name, 'value')}, or choose another folder.",
             )
 
 

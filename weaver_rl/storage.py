@@ -88,7 +88,9 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if hasattr(value, "keys"):
         return {str(key): plain(value[key]) for key in value.keys()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=repr)  # their own order differs between processes
+    if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value)
 

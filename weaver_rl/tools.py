@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from weaver.errors import ConfigError
-from weaver_rl.rewards import in_daemon_thread, is_async
+from weaver_rl.rewards import in_daemon_thread, is_async, name_of
 
 if TYPE_CHECKING:
     from weaver_rl.agent import Agent
@@ -70,15 +70,15 @@ def schema(tool: Tool) -> dict[str, Any]:
             parameter.POSITIONAL_ONLY,
         ):
             raise ConfigError(
-                f"argument {name!r} of {_name(tool)} has no annotation or cannot be named.",
+                f"argument {name!r} of {name_of(tool)} has no annotation or cannot be named.",
                 field="tools",
                 hint="Annotate every argument: `def add(a: int, b: int)`.",
             )
-        properties[name] = _json_type(hints[name], f"{_name(tool)}.{name}")
+        properties[name] = _json_type(hints[name], f"{name_of(tool)}.{name}")
         if parameter.default is parameter.empty:
             required.append(name)
     function = {
-        "name": _name(tool),
+        "name": name_of(tool),
         "description": inspect.getdoc(tool) or "",
         "parameters": {"type": "object", "properties": properties, "required": required},
     }
@@ -101,7 +101,7 @@ async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 
     """What the tool returned, as text; every error is a text for the model, never raised."""
     if call.error:
         return f"error: {call.error}"
-    known = {_name(tool): tool for tool in tools}
+    known = {name_of(tool): tool for tool in tools}
     if call.name not in known:
         return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
     tool = known[call.name]
@@ -169,7 +169,3 @@ def _json_type(hint: object, where: str) -> dict[str, Any]:
         )
     items = {"items": _json_type(arguments[0], where)} if kind == "array" and arguments else {}
     return {"type": kind, **items}
-
-
-def _name(tool: Tool) -> str:
-    return str(getattr(tool, "__name__", type(tool).__name__))

@@ -16,16 +16,13 @@ from weaver import AsyncServiceClient
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
-from weaver_rl.display import Display
 from weaver_rl.environments import as_group_environment, single_turn
 from weaver_rl.evaluation import evaluate
-from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
 from weaver_rl.loops.off_policy import off_policy
-from weaver_rl.loops.run import Run
+from weaver_rl.loops.run import Run, open_run
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
-from weaver_rl.resume import manifests
-from weaver_rl.run_folder import RunFolder, open_run_folder
+from weaver_rl.rewards import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
     from weaver_rl.types import Task
 
 LORA = {"rank": 8, "alpha": 32}
-MAY_CHANGE = ("steps",)
-"""In a run that goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +107,26 @@ def train(
     )
     played = _played(reward, environment)
     check_tasks(tasks, fields=played.fields)
-    if resume and folder is None:
-        raise ConfigError("is on, and there is no folder.", field="resume", hint="Pass folder=.")
     lora = dict(lora_config or LORA)
-    config = {"model": model, "lora_config": lora, **plan.as_config()}
-    opened = None
-    if folder is not None:
-        opened = open_run_folder(Path(folder), config, resume=resume, may_differ=MAY_CHANGE)
-    run = Run(folder=opened, checkpoint_every=checkpoint_every)
-    run.loggers = _loggers(run, plan, config, display=display, wandb_project=wandb_project)
-    work = partial(_train, model, lora, tasks, played, held_out, plan, run, base_url)
-    try:
+    with open_run(
+        Path(folder) if folder is not None else None,
+        {
+            "model": model,
+            "lora_config": lora,
+            "reward": name_of(reward or environment),
+            **plan.as_config(),
+        },
+        tasks=tasks,
+        steps=steps,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        display=display,
+        wandb_project=wandb_project,
+    ) as run:
+        work = partial(_train, model, lora, tasks, played, held_out, plan, run, base_url)
         with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
             metrics, weights = portal.call(work)
-    finally:
-        run.loggers.close()
-    report = write_report(opened) if opened is not None else None
+    report = write_report(run.folder) if run.folder is not None else None
     return Trained(metrics=metrics, weights=weights, report=report)
 
 
@@ -179,26 +178,3 @@ def _played(
         return single_turn(reward)
     assert environment is not None
     return as_group_environment(environment)
-
-
-def _loggers(
-    run: Run, plan: Plan, config: Mapping[str, object], *, display: bool, wandb_project: str | None
-) -> Loggers:
-    chosen: list[Logger] = []
-    if run.folder is not None:
-        chosen.append(JsonlLogger(run.folder.metrics))
-    if display:
-        shown = Display(steps=plan.steps)
-        run.waiting_for = shown.waiting_for
-        chosen.append(shown)
-    if wandb_project is not None:
-        state = _logger_state(run.folder, "wandb")
-        folder = run.folder.path if run.folder is not None else None
-        chosen.append(WandbLogger(wandb_project, config=config, folder=folder, state=state))
-    return Loggers(*chosen)
-
-
-def _logger_state(folder: RunFolder | None, name: str) -> Mapping[str, str] | None:
-    """What a logger left in the newest manifest."""
-    newest = next(manifests(folder), None) if folder is not None else None
-    return newest.loggers.get(name) if newest is not None else None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver.errors import InvalidRequestError, NotFoundError
-from weaver_rl.data import TaskStream, check_tasks, read_tasks, split_tasks
+from weaver_rl.data import TaskStream, check_tasks, digest, read_tasks, split_tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,3 +123,13 @@ def test_a_split_that_leaves_nothing_is_refused(held_out: int) -> None:
     with pytest.raises(InvalidRequestError, match="of 10 tasks"):
         split_tasks(TASKS, held_out=held_out)
     assert split_tasks(TASKS, held_out=0) == (TASKS, [])
+
+
+def test_a_digest_is_of_content_and_order_alone() -> None:
+    assert [*{8, 0}] != [*{0, 8}]  # equal sets, in the order of their making
+    tasks = [{"prompt": "a", "n": 1}, {"prompt": "b", "of": {8, 0}, "by": object()}]
+    again = [{"n": 1, "prompt": "a"}, {"by": object(), "of": {0, 8}, "prompt": "b"}]
+    assert digest(tasks) == digest(again)
+    assert digest(tasks)["count"] == 2
+    assert digest(tasks) != digest(tasks[::-1])
+    assert digest(tasks) != digest([tasks[0], {**tasks[1], "prompt": "c"}])

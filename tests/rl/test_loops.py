@@ -334,5 +334,5 @@ def test_bad_plans(field: str, value: object) -> None:
 
 def test_a_plan_as_config() -> None:
     config = replace(PLAN, learning_rate=lambda step: 0.1, adam=AdamParams(beta1=0.5)).as_config()
-    assert config["learning_rate"] == "test_a_plan_as_config.<locals>.<lambda>"
+    assert config["learning_rate"] == ["<lambda>", 0.1, 0.1]
     assert config["objective"]["loss_fn"] == "importance_sampling"

@@ -14,7 +14,7 @@ import weaver_rl as rl
 from weaver.errors import ConfigError, ConflictError, InvalidRequestError
 from weaver.types import SamplingParams
 from weaver_rl.storage import read_lines
-from weaver_rl.tasks.words import exact, reverse_tasks
+from weaver_rl.tasks.words import closeness, exact, reverse_tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,32 @@ def test_a_run_leaves_everything_and_goes_on_exactly(tmp_path: Path) -> None:
         rl.train("weaver-nano", TASKS, exact, steps=4, folder=tmp_path / "1", **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"tasks": TASKS[:30]}, "task_set.count"),
+        ({"tasks": TASKS[::-1]}, "task_set.sha256"),
+        ({"reward": closeness}, "reward"),
+        ({"objective": "ppo"}, "objective.loss_fn"),
+        ({"learning_rate": lambda step: 2e-3}, "learning_rate"),
+        ({"lora_config": {"rank": 4}}, "lora_config.alpha"),
+        ({"group_size": 8}, "group_size"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(
+    change: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    folder = rl.RunFolder(tmp_path)
+    given: dict[str, Any] = {"tasks": TASKS, "reward": exact, "steps": 0, **SMALL}
+    rl.train("weaver-nano", folder=tmp_path, **given)
+    before = folder.config.read_bytes()
+    with pytest.raises(ConfigError, match="Resume with the old") as caught:
+        rl.train("weaver-nano", folder=tmp_path, resume=True, **{**given, "steps": 1, **change})
+    assert caught.value.field == field
+    assert folder.config.read_bytes() == before
+    assert folder.metrics.read_bytes() == b""
+
+
 def test_held_out_tasks_are_evaluated() -> None:
     done = rl.train("weaver-nano", TASKS[:30], exact, steps=1, held_out=TASKS[30:], **SMALL)
     assert 0.3 < done.metrics["eval/mean"] <= 1.0
@@ -86,7 +112,7 @@ import sys
 import weaver_rl as rl
 from weaver.types import SamplingParams
 from weaver_rl.objectives import Objective
-from weaver_rl.tasks.words import exact, reverse_tasks
+from weaver_rl.tasks.words import closeness, exact, reverse_tasks
 
 if __name__ == "__main__":
     rl.train(

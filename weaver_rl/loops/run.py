@@ -1,29 +1,39 @@
 """`Run`: what a loop leaves behind, and where it goes on. Loops take one; `Run()` keeps nothing.
 
 With a folder: transcripts of each step, and checkpoints from which a killed run continues exactly.
+`open_run` makes one with folder and loggers; `rl.train` and the recipes call it.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weaver_rl.loggers import Loggers
-from weaver_rl.resume import Manifest, restore, save_checkpoint
+from weaver.errors import ConfigError
+from weaver_rl.data import digest
+from weaver_rl.display import Display
+from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
+from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
+from weaver_rl.run_folder import open_run_folder
 from weaver_rl.transcripts import write_transcripts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
     from weaver import AsyncTrainingClient
     from weaver_rl.datums import Example, FloatN
     from weaver_rl.run_folder import RunFolder
-    from weaver_rl.types import FloatPG, Group
+    from weaver_rl.types import FloatPG, Group, Task
 
 log = logging.getLogger(__name__)
+
+MAY_DIFFER = ("steps", "evaluate_every", "max_failure_rate", "max_logprob_gap")
+"""Of a config, in a run that goes on: they change no step that is done."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,3 +113,55 @@ class Run:
                 extra={"version": version, **(extra or {})},
             )
             await save_checkpoint(self.folder, trainer, manifest=manifest, delete=self.delete)
+
+
+@contextmanager
+def open_run(
+    path: Path | None,
+    config: Mapping[str, object],
+    *,
+    tasks: Sequence[Task],
+    steps: int,
+    resume: bool = False,
+    checkpoint_every: int = 10,
+    display: bool = True,
+    wandb_project: str | None = None,
+) -> Iterator[Run]:
+    """A run with its folder, `metrics.jsonl`, display and wandb, closed when the block ends.
+
+    Args:
+        path: of the folder; None: nothing is kept.
+        config: everything that decides the results; goes into `config.json`, with a digest of
+            the tasks as `task_set`. In a run that goes on only the names of MAY_DIFFER may.
+        tasks: those that are trained on.
+        steps: of the loop, for the display.
+
+    Raises:
+        ConfigError: `resume` without a folder, or another config or other tasks than the run was
+            started with; names the first field that differs. Nothing was changed.
+        ConflictError: the folder holds a run and `resume` is off.
+        StorageError: it cannot be written.
+        MissingDependencyError: the display's or the logger's package is not installed.
+    """
+    if resume and path is None:
+        raise ConfigError("is on, and there is no folder.", field="resume", hint="Name its folder.")
+    folder = None
+    loggers: list[Logger] = []
+    run = Run(checkpoint_every=checkpoint_every)
+    if path is not None:
+        config = {**config, "task_set": digest(tasks)}
+        folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
+        loggers.append(JsonlLogger(folder.metrics))
+    if display:
+        shown = Display(steps=steps)
+        run.waiting_for = shown.waiting_for
+        loggers.append(shown)
+    if wandb_project is not None:
+        newest = next(manifests(folder), None) if folder is not None else None
+        state = newest.loggers.get("wandb") if newest is not None else None
+        loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
+    run.folder, run.loggers = folder, Loggers(*loggers)
+    try:
+        yield run
+    finally:
+        run.loggers.close()

@@ -20,6 +20,7 @@ from weaver_rl.data import check_tasks
 from weaver_rl.loops.on_policy import Result, first_version
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
+from weaver_rl.plan import config_of_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,7 @@ class SupervisedPlan:
         """For `config.json`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if callable(self.learning_rate):
-            values["learning_rate"] = getattr(self.learning_rate, "__qualname__", "function")
+            values["learning_rate"] = config_of_schedule(self.learning_rate)
         return values
 
 
