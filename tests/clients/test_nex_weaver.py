@@ -71,24 +71,33 @@ def run(program: str, *arguments: str, env: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("transport", "compression"),
-    [("default", "raw"), ("http-binary", "raw"), ("http-binary", "zstd")],
-)
-def test_its_whole_flow_runs(
-    server: dict[str, str], tmp_path: Path, transport: str, compression: str
+@pytest.fixture(scope="module")
+def flow(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The whole flow over JSON: the id of its model and its checkpoint's path."""
+    folder = tmp_path_factory.mktemp("flow")
+    out = run("python", str(HERE / "sync_flow.py"), "default", "raw", env=server, cwd=folder)
+    return out.split()[-2:]
+
+
+def test_its_whole_flow_runs(flow: list[str]) -> None:
+    model_id, path = flow
+    assert path.startswith(f"weaver://{model_id}/")
+
+
+@pytest.mark.parametrize("compression", ["raw", "zstd"])
+def test_its_whole_flow_runs_with_binary_tensors(
+    server: dict[str, str], tmp_path: Path, compression: str
 ) -> None:
     script = str(HERE / "sync_flow.py")
-    run("python", script, transport, compression, env=server, cwd=tmp_path)
+    run("python", script, "http-binary", compression, env=server, cwd=tmp_path)
 
 
 def test_its_async_flow_runs(server: dict[str, str], tmp_path: Path) -> None:
     run("python", str(HERE / "async_flow.py"), env=server, cwd=tmp_path)
 
 
-def test_its_command_line_runs(server: dict[str, str], tmp_path: Path) -> None:
-    out = run("python", str(HERE / "sync_flow.py"), "default", "raw", env=server, cwd=tmp_path)
-    model_id, path = out.split()[-2:]
+def test_its_command_line_runs(server: dict[str, str], tmp_path: Path, flow: list[str]) -> None:
+    model_id, path = flow
 
     def weaver(*arguments: str) -> str:
         return run("weaver", *arguments, env={**server, "COLUMNS": "200"}, cwd=tmp_path)
