@@ -227,6 +227,16 @@ class SessionInfo(Value):
     """What answers, for the log: `embedded engine, cpu, float32`."""
 
 
+class SessionState(Value):
+    """An open session, in a list of them."""
+
+    session_id: str
+    pending: int
+    """Operations without an outcome."""
+    unnamed_samplers: int
+    """Samplers that live as long as the session."""
+
+
 class Service(Protocol):
     """What a client needs. Every method may raise `WeaverError`; none waits without a bound."""
 
@@ -234,6 +244,8 @@ class Service(Protocol):
 
     async def close_session(self, session_id: str) -> None:
         """Cancels the session's samples and forgets its unnamed samplers; its runs stay."""
+
+    async def list_sessions(self) -> Sequence[SessionState]: ...
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         """Accepts all of them, durably, or raises. A refused operation becomes an outcome."""
@@ -260,6 +272,15 @@ class Service(Protocol):
     async def list_runs(self) -> Sequence[TrainingRun]: ...
 
     async def get_run(self, run_id: str) -> TrainingRun: ...
+
+    async def stop_run(self, run_id: str) -> TrainingRun:
+        """Cancels what waits for a run and takes it out of memory, if it can be brought back.
+
+        An operation that has begun ends first. The run's next operation brings it back.
+        """
+
+    async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
+        """Stops and forgets a run and its metrics; its checkpoints too only if that is asked."""
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]: ...
 

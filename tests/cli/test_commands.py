@@ -85,6 +85,29 @@ def test_checkpoints_expire_and_go(saved: tuple[str, str]) -> None:
     assert json.loads(weaver("checkpoints", "list", "--json")) == []
 
 
+def test_runs_stop_and_go(saved: tuple[str, str]) -> None:
+    run, path = saved
+    short = run.removeprefix("run-")[:8]
+    assert f"Stopped {run} at step 1" in weaver("runs", "stop", short)
+    assert json.loads(weaver("runs", "show", short, "--json"))["status"] == "stopped"
+    with pytest.raises(SystemExit):
+        weaver("runs", "delete", short, stdin="n\n")
+    assert run in weaver("runs", "delete", short, "--yes")
+    assert weaver("runs", "list") == "No runs.\n" and path in weaver("checkpoints", "list")
+    with pytest.raises(NotFoundError, match="no runs match"):
+        weaver("runs", "stop", short)
+
+
+def test_a_run_goes_with_its_checkpoints_if_that_is_asked(saved: tuple[str, str]) -> None:
+    assert "and its checkpoints" in weaver("runs", "delete", saved[0], "--checkpoints", "--yes")
+    assert weaver("checkpoints", "list") == "No checkpoints.\n"
+
+
+def test_sessions_are_listed(saved: tuple[str, str]) -> None:
+    [row] = json.loads(weaver("sessions", "--json"))
+    assert row["session_id"] in weaver("sessions") and row["pending"] == 0
+
+
 def test_sample_and_chat(saved: tuple[str, str]) -> None:
     _, path = saved
     assert len(weaver("sample", "hi", "-n", "2", "--max-tokens", "4").splitlines()) >= 2

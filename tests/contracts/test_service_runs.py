@@ -22,6 +22,7 @@ from weaver.protocol import (
     GradientsDone,
     LoadCheckpoint,
     ModelCreated,
+    OpenSampler,
     SaveCheckpoint,
     StepDone,
     Submission,
@@ -248,3 +249,60 @@ async def test_a_later_service_finds_what_an_earlier_one_saved(
         assert (await caller.do(load, CheckpointLoaded, run_id=run)).checkpoint.step == 3
         assert await loss(caller, run) == before
         assert [c.path for c in await second.list_checkpoints()] == [path]
+
+
+async def test_a_run_that_was_stopped_lost_what_waited_and_comes_back(
+    caller: Caller, service: Service
+) -> None:
+    run = await caller.create()
+    await train(caller, run)
+    before = await loss(caller, run)
+    gap = caller.stamp(GRADIENT, run)  # never sent: what follows waits for it
+    waiting = await caller.start(STEP, run)
+    assert (await service.stop_run(run)).status == "stopped"
+    stopped = await caller.outcome(waiting)
+    assert stopped.error is not None and stopped.error.code == "cancelled"
+    assert [r.status for r in await service.list_runs()] == ["stopped"]
+    await caller.send(gap.model_copy(update={"operation": None}))
+    assert await loss(caller, run) == before
+    assert (await service.get_run(run)).status == "idle"
+    with pytest.raises(RunNotFoundError):
+        await service.stop_run("run-0")
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+async def test_a_run_that_was_deleted_is_as_if_it_had_never_been(
+    caller: Caller, service: Service, engine: FakeEngine, checkpoints: bool
+) -> None:
+    run, other = await caller.create(), await caller.create()
+    await train(caller, run)
+    await service.log_metrics(run, [MetricPoint(name="loss", value=1.0)])
+    path, sampler = await caller.save(run), await caller.save(run, "sampler", name="s")
+    kept = await caller.save(other)
+    await service.delete_run(run, checkpoints=checkpoints)
+    assert [r.run_id for r in await service.list_runs()] == [other]
+    with pytest.raises(KeyError):
+        engine.trainer.step(run)
+    for call in (service.get_run, service.stop_run, service.delete_run, service.read_metrics):
+        with pytest.raises(RunNotFoundError, match="no run is called"):
+            await call(run)
+    assert await caller.refused(STEP, run_id=run) == "run_not_found"
+    left = [c.path for c in await service.list_checkpoints()]
+    assert left == ([kept] if checkpoints else [path, sampler, kept])
+    refused = {"checkpoint_not_found"} if checkpoints else {None}
+    for operation in (LoadCheckpoint(path=path), OpenSampler(model_path=sampler)):
+        run_id = other if isinstance(operation, LoadCheckpoint) else None
+        outcome = await caller.outcome(await caller.start(operation, run_id))
+        assert (outcome.error and outcome.error.code) in refused
+
+
+async def test_sessions_are_listed_until_they_end(caller: Caller, service: Service) -> None:
+    other = await Caller.open(service)
+    run = await caller.create()
+    await caller.save(run, "sampler")
+    listed = {s.session_id: s for s in await service.list_sessions()}
+    assert listed.keys() == {caller.session_id, other.session_id}
+    assert listed[caller.session_id].unnamed_samplers == 1
+    assert listed[caller.session_id].pending == listed[other.session_id].unnamed_samplers == 0
+    await service.close_session(other.session_id)
+    assert [s.session_id for s in await service.list_sessions()] == [caller.session_id]

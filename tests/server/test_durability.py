@@ -13,7 +13,13 @@ import sqlalchemy as sa
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.test_service import Recorder
 from weaver.engine.fake import FakeEngine
-from weaver.errors import ConfigError, ConflictError, ServiceConnectionError, StorageError
+from weaver.errors import (
+    ConfigError,
+    ConflictError,
+    RunNotFoundError,
+    ServiceConnectionError,
+    StorageError,
+)
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
@@ -29,7 +35,7 @@ from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
-from weaver.server.tables import keys_table, metadata, schema_table
+from weaver.server.tables import keys_table, metadata, operations_table, schema_table
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:
@@ -257,6 +263,49 @@ async def test_an_idle_run_leaves_the_engine_and_comes_back(home: Path) -> None:
 
 
 # --- faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durability", [ALWAYS, NEVER])
+async def test_a_run_that_was_deleted_stays_deleted(home: Path, durability: Durability) -> None:
+    async with server(home, durability=durability) as service:
+        caller = await Caller.open(service)
+        run, other = await caller.create(), await caller.create()
+        await train(caller, run, steps=2)
+        uncollected = await caller.start(GRADIENT, run)
+        await until(lambda: _idle(service, run))
+        await service.delete_run(run)
+        assert not (home / "live" / run).exists()
+    async with server(home, durability=durability) as service:
+        caller.service = service
+        assert [r.run_id for r in await service.list_runs()] == [other]
+        with pytest.raises(RunNotFoundError):
+            await service.delete_run(run)
+        assert (await caller.outcome(uncollected)).result is not None
+        assert await caller.refused(GRADIENT, run_id=run) == "run_not_found"
+        await train(caller, other, steps=1)
+        await service.close_session(caller.session_id)
+        database = open_database(home)
+        with database.connect() as connection:
+            query = sa.select(sa.func.count()).where(operations_table.c.run_id == run)
+            assert connection.scalar(query) == 0
+        database.dispose()
+
+
+async def test_a_run_that_another_process_has_is_not_deleted(home: Path) -> None:
+    async with server(home, store=StepStore) as one, server(home, store=StepStore) as two:
+        caller = await Caller.open(one)
+        run = await caller.create()
+        with pytest.raises(ConflictError, match="in use by another process"):
+            await two.delete_run(run)
+        assert [r.run_id for r in await one.list_runs()] == [run]
+        assert (await two.get_run(run)).run_id == run
+        await one.stop_run(run)
+        await two.delete_run(run)
+        assert await caller.refused(STEP, run_id=run) == "run_not_found"
+
+
+async def _idle(service: LocalService, run: str) -> bool:
+    return (await service.get_run(run)).status == "idle"
 
 
 async def test_a_damaged_entry_stops_its_run_alone(home: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import chat, checkpoints, doctor, keys, models, runs, serve
+from weaver.cli import chat, checkpoints, doctor, keys, models, runs, serve, sessions
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
+app.command("sessions")(sessions.sessions)
 app.command("sample")(chat.sample)
 app.command("chat")(chat.chat)
 app.add_typer(keys.app, name="keys")

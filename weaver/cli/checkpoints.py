@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, ask, find, show, show_one
+from weaver.cli.output import Json, Yes, ask, find, show, show_one
 from weaver.errors import InvalidParamsError
 
 if TYPE_CHECKING:
@@ -37,10 +37,7 @@ def show_checkpoint(path: Path, as_json: Json = False) -> None:
 
 
 @app.command()
-def delete(
-    path: Path,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
+def delete(path: Path, yes: Yes = False) -> None:
     """Delete a checkpoint for good."""
     checkpoint = ask(lambda service: _find(service, path))
     if not yes:

@@ -22,7 +22,14 @@ from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
-from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, SessionInfo, Submission
+from weaver.protocol import (
+    ErrorInfo,
+    ForwardBackward,
+    Outcome,
+    SessionInfo,
+    SessionState,
+    Submission,
+)
 from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ LARGE_BYTES = 256 * 1024
 FEW_SEQUENCES = 8
 """So many are written at once, which takes less than a thread does to begin."""
 
-SESSION = TypeAdapter(SessionInfo)
+SESSION, SESSIONS = TypeAdapter(SessionInfo), TypeAdapter(list[SessionState])
 OUTCOMES = TypeAdapter(tuple[Outcome, ...])
 MODEL, MODELS = TypeAdapter(ModelInfo), TypeAdapter(list[ModelInfo])
 FILES = TypeAdapter(dict[str, bytes])
@@ -122,6 +129,9 @@ class HttpService:
         except NotFoundError:
             logger.debug("session %s was closed before", session_id)
 
+    async def list_sessions(self) -> Sequence[SessionState]:
+        return self._read(await self._call("GET", "sessions"), SESSIONS)
+
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         for start in range(0, len(submissions), SUBMISSIONS_AT_ONCE):
             await self._submit(session_id, submissions[start : start + SUBMISSIONS_AT_ONCE])
@@ -184,6 +194,13 @@ class HttpService:
 
     async def get_run(self, run_id: str) -> TrainingRun:
         return self._read(await self._call("GET", f"runs/{_quoted(run_id)}"), RUN)
+
+    async def stop_run(self, run_id: str) -> TrainingRun:
+        return self._read(await self._call("POST", f"runs/{_quoted(run_id)}/stop"), RUN)
+
+    async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
+        params = {"checkpoints": checkpoints}
+        await self._call("DELETE", f"runs/{_quoted(run_id)}", params=params)
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         params = {} if run_id is None else {"run_id": run_id}

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from weaver.errors import OperationCancelledError, ServiceConnectionError, WeaverError
+from weaver.errors import (
+    OperationCancelledError,
+    OperationError,
+    ServiceConnectionError,
+    WeaverError,
+)
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
@@ -33,11 +38,13 @@ from weaver.server.store import Settled
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from anyio.abc import TaskStatus
+
     from weaver.protocol import Operation, Outcome, Result
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
-    from weaver.server.sessions import Ticket
+    from weaver.server.sessions import Session, Ticket
     from weaver.server.store import Store
     from weaver.types import TrainingRun
 
@@ -57,13 +64,17 @@ class Executor:
         recovery: Recovery,
         merge_tokens: int,
         unnamed_samplers: int,
+        gap_timeout_s: float,
     ) -> None:
         self._operations = operations
         self._store = store
         self._recovery = recovery
         self._merge_tokens = merge_tokens
         self._unnamed_samplers = unnamed_samplers
+        self._gap_timeout_s = gap_timeout_s
         self._engine_free = CapacityLimiter(1)
+        self._turn = anyio.Lock(fast_acquire=True)
+        """Held from the choice of an operation to its end."""
         self._share = FairShare()
         self._stopped = False
         self._wake = anyio.Event()
@@ -112,6 +123,51 @@ class Executor:
         """Takes an idle run out of the engine, unless work for it comes first."""
         self._idle.append(run)
         self._wake.set()
+
+    async def stop_run(self, run: Run) -> None:
+        """Cancels what waits for a run, lets what has begun end, and unloads it."""
+        for ticket in run.lane.tickets():
+            await self.cancel(ticket)
+        async with self._turn:
+            if self._store.durable and run.loaded:
+                await self._recovery.unload(run, self.call)
+
+    async def delete_run(self, run: Run, *, checkpoints: bool) -> None:
+        """Stops and forgets a run, which nobody finds any more.
+
+        Raises:
+            ConflictError: another process has it.
+            StorageError
+        """
+        await self.stop_run(run)
+        self.release(await self._recovery.delete(run, self.call, checkpoints=checkpoints))
+
+    def watch(self, lane: Lane, session: Session) -> None:
+        """Starts a timer if something waits for an operation that has not come."""
+        inbox = lane.inbox(session.session_id)
+        if inbox.waiting and not inbox.watched:
+            inbox.watched = True
+            self._beside.start_soon(self._expire, lane, session)
+
+    async def _expire(self, lane: Lane, session: Session) -> None:
+        inbox = lane.inbox(session.session_id)
+        while inbox.waiting:
+            missing = inbox.next_seq
+            await anyio.sleep(self._gap_timeout_s)
+            if inbox.waiting and inbox.next_seq == missing:
+                await self.give_up(lane, session)
+        inbox.watched = False
+
+    async def give_up(self, lane: Lane, session: Session) -> None:
+        """Fails what waits for an operation that never came."""
+        missing = lane.inbox(session.session_id).next_seq
+        for ticket in lane.give_up(session.session_id):
+            error = OperationError(
+                f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
+                hint="Submit the operations again, counting on from the last seq.",
+            )
+            await self.settle((ticket, error))
+            self.enqueue(ticket, lane)
 
     async def cancel(self, ticket: Ticket) -> None:
         """Ends what has not begun, and any sample."""
@@ -174,26 +230,31 @@ class Executor:
             self._unwritten.append(_settled(ticket, undone[-1]))
         return undone
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Until cancelled."""
         async with anyio.create_task_group() as self._beside:
-            await self._run()
+            task_status.started()
+            while not self._stopped:
+                async with self._turn:
+                    busy = await self._work()
+                if not busy:
+                    await self._wake.wait()
+                    self._wake = anyio.Event()
 
-    async def _run(self) -> None:
-        while not self._stopped:
-            await self._unload_idle()
-            heads = self._heads()
-            sampler = bool(self._added or self._cancelled or self._released)
-            side = self._share.choose(
-                trainer=bool(heads), sampler=sampler or self._operations.samplers.busy
-            )
-            if side is None:
-                await self._wake.wait()
-                self._wake = anyio.Event()
-                continue
-            start = time.perf_counter()
-            await (self._train(heads) if side == "trainer" else self._sample())
-            self._share.charge(side, time.perf_counter() - start)
+    async def _work(self) -> bool:
+        """Does what comes next; False if there is nothing to do."""
+        await self._unload_idle()
+        heads = self._heads()
+        sampler = bool(self._added or self._cancelled or self._released)
+        side = self._share.choose(
+            trainer=bool(heads), sampler=sampler or self._operations.samplers.busy
+        )
+        if side is None:
+            return False
+        start = time.perf_counter()
+        await (self._train(heads) if side == "trainer" else self._sample())
+        self._share.charge(side, time.perf_counter() - start)
+        return True
 
     def _heads(self) -> list[tuple[Lane, Ticket]]:
         heads = [(lane, lane.head()) for lane in self._lanes]

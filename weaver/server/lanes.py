@@ -63,6 +63,11 @@ class Lane:
         self._ready.extend(stuck)
         return [ticket for ticket in stuck if not ticket.settled]
 
+    def tickets(self) -> list[Ticket]:
+        """All that have not ended, whether or not it is their turn."""
+        waiting = [ticket for inbox in self._inboxes.values() for ticket in inbox.waiting.values()]
+        return [ticket for ticket in (*self._ready, *waiting) if not ticket.settled]
+
     def forget(self, session_id: str) -> None:
         self._inboxes.pop(session_id, None)
 
@@ -77,4 +82,4 @@ class Lane:
     @property
     def busy(self) -> bool:
         """Whether anything here still waits for its turn or its end."""
-        return bool(self._ready) or any(inbox.waiting for inbox in self._inboxes.values())
+        return bool(self.tickets())

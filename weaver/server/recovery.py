@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -80,7 +82,9 @@ class Recovery:
         try:
             record = await self.store.run(run.run_id)
             if record is None:
-                raise RunNotFoundError(f"{run.run_id} is not in the database.", field="run_id")
+                raise RunNotFoundError(
+                    f"{run.run_id} was deleted.", field="run_id", hint="See list_runs()."
+                )
             done = await self.store.executed(run.run_id, after=record.snapshot)
             or_raise(await call(partial(attempt, partial(self._restore, run, record, done))))
         except WeaverError:
@@ -92,6 +96,42 @@ class Recovery:
         run.loaded = False
         await call(partial(attempt, partial(self.engine.trainer.delete_run, run.run_id)))
         release(run)
+
+    async def delete(self, run: Run, call: EngineCall, *, checkpoints: bool) -> list[str]:
+        """Forgets a run that nothing waits for; answers the checkpoints that went with it.
+
+        The checkpoints go first and the files that nobody names last, so that a crash in between
+        leaves a run that can be deleted, or none.
+
+        Raises:
+            ConflictError: another process has it.
+            StorageError
+        """
+        await self.hold(run)
+        try:
+            async with run.committing:
+                remove = partial(self._delete_checkpoints, run.run_id)
+                gone = or_raise(await to_thread.run_sync(attempt, remove)) if checkpoints else []
+                await self.store.delete_run(run.run_id)
+                if run.loaded:
+                    await self.unload(run, call)
+                await to_thread.run_sync(self._forget_files, run)
+        finally:
+            release(run)
+        return gone
+
+    def _delete_checkpoints(self, run_id: str) -> list[str]:
+        paths = [info.path for info in self.checkpoints.list(run_id)]
+        for path in paths:
+            self.checkpoints.delete(path)
+        return paths
+
+    def _forget_files(self, run: Run) -> None:
+        folder = self.live.root / run.run_id
+        shutil.rmtree(folder / "weights", ignore_errors=True)
+        (folder / "lock").unlink(missing_ok=True)
+        with suppress(OSError):  # samplers without a name stay with their sessions
+            folder.rmdir()
 
     async def hold(self, run: Run) -> None:
         """Takes the run's lock, unless nothing outlives this process anyway.

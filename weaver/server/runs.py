@@ -31,6 +31,8 @@ class Run:
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
     loaded: bool = True
     """Whether the engine has it; if not, its next operation brings it back."""
+    stopped: bool = False
+    """Whether it was told to stop, and nothing has come since."""
     seed: int = 0
     executed: int = 0
     """The number of the last operation that was executed."""
@@ -69,7 +71,7 @@ class Run:
             training_mode=self.training_mode,
             lora_config=self.lora_config,
             step=self.step,
-            status="active" if self.lane.busy else "idle",
+            status="active" if self.lane.busy else "stopped" if self.stopped else "idle",
             created_at=self.created_at,
             last_request_at=self.last_request_at,
             user_metadata=self.user_metadata,

@@ -37,7 +37,7 @@ from weaver.protocol import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from weaver.protocol import Outcome, Service, SessionInfo, Submission
+    from weaver.protocol import Outcome, Service, SessionInfo, SessionState, Submission
     from weaver.server.keys import Caller
     from weaver.server.owners import Owners
     from weaver.types import (
@@ -146,6 +146,10 @@ class ScopedService:
         self._refused.pop(session_id, None)
         self._pending.pop(session_id, None)
 
+    async def list_sessions(self) -> Sequence[SessionState]:
+        sessions = await self._service.list_sessions()
+        return [s for s in sessions if await self._owns(f"session/{s.session_id}")]
+
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         await self._check_session(session_id)
         pending = self._pending[session_id]
@@ -199,6 +203,15 @@ class ScopedService:
     async def get_run(self, run_id: str) -> TrainingRun:
         await self._check_run(run_id)
         return await self._service.get_run(run_id)
+
+    async def stop_run(self, run_id: str) -> TrainingRun:
+        await self._check_run(run_id)
+        return await self._service.stop_run(run_id)
+
+    async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
+        """Its project stays known: checkpoints may remain, and no other run gets its id."""
+        await self._check_run(run_id)
+        await self._service.delete_run(run_id, checkpoints=checkpoints)
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         if run_id is not None:
@@ -335,10 +348,10 @@ class ScopedService:
 
     async def _check_run_quota(self) -> None:
         limit = self._quotas.runs
-        if (
-            limit is not None
-            and len(await self._owners.all_of(self._project, prefix="run/")) >= limit
-        ):
+        if limit is None:
+            return
+        mine = await self._owners.all_of(self._project, prefix="run/")
+        if sum(run.run_id in mine for run in await self._service.list_runs()) >= limit:
             raise QuotaExceededError(
                 f"the project has {limit} runs, which is its limit.", hint="Ask an administrator."
             )

@@ -21,7 +21,6 @@ from weaver.errors import (
     ConflictError,
     NotFoundError,
     OperationCancelledError,
-    OperationError,
     RunNotFoundError,
     WeaverError,
 )
@@ -45,11 +44,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from anyio.abc import TaskGroup, TaskStatus
+    from anyio.abc import TaskStatus
 
     from weaver.engine.base import Engine
-    from weaver.protocol import Outcome, Submission
-    from weaver.server.lanes import Lane
+    from weaver.protocol import Outcome, SessionState, Submission
     from weaver.server.sessions import Ticket
     from weaver.server.store import Store
     from weaver.types import (
@@ -101,7 +99,6 @@ class LocalService:
     ) -> None:
         self._engine = engine
         self._store = MemoryStore() if store is None else store
-        self._gap_timeout_s = gap_timeout_s
         self._sweep_every_s = sweep_every_s
         self._close_timeout_s = close_timeout_s
         self._unload_after = timedelta(seconds=durability.unload_after_s)
@@ -133,6 +130,7 @@ class LocalService:
             ),
             merge_tokens=0 if deterministic else merge_tokens,
             unnamed_samplers=unnamed_samplers,
+            gap_timeout_s=gap_timeout_s,
         )
         self._closed = True
         self._lock: int | None = None
@@ -176,8 +174,7 @@ class LocalService:
         try:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
-                    self._tasks: TaskGroup = tasks
-                    tasks.start_soon(self._executor.run)
+                    await tasks.start(self._executor.run)
                     tasks.start_soon(self._sweep)
                     task_status.started()
         finally:
@@ -231,11 +228,15 @@ class LocalService:
             if isinstance(ticket.submission.operation, Sample):
                 await self._executor.cancel(ticket)
         for run in list(self._runs.values()):
-            await self._give_up(run.lane, session)
+            await self._executor.give_up(run.lane, session)
             run.lane.forget(session_id)
         self._executor.release(session.unnamed_samplers)
         session.close()
         await self._store.close_session(session_id)
+
+    async def list_sessions(self) -> Sequence[SessionState]:
+        self._check_open()
+        return [session.describe() for session in self._sessions.values()]
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         session = self._session(session_id)
@@ -257,13 +258,13 @@ class LocalService:
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
         if run is not None:
-            run.last_request_at = self._now()
+            run.last_request_at, run.stopped = self._now(), False
         if run is None or submission.seq is None:
             if error is None:
                 self._executor.enqueue(ticket, None)
         elif run.lane.add(ticket):
             self._executor.enqueue(ticket, run.lane)
-            self._watch(run.lane, ticket.session)
+            self._executor.watch(run.lane, ticket.session)
         else:
             error = ConflictError(
                 f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
@@ -271,32 +272,6 @@ class LocalService:
             )
         if error is not None:
             await self._executor.settle((ticket, error))
-
-    def _watch(self, lane: Lane, session: Session) -> None:
-        """Starts a timer if something waits for an operation that has not come."""
-        inbox = lane.inbox(session.session_id)
-        if inbox.waiting and not inbox.watched:
-            inbox.watched = True
-            self._tasks.start_soon(self._expire, lane, session)
-
-    async def _expire(self, lane: Lane, session: Session) -> None:
-        inbox = lane.inbox(session.session_id)
-        while inbox.waiting:
-            missing = inbox.next_seq
-            await anyio.sleep(self._gap_timeout_s)
-            if inbox.waiting and inbox.next_seq == missing:
-                await self._give_up(lane, session)
-        inbox.watched = False
-
-    async def _give_up(self, lane: Lane, session: Session) -> None:
-        missing = lane.inbox(session.session_id).next_seq
-        for ticket in lane.give_up(session.session_id):
-            error = OperationError(
-                f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
-                hint="Submit the operations again, counting on from the last seq.",
-            )
-            await self._executor.settle((ticket, error))
-            self._executor.enqueue(ticket, lane)
 
     async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
         session = self._session(session_id)
@@ -330,6 +305,24 @@ class LocalService:
 
     async def get_run(self, run_id: str) -> TrainingRun:
         return (await self._run(run_id)).describe()
+
+    async def stop_run(self, run_id: str) -> TrainingRun:
+        run = await self._run(run_id)
+        with CancelScope(shield=True):
+            await self._executor.stop_run(run)
+        run.stopped = True
+        return run.describe()
+
+    async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
+        run = await self._run(run_id)
+        del self._runs[run_id]  # what comes from now on is refused
+        with CancelScope(shield=True):
+            try:
+                await self._executor.delete_run(run, checkpoints=checkpoints)
+            except WeaverError:
+                self._runs[run_id] = run
+                raise
+        self._runs.pop(run_id, None)  # someone may have asked the database in the meantime
 
     async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         now = self._now()

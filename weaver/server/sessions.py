@@ -16,7 +16,7 @@ import anyio
 import numpy as np
 
 from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
-from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample
+from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, SessionState
 from weaver.server.streams import SampleStream
 from weaver.tensors import TensorData
 from weaver.types import Value
@@ -188,6 +188,13 @@ class Session:
                 hint="Submit the sample with stream=True; a stream that was read is forgotten.",
             )
         return self.streams[submission_id]
+
+    def describe(self) -> SessionState:
+        return SessionState(
+            session_id=self.session_id,
+            pending=len(self.tickets),
+            unnamed_samplers=len(self.unnamed_samplers),
+        )
 
     def close(self) -> None:
         """Ends every wait for this session."""

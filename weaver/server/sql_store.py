@@ -160,6 +160,19 @@ class SqlStore:
         again = runs_table.delete().where(runs_table.c.run_id == run.run_id)
         await self._write(lambda: [(again, ALWAYS), (runs_table.insert(), [row])])
 
+    async def delete_run(self, run_id: str) -> None:
+        mine = operations.run_id == run_id
+        is_open = operations.session_id.in_(sa.select(sessions_table.c.session_id))
+        settled = sa.and_(mine, operations.cursor.is_not(None))
+        await self._write(
+            lambda: [
+                (runs_table.delete().where(runs_table.c.run_id == run_id), ALWAYS),
+                (metrics_table.delete().where(metrics_table.c.run_id == run_id), ALWAYS),
+                (operations_table.delete().where(mine, sa.not_(is_open)), ALWAYS),
+                (operations_table.update().where(settled).values(body=None), ALWAYS),
+            ]
+        )
+
     async def runs(self) -> Sequence[RunRecord]:
         records = []
         for row in await self._read(RECORD.order_by(runs_table.c.position)):

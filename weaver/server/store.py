@@ -104,6 +104,9 @@ class Store(Protocol):
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         """Writes down a run at its beginning."""
 
+    async def delete_run(self, run_id: str) -> None:
+        """Forgets a run, its metrics and what it has carried out; not outcomes still to be told."""
+
     async def runs(self) -> Sequence[RunRecord]:
         """In the order in which they were put."""
 
@@ -157,6 +160,9 @@ class MemoryStore:
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         pass
+
+    async def delete_run(self, run_id: str) -> None:
+        self._metrics.pop(run_id, None)
 
     async def runs(self) -> Sequence[RunRecord]:
         return []

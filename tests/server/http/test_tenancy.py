@@ -117,11 +117,14 @@ async def test_a_project_sees_nothing_of_another(server: Server) -> None:
         hers = await Tenant.settle(alice)
         session, run, path = hers.caller.session_id, hers.run, hers.path
         assert await bob.list_runs() == [] and await bob.list_checkpoints() == []
+        assert session not in [s.session_id for s in await bob.list_sessions()]
         for missing in (
             lambda: bob.get_run(run),
             lambda: bob.list_checkpoints(run),
             lambda: bob.read_metrics(run),
             lambda: bob.log_metrics(run, []),
+            lambda: bob.stop_run(run),
+            lambda: bob.delete_run(run, checkpoints=True),
         ):
             with pytest.raises(RunNotFoundError):
                 await missing()

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from weaver import wire
 from weaver.errors import TooLargeError, WeaverError
-from weaver.protocol import Outcome, Service, SessionInfo, Submission
+from weaver.protocol import Outcome, Service, SessionInfo, SessionState, Submission
 from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
 from weaver.server.http.replies import OnceRoute
 from weaver.server.http.streaming import EventStream
@@ -87,6 +87,11 @@ router = APIRouter(prefix="/v1", route_class=OnceRoute)
 @router.post("/sessions", response_model=SessionInfo, status_code=201)
 async def open_session(body: SessionRequest, service: Scoped) -> SessionInfo:
     return await service.open_session(user_metadata=body.user_metadata)
+
+
+@router.get("/sessions", response_model=list[SessionState])
+async def list_sessions(service: Scoped) -> list[SessionState]:
+    return list(await service.list_sessions())
 
 
 @router.delete("/sessions/{session_id}", status_code=204)
@@ -190,6 +195,16 @@ async def list_runs(service: Scoped) -> list[TrainingRun]:
 @router.get("/runs/{run_id}", response_model=TrainingRun)
 async def get_run(run_id: str, service: Scoped) -> TrainingRun:
     return await service.get_run(run_id)
+
+
+@router.post("/runs/{run_id}/stop", response_model=TrainingRun)
+async def stop_run(run_id: str, service: Scoped) -> TrainingRun:
+    return await service.stop_run(run_id)
+
+
+@router.delete("/runs/{run_id}", status_code=204)
+async def delete_run(run_id: str, service: Scoped, checkpoints: bool = False) -> None:
+    await service.delete_run(run_id, checkpoints=checkpoints)
 
 
 @router.post("/runs/{run_id}/metrics", status_code=204)

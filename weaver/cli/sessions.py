@@ -1,0 +1,11 @@
+"""`weaver sessions`: who is connected."""
+
+from __future__ import annotations
+
+from weaver.cli.output import Json, ask, show
+
+
+def sessions(as_json: Json = False) -> None:
+    """List the open sessions of clients, and how much each waits for."""
+    found = ask(lambda service: service.list_sessions())
+    show([s.model_dump(mode="json") for s in found], as_json=as_json, empty="No sessions.")
