@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 import weaver_rl as rl
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import LoraConfig, SamplingParams
-from weaver_rl.display import Display
-from weaver_rl.resume import manifests
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from weaver import AsyncSamplingClient, AsyncServiceClient
-    from weaver_rl.rewards import Reward
 
 TRIES = 4
 """Replies that a dry run scores."""
@@ -82,40 +79,28 @@ def split_tasks(flags: Flags, own: Sequence[rl.Task]) -> tuple[list[rl.Task], li
 
 @contextmanager
 def opened(
-    service: AsyncServiceClient, flags: Flags, name: str, plan: Mapping[str, object]
+    service: AsyncServiceClient,
+    flags: Flags,
+    name: str,
+    *,
+    tasks: Sequence[rl.Task],
+    plan: Mapping[str, object],
 ) -> Iterator[rl.Run]:
-    """A run with metrics, transcripts, checkpoints and a display, until it ends.
-
-    Args:
-        plan: what must not change when it goes on, beside the model; its `steps` may.
-
-    Raises:
-        ConfigError: another plan than the run was started with.
-        ConflictError: `--out` holds a run and `--resume` is off.
-    """
-    config = {"model": flags.model, "lora": flags.lora, "tasks": flags.tasks, **plan}
-    path = flags.out or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder = rl.open_run_folder(path, config, resume=flags.resume, may_differ=("steps",))
-    display = Display(steps=flags.steps)
-    loggers: list[rl.Logger] = [rl.JsonlLogger(folder.metrics), display]
-    if flags.wandb_project is not None:
-        newest = next(manifests(folder), None)
-        state = newest.loggers.get("wandb") if newest is not None else None
-        loggers.append(rl.WandbLogger(flags.wandb_project, config=config, folder=path, state=state))
-    run = rl.Run(
-        folder=folder,
-        loggers=rl.Loggers(*loggers),
-        delete=service.delete_checkpoint,
-        waiting_for=display.waiting_for,
-    )
-    try:
+    """`rl.open_run` in `--out`, or a new folder called `name` and the time."""
+    with rl.open_run(
+        flags.out or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}"),
+        {"model": flags.model, "lora": flags.lora, **plan},
+        tasks=tasks,
+        steps=flags.steps,
+        resume=flags.resume,
+        wandb_project=flags.wandb_project,
+    ) as run:
+        run.delete = service.delete_checkpoint
         yield run
-    finally:
-        run.loggers.close()
 
 
 def greedily(
-    flags: Flags, tasks: Sequence[rl.Task], reward: Reward
+    flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward
 ) -> Callable[[AsyncSamplingClient], Awaitable[Mapping[str, float]]]:
     """An evaluation that loops call: the mean reward of one greedy reply to each task."""
     sampling = SamplingParams(max_tokens=flags.max_tokens, temperature=0.0)
@@ -127,7 +112,7 @@ def greedily(
 
 
 async def dry_run(
-    service: AsyncServiceClient, flags: Flags, tasks: Sequence[rl.Task], reward: Reward
+    service: AsyncServiceClient, flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward
 ) -> Mapping[str, float]:
     """Shows the model's replies to four tasks with their rewards; nothing is trained or written.
 

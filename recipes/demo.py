@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -36,7 +37,6 @@ from rich.text import Text
 
 import weaver_rl as rl
 from weaver import ServiceClient, types
-from weaver_rl.display import draw_curve
 from weaver_rl.tasks.words import pig_latin, reverse_tasks
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ def fine_tune(flags: Flags, console: Console) -> bool:
         checkpoint = trainer.save_state("pig-latin")
         after = answers(trainer.save_weights_and_get_sampling_client())
     console.print(comparison(before, after))
-    first, last = losses[0], sum(losses[-5:]) / len(losses[-5:])
+    first, last = losses[0], fmean(losses[-5:])
     console.print(f"Loss {first:.3f} → {last:.3f} (mean of the last 5 steps)")
-    console.print(f"Checkpoint {checkpoint.path}\n  in {checkpoint.folder}", soft_wrap=True)
+    where = checkpoint.folder or "the server's home"
+    console.print(f"Checkpoint {checkpoint.path}\n  in {where}", soft_wrap=True)
     return last < first / 2
 
 
@@ -109,8 +110,8 @@ def reinforce(flags: Flags, console: Console) -> bool:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rewards: list[float] = [json.loads(line)["reward/mean"] for line in lines]
     if not console.is_terminal:  # there, the curve was drawn as it rose
-        console.print("\n".join(draw_curve(rewards, width=64, height=6)))
-    first, last = sum(rewards[:3]) / 3, sum(rewards[-5:]) / 5
+        console.print("\n".join(rl.draw_curve(rewards, width=64, height=6)))
+    first, last = fmean(rewards[:3]), fmean(rewards[-5:])
     console.print(f"Reward {first:.3f} → {last:.3f} (mean of the first 3 and the last 5 steps)")
     console.print(f"Held out, greedy: {trained.metrics['eval/mean']:.3f}")
     console.print(f"Report: {trained.report}", soft_wrap=True)

@@ -77,7 +77,9 @@ async def train(flags: Flags) -> Mapping[str, float]:
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
-        with _run.opened(service, flags, "importance-sampling", plan.as_config()) as run:
+        with _run.opened(
+            service, flags, "importance-sampling", tasks=tasks, plan=plan.as_config()
+        ) as run:
             result = await rl.off_policy(  # the synchronous on_policy where staleness is 0
                 await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 tasks,

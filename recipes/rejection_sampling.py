@@ -74,7 +74,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
-        with _run.opened(service, flags, "rejection-sampling", planned) as run:
+        with _run.opened(service, flags, "rejection-sampling", tasks=tasks, plan=planned) as run:
             result = await rl.rejection(
                 await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 tasks,

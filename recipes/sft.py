@@ -72,7 +72,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
-        with _run.opened(service, flags, "sft", plan.as_config()) as run:
+        with _run.opened(service, flags, "sft", tasks=tasks, plan=plan.as_config()) as run:
             result = await rl.supervised(
                 await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 examples,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes import importance_sampling, rejection_sampling, sft
+from tests.rl.test_loggers import settled_history, wandb_files
 from weaver.errors import ConfigError, ConflictError, InvalidParamsError, InvalidRequestError
 from weaver_rl.storage import read_lines
 
@@ -72,6 +73,18 @@ def test_a_short_run_leaves_its_report_and_goes_on(
     assert "Report: run/report.html" in said
     assert "Held out, greedy: " in said
     assert Path("run/report.html").stat().st_size > 10_000
+
+
+def test_wandb_has_what_metrics_jsonl_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    kept = short(importance_sampling, "run", wandb_project="reverse")
+    (file,) = wandb_files(Path("run"))
+    for row, logged in zip(kept, settled_history(file, 2), strict=True):
+        assert logged["_step"] == row.pop("step")
+        del row["time"]
+        assert len(row) > 20
+        assert {name: logged[name] for name in row} == row
 
 
 def test_sampling_may_run_ahead() -> None:

@@ -1,0 +1,98 @@
+"""Every recipe against a real `weaver serve`: the same metrics, step by step, as embedded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rich.console import Console
+
+from recipes import custom_reward, demo
+from tests.recipes.test_recipes import RECIPES, short
+from weaver_rl.storage import read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+SERVE = "from weaver.cli import main; main()"
+WALL = ("time", "tokens/per_second")
+"""What the clock decides: metrics that differ between any two runs."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server process with a home of its own, on a free port, without keys."""
+    place = tmp_path_factory.mktemp("server")
+    with serving(place) as process:
+        deadline = time.monotonic() + 60
+        while "Weaver at " not in (said := (place / "log").read_text()):
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+        yield said.partition("Weaver at ")[2].split()[0]
+
+
+@contextmanager
+def serving(place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    settings = {"WEAVER_HOME": str(place / "home"), "WEAVER_PORT": "0", "WEAVER_THREADS": "1"}
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, "serve", "--no-auth"],
+            stderr=log,
+            env={**os.environ, **settings},
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(WALL)} for row in rows]
+
+
+@RECIPES
+def test_metrics_are_the_same_at_every_step(recipe: ModuleType, address: str) -> None:
+    here = timeless(short(recipe, "here", steps=3))
+    there = timeless(short(recipe, "there", steps=3, base_url=address))
+    assert len(here) == 3 and len(here[0]) > 5
+    assert here == there
+
+
+def test_so_are_those_of_a_custom_reward(address: str) -> None:
+    custom_reward.main(steps=1, out="here")
+    custom_reward.main(steps=1, out="there", base_url=address)
+    here, there = (timeless(read_lines(Path(name, "metrics.jsonl"))) for name in ("here", "there"))
+    assert here[0]["reward/mean"] > 0
+    assert here == there
+
+
+def test_the_demo_shows_the_same(address: str) -> None:
+    said = []
+    for base_url in (None, address):
+        screen = StringIO()
+        console = Console(file=screen, width=100)
+        flags = demo.Flags(steps=3, rl_steps=2, base_url=base_url)
+        demo.fine_tune(flags, console)
+        demo.reinforce(flags, console)
+        said.append(screen.getvalue())
+    own = ("Fine-tuning", "Checkpoint", "  in ", "Report")  # with a time, or a name of its own
+    here, there = ([x for x in text.splitlines() if not x.startswith(own)] for text in said)
+    assert any(line.startswith("step   0  loss") for line in here)
+    assert here == there
+    one, other = (timeless(read_lines(f)) for f in Path("runs").glob("demo-*/metrics.jsonl"))
+    assert one == other
