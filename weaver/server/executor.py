@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.protocol import Operation, Outcome, Result
+    from weaver.server.activity import Activity
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
@@ -65,6 +66,7 @@ class Executor:
         merge_tokens: int,
         unnamed_samplers: int,
         gap_timeout_s: float,
+        activity: Activity,
     ) -> None:
         self._operations = operations
         self._store = store
@@ -72,6 +74,7 @@ class Executor:
         self._merge_tokens = merge_tokens
         self._unnamed_samplers = unnamed_samplers
         self._gap_timeout_s = gap_timeout_s
+        self._activity = activity
         self._engine_free = CapacityLimiter(1)
         self._turn = anyio.Lock(fast_acquire=True)
         """Held from the choice of an operation to its end."""
@@ -203,6 +206,8 @@ class Executor:
                     outcomes = await self._undo(tickets, outcomes, failure)
                 for ticket, outcome in zip(tickets, outcomes, strict=True):
                     ticket.session.show(ticket, outcome)
+                    run = self._operations.runs.get(ticket.submission.run_id or "")
+                    self._activity.note(ticket, outcome, step=run.step if run else None)
 
     async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
         """Waits for a database that is out of reach, for a while; answers why it failed."""
@@ -267,7 +272,7 @@ class Executor:
         chosen = plan([_head(lane, ticket) for lane, ticket in heads], self._merge_tokens)
         batch = [heads[i] for i in chosen]
         for lane, ticket in batch:
-            ticket.running = True
+            ticket.running, ticket.began_at = True, time.time()
             self._lanes[lane] = self._lanes.pop(lane)  # to the back of the queue
         batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
         if not batch:
@@ -337,6 +342,8 @@ class Executor:
             cancelled=self._cancelled,
             added=self._added,
         )
+        for job_id in self._added:
+            self._samples[job_id].began_at = time.time()
         self._released, self._cancelled, self._added = [], [], {}
         ended: list[tuple[Ticket, Result | WeaverError]] = []
         for progress in await self.call(turn):

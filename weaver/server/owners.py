@@ -14,7 +14,7 @@ from anyio import to_thread
 from weaver.server.tables import owners_table
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
 
 class Owners:
@@ -42,6 +42,15 @@ class Owners:
     async def all_of(self, project: str, *, prefix: str) -> Collection[str]:
         """The project's resources whose names begin with `prefix`, without it."""
         return await to_thread.run_sync(self._list, project, prefix)
+
+    async def projects(self) -> Mapping[str, str]:
+        """The project of every resource."""
+        return await to_thread.run_sync(self._all)
+
+    def _all(self) -> dict[str, str]:
+        query = sa.select(owners_table.c.resource, owners_table.c.project)
+        with self._database.connect() as connection:
+            return {row.resource: row.project for row in connection.execute(query)}
 
     def _insert(self, resource: str, project: str) -> None:
         row = owners_table.insert().values(resource=resource, project=project)

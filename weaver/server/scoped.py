@@ -96,7 +96,7 @@ class Scopes:
     def __init__(self, service: Service, owners: Owners, *, quotas: Quotas = NO_QUOTAS) -> None:
         self._service = service
         self._served = Served(service)
-        self._owners = owners
+        self.owners = owners
         self._quotas = quotas
         self._views: dict[Caller, ScopedService] = {}
 
@@ -107,7 +107,7 @@ class Scopes:
                 self._service,
                 caller,
                 served=self._served,
-                owners=self._owners,
+                owners=self.owners,
                 quotas=self._quotas,
             )
         return view

@@ -25,6 +25,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import Sample, SessionInfo
+from weaver.server.activity import Activity
 from weaver.server.attempt import attempt, or_raise
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
@@ -108,6 +109,7 @@ class LocalService:
         kept = self._live if self._store.keeps_sessions else None
         self._runs: dict[str, Run] = {}
         self._sessions: dict[str, Session] = {}
+        self.activity = Activity(self._sessions)
         self._operations = Operations(
             engine=engine,
             checkpoints=self._checkpoints,
@@ -131,6 +133,7 @@ class LocalService:
             merge_tokens=0 if deterministic else merge_tokens,
             unnamed_samplers=unnamed_samplers,
             gap_timeout_s=gap_timeout_s,
+            activity=self.activity,
         )
         self._closed = True
         self._lock: int | None = None

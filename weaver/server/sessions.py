@@ -7,6 +7,7 @@ submission's id and place are remembered with a fingerprint of its body.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ class Ticket:
     error: WeaverError | None = None
     """Why it was refused, cancelled or failed."""
     running: bool = False
+    submitted_at: float = field(default_factory=time.time)
+    """Seconds since 1970; after a restart, that of the restart."""
+    began_at: float | None = None
+    """When the engine took it up."""
     settled: bool = False
     number: int | None = None
     """Counts what its run has executed; set when it was."""

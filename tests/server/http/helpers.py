@@ -67,7 +67,12 @@ async def running(
     keys = Keys(database)
     async with LocalService(engine or FakeEngine(), home=home) as service:
         scopes = Scopes(service, Owners(database), quotas=quotas)
-        front = Front(scopes=scopes, keys=keys if auth else None, limits=limits)
+        front = Front(
+            scopes=scopes,
+            keys=keys if auth else None,
+            activity=service.activity,
+            limits=limits,
+        )
         yield Server(app=create_app(front), front=front, service=service, keys=keys)
     database.dispose()
 

@@ -128,7 +128,7 @@ SUBMISSIONS: list[tuple[bytes, int, str]] = [
 ]
 
 REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
-    ("GET", "/", {}, 404, "not_found"),
+    ("GET", "/nowhere", {}, 404, "not_found"),
     ("GET", "/v1", {}, 404, "not_found"),
     ("GET", "/v2/models", {}, 404, "not_found"),
     ("PUT", "/v1/sessions", {}, 405, "invalid_request"),

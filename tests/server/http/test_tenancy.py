@@ -150,6 +150,19 @@ async def test_a_project_sees_nothing_of_another(server: Server) -> None:
         assert [c.path for c in await alice.list_checkpoints(run)] == [path]
 
 
+async def test_the_console_shows_nothing_of_another(server: Server) -> None:
+    _, secret = server.keys.create("bob")
+    async with login(server, "alice") as alice, server.http(secret) as bob:
+        run = (await Tenant.settle(alice)).run
+        for route in ("operations", "curves"):
+            there = await bob.get(f"/v1/runs/{run}/{route}")
+            absent = await bob.get(f"/v1/runs/run-000000000000/{route}")
+            assert there.status_code == absent.status_code == 404
+            message = there.json()["error"]["message"]
+            assert message.replace(run, "run-000000000000") == absent.json()["error"]["message"]
+        assert (await bob.get("/v1/load")).status_code == 403
+
+
 async def test_operations_on_what_is_anothers_end_as_on_what_is_nowhere(server: Server) -> None:
     async with login(server, "alice") as alice, login(server, "bob") as bob:
         hers, his = await Tenant.settle(alice), await Tenant.settle(bob)

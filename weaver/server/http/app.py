@@ -10,6 +10,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from weaver.errors import PermissionDeniedError
 from weaver.server.compat import weaver_rest
+from weaver.server.console import routes as console
 from weaver.server.http.edge import Edge
 from weaver.server.http.errors import ErrorAnswer, add_error_handlers
 from weaver.server.http.routes import Fronted, router
@@ -37,13 +38,20 @@ def _routes() -> FastAPI:
     app = FastAPI(
         title="Weaver",
         description="Ordered operations on language models in training. See docs/wire.md.",
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
     add_error_handlers(app)
     refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
-    app.include_router(router, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal})
+    for native in (router, console.router):
+        app.include_router(
+            native, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal}
+        )
     app.include_router(weaver_rest.router)
+    for path, page in (("/", console.console_page), ("/docs", console.docs_page)):
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.mount("/console", console.PAGES)
     app.add_api_route("/healthz", healthz, include_in_schema=False)
     app.add_api_route("/readyz", readyz, include_in_schema=False)
     app.add_api_route("/metrics", metrics, include_in_schema=False)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("weaver.server.http")
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 """Need no key: they say nothing of anybody's work."""
-SIGNED_PATHS = "/api/v1/downloads/"
-"""Addresses below it carry their own right."""
+OPEN_FOLDERS = ("/console/", "/api/v1/downloads/")
+"""Nor do the console's files; addresses of downloads carry their own right."""
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -77,7 +77,7 @@ class Edge:
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
-        if scope["path"] in OPEN_PATHS or scope["path"].startswith(SIGNED_PATHS):
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDERS):
             return
         if self._front.stopping.is_set():
             raise ServiceConnectionError("the server is stopping.", hint="Try again in a moment.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from weaver.errors import AuthenticationError
+from weaver.server.activity import Activity
 from weaver.server.compat.weaver_rest_errors import PREFIX
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
@@ -56,7 +57,9 @@ class Front:
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
     limits: ServerLimits = LIMITS
-    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+    activity: Activity = field(default_factory=Activity)
+    """Of the service."""
+    metrics: ServerMetrics = field(init=False)
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
@@ -66,6 +69,9 @@ class Front:
     """Of callers of the Weaver REST interface."""
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     """Signs addresses of downloads, which end with the process."""
+
+    def __post_init__(self) -> None:
+        self.metrics = ServerMetrics(self.activity)
 
     async def authenticate(self, headers: Headers) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.

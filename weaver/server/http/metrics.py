@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from prometheus_client.metrics_core import Metric
 
     from weaver.protocol import Outcome, Submission
+    from weaver.server.activity import Activity
 
 
-class ServerMetrics:
-    def __init__(self) -> None:
+class ServerMetrics(Collector):
+    def __init__(self, activity: Activity) -> None:
         self._registry = registry = CollectorRegistry()
+        self._activity = activity
+        registry.register(self)
         self._requests = Counter(
             "weaver_http_requests_total",
             "Requests answered.",
@@ -50,6 +57,20 @@ class ServerMetrics:
         for outcome in outcomes:
             kind = outcome.result.kind if outcome.result else "error"
             self._outcomes.labels(kind).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """What the service is doing, asked when the metrics are."""
+        tokens = CounterMetricFamily("weaver_tokens", "Tokens computed.", labels=["kind"])
+        tokens.add_metric(["trained"], self._activity.trained_tokens)
+        tokens.add_metric(["sampled"], self._activity.sampled_tokens)
+        yield tokens
+        states = [ticket.began_at is not None for ticket in self._activity.pending()]
+        pending = GaugeMetricFamily(
+            "weaver_operations_pending", "Operations without an outcome.", labels=["state"]
+        )
+        pending.add_metric(["running"], sum(states))
+        pending.add_metric(["waiting"], len(states) - sum(states))
+        yield pending
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -87,6 +87,7 @@ async def run_server(
             front = Front(
                 scopes=Scopes(service, Owners(database), quotas=settings.quotas),
                 keys=Keys(database) if settings.auth else None,
+                activity=service.activity,
                 limits=settings.limits,
                 folder=settings.home,
             )

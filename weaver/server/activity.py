@@ -1,0 +1,153 @@
+"""`Activity`: which operations wait, run and have lately ended, without anybody's data.
+
+The executor writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
+this process: after a restart it begins anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from weaver.protocol import (
+    ErrorInfo,
+    ForwardBackward,
+    GradientsDone,
+    ModelCreated,
+    OpenSampler,
+    Operation,
+    Sample,
+    Sampled,
+    StepDone,
+)
+from weaver.types import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weaver.protocol import Outcome
+    from weaver.server.sessions import Session, Ticket
+
+KEPT_OPERATIONS = 2000
+"""Of a run."""
+KEPT_RUNS = 256
+SCHEME = "weaver://"
+
+
+class OperationInfo(Value):
+    """What is told of an operation: never its data, nor its result's."""
+
+    kind: str
+    """As in the protocol; `forward` for a pass without a gradient."""
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    session_id: str
+    seq: int | None
+    submitted_at: datetime
+    waited_s: float
+    ran_s: float
+    step: int | None = None
+    """Optimizer steps that its run had taken when it ended."""
+    metrics: Mapping[str, float] = Field(default_factory=dict)
+    error: ErrorInfo | None = None
+
+
+class Activity:
+    """Of the sessions of one service."""
+
+    def __init__(self, sessions: Mapping[str, Session] | None = None) -> None:
+        self._sessions = {} if sessions is None else sessions
+        self._ended: OrderedDict[str, deque[OperationInfo]] = OrderedDict()
+        self.trained_tokens = 0
+        """Tokens that went through `forward_backward` and `forward`."""
+        self.sampled_tokens = 0
+
+    def pending(self) -> Iterator[Ticket]:
+        """What has no outcome yet, in the order of submission within a session."""
+        for session in self._sessions.values():
+            yield from session.tickets.values()
+
+    def pending_of(self, run_id: str) -> list[OperationInfo]:
+        """A run's, and the samples of its weights; what runs comes first."""
+        mine = [describe(ticket) for ticket in self.pending() if run_of(ticket) == run_id]
+        return sorted(mine, key=lambda one: (one.state != "running", one.submitted_at))
+
+    def ended_of(self, run_id: str) -> Sequence[OperationInfo]:
+        """A run's last operations, the oldest first."""
+        return self._ended.get(run_id, ())
+
+    def note(self, ticket: Ticket, outcome: Outcome, *, step: int | None) -> None:
+        """Takes down that an operation has ended; `step` is where its run then stands."""
+        result, run_id = outcome.result, run_of(ticket)
+        metrics: Mapping[str, float] = {}
+        match result:
+            case GradientsDone(output=output):
+                metrics = output.metrics
+                self.trained_tokens += int(metrics.get("num_tokens", 0))
+            case StepDone(output=output):
+                metrics = output.metrics
+            case Sampled(output=output):
+                tokens = sum(len(sequence.tokens) for sequence in output.sequences)
+                metrics = {"tokens": tokens}
+                self.sampled_tokens += tokens
+            case ModelCreated(run=run):
+                run_id, step = run.run_id, 0
+        if run_id is None:
+            return
+        self._ended.setdefault(run_id, deque(maxlen=KEPT_OPERATIONS)).append(
+            describe(ticket).model_copy(
+                update={
+                    "state": _end(outcome.error),
+                    "step": step,
+                    "metrics": metrics,
+                    "error": outcome.error,
+                }
+            )
+        )
+        self._ended.move_to_end(run_id)
+        if len(self._ended) > KEPT_RUNS:
+            self._ended.popitem(last=False)
+
+
+def describe(ticket: Ticket) -> OperationInfo:
+    now = time.time()
+    began = ticket.began_at or now
+    operation = ticket.submission.operation
+    return OperationInfo(
+        kind=_kind(operation),
+        state="waiting" if ticket.began_at is None else "running",
+        session_id=ticket.session.session_id,
+        seq=ticket.submission.seq,
+        submitted_at=datetime.fromtimestamp(ticket.submitted_at, UTC),
+        waited_s=max(0.0, began - ticket.submitted_at),
+        ran_s=max(0.0, now - began),
+    )
+
+
+def run_of(ticket: Ticket) -> str | None:
+    """The run of an operation, or of the weights that it samples from."""
+    path: str | None = None
+    match ticket.submission.operation:
+        case Sample(sampler_id=sampler_id):
+            path = sampler_id
+        case OpenSampler(model_path=model_path):
+            path = model_path
+    if path is not None and path.startswith(SCHEME):
+        return path.removeprefix(SCHEME).partition("/")[0]
+    return ticket.submission.run_id
+
+
+def _kind(operation: Operation | None) -> str:
+    if isinstance(operation, ForwardBackward) and not operation.backward:
+        return "forward"
+    return operation.kind if operation else "withdrawn"
+
+
+def _end(error: ErrorInfo | None) -> Literal["done", "failed", "cancelled"]:
+    if error is None:
+        return "done"
+    return "cancelled" if error.code == "cancelled" else "failed"

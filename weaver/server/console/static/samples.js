@@ -1,0 +1,134 @@
+// Samples of two checkpoints side by side: same prompt, same seed.
+import { get, sample } from "./api.js";
+import { h, number } from "./dom.js";
+
+const FIELDS = [
+  ["temperature", "Temperature", 1, { min: 0, step: "any" }],
+  ["top_p", "Top-p", 1, { min: 0, max: 1, step: "any" }],
+  ["max_tokens", "Tokens", 64, { min: 1, max: 4096 }],
+  ["seed", "Seed", 0, { min: 0, max: Number.MAX_SAFE_INTEGER }],
+  ["num_samples", "Samples", 2, { min: 1, max: 16 }],
+];
+
+export async function samplesPage(main, { params, signal, fail }) {
+  main.replaceChildren(h("h1", {}, "Samples"), h("p", { class: "quiet" }, "Loading models and checkpoints."));
+  const [models, runs, checkpoints] = await Promise.all(
+    ["v1/models", "v1/runs", "v1/checkpoints"].map((path) => get(path, signal)));
+  const groups = choices(models, runs, checkpoints);
+  const newest = [...checkpoints].sort((a, b) => b.created_at.localeCompare(a.created_at))[0];
+  const defaults = { a: `base:${models[0]?.name}`, b: newest?.path ?? `base:${models[0]?.name}` };
+  const value = (name, other) => params.get(name) ?? other;
+  const select = (name, label) => {
+    const wanted = value(name, defaults[name]);
+    const known = groups.some(([, options]) => options.some(([path]) => path === wanted));
+    const gone = known ? [] : [["Not found", [[wanted, wanted]]]];
+    return h("label", { class: "source" }, label, h("select", { name }, [...gone, ...groups].map(
+      ([group, options]) => h("optgroup", { label: group }, options.map(
+        ([path, text]) => h("option", { value: path, selected: path === wanted }, text))))));
+  };
+  const form = h("form", { class: "sampling" },
+    h("div", { class: "pair" }, select("a", "Left"), select("b", "Right")),
+    h("label", {}, "Prompt", h("textarea", { name: "prompt", rows: 3, required: true, spellcheck: "false" }, value("prompt", ""))),
+    h("div", { class: "fields" },
+      FIELDS.map(([name, label, initial, limits]) => h("label", {}, label,
+        h("input", { name, type: "number", required: true, value: value(name, initial), ...limits }))),
+      h("label", { class: "check" }, h("input", { type: "checkbox", name: "chat", checked: params.has("chat") }), "As a chat message"),
+      h("button", { class: "primary" }, "Sample")));
+  const results = h("div", { class: "pair", "aria-live": "off" });
+  main.replaceChildren(h("h1", {}, "Samples"),
+    h("p", { class: "quiet" }, "The same prompt and seed on both sides. The darker a token, the less likely it was."), form, results);
+  let running = null;
+  signal.addEventListener("abort", () => running?.abort());
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    running?.abort();
+    const mine = (running = new AbortController());
+    const given = Object.fromEntries(new FormData(form));
+    history.replaceState(null, "", `#/samples?${new URLSearchParams(given)}`);
+    const sides = ["a", "b"].map((side) => column(form.elements[side].selectedOptions[0].text));
+    results.replaceChildren(...sides.map(({ node }) => node));
+    const handlers = {
+      signal: mine.signal,
+      piece: (i, delta) => sides[i].add(delta),
+      failed: (i, error) => sides[i].fail(error),
+    };
+    try {
+      await sample([given.a, given.b].map((path) => operation(path, given)), handlers);
+      sides.forEach((side) => side.end());
+    } catch (error) {
+      if (mine.signal.aborted) return;
+      if (error.status === 401) fail(error);
+      sides.forEach((side) => side.fail(error));
+    }
+  });
+}
+
+function operation(path, given) {
+  const prompt = given.chat ? [{ role: "user", content: given.prompt }] : given.prompt;
+  const params = Object.fromEntries(["temperature", "top_p", "max_tokens", "seed"].map((name) => [name, Number(given[name])]));
+  return { kind: "sample", sampler_id: path, prompt, params, num_samples: Number(given.num_samples), stream: true };
+}
+
+function choices(models, runs, checkpoints) {
+  const names = new Map(runs.map((run) => [run.run_id, run.user_metadata.name]));
+  const byRun = Map.groupBy
+    ? Map.groupBy(checkpoints, (one) => one.run_id)
+    : checkpoints.reduce((map, one) => map.set(one.run_id, [...(map.get(one.run_id) ?? []), one]), new Map());
+  const groups = [...byRun].map(([id, saved]) => [
+    typeof names.get(id) === "string" ? `${names.get(id)} (${id})` : id,
+    saved.map((one) => [one.path, `${one.name}, step ${number(one.step)}`]),
+  ]);
+  return [["Base models", models.map((model) => [`base:${model.name}`, `${model.name}, untrained`])], ...groups];
+}
+
+/** One side's samples, which grow as pieces come. */
+function column(title) {
+  const list = h("div", {}, h("p", { class: "quiet" }, "Sampling."));
+  const status = h("p", { class: "summary", role: "status" });
+  const rows = [];
+  const all = [];
+  function row(index) {
+    if (!rows.length) list.replaceChildren();
+    for (let i = rows.length; i <= index; i++) {
+      const text = h("p", { class: "tokens", dir: "auto" });
+      const note = h("small", {});
+      rows.push({ text, note, held: [], logprobs: [] });
+      list.append(h("article", { "aria-label": `Sample ${i + 1}` }, text, note));
+    }
+    return rows[index];
+  }
+  return {
+    node: h("section", {}, h("h2", {}, title), status, list),
+    add({ index, text, logprobs, stop_reason }) {
+      const at = row(index);
+      at.held.push(...logprobs);
+      at.logprobs.push(...logprobs);
+      all.push(...logprobs);
+      if (text) at.text.append(token(text, at.held.splice(0)));
+      if (!stop_reason) return;
+      if (at.held.length) at.text.append(token("", at.held.splice(0)));
+      at.note.textContent = `${at.logprobs.length} tokens, log-probability ${number(sum(at.logprobs))}, ended by ${stop_reason}`;
+    },
+    end() {
+      if (all.length) status.textContent = `Mean log-probability ${number(sum(all) / all.length)} a token, over ${number(all.length)} tokens.`;
+    },
+    fail(error) {
+      const words = [error.message, error.hint].filter(Boolean).join(" ");
+      list.replaceChildren(h("p", { class: "problem", role: "alert" }, words));
+    },
+  };
+}
+
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+/** A piece of text, shaded by how unlikely its tokens were; without text, the end of the sample. */
+function token(text, logprobs) {
+  const mean = sum(logprobs) / logprobs.length;
+  const chance = number(100 * Math.exp(mean));
+  const node = h("span", { class: text ? "token" : "token stop", title: `${number(mean)} nats, ${chance} %` }, text || "end");
+  node.style.setProperty("--surprise", `${Math.round(Math.min(1, -mean / 6) * 100)}%`);
+  return node;
+}
