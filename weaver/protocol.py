@@ -207,6 +207,8 @@ class Submission(Value):
     lost_gradient: bool = False
     """Set in the tombstone of a gradient pass, without which the run's batch lacks a part: the next
     `optim_step` fails with `GradientsDiscardedError`, as after a pass that was refused."""
+    note: str | None = None
+    """Of the submitter, for itself: the outcome brings it back, also after a restart."""
 
 
 class Outcome(Value):
@@ -219,6 +221,7 @@ class Outcome(Value):
     cursor: int
     result: Result | None = None
     error: ErrorInfo | None = None
+    note: str | None = None
 
 
 class SessionInfo(Value):

@@ -86,6 +86,7 @@ class Executor:
         self._samples: dict[str, Ticket] = {}
         """By the engine's job id."""
         self._added: dict[str, Sample] = {}
+        self._held: dict[tuple[Session, str], list[Ticket]] = {}
         self._cancelled: list[str] = []
         self._released: list[str] = []
         self._idle: list[Run] = []
@@ -110,12 +111,25 @@ class Executor:
         if lane is not None:
             self._lanes.setdefault(lane)
         elif isinstance(operation, Sample):
+            held = self._held.get((ticket.session, operation.sampler_id))
+            if held is not None:
+                held.append(ticket)
+                return
             job_id = _job_id(ticket)
             self._samples[job_id] = ticket
             self._added[job_id] = operation
         else:
             self._lanes[Lane(None, ticket)] = None
         self._wake.set()
+
+    def hold(self, session: Session, sampler_id: str, *, hold: bool) -> None:
+        """Keeps a session's new samples of a sampler waiting, or lets them go on."""
+        if hold:
+            self._held.setdefault((session, sampler_id), [])
+            return
+        for ticket in self._held.pop((session, sampler_id), []):
+            if not ticket.settled:
+                self.enqueue(ticket, None)
 
     def release(self, sampler_ids: list[str]) -> None:
         """Lets go of sampleable weights before the next step of the sampler."""

@@ -17,9 +17,7 @@ from weaver.errors import (
     QuotaExceededError,
     RunNotFoundError,
     TooLargeError,
-    UnknownModelError,
     WeaverError,
-    nearest,
 )
 from weaver.protocol import (
     CheckpointLoaded,
@@ -33,13 +31,15 @@ from weaver.protocol import (
     Sample,
     SaveCheckpoint,
 )
+from weaver.server.served import Served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from weaver.protocol import Outcome, Service, SessionInfo, SessionState, Submission
+    from weaver.protocol import Outcome, SessionInfo, SessionState, Submission
     from weaver.server.keys import Caller
     from weaver.server.owners import Owners
+    from weaver.server.service import LocalService
     from weaver.types import (
         CheckpointInfo,
         JsonDict,
@@ -66,34 +66,12 @@ class Quotas:
 NO_QUOTAS = Quotas()
 
 
-class Served:
-    """The models of a server: fixed for its life, so its engine is asked once."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._models: Sequence[ModelInfo] | None = None
-
-    async def all(self) -> Sequence[ModelInfo]:
-        if self._models is None:
-            self._models = await self._service.list_models()
-        return self._models
-
-    async def get(self, base_model: str) -> ModelInfo:
-        """Raises UnknownModelError."""
-        models = {model.name: model for model in await self.all()}
-        if base_model not in models:
-            raise UnknownModelError(
-                f"this server does not serve {base_model[:200]!r}.",
-                field="base_model",
-                hint=nearest(base_model, models),
-            )
-        return models[base_model]
-
-
 class Scopes:
     """One view for each project and role."""
 
-    def __init__(self, service: Service, owners: Owners, *, quotas: Quotas = NO_QUOTAS) -> None:
+    def __init__(
+        self, service: LocalService, owners: Owners, *, quotas: Quotas = NO_QUOTAS
+    ) -> None:
         self._service = service
         self._served = Served(service)
         self.owners = owners
@@ -121,7 +99,13 @@ class ScopedService:
     """
 
     def __init__(
-        self, service: Service, caller: Caller, *, served: Served, owners: Owners, quotas: Quotas
+        self,
+        service: LocalService,
+        caller: Caller,
+        *,
+        served: Served,
+        owners: Owners,
+        quotas: Quotas,
     ) -> None:
         self._served = served
         self._service = service
@@ -165,10 +149,22 @@ class ScopedService:
         await self._service.submit(session_id, checked)
         pending |= new
 
-    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+    async def collect(
+        self, session_id: str, *, after: int, timeout_s: float, forget: int | None = None
+    ) -> Sequence[Outcome]:
         await self._check_session(session_id)
-        outcomes = await self._service.collect(session_id, after=after, timeout_s=timeout_s)
+        outcomes = await self._service.collect(
+            session_id, after=after, timeout_s=timeout_s, forget=forget
+        )
         return [await self._told(session_id, outcome) for outcome in outcomes]
+
+    async def standing(self, session_id: str) -> tuple[Sequence[Submission], Mapping[str, int]]:
+        await self._check_session(session_id)
+        return await self._service.standing(session_id)
+
+    async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
+        await self._check_session(session_id)
+        await self._service.hold_samples(session_id, sampler_id, hold=hold)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         await self._check_session(session_id)

@@ -276,10 +276,21 @@ class LocalService:
         if error is not None:
             await self._executor.settle((ticket, error))
 
-    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
-        session = self._session(session_id)
-        self._store.acknowledge(session_id, session.acknowledge(after))
+    async def collect(
+        self, session_id: str, *, after: int, timeout_s: float, forget: int | None = None
+    ) -> Sequence[Outcome]:
+        """Forgets the outcomes up to `forget`, which is `after` if nothing is to be kept."""
+        session, seen = self._session(session_id), after if forget is None else forget
+        self._store.acknowledge(session_id, session.acknowledge(seen))
         return await session.collect(after=after, timeout_s=timeout_s)
+
+    async def standing(self, session_id: str) -> tuple[Sequence[Submission], Mapping[str, int]]:
+        """What has no outcome yet; and of each run the last seq that was taken."""
+        return self._session(session_id).standing()
+
+    async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
+        """Keeps new samples of a session waiting, until they are let go or the process ends."""
+        self._executor.hold(self._session(session_id), sampler_id, hold=hold)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         session = self._session(session_id)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import anyio
@@ -135,6 +136,7 @@ class Session:
             cursor=self._cursor,
             result=None if failed else value,
             error=value if failed else None,
+            note=ticket.submission.note,
         )
 
     def show(self, ticket: Ticket, outcome: Outcome) -> None:
@@ -183,7 +185,15 @@ class Session:
                 await self._changed.wait()
         if self.closed:
             raise ClosedError("this session was closed.", hint="Open another one.")
-        return [outcome for outcome in self._outcomes if outcome.cursor > after]
+        newest_first = takewhile(lambda outcome: outcome.cursor > after, reversed(self._outcomes))
+        return list(newest_first)[::-1]
+
+    def standing(self) -> tuple[list[Submission], dict[str, int]]:
+        """What has no outcome yet; and of each run the last seq that was taken."""
+        seqs: dict[str, int] = {}
+        for run_id, seq in self._places:
+            seqs[run_id] = max(seq, seqs.get(run_id, 0))
+        return [ticket.submission for ticket in self.tickets.values()], seqs
 
     def stream(self, submission_id: str) -> SampleStream:
         if submission_id not in self.streams:

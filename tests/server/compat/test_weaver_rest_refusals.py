@@ -186,7 +186,7 @@ REFUSED: list[tuple[str, str, object, int, str]] = [
     ("GET", "/operations/nobody", None, 404, "not_found"),
     ("POST", f"/checkpoints/{UUID}/export", {}, 404, "checkpoint_not_found"),
     ("GET", f"/checkpoints/{UUID}/artifacts", None, 404, "checkpoint_not_found"),
-    ("GET", f"/artifacts/{UUID}/download", None, 404, "not_found"),
+    ("GET", f"/artifacts/{UUID}/download", None, 404, "checkpoint_not_found"),
     ("GET", "/downloads/x.y/file", None, 403, "permission_denied"),
     ("POST", "/models/{model}/export-hf", {"merge_adapter": True}, 422, "unsupported"),
     ("POST", "/models/{model}/export-hf", {"format": "gguf"}, 400, "invalid_request"),

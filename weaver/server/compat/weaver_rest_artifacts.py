@@ -18,28 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import Field
 
 from weaver.errors import NotFoundError, PermissionDeniedError, UnsupportedError
 from weaver.protocol import SaveCheckpoint
 from weaver.server.checkpoints import MANIFEST
+from weaver.server.compat.weaver_rest_answers import artifact_id, artifact_json, checkpoint_json
 from weaver.server.compat.weaver_rest_errors import PREFIX
-from weaver.server.compat.weaver_rest_ids import (
-    by_uuid,
-    checkpoint_json,
-    native_path,
-    rest_path,
-    uuid_of,
-)
-from weaver.server.compat.weaver_rest_operations import Desked, JsonResponse, answered, resend_key
-from weaver.server.compat.weaver_rest_tensors import Body, read_body
+from weaver.server.compat.weaver_rest_ids import by_id, native_path
+from weaver.server.compat.weaver_rest_operations import Desked, JsonResponse
+from weaver.server.compat.weaver_rest_tensors import Body, TtlSeconds, read_body
+from weaver.server.compat.weaver_rest_training import Verb, ordered
 from weaver.server.keys import Caller
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weaver.protocol import CheckpointSaved
-    from weaver.types import CheckpointInfo, JsonDict
+    from weaver.types import CheckpointInfo
 
 URL_LIFE_S = 900
 INTERNAL = ("weaver_state.json", "optimizer.safetensors")
@@ -49,13 +43,13 @@ router = APIRouter()
 
 class TtlBody(Body):
     path: str
-    ttl_seconds: int | None = Field(default=None, ge=1, le=2**31)
+    ttl_seconds: TtlSeconds = None
 
 
 class ExportBody(Body):
     format: Literal["huggingface"] = "huggingface"
     merge_adapter: bool = False
-    ttl_seconds: int | None = Field(default=None, ge=1, le=2**31)
+    ttl_seconds: TtlSeconds = None
 
 
 @router.get("/models/{model_id}/checkpoints")
@@ -74,36 +68,24 @@ async def set_ttl(model_id: str, request: Request, desk: Desked) -> Response:
 @router.post("/models/{model_id}/export-hf")
 async def export_model(model_id: str, request: Request, desk: Desked) -> Response:
     """Saves the model as it is now, and answers the checkpoint's artifact."""
-    await desk.service.get_run(model_id)
-    async with desk.turn(model_id):
-        body, data = await read_body(request, ExportBody)
-        _check(body)
-        name = f"export-{secrets.token_hex(4)}"
-        operation = SaveCheckpoint(
-            purpose="state", name=name, include_optimizer=False, ttl_seconds=body.ttl_seconds
-        )
-        key = resend_key(request, data)
-        entry = await desk.submit(operation, _exported_json, key=key, run_id=model_id)
-    return await answered(desk, entry)
+    verb = Verb("export-hf", ExportBody, _export, numbered=False)
+    return await ordered(request, desk, model_id, verb=verb, artifact=True)
 
 
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(checkpoint_id: str, request: Request, desk: Desked) -> Response:
     _check((await read_body(request, ExportBody))[0])
-    return JsonResponse(_artifact_json(await _find(desk, checkpoint_id)))
+    return JsonResponse(artifact_json(by_id(await _exportable(desk), checkpoint_id)))
 
 
 @router.get("/checkpoints/{checkpoint_id}/artifacts")
 async def list_artifacts(checkpoint_id: str, desk: Desked) -> Response:
-    return JsonResponse({"items": [_artifact_json(await _find(desk, checkpoint_id))]})
+    return JsonResponse({"items": [artifact_json(by_id(await _exportable(desk), checkpoint_id))]})
 
 
-@router.get("/artifacts/{artifact_id}/download")
-async def describe_download(artifact_id: str, request: Request, desk: Desked) -> Response:
-    infos = [c for c in await desk.service.list_checkpoints() if c.kind != "sampler"]
-    info = next((c for c in infos if _artifact_id(c) == artifact_id), None)
-    if info is None:
-        raise NotFoundError(f"no artifact has the id {artifact_id[:80]!r}.", field="artifact_id")
+@router.get("/artifacts/{artifact}/download")
+async def describe_download(artifact: str, request: Request, desk: Desked) -> Response:
+    info = by_id(await _exportable(desk), artifact, id_of=artifact_id)
     folder = await request.state.service.checkpoint_folder(info.path)
     expires = int(time.time()) + URL_LIFE_S
     caller: Caller = request.state.caller
@@ -130,9 +112,18 @@ async def download(token: str, name: str, request: Request) -> Response:
     return FileResponse(folder / name, media_type="application/octet-stream")
 
 
-async def _find(desk: Desked, checkpoint_id: str) -> CheckpointInfo:
-    infos = [c for c in await desk.service.list_checkpoints() if c.kind != "sampler"]
-    return by_uuid(infos, checkpoint_id)
+async def _exportable(desk: Desked) -> list[CheckpointInfo]:
+    return [c for c in await desk.service.list_checkpoints() if c.kind != "sampler"]
+
+
+def _export(body: ExportBody) -> SaveCheckpoint:
+    _check(body)
+    return SaveCheckpoint(
+        purpose="state",
+        name=f"export-{secrets.token_hex(4)}",
+        include_optimizer=False,
+        ttl_seconds=body.ttl_seconds,
+    )
 
 
 def _check(body: ExportBody) -> None:
@@ -142,29 +133,6 @@ def _check(body: ExportBody) -> None:
             field="merge_adapter",
             hint="Export the adapter; `PeftModel.merge_and_unload` merges it.",
         )
-
-
-def _artifact_kind(info: CheckpointInfo) -> str:
-    return "hf_adapter" if info.training_mode == "lora" else "hf_model"
-
-
-def _artifact_id(info: CheckpointInfo) -> str:
-    return uuid_of(f"{info.path}/artifacts/{_artifact_kind(info)}")
-
-
-def _artifact_json(info: CheckpointInfo) -> JsonDict:
-    kind = _artifact_kind(info)
-    return {
-        **checkpoint_json(info),
-        "id": _artifact_id(info),
-        "checkpoint_id": uuid_of(info.path),
-        "kind": kind,
-        "uri": f"{rest_path(info.path)}/artifacts/{kind}",
-    }
-
-
-def _exported_json(result: CheckpointSaved) -> JsonDict:
-    return _artifact_json(result.checkpoint)
 
 
 def _files(folder: Path) -> list[tuple[str, int, str]]:

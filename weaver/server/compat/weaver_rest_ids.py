@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING
 from weaver.errors import CheckpointNotFoundError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weaver.protocol import Service
-    from weaver.types import CheckpointInfo, JsonDict
-
-KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
+    from weaver.types import CheckpointInfo
 
 
 def native_path(path: str) -> str:
@@ -53,28 +51,6 @@ def sampler_of(sampling_session: str) -> str:
         ) from None
 
 
-def checkpoint_json(info: CheckpointInfo) -> JsonDict:
-    lora = info.lora_config
-    kind = KINDS.get(info.kind, "sampling")
-    return {
-        "id": uuid_of(info.path),
-        "model_id": info.run_id,
-        "path": rest_path(info.path),
-        "name": info.name,
-        "type": kind,
-        "checkpoint_type": kind,
-        "status": "completed",
-        "train_attn": lora is None or lora.train_attn,
-        "train_mlp": lora is None or lora.train_mlp,
-        "train_unembed": lora is None or lora.train_unembed,
-        "step": info.step,
-        "size_bytes": info.size_bytes,
-        "ttl_seconds": info.ttl_seconds,
-        "created_at": info.created_at.isoformat(),
-        "expires_at": info.expires_at.isoformat() if info.expires_at else None,
-    }
-
-
 async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
     """By its path of either form, or by its id.
 
@@ -83,15 +59,20 @@ async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
     """
     if "://" in reference:
         return await service.get_checkpoint(native_path(reference))
-    return by_uuid(await service.list_checkpoints(), reference)
+    return by_id(await service.list_checkpoints(), reference)
 
 
-def by_uuid(checkpoints: Sequence[CheckpointInfo], checkpoint_id: str) -> CheckpointInfo:
+def by_id(
+    checkpoints: Sequence[CheckpointInfo],
+    wanted: str,
+    *,
+    id_of: Callable[[CheckpointInfo], str] = lambda info: uuid_of(info.path),
+) -> CheckpointInfo:
     for info in checkpoints:
-        if uuid_of(info.path) == checkpoint_id:
+        if id_of(info) == wanted:
             return info
     raise CheckpointNotFoundError(
-        f"no checkpoint has the id {checkpoint_id[:80]!r}.",
-        field="checkpoint_id",
+        f"no checkpoint or artifact has the id {wanted[:80]!r}.",
+        field="id",
         hint="GET /models/{model_id}/checkpoints lists them.",
     )

@@ -18,7 +18,12 @@ from pydantic import Field
 
 from weaver.errors import NotFoundError, ServiceConnectionError, UnsupportedError
 from weaver.protocol import CreateModel, ErrorInfo, ModelCreated, Outcome
-from weaver.server.compat.weaver_rest_ids import checkpoint_json
+from weaver.server.compat.weaver_rest_answers import (
+    Note,
+    catalog_json,
+    checkpoint_json,
+    run_json,
+)
 from weaver.server.compat.weaver_rest_operations import (
     POLL_S,
     Desk,
@@ -33,17 +38,8 @@ from weaver.types import JsonDict, LoraConfig, MetricPoint, TrainingMode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.types import ModelInfo, TrainingRun
-
 LENGTH_SUFFIX = re.compile(r":[0-9]+$")
 """`Qwen/Qwen3-8B:262144`: the context that a name asks for; models have one here."""
-
-PRICED = (
-    "training_tokens",
-    "sampling_prefill_tokens",
-    "sampling_cached_prefill_tokens",
-    "sampling_output_tokens",
-)
 
 router = APIRouter()
 
@@ -135,7 +131,7 @@ async def create_model(session: SessionId, request: Request, desk: Desked) -> Re
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
-    entry = await desk.submit(operation, _created_json, key=resend_key(request, data))
+    entry = await desk.submit(operation, Note(key=resend_key(request, data)))
     await desk.wait(entry, POLL_S)
     match entry.outcome:
         case Outcome(result=ModelCreated(run=run)):
@@ -145,25 +141,26 @@ async def create_model(session: SessionId, request: Request, desk: Desked) -> Re
         case _:
             raise ServiceConnectionError("the model is still being made.", hint="Ask again.")
     path = await tokenizer_path(request, run.base_model)
-    reply = {**_run_json(run, desk), "session_id": session, "tokenizer_path": path}
+    reply = {**run_json(run, last_seq=0), "session_id": session, "tokenizer_path": path}
     return JsonResponse(reply, status_code=201)
 
 
 @router.get("/models")
 @router.get("/training-runs")
 async def list_runs(desk: Desked, limit: Limit = 25, offset: Offset = 0) -> Response:
-    runs = [_run_json(run, desk) for run in await desk.service.list_runs()]
-    return JsonResponse(_page(runs, limit, offset))
+    seqs, runs = await desk.last_seqs(), await desk.service.list_runs()
+    described = [run_json(run, last_seq=seqs.get(run.run_id, 0)) for run in runs]
+    return JsonResponse(_page(described, limit, offset))
 
 
 @router.get("/models/{model_id}")
 async def get_model(model_id: str, desk: Desked) -> Response:
-    return JsonResponse(_run_json(await desk.service.get_run(model_id), desk))
+    return JsonResponse(await _described(desk, model_id))
 
 
 @router.get("/training-runs/{model_id}")
 async def get_run(model_id: str, desk: Desked) -> Response:
-    run = _run_json(await desk.service.get_run(model_id), desk)
+    run = await _described(desk, model_id)
     checkpoints = await desk.service.list_checkpoints(model_id)
     return JsonResponse({**run, "checkpoints": [checkpoint_json(info) for info in checkpoints]})
 
@@ -171,7 +168,7 @@ async def get_run(model_id: str, desk: Desked) -> Response:
 @router.post("/models/{model_id}/terminate")
 async def terminate(model_id: str, desk: Desked) -> Response:
     """Leaves the run as it is: closing a client destroys no state."""
-    return JsonResponse(_run_json(await desk.service.get_run(model_id), desk))
+    return JsonResponse(await _described(desk, model_id))
 
 
 @router.get("/supported-models")
@@ -183,8 +180,13 @@ async def supported_models(desk: Desked, limit: Limit = 100, offset: Offset = 0)
 
 @router.get("/model-catalog")
 async def model_catalog(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> Response:
-    models = [_catalog_json(model) for model in await desk.service.list_models()]
+    models = [catalog_json(model) for model in await desk.service.list_models()]
     return JsonResponse(_page(models, limit, offset))
+
+
+async def _described(desk: Desk, model_id: str) -> JsonDict:
+    run = await desk.service.get_run(model_id)
+    return run_json(run, last_seq=(await desk.last_seqs()).get(model_id, 0))
 
 
 async def tokenizer_path(request: Request, base_model: str) -> str | None:
@@ -212,37 +214,3 @@ def _is_local(host: str) -> bool:
 def _page(items: Sequence[JsonDict], limit: int, offset: int) -> JsonDict:
     pagination = {"total_count": len(items), "limit": limit, "offset": offset}
     return {"items": items[offset : offset + limit], "pagination": pagination}
-
-
-def _created_json(result: ModelCreated) -> JsonDict:
-    return {"id": result.run.run_id}
-
-
-def _run_json(run: TrainingRun, desk: Desk) -> JsonDict:
-    return {
-        "id": run.run_id,
-        "base_model": run.base_model,
-        "training_mode": run.training_mode,
-        "lora_config": run.lora_config.model_dump() if run.lora_config else None,
-        "status": "stopped" if run.status == "stopped" else "ready",
-        "step": run.step,
-        "last_seq_id": desk.last_seq(run.run_id),
-        "user_metadata": run.user_metadata,
-        "created_at": run.created_at.isoformat(),
-        "updated_at": run.last_request_at.isoformat(),
-        "last_request_at": run.last_request_at.isoformat(),
-    }
-
-
-def _catalog_json(model: ModelInfo) -> JsonDict:
-    """Free of charge: the client lists only what has all four prices."""
-    free = {"unit": "1M tokens", "unit_price_micros": 0, "version": "1"}
-    return {
-        "id": model.name,
-        "name": model.name,
-        "status": "available",
-        "visibility": "public",
-        "training_modes": model.training_modes,
-        "metadata": model.model_dump(exclude={"name", "training_modes"}),
-        "prices": {f"{kind}:{mode}": free for mode in model.training_modes for kind in PRICED},
-    }

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
 from weaver.errors import InvalidRequestError, UnsupportedError
-from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
+from weaver.protocol import OpenSampler, Sample
+from weaver.server.compat.weaver_rest_answers import Note
 from weaver.server.compat.weaver_rest_ids import find_checkpoint, sampler_of, session_of
 from weaver.server.compat.weaver_rest_models import tokenizer_path
 from weaver.server.compat.weaver_rest_operations import (
@@ -25,10 +26,15 @@ from weaver.server.compat.weaver_rest_tensors import Body, Prompt, read_body
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
-    from weaver.types import JsonDict, SampledSequence
+    from weaver.types import JsonDict
 
 BASE = "base:"
-UNSUPPORTED = ("score_centering", "return_sampling_mask", "return_moe_topk_indices")
+UNSUPPORTED = (
+    "score_centering",
+    "return_sampling_mask",
+    "return_moe_topk_indices",
+    "topk_prompt_logprobs",
+)
 
 router = APIRouter()
 
@@ -60,7 +66,7 @@ class SampleBody(Body):
     sampling_params: RestSamplingParams = RestSamplingParams()
     num_samples: int = Field(default=1, ge=1, le=4096)
     prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = 0
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
     return_old_logprob: bool = False
     score_centering: Any = None
     return_sampling_mask: Any = None
@@ -98,12 +104,12 @@ async def open_session(session: str, request: Request, desk: Desked) -> Response
         operation, sampler_id = OpenSampler(base_model=base_model), f"{BASE}{base_model}"
     else:
         raise InvalidRequestError("needs base_model or model_path.", field="body")
-    entry = await desk.submit(operation, _opened_json, key=resend_key(request, data))
+    entry = await desk.submit(operation, Note(key=resend_key(request, data)))
     await desk.wait(entry, POLL_S)
     if entry.outcome is not None and entry.outcome.error is not None:
         raise entry.outcome.error.to_error()
     described = await _describe(request, desk, sampler_id)
-    if entry.done:
+    if entry.outcome is not None:
         return JsonResponse(described, status_code=201)
     reply = {"sampling_session": described, "sync_operation": entry.envelope()}
     return JsonResponse(reply, status_code=202)
@@ -125,8 +131,6 @@ async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Respo
     for name in UNSUPPORTED:
         if getattr(body, name):
             raise _unsupported(name)
-    if body.topk_prompt_logprobs > 0:
-        raise _unsupported("topk_prompt_logprobs")
     operation = Sample(
         sampler_id=sampler_id,
         prompt=body.prompt.to_model_input(),
@@ -134,14 +138,13 @@ async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Respo
         num_samples=body.num_samples,
         include_prompt_logprobs=body.prompt_logprobs,
     )
-    nothing = {"tokens": [], "logprobs": [], "text": "", "stop_reason": "abort"}
-    entry = await desk.submit(
-        operation,
-        _old_sampled_json if body.return_old_logprob else _sampled_json,
+    note = Note(
         key=resend_key(request, data),
-        aborted={"result": {"sequences": [nothing] * body.num_samples}},
+        sampler_id=sampler_id,
+        samples=body.num_samples,
+        old_logprobs=body.return_old_logprob,
     )
-    return await answered(desk, entry)
+    return await answered(desk, await desk.submit(operation, note))
 
 
 @router.post("/sampling-sessions/{sampling_session}/logprobs")
@@ -157,8 +160,8 @@ async def logprobs(sampler_id: SamplerId, request: Request, desk: Desked) -> Res
         num_samples=0,
         include_prompt_logprobs=True,
     )
-    entry = await desk.submit(operation, _prompt_json, key=resend_key(request, data))
-    return await answered(desk, entry)
+    note = Note(key=resend_key(request, data), sampler_id=sampler_id)
+    return await answered(desk, await desk.submit(operation, note))
 
 
 @router.post("/sampling-sessions/{sampling_session}/pause-generation")
@@ -189,47 +192,6 @@ async def _describe(request: Request, desk: Desked, sampler_id: str) -> JsonDict
         "status": "ready",
         "tokenizer_path": await tokenizer_path(request, base_model),
     }
-
-
-def _opened_json(result: SamplerOpened) -> JsonDict:
-    return {"id": session_of(result.sampler_id), "weight_version": result.weights_version}
-
-
-def _sampled_json(result: Sampled) -> JsonDict:
-    output = result.output
-    content: JsonDict = {
-        "sequences": [_sequence(sequence) for sequence in output.sequences],
-        "usage": {
-            "prompt_tokens": len(output.prompt_tokens),
-            "completion_tokens": sum(len(s.tokens) for s in output.sequences),
-        },
-        "weight_version": output.sequences[0].weights_version,
-    }
-    if output.prompt_logprobs is not None:
-        content["prompt_logprobs"] = output.prompt_logprobs
-    return {"result": content}
-
-
-def _old_sampled_json(result: Sampled) -> JsonDict:
-    """With the log-probabilities that the trainer will find too, to 1e-4."""
-    answer = _sampled_json(result)
-    for sequence in answer["result"]["sequences"]:
-        sequence["old_logprobs"] = sequence["logprobs"]
-    return answer
-
-
-def _sequence(sequence: SampledSequence) -> JsonDict:
-    return {
-        "tokens": sequence.tokens,
-        "text": sequence.text,
-        "logprobs": sequence.logprobs,
-        "stop_reason": sequence.stop_reason,
-        "weight_version": sequence.weights_version,
-    }
-
-
-def _prompt_json(result: Sampled) -> JsonDict:
-    return {"result": {"prompt_logprobs": result.output.prompt_logprobs}}
 
 
 def _unsupported(field: str) -> UnsupportedError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import zstandard
@@ -43,6 +43,9 @@ class Body(BaseModel):
     """Part of a request; fields that it does not name are ignored, as clients may be newer."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
 
 
 class Chunk(Body):

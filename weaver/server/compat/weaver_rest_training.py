@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import AliasPath, Field
 
 from weaver.errors import UnsupportedError
-from weaver.protocol import (
-    CheckpointLoaded,
-    CheckpointSaved,
-    ForwardBackward,
-    GradientsDone,
-    LoadCheckpoint,
-    OptimStep,
-    SaveCheckpoint,
-    StepDone,
-)
-from weaver.server.compat.weaver_rest_ids import checkpoint_json, find_checkpoint, session_of
+from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep, SaveCheckpoint
+from weaver.server.compat.weaver_rest_answers import Note
+from weaver.server.compat.weaver_rest_ids import find_checkpoint
 from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered, resend_key
-from weaver.server.compat.weaver_rest_tensors import LARGE_BYTES, Body, Prompt, read_body
+from weaver.server.compat.weaver_rest_tensors import (
+    LARGE_BYTES,
+    Body,
+    Prompt,
+    TtlSeconds,
+    read_body,
+)
 from weaver.types import AdamParams, Datum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from weaver.protocol import Operation
-    from weaver.types import JsonDict
 
 SAMPLER_TTL_S = 3600
 """Of an exported sampler whose request names none, as the client's own default."""
@@ -53,6 +50,17 @@ class RestDatum(Body):
     model_input: Prompt = Prompt(chunks=())
     loss_fn_inputs: Mapping[str, Any] = Field(default_factory=dict)
 
+    def to_native(self, loss_fn: str) -> Datum:
+        model_input = self.model_input.to_model_input()
+        inputs = {
+            name: value.get("data") if isinstance(value, Mapping) else value
+            for name, value in self.loss_fn_inputs.items()
+            if name in INPUTS_KEPT.get(loss_fn, (name,))
+        }
+        if loss_fn == "forward_logprob":
+            inputs.setdefault("target_tokens", model_input.to_ints())
+        return Datum(model_input=model_input, loss_fn_inputs=inputs)
+
 
 class PassInput(Body):
     loss_fn: str
@@ -60,39 +68,27 @@ class PassInput(Body):
     loss_fn_config: Mapping[str, Any] = Field(default_factory=dict)
 
 
-class Forward(Body):
-    forward_input: PassInput
-
-
 class ForwardBody(Body):
-    payload: Forward
-
-
-class Backward(Body):
-    forward_backward_input: PassInput
+    given: PassInput = Field(validation_alias=AliasPath("payload", "forward_input"))
 
 
 class BackwardBody(Body):
-    payload: Backward
-
-
-class Step(Body):
-    adam_params: AdamParams
+    given: PassInput = Field(validation_alias=AliasPath("payload", "forward_backward_input"))
 
 
 class StepBody(Body):
-    payload: Step
+    adam_params: AdamParams = Field(validation_alias=AliasPath("payload", "adam_params"))
 
 
 class ExportBody(Body):
     path: str | None = None
-    ttl_seconds: int | None = Field(default=SAMPLER_TTL_S, ge=1)
+    ttl_seconds: TtlSeconds = SAMPLER_TTL_S
 
 
 class SaveBody(Body):
     type: Literal["weight", "weight_and_optimizer", "sampling"] = "weight"
     name: str | None = None
-    ttl_seconds: int | None = Field(default=None, ge=1)
+    ttl_seconds: TtlSeconds = None
 
 
 class LoadBody(Body):
@@ -100,100 +96,18 @@ class LoadBody(Body):
     include_optimizer: bool = False
 
 
-@router.post("/models/{model_id}/forward-passes")
-async def forward(model_id: str, request: Request, desk: Desked) -> Response:
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=ForwardBody,
-        make=lambda body: _pass(body.payload.forward_input, backward=False),
-    )
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One of the ordered operations of a run: `POST /models/{model_id}/<path>`."""
+
+    path: str
+    body: type[Body]
+    make: Callable[[Any], Operation]
+    numbered: bool = True
+    """Its requests carry a seq_id."""
 
 
-@router.post("/models/{model_id}/forward-backward-passes")
-async def forward_backward(model_id: str, request: Request, desk: Desked) -> Response:
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=BackwardBody,
-        make=lambda body: _pass(body.payload.forward_backward_input, backward=True),
-    )
-
-
-@router.post("/models/{model_id}/optimizer-steps")
-async def optim_step(model_id: str, request: Request, desk: Desked) -> Response:
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=StepBody,
-        make=lambda body: (OptimStep(params=body.payload.adam_params), _step_json),
-    )
-
-
-@router.post("/models/{model_id}/export-sampler")
-async def export_sampler(model_id: str, request: Request, desk: Desked) -> Response:
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=ExportBody,
-        make=lambda body: (_sampler(body.path, body.ttl_seconds), _export_json),
-    )
-
-
-@router.post("/models/{model_id}/checkpoints")
-async def save_checkpoint(model_id: str, request: Request, desk: Desked) -> Response:
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=SaveBody,
-        make=lambda body: (_save(body), _saved_json),
-        numbered=False,
-    )
-
-
-@router.post("/models/{model_id}/load")
-async def load(model_id: str, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, LoadBody)
-    path = (await find_checkpoint(desk.service, body.path)).path
-    operation = LoadCheckpoint(path=path, include_optimizer=body.include_optimizer)
-    return await _ordered(
-        request,
-        desk,
-        model_id,
-        kind=LoadBody,
-        make=lambda body: (operation, _loaded_json),
-        numbered=False,
-    )
-
-
-async def _ordered(
-    request: Request,
-    desk: Desk,
-    model_id: str,
-    *,
-    kind: type[Any],
-    make: Callable[[Any], tuple[Operation, Callable[[Any], JsonDict]]],
-    numbered: bool = True,
-) -> Response:
-    """Submits an operation of a run in the order in which its request began to arrive."""
-    await desk.service.get_run(model_id)
-    async with desk.turn(model_id):
-        body, data = await read_body(request, kind)
-        if len(data) <= LARGE_BYTES:
-            operation, answer = make(body)
-        else:
-            operation, answer = await to_thread.run_sync(make, body)
-        key = resend_key(request, data, numbered=numbered)
-        entry = await desk.submit(operation, answer, key=key, run_id=model_id)
-    return await answered(desk, entry)
-
-
-def _pass(given: PassInput, *, backward: bool) -> tuple[ForwardBackward, Callable[..., JsonDict]]:
+def _pass(given: PassInput, *, backward: bool) -> ForwardBackward:
     if any(datum.kind == "sample_ref" for datum in given.data):
         raise UnsupportedError(
             "refers to a managed dataset, of which this server has none.",
@@ -205,40 +119,12 @@ def _pass(given: PassInput, *, backward: bool) -> tuple[ForwardBackward, Callabl
         for name, value in given.loss_fn_config.items()
         if name not in IGNORED_OPTIONS
     }
-    operation = ForwardBackward(
-        datums=tuple(_datum(datum, given.loss_fn) for datum in given.data),
+    return ForwardBackward(
+        datums=tuple(datum.to_native(given.loss_fn) for datum in given.data),
         loss_fn=LOSSES.get(given.loss_fn, given.loss_fn),
         loss_fn_config=options,
         backward=backward,
     )
-    return operation, partial(_pass_json, [datum.datum_id for datum in given.data])
-
-
-def _datum(given: RestDatum, loss_fn: str) -> Datum:
-    model_input = given.model_input.to_model_input()
-    inputs = {
-        name: value.get("data") if isinstance(value, Mapping) else value
-        for name, value in given.loss_fn_inputs.items()
-        if name in INPUTS_KEPT.get(loss_fn, (name,))
-    }
-    if loss_fn == "forward_logprob":
-        inputs.setdefault("target_tokens", model_input.to_ints())
-    return Datum(model_input=model_input, loss_fn_inputs=inputs)
-
-
-def _pass_json(datum_ids: Sequence[str | None], result: GradientsDone) -> JsonDict:
-    outputs = [
-        {name: values.tolist() for name, values in output.items()}
-        | ({} if datum_id is None else {"datum_id": datum_id})
-        for datum_id, output in zip(datum_ids, result.output.loss_fn_outputs, strict=True)
-    ]
-    metrics = dict(result.output.metrics)
-    return {"result": {"loss_fn_outputs": outputs, "metrics": metrics}, "metrics": metrics}
-
-
-def _step_json(result: StepDone) -> JsonDict:
-    metrics = dict(result.output.metrics)
-    return {"metrics": metrics, "result": {"metrics": metrics}}
 
 
 def _sampler(name: str | None, ttl_seconds: int | None) -> SaveCheckpoint:
@@ -258,14 +144,51 @@ def _save(body: SaveBody) -> SaveCheckpoint:
     )
 
 
-def _export_json(result: CheckpointSaved) -> JsonDict:
-    path = result.checkpoint.path
-    return {"model_path": path, "path": path, "sampling_session_id": session_of(path)}
+VERBS = (
+    Verb("forward-passes", ForwardBody, lambda body: _pass(body.given, backward=False)),
+    Verb("forward-backward-passes", BackwardBody, lambda body: _pass(body.given, backward=True)),
+    Verb("optimizer-steps", StepBody, lambda body: OptimStep(params=body.adam_params)),
+    Verb("export-sampler", ExportBody, lambda body: _sampler(body.path, body.ttl_seconds)),
+    Verb("checkpoints", SaveBody, _save, numbered=False),
+)
 
 
-def _saved_json(result: CheckpointSaved) -> JsonDict:
-    return checkpoint_json(result.checkpoint)
+@router.post("/models/{model_id}/load")
+async def load(model_id: str, request: Request, desk: Desked) -> Response:
+    body, _ = await read_body(request, LoadBody)
+    path = (await find_checkpoint(desk.service, body.path)).path
+    operation = LoadCheckpoint(path=path, include_optimizer=body.include_optimizer)
+    verb = Verb("load", LoadBody, lambda _: operation, numbered=False)
+    return await ordered(request, desk, model_id, verb=verb)
 
 
-def _loaded_json(result: CheckpointLoaded) -> JsonDict:
-    return {"checkpoint": checkpoint_json(result.checkpoint), "status": "succeeded"}
+async def ordered(
+    request: Request, desk: Desk, model_id: str, *, verb: Verb, artifact: bool = False
+) -> Response:
+    """Submits an operation of a run in the order in which its request began to arrive."""
+    await desk.service.get_run(model_id)
+    async with desk.turn(model_id):
+        body, data = await read_body(request, verb.body)
+        if len(data) <= LARGE_BYTES:
+            operation = verb.make(body)
+        else:
+            operation = await to_thread.run_sync(verb.make, body)
+        ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
+        note = Note(
+            key=resend_key(request, data, numbered=verb.numbered),
+            artifact=artifact,
+            datum_ids=tuple(ids) if any(ids) else (),
+        )
+        entry = await desk.submit(operation, note, run_id=model_id)
+    return await answered(desk, entry)
+
+
+def _add(verb: Verb) -> None:
+    async def submit(model_id: str, request: Request, desk: Desked) -> Response:
+        return await ordered(request, desk, model_id, verb=verb)
+
+    router.add_api_route(f"/models/{{model_id}}/{verb.path}", submit, methods=["POST"])
+
+
+for _verb in VERBS:
+    _add(_verb)
