@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import zstandard
+from anyio import to_thread
 from pydantic import ValidationError
 from pydantic_core import from_json
 
@@ -35,6 +36,8 @@ from weaver.tensors import TensorData
 from weaver.types import Value
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     import numpy.typing as npt
     from pydantic import TypeAdapter
 
@@ -45,6 +48,10 @@ MAGIC = b"WVR\x01"
 PREFIX_BYTES = 16
 DTYPES = {"u1": 1, "i4": 4, "i8": 8, "f4": 4, "f8": 8}
 REFERENCES = ("$tensor", "$list", "$bytes")
+LARGE_BYTES = 64 * 1024
+"""Above this, a message is read and written beside the event loop; below, a thread takes longer."""
+PORTION, PORTION_BYTES = 256, 16 * 2**20
+"""The most that is put into one message, unless a single item takes more."""
 PACKED_LENGTH = 16
 """Shorter lists of numbers stay in the header: a reference would be longer."""
 
@@ -106,6 +113,41 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
     if reader.used != raw_size:
         raise _malformed(f"{raw_size - reader.used} bytes of its arrays belong to nothing")
     return validate(message, adapter)
+
+
+def about_bytes(message: object) -> int:
+    """Roughly how long `encode` makes it, without the work: to choose a thread, or to split."""
+    if isinstance(message, TensorData):
+        return message.to_numpy().nbytes
+    if isinstance(message, Value):
+        return 16 + sum(about_bytes(getattr(message, name)) for name in type(message).model_fields)
+    if isinstance(message, Mapping):
+        return sum(map(about_bytes, message.values()))
+    if isinstance(message, (tuple, list)):
+        if message and isinstance(message[0], (int, float)):
+            return 8 * len(message)
+        return sum(map(about_bytes, message))
+    return len(message) if isinstance(message, (str, bytes)) else 8
+
+
+def portions(items: Iterable[T], size: Callable[[T], int] = about_bytes) -> Iterator[list[T]]:
+    """Messages of moderate size and number; what is larger has one of its own."""
+    portion: list[T] = []
+    total = 0
+    for item in items:
+        bytes_ = size(item)
+        if portion and (total + bytes_ > PORTION_BYTES or len(portion) == PORTION):
+            yield portion
+            portion, total = [], 0
+        portion.append(item)
+        total += bytes_
+    if portion:
+        yield portion
+
+
+async def beside(size_bytes: int, work: Callable[[], T]) -> T:
+    """What `work` on about so many bytes answers; large ones are left to a thread."""
+    return await to_thread.run_sync(work) if size_bytes > LARGE_BYTES else work()
 
 
 def validate(message: object, adapter: TypeAdapter[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,18 @@ import anyio
 
 from weaver import AsyncServiceClient, Datum
 from weaver.engine.fake import FakeEngine
+from weaver.errors import TooLargeError
 from weaver.protocol import (
     ErrorInfo,
+    ForwardBackward,
     GradientsDone,
     Outcome,
+    Sample,
     SessionInfo,
     StepDone,
 )
 from weaver.server.service import LocalService
-from weaver.types import ForwardBackwardResult, OptimStepResult
+from weaver.types import ForwardBackwardResult, ModelInput, OptimStepResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -50,6 +54,7 @@ class ScriptedService:
         self.cancelled: list[str] = []
         self.closed = False
         self.submit_error: Exception | None = None
+        self.most_tokens = math.inf
         self.collect_error: Exception | None = None
         self._outcomes: list[Outcome] = []
         self._changed = anyio.Event()
@@ -67,6 +72,8 @@ class ScriptedService:
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         if self.submit_error is not None:
             raise self.submit_error
+        if sum(map(_tokens, submissions)) > self.most_tokens:
+            raise TooLargeError(f"the limit is {self.most_tokens}.")
         self.requests.append(list(submissions))
         for submission in submissions if self.auto else ():
             self.answer(submission)
@@ -108,3 +115,12 @@ class ScriptedService:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
+
+
+def _tokens(submission: Submission) -> int:
+    match submission.operation:
+        case ForwardBackward(datums=datums):
+            return sum(datum.model_input.length for datum in datums)
+        case Sample(prompt=ModelInput(length=length)):
+            return length
+    return 0

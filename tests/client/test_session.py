@@ -10,6 +10,7 @@ import anyio.lowlevel
 import pytest
 
 from tests.client.helpers import ScriptedService
+from weaver import wire
 from weaver.client import handle as handle_module
 from weaver.client.session import Session, answer, open_session
 from weaver.errors import (
@@ -18,10 +19,11 @@ from weaver.errors import (
     OperationCancelledError,
     ServiceConnectionError,
     StorageError,
+    TooLargeError,
     WaitTimeoutError,
 )
-from weaver.protocol import ForwardBackward, OptimStep, StepDone
-from weaver.types import AdamParams
+from weaver.protocol import ForwardBackward, GradientsDone, OptimStep, Sample, Sampled, StepDone
+from weaver.types import AdamParams, Datum, ModelInput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -280,3 +282,53 @@ async def test_a_long_wait_says_what_it_waits_for(
         with pytest.raises(WaitTimeoutError):
             await handle.result(0.05)
     assert "waiting for optim_step (seq 1 of run)" in caplog.text
+
+
+def sized(tokens: int) -> ForwardBackward:
+    datum = Datum(model_input=[1] * tokens, loss_fn_inputs={"target_tokens": [1] * tokens})
+    return ForwardBackward(datums=(datum,), loss_fn="cross_entropy")
+
+
+async def test_what_is_too_large_fails_alone() -> None:
+    service = ScriptedService(auto=True)
+    service.most_tokens = 50
+    async with session_on(service) as session:
+        gradient = answer(GradientsDone, lambda result: result.output)
+        handles = [session.submit(sized(n), gradient, run_id="run") for n in (9, 20, 60, 30, 2)]
+        sample = Sample(sampler_id="base:x", prompt=ModelInput.from_ints([1] * 60))
+        alone = session.submit(sample, answer(Sampled, lambda result: result.output))
+        for handle in (handles[2], alone):
+            with pytest.raises(TooLargeError, match="the limit is 50"):
+                await handle
+        for handle in (*handles[:2], *handles[3:], step(session)):
+            await handle
+    sent = [(s.seq, s.operation is None, s.lost_gradient) for s in service.submissions]
+    assert sent == [(n, n == 3, n == 3) for n in range(1, 7)]
+
+
+async def test_a_full_disk_fails_what_was_sent_and_no_more() -> None:
+    service = ScriptedService(auto=True)
+    async with session_on(service) as session:
+        service.submit_error = StorageError("full")
+        for _ in range(2):
+            with pytest.raises(StorageError, match="full"):
+                await step(session)
+        service.submit_error = None
+        assert (await step(session)).metrics["step"] == 3
+    assert [(s.seq, s.operation is None) for s in service.requests[0]] == [
+        (1, True),
+        (2, True),
+        (3, False),
+    ]
+
+
+async def test_requests_are_of_moderate_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PORTION_BYTES", 4000)
+    monkeypatch.setattr(wire, "PORTION", 3)
+    service = ScriptedService(auto=True)
+    async with session_on(service) as session:
+        gradient = answer(GradientsDone, lambda result: result.output)
+        tokens = (100, 100, 900, 100, 1, 1, 1)
+        for handle in [session.submit(sized(n), gradient, run_id="run") for n in tokens]:
+            await handle
+    assert [len(request) for request in service.requests] == [2, 1, 3, 1]

@@ -17,19 +17,11 @@ from urllib.parse import quote
 
 import anyio
 import httpx
-from anyio import to_thread
 from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
-from weaver.protocol import (
-    ErrorInfo,
-    ForwardBackward,
-    Outcome,
-    SessionInfo,
-    SessionState,
-    Submission,
-)
+from weaver.protocol import ErrorInfo, Outcome, SessionInfo, SessionState
 from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
 if TYPE_CHECKING:
@@ -37,6 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from weaver.protocol import Submission
     from weaver.types import JsonDict
 
 logger = logging.getLogger(__name__)
@@ -53,11 +46,6 @@ OUTAGE_S = 300.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 COMES_BACK = frozenset({429, 502, 503, 504})
 """Statuses that pass; 429 only where the server says when."""
-SUBMISSIONS_AT_ONCE = 256
-LARGE_BYTES = 256 * 1024
-"""Above this, a message is parsed beside the event loop."""
-FEW_SEQUENCES = 8
-"""So many are written at once, which takes less than a thread does to begin."""
 
 SESSION, SESSIONS = TypeAdapter(SessionInfo), TypeAdapter(list[SessionState])
 OUTCOMES = TypeAdapter(tuple[Outcome, ...])
@@ -133,8 +121,8 @@ class HttpService:
         return self._read(await self._call("GET", "sessions"), SESSIONS)
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        for start in range(0, len(submissions), SUBMISSIONS_AT_ONCE):
-            await self._submit(session_id, submissions[start : start + SUBMISSIONS_AT_ONCE])
+        data = await wire.beside(wire.about_bytes(submissions), partial(wire.encode, submissions))
+        await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
 
     async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
         end = anyio.current_time() + timeout_s
@@ -232,13 +220,6 @@ class HttpService:
 
     # --- one request, as often as it takes ------------------------------------------------------
 
-    async def _submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        if sum(map(_sequences, submissions)) > FEW_SEQUENCES:
-            data = await to_thread.run_sync(wire.encode, submissions)
-        else:
-            data = wire.encode(submissions)
-        await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
-
     async def _call(
         self,
         method: str,
@@ -319,9 +300,9 @@ class HttpService:
             raise self._not_understood() from None
 
     async def _decode(self, reply: httpx.Response, adapter: TypeAdapter[T]) -> T:
-        read = partial(wire.decode, reply.content, adapter)
+        data = reply.content
         try:
-            return await to_thread.run_sync(read) if len(reply.content) > LARGE_BYTES else read()
+            return await wire.beside(len(data), partial(wire.decode, data, adapter))
         except InvalidRequestError:
             raise self._not_understood() from None
 
@@ -376,11 +357,6 @@ class _Outage:
             ) from None
         self._attempts += 1
         await anyio.sleep(pause_s)
-
-
-def _sequences(submission: Submission) -> int:
-    operation = submission.operation
-    return len(operation.datums) if isinstance(operation, ForwardBackward) else 1
 
 
 def _json(body: JsonDict) -> bytes:

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import anyio.abc
 
+from weaver import wire
 from weaver.client.handle import OperationHandle
 from weaver.errors import (
     ClosedError,
+    InvalidRequestError,
     OperationCancelledError,
     ServiceConnectionError,
+    StorageError,
     WeaverError,
 )
 from weaver.protocol import ForwardBackward, Submission
@@ -220,6 +223,28 @@ class Session:
         await self._flush()
         await self.service.close_session(self.id)
 
+    async def _submit(self, batch: list[Ticket[Any]]) -> None:
+        """Sends a request. Where it is refused, what is at fault in it fails alone.
+
+        The place of what failed in a run's order is taken by a tombstone.
+        """
+        try:
+            await self.service.submit(self.id, [_submission(ticket) for ticket in batch])
+        except InvalidRequestError as error:
+            if len(batch) > 1:
+                await self._submit(batch[: len(batch) // 2])
+                await self._submit(batch[len(batch) // 2 :])
+            elif batch[0].operation is None:
+                raise
+            else:
+                self._give_up(batch[0], error)
+                if batch[0].seq is not None:
+                    await self._submit(batch)
+        except StorageError as error:  # it has no room for tombstones either, for now
+            for ticket in batch:
+                self._give_up(ticket, error)
+            self._outbox[:0] = batch
+
     async def _flush(self) -> None:
         async with self._sending:
             batch, self._outbox = _sendable(self._outbox)
@@ -230,7 +255,8 @@ class Session:
                     self._sent[ticket.id] = ticket
             if batch:
                 self._to_collect.set()
-                await self.service.submit(self.id, [_submission(ticket) for ticket in batch])
+            for part in wire.portions(batch, lambda ticket: wire.about_bytes(ticket.operation)):
+                await self._submit(part)
             if self._cancels:
                 cancels, self._cancels = self._cancels, []
                 await self.service.cancel(self.id, cancels)
@@ -255,12 +281,17 @@ class Session:
             self._cancels.append(ticket.id)
             self._to_send.set()
             return True
-        # A place in a run's order becomes a tombstone, what has none is never sent.
-        ticket.operation, ticket.open = None, False
-        ticket.handle.fail(OperationCancelledError(f"{ticket.handle.label} was cancelled."))
-        self._open.discard(ticket.handle)
+        ticket.open = False
+        self._give_up(ticket, OperationCancelledError(f"{ticket.handle.label} was cancelled."))
         self._to_send.set()
         return True
+
+    def _give_up(self, ticket: Ticket[Any], error: WeaverError) -> None:
+        """Fails it. Its place in a run's order becomes a tombstone; what has none is not sent."""
+        ticket.operation = None
+        self._sent.pop(ticket.id, None)
+        ticket.handle.fail(error)
+        self._open.discard(ticket.handle)
 
     def _settle(self, ticket: Ticket[Any], outcome: Outcome) -> None:
         handle = ticket.handle

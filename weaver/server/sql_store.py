@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -17,7 +18,6 @@ from anyio import CancelScope, to_thread
 
 from weaver import wire
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
-from weaver.protocol import ForwardBackward, Submission
 from weaver.server.rows import (
     entry_of,
     executed_of,
@@ -32,6 +32,7 @@ from weaver.server.tables import metrics_table, operations_table, runs_table, se
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weaver.protocol import Submission
     from weaver.server.store import Entry, Executed, RunRecord, Settled
     from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
@@ -41,9 +42,6 @@ ALWAYS: list[dict[str, Any]] = [{}]
 """The rows of a statement that has no parameters; a statement without rows is left out."""
 Statement = tuple[sa.Executable, list[dict[str, Any]]]
 Statements = list[Statement]
-
-FEW = 8
-"""So many sequences or outcomes are written at once, without a thread."""
 operations = operations_table.c
 OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
 SETTLE = (
@@ -77,8 +75,8 @@ class _Write:
 
     make: Callable[[], Statements]
     """Called in the thread that commits."""
-    few: bool
-    """Few rows for a file, which are there before a thread has begun."""
+    size_bytes: int
+    """About; little for a file is there before a thread has begun."""
     done: bool = False
     error: WeaverError | None = None
 
@@ -112,7 +110,7 @@ class SqlStore:
         def make() -> Statements:
             return [insert_operations([new_row(session_id, one) for one in submissions])]
 
-        await self._write(make, few=sum(map(_sequences, submissions)) <= FEW)
+        await self._write(make, size_bytes=wire.about_bytes(submissions))
 
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
         def make() -> Statements:
@@ -128,7 +126,7 @@ class SqlStore:
                 (ACKNOWLEDGE, acknowledged),
             ]
 
-        await self._write(make, few=len(settled) <= FEW)
+        await self._write(make, size_bytes=sum(wire.about_bytes(one.outcome) for one in settled))
 
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         self._acknowledged[session_id] += submission_ids
@@ -221,16 +219,19 @@ class SqlStore:
 
     # --- the database ---------------------------------------------------------------------------
 
-    async def _write(self, make: Callable[[], Statements], *, few: bool = False) -> None:
+    async def _write(
+        self, make: Callable[[], Statements], *, size_bytes: int = wire.LARGE_BYTES + 1
+    ) -> None:
         """Durable when it returns. Who finds the database free commits what all others wait for."""
-        write = _Write(make, few=few and self._database.dialect.name == "sqlite")
+        write = _Write(make, size_bytes=size_bytes)
         self._writes.append(write)
         with CancelScope(shield=True):
             async with self._writing:
                 if not write.done:
                     batch, self._writes = self._writes, []
-                    if all(waiting.few for waiting in batch):
-                        self._commit(batch)
+                    size_bytes = sum(waiting.size_bytes for waiting in batch)
+                    if self._database.dialect.name == "sqlite":
+                        await wire.beside(size_bytes, partial(self._commit, batch))
                     else:
                         await to_thread.run_sync(self._commit, batch)
         if write.error is not None:
@@ -293,8 +294,3 @@ def insert_operations(rows: list[dict[str, Any]]) -> Statement:
 
 def describe_runs(runs: Sequence[TrainingRun]) -> Statement:
     return DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
-
-
-def _sequences(submission: Submission) -> int:
-    operation = submission.operation
-    return len(operation.datums) if isinstance(operation, ForwardBackward) else 1

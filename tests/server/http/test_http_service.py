@@ -7,22 +7,28 @@ from typing import TYPE_CHECKING
 
 import anyio
 import httpx
+import numpy as np
 import pytest
 
-from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
 from tests.server.http.helpers import ADDRESS, running, serving
+from weaver import AsyncServiceClient, Datum, wire
 from weaver.client import http
 from weaver.client.http import HttpService
 from weaver.engine.fake import FakeEngine
 from weaver.errors import (
+    GradientsDiscardedError,
     InvalidRequestError,
     QuotaExceededError,
     RunNotFoundError,
     ServiceConnectionError,
+    TooLargeError,
 )
 from weaver.protocol import GradientsDone, Sample, StepDone
+from weaver.server.http.front import ServerLimits
 from weaver.server.http.run import ServerSettings
 from weaver.types import MetricPoint, SamplingParams
+from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -307,3 +313,35 @@ def test_every_changing_route_answers_a_resend(home: Path) -> None:
             assert other.text != replies[0]
 
     anyio.run(check)
+
+
+async def test_an_operation_above_the_limit_of_the_server_fails_alone(home: Path) -> None:
+    limits = ServerLimits(message=WireLimits(header_bytes=8192, array_bytes=200_000))
+    settings = ServerSettings(home=home, port=0, auth=False, limits=limits)
+    with serving(FakeEngine(context_length=2**20), settings) as server:
+        async with AsyncServiceClient(server.address) as client:
+            trainer = await client.create_model("fake", {"rank": 4})
+            handles = []
+            for tokens in (9_000, 15_000, 2**18, 15_000, 10):
+                ones = np.ones(tokens, np.int64)
+                datum = Datum(model_input=ones, loss_fn_inputs={"target_tokens": ones})
+                handles.append(trainer.forward_backward([datum], loss_fn="cross_entropy"))
+            with pytest.raises(TooLargeError, match="the limit is"):
+                await handles.pop(2)
+            for handle in handles:
+                await handle
+            with pytest.raises(GradientsDiscardedError, match="seq 3"):
+                await trainer.optim_step({"learning_rate": 0.1})
+
+
+async def test_outcomes_come_in_moderate_messages(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "PORTION", 7)
+    async with running(home) as server, server.client() as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        ids = await caller.send(*(caller.stamp(FORWARD, run) for _ in range(20)))
+        for submission_id in ids:
+            await caller.result(submission_id)
+        assert caller.cursor == 21

@@ -32,10 +32,6 @@ from weaver.types import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LARGE_BYTES = 32 * 1024
-"""Above this, a message is parsed in a thread, beside the event loop."""
-FEW_OUTCOMES = 8
-"""So many are written at once, which takes less than a thread does to begin."""
 SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
 BINARY: dict[str, Any] = {
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
@@ -110,7 +106,7 @@ async def submit(session_id: str, request: Request, front: Fronted, service: Sco
         raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
     data = await request.body()
     read = partial(wire.decode, data, SUBMISSIONS, limits=front.limits.message)
-    submissions = await to_thread.run_sync(read) if len(data) > LARGE_BYTES else read()
+    submissions = await wire.beside(len(data), read)
     if len(submissions) > front.limits.submissions:
         raise TooLargeError(
             f"{len(submissions)} submissions in a request, the limit is {front.limits.submissions}."
@@ -138,11 +134,9 @@ async def collect(
         tasks.cancel_scope.cancel()
     if isinstance(outcomes, WeaverError):
         raise outcomes
+    outcomes = next(wire.portions(outcomes), [])  # the cursor of the next poll asks for the rest
     front.metrics.collected(outcomes)
-    if len(outcomes) > FEW_OUTCOMES:
-        data = await to_thread.run_sync(wire.encode, outcomes)
-    else:
-        data = wire.encode(outcomes)
+    data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
     return Response(data, media_type=MEDIA_TYPE)
 
 
