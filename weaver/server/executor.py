@@ -115,7 +115,7 @@ class Executor:
             if held is not None:
                 held.append(ticket)
                 return
-            job_id = _job_id(ticket)
+            job_id = ticket.job_id
             self._samples[job_id] = ticket
             self._added[job_id] = operation
         else:
@@ -190,7 +190,7 @@ class Executor:
         """Ends what has not begun, and any sample."""
         if ticket.running or ticket.settled:
             return
-        job_id = _job_id(ticket)
+        job_id = ticket.job_id
         if self._samples.pop(job_id, None) is not None and self._added.pop(job_id, None) is None:
             self._cancelled.append(job_id)
             self._wake.set()
@@ -209,9 +209,7 @@ class Executor:
         with CancelScope(shield=True):  # what is settled gets shown
             async with self._settling:
                 tickets = [ticket for ticket, _ in fresh]
-                outcomes = [
-                    ticket.session.outcome(ticket, _shown(value)) for ticket, value in fresh
-                ]
+                outcomes = [ticket.session.outcome(ticket, value) for ticket, value in fresh]
                 settled = [*self._unwritten, *map(_settled, tickets, outcomes)]
                 failure = await self._write(partial(self._store.settle, settled, runs=runs))
                 if failure is None:
@@ -291,7 +289,7 @@ class Executor:
         batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
         if not batch:
             return
-        work = [Work(lane.run, _operation(ticket), _job_id(ticket)) for lane, ticket in batch]
+        work = [Work(lane.run, _operation(ticket), ticket.job_id) for lane, ticket in batch]
         results = list(await self.call(partial(self._operations.execute, work)))
         changed: list[tuple[Run, Result]] = []
         for i, (lane, ticket) in enumerate(batch):
@@ -371,16 +369,8 @@ class Executor:
             elif progress.result is not None:
                 ended.append((ticket, Sampled(output=progress.result)))
         for ticket, _ in ended:
-            del self._samples[_job_id(ticket)]
+            del self._samples[ticket.job_id]
         await self.settle(*ended)
-
-
-def _job_id(ticket: Ticket) -> str:
-    return f"{ticket.session.session_id}/{ticket.submission.id}"
-
-
-def _shown(value: Result | WeaverError) -> Result | ErrorInfo:
-    return ErrorInfo.of(value) if isinstance(value, WeaverError) else value
 
 
 def _settled(ticket: Ticket, outcome: Outcome) -> Settled:

@@ -285,18 +285,15 @@ class LocalService:
         return await session.collect(after=after, timeout_s=timeout_s)
 
     async def standing(self, session_id: str) -> tuple[Sequence[Submission], Mapping[str, int]]:
-        """What has no outcome yet; and of each run the last seq that was taken."""
         return self._session(session_id).standing()
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
-        """Keeps new samples of a session waiting, until they are let go or the process ends."""
         self._executor.hold(self._session(session_id), sampler_id, hold=hold)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
-        session = self._session(session_id)
-        for submission_id in submission_ids:
-            if submission_id in session.tickets:
-                await self._executor.cancel(session.tickets[submission_id])
+        tickets = self._session(session_id).tickets
+        for ticket in [tickets[one] for one in submission_ids if one in tickets]:
+            await self._executor.cancel(ticket)
 
     async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
         async with aclosing(self._session(session_id).stream(submission_id).read()) as pieces:

@@ -51,6 +51,11 @@ class Ticket:
     """It failed because an earlier operation never came."""
 
     @property
+    def job_id(self) -> str:
+        """Its name in the engine."""
+        return f"{self.session.session_id}/{self.submission.id}"
+
+    @property
     def discards_gradient(self) -> bool:
         """Whether the batch that its run accumulates lacks a part without it."""
         operation = self.submission.operation
@@ -127,15 +132,15 @@ class Session:
         self.tickets[submission.id] = ticket
         return ticket
 
-    def outcome(self, ticket: Ticket, value: Result | ErrorInfo) -> Outcome:
+    def outcome(self, ticket: Ticket, value: Result | WeaverError) -> Outcome:
         """The next outcome of the session, to be journaled before it is shown."""
         self._cursor += 1
-        failed = isinstance(value, ErrorInfo)
+        error = value if isinstance(value, WeaverError) else None
         return Outcome(
             submission_id=ticket.submission.id,
             cursor=self._cursor,
-            result=None if failed else value,
-            error=value if failed else None,
+            result=None if isinstance(value, WeaverError) else value,
+            error=error and ErrorInfo.of(error),
             note=ticket.submission.note,
         )
 
