@@ -11,18 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
-from anyio import CancelScope, CapacityLimiter, to_thread
+from anyio import CapacityLimiter, to_thread
 
-from weaver.errors import (
-    OperationCancelledError,
-    OperationError,
-    ServiceConnectionError,
-    WeaverError,
-)
+from weaver.errors import OperationCancelledError, OperationError, WeaverError
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
-    ErrorInfo,
     ForwardBackward,
     ModelCreated,
     Sample,
@@ -31,27 +25,24 @@ from weaver.protocol import (
 )
 from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
+from weaver.server.ledger import Ledger
 from weaver.server.operations import Work
 from weaver.server.scheduler import FairShare, Head, plan
-from weaver.server.store import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable
 
     from anyio.abc import TaskStatus
 
-    from weaver.protocol import Operation, Outcome, Result
+    from weaver.protocol import Operation, Result
     from weaver.server.activity import Activity
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
     from weaver.server.store import Store
-    from weaver.types import TrainingRun
 
 T = TypeVar("T")
-DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
-"""How long finished work waits for the database, and how often it is tried."""
 
 
 class Executor:
@@ -74,7 +65,6 @@ class Executor:
         self._merge_tokens = merge_tokens
         self._unnamed_samplers = unnamed_samplers
         self._gap_timeout_s = gap_timeout_s
-        self._activity = activity
         self._engine_free = CapacityLimiter(1)
         self._turn = anyio.Lock(fast_acquire=True)
         """Held from the choice of an operation to its end."""
@@ -90,9 +80,13 @@ class Executor:
         self._cancelled: list[str] = []
         self._released: list[str] = []
         self._idle: list[Run] = []
-        self._settling = anyio.Lock()
-        self._unwritten: list[Settled] = []
-        """Outcomes that were shown though the journal could not be written: they follow later."""
+        self._ledger = Ledger(
+            store,
+            runs=operations.runs,
+            activity=activity,
+            unload=lambda run: recovery.unload(run, self.call),
+        )
+        self.settle = self._ledger.settle
 
     async def call(self, work: Callable[[], T]) -> T:
         """Runs `work` in a thread while nothing else uses the engine.
@@ -104,6 +98,7 @@ class Executor:
     def stop(self) -> None:
         """Begins no further operation."""
         self._stopped = True
+        self._ledger.stop()
 
     def enqueue(self, ticket: Ticket, lane: Lane | None) -> None:
         """Takes in an accepted operation; one without a lane belongs to no run."""
@@ -195,57 +190,6 @@ class Executor:
             self._cancelled.append(job_id)
             self._wake.set()
         await self.settle((ticket, OperationCancelledError("it was cancelled.")))
-
-    async def settle(
-        self, *ended: tuple[Ticket, Result | WeaverError], runs: Sequence[TrainingRun] = ()
-    ) -> None:
-        """Journals outcomes together, then shows them; the first one of a ticket counts."""
-        fresh = [(ticket, value) for ticket, value in ended if not ticket.settled]
-        for ticket, value in fresh:
-            ticket.settled = True
-            ticket.error = value if isinstance(value, WeaverError) else None
-        if not fresh:
-            return
-        with CancelScope(shield=True):  # what is settled gets shown
-            async with self._settling:
-                tickets = [ticket for ticket, _ in fresh]
-                outcomes = [ticket.session.outcome(ticket, value) for ticket, value in fresh]
-                settled = [*self._unwritten, *map(_settled, tickets, outcomes)]
-                failure = await self._write(partial(self._store.settle, settled, runs=runs))
-                if failure is None:
-                    self._unwritten.clear()
-                else:
-                    outcomes = await self._undo(tickets, outcomes, failure)
-                for ticket, outcome in zip(tickets, outcomes, strict=True):
-                    ticket.session.show(ticket, outcome)
-                    run = self._operations.runs.get(ticket.submission.run_id or "")
-                    self._activity.note(ticket, outcome, step=run.step if run else None)
-
-    async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
-        """Waits for a database that is out of reach, for a while; answers why it failed."""
-        end = anyio.current_time() + DATABASE_AWAY_S
-        while True:
-            failure = await attempt_async(write)
-            away = isinstance(failure, ServiceConnectionError)
-            if not away or self._stopped or anyio.current_time() > end:
-                return failure
-            await anyio.sleep(DATABASE_PAUSE_S)
-
-    async def _undo(
-        self, tickets: Sequence[Ticket], outcomes: Sequence[Outcome], failure: WeaverError
-    ) -> list[Outcome]:
-        """Makes failures of outcomes that cannot be journaled; their runs go back to before."""
-        undone = []
-        for ticket, outcome in zip(tickets, outcomes, strict=True):
-            run = self._operations.runs.get(ticket.submission.run_id or "")
-            executed = self._store.durable and ticket.number is not None
-            if run is not None and run.loaded and executed:
-                await self._recovery.unload(run, self.call)
-            ticket.number, ticket.error = None, ticket.error or failure
-            error = outcome.error or ErrorInfo.of(failure)
-            undone.append(outcome.model_copy(update={"result": None, "error": error}))
-            self._unwritten.append(_settled(ticket, undone[-1]))
-        return undone
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Until cancelled."""
@@ -371,15 +315,6 @@ class Executor:
         for ticket, _ in ended:
             del self._samples[ticket.job_id]
         await self.settle(*ended)
-
-
-def _settled(ticket: Ticket, outcome: Outcome) -> Settled:
-    return Settled(
-        session_id=ticket.session.session_id,
-        outcome=outcome,
-        number=ticket.number,
-        lost_gradient=ticket.number is None and ticket.discards_gradient,
-    )
 
 
 def _operation(ticket: Ticket) -> Operation:
