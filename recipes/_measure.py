@@ -1,9 +1,10 @@
-"""Runs every recipe over seeds, as a user would, and writes the numbers into `recipes/README.md`.
+"""Runs every recipe over seeds, as a user would, and writes the numbers into two pages.
 
     python -m recipes._measure --seeds 0 1 2
 
-Each run is a process of its own: its seconds include loading. What stands between the page's two
-marks is replaced; the rest of the page is written by hand.
+`recipes/README.md` gets the recipes without a flag; `docs/objectives.md` gets the curve of each
+objective. Each run is a process of its own, so its time includes loading. What stands between a
+page's marks is replaced; the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
 
 import weaver
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 NANO = Path(weaver.__file__).parent / "models" / "nano" / "model.safetensors"
-PAGE = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+ROOT = Path(__file__).parents[1]
 RECIPES = {
     "sft": ("train/loss", "loss"),
     "rejection_sampling": ("reward/mean", "mean reward"),
@@ -33,6 +39,9 @@ RECIPES = {
     "custom_reward": ("reward/mean", "mean reward"),
 }
 """The metric whose curve is shown, and its name for people."""
+OBJECTIVES = ("importance_sampling", "ppo", "cispo", "gspo", "dro", "cross_entropy")
+REUSE = "--steps 12 --groups-per-step 16 --passes 4 --learning-rate 2e-3"
+"""Flags under which the objectives differ: with one pass they are the same."""
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 24
 """Of a curve."""
@@ -45,63 +54,126 @@ class Measured:
     held_out: float
     curve: tuple[float, ...]
     seconds: float
+    """From start to end; longer where the machine has other work."""
+    cpu_seconds: float
+    """User and system, of all its threads."""
 
 
-def main(seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Measures all recipes one after the other; some minutes."""
-    sections = [section(name, [measure(name, seed) for seed in seeds], seeds) for name in RECIPES]
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n{machine()}\n\n{''.join(sections)}{END}{tail}")
+def main(
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    pages: tuple[Literal["recipes", "objectives"], ...] = ("recipes", "objectives"),
+) -> None:
+    """Measures one run after the other; about half an hour of one core."""
+    if "recipes" in pages:
+        sections = [recipe_section(name, measure_all(name, seeds), seeds) for name in RECIPES]
+        fill(ROOT / "recipes" / "README.md", "measured", f"{machine()}\n\n{''.join(sections)}")
+    if "objectives" in pages:
+        page = ROOT / "docs" / "objectives.md"
+        for name in OBJECTIVES:
+            runs = measure_all("importance_sampling", seeds, f"{REUSE} --objective {name}")
+            fill(page, name, f"{card(runs)}\n")
+        fill(
+            page,
+            "measured",
+            f"Measured by `python -m recipes._measure --pages objectives`,\n{model()}.\n",
+        )
 
 
-def measure(name: str, seed: int) -> Measured:
-    """Runs a recipe with no flag but its seed and its folder."""
+def measure_all(name: str, seeds: Sequence[int], flags: str = "") -> list[Measured]:
+    return [measure(name, seed, flags.split()) for seed in seeds]
+
+
+def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
+    """Runs a recipe with these flags, its seed and its folder."""
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", f"recipes.{name}", "--seed", str(seed), "--out", "run"]
-        path = os.pathsep.join(filter(None, (str(PAGE.parents[1]), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "WEAVER_HOME": f"{place}/home", "PYTHONPATH": path}
-        begin = time.monotonic()
+        begin, cpu = time.monotonic(), children_cpu_s()
         done = subprocess.run(
-            command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            [*command, *flags],
+            cwd=place,
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        seconds = time.monotonic() - begin
+        seconds, cpu_seconds = time.monotonic() - begin, children_cpu_s() - cpu
         (said,) = [line for line in done.stdout.splitlines() if line.startswith("Held out")]
         rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").open()]
         curve = tuple(float(row[RECIPES[name][0]]) for row in rows)
-    return Measured(held_out=float(said.split()[3]), curve=curve, seconds=seconds)
+    print(name, *flags, seed, said, f"{cpu_seconds:.0f} s", flush=True)
+    return Measured(
+        held_out=float(said.split()[3]), curve=curve, seconds=seconds, cpu_seconds=cpu_seconds
+    )
 
 
-def section(name: str, runs: list[Measured], seeds: tuple[int, ...]) -> str:
-    """The measured part of the page about one recipe."""
+def children_cpu_s() -> float:
+    """Seconds of all processes that this one started and that have ended."""
+    usage = getrusage(RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def recipe_section(name: str, runs: Sequence[Measured], seeds: Sequence[int]) -> str:
+    """The measured part of the recipes' page about one of them."""
     metric = RECIPES[name][1]
     rows = "".join(
         f"| {seed} | {run.held_out:.3f} | {np.mean(run.curve[:5]):.3f} → "
-        f"{np.mean(run.curve[-5:]):.3f} | `{sparkline(run.curve)}` | {run.seconds:.0f} s |\n"
+        f"{np.mean(run.curve[-5:]):.3f} | `{sparkline(run.curve)}` | {run.cpu_seconds:.0f} s "
+        f"| {run.seconds:.0f} s |\n"
         for seed, run in zip(seeds, runs, strict=True)
     )
     return (
         f"### `python -m recipes.{name}`\n\n"
         f"| seed | held out, greedy | {metric}, first → last 5 of {len(runs[0].curve)} steps "
-        f"| curve | time |\n|---|---|---|---|---|\n{rows}\n"
+        f"| curve | CPU | clock |\n|---|---|---|---|---|---|\n{rows}\n"
     )
 
 
-def sparkline(curve: tuple[float, ...]) -> str:
-    """A curve as one line of bars from its least to its greatest value, averaged into points."""
+def card(runs: Sequence[Measured]) -> str:
+    """The measured line of an objective: means over the seeds, and the held-out ends of each."""
+    curve = np.mean([run.curve for run in runs], axis=0)
+    ends = ", ".join(f"{run.held_out:.2f}" for run in runs)
+    return (
+        f"`{sparkline(curve, low=0.0, high=1.0)}` {curve[:2].mean():.2f} → "
+        f"{curve[-3:].mean():.2f}, held out {ends}"
+    )
+
+
+def sparkline(
+    curve: Sequence[float], *, low: float | None = None, high: float | None = None
+) -> str:
+    """A curve as one line of bars from `low` to `high`, by default its own; averaged to points."""
     parts = np.array([part.mean() for part in np.array_split(curve, min(POINTS, len(curve)))])
-    share = (parts - parts.min()) / (np.ptp(parts) or 1.0)
+    low = parts.min() if low is None else low
+    high = parts.max() if high is None else high
+    share = (parts - low) / ((high - low) or 1.0)
     return "".join(BARS[round(float(value) * (len(BARS) - 1))] for value in share)
 
 
 def machine() -> str:
-    """What the numbers were measured on; a load above the cores means that times are too long."""
-    model = hashlib.sha256(NANO.read_bytes()).hexdigest()[:8]
+    """What the numbers were measured on, and how busy it was."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    busy = ": other work, so the clock's times are too long" if load > cores + 1 else ""
     return (
-        f"Measured by `python -m recipes._measure` on {os.cpu_count()} CPU cores, load "
-        f"{os.getloadavg()[0]:.0f} at the end,\n"
-        f"with the weaver-nano whose weights have the SHA-256 {model}..."
+        f"Measured by `python -m recipes._measure` on {cores} CPU cores, load {load:.0f}{busy};\n"
+        f"{model()}."
     )
+
+
+def model() -> str:
+    digest = hashlib.sha256(NANO.read_bytes()).hexdigest()
+    return f"with the weaver-nano whose weights have the SHA-256 {digest[:8]}..."
+
+
+def fill(page: Path, mark: str, text: str) -> None:
+    """Replaces what stands between `<!-- MARK: begin -->` and `<!-- MARK: end -->`."""
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    pattern = re.compile(f"({re.escape(begin)}).*?({re.escape(end)})", re.DOTALL)
+    filled, count = pattern.subn(lambda found: f"{found[1]}{text}{found[2]}", page.read_text())
+    assert count == 1, f"{page} has {count} parts marked {mark!r}"
+    page.write_text(filled)
 
 
 if __name__ == "__main__":

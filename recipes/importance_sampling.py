@@ -10,20 +10,20 @@ Each step:
 2. Score every reply. Its advantage A is its reward minus the mean reward of its group.
 3. Minimise the mean of −r·A over all sampled tokens, by one step of AdamW on the LoRA adapter. r is
    a token's probability now over the one it was sampled with: 1 here, where the weights are the
-   same, so this is REINFORCE with a baseline. With `--max-staleness 4` sampling runs up to four
-   steps ahead, while the engine trains, and r makes up for it.
+   same, so this is REINFORCE with a baseline. With `--max-staleness 4 --correction ratio` sampling
+   runs up to four steps ahead, while the engine trains, and r makes up for it.
 
 Every tenth step held-out prompts are answered greedily.
 
 Left out: a penalty for leaving the base model (`Objective(kl_loss=...)`); clipping (`--objective
-ppo`); several passes over the same samples (`Plan(passes=...)`); division by the group's standard
+ppo`); several passes over the same samples (`--passes 2`); division by the group's standard
 deviation (`--advantage standardised`), with which it would be GRPO.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import tyro
@@ -48,11 +48,15 @@ class Flags(_run.Flags):
     group_size: int = 8
     """G, samples of each."""
     objective: str = "importance_sampling"
-    """Or ppo, cispo, gspo."""
+    """Or ppo, cispo, gspo, dro, cross_entropy."""
     advantage: str = "group_centred"
     """Or standardised, leave_one_out, reinforce_pp."""
+    passes: int = 1
+    """Optimizer steps on the samples of a step."""
     max_staleness: int = 0
-    """Steps by which sampling may run ahead of training."""
+    """Steps by which sampling may run ahead of training; above 0, name a correction."""
+    correction: Literal["ratio", "token", "sequence", "none"] | None = None
+    """What makes up for samples of older weights."""
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -68,8 +72,9 @@ async def train(flags: Flags) -> Mapping[str, float]:
         group_size=flags.group_size,
         learning_rate=flags.learning_rate,
         sampling=SamplingParams(max_tokens=flags.max_tokens),
-        objective=rl.Objective(loss_fn=flags.objective, correction="ratio"),
+        objective=rl.Objective(loss_fn=flags.objective, correction=flags.correction),
         advantage=flags.advantage,
+        passes=flags.passes,
         max_staleness=flags.max_staleness,
         evaluate_every=10,
         seed=flags.seed,

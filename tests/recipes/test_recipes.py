@@ -88,8 +88,10 @@ def test_wandb_has_what_metrics_jsonl_has(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sampling_may_run_ahead() -> None:
-    rows = short(importance_sampling, "run", steps=3, max_staleness=1)
+    rows = short(importance_sampling, "run", steps=3, max_staleness=1, correction="ratio")
     assert [row["staleness/max"] for row in rows] == [0, 1, 1]
+    with pytest.raises(ConfigError, match="correction"):
+        importance_sampling.main(importance_sampling.Flags(dry_run=True, max_staleness=1))
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ const from = (name) => first(name) !== undefined && D.steps.length > 1 ? "from "
 const shown = (name) => last(name) === undefined ? undefined : number(last(name));
 tile("Steps", number(D.last_step));
 tile("Reward", shown("reward/mean"), from("reward/mean"));
-tile("Held-out", shown("eval/mean"), from("eval/mean"));
+const evaluated = D.steps.findLast((_, i) => (D.metrics["eval/mean"] ?? [])[i] != null);
+tile("Held-out, at step " + evaluated, shown("eval/mean"), from("eval/mean"));
 tile("Loss", shown("train/loss"), from("train/loss"));
 tile("Entropy", shown("train/entropy") ?? shown("policy/surprise"), from(D.metrics["train/entropy"] ? "train/entropy" : "policy/surprise"));
 const gaps = (D.metrics["gap/max"] ?? []).filter((v) => v !== null);
@@ -140,7 +141,10 @@ function drawCurves() {
   const names = Object.keys(D.metrics).filter((name) => !banded(name)).sort((a, b) => place(a)[1] - place(b)[1] || a.localeCompare(b));
   for (const name of names) sections.set(place(name)[0], [...(sections.get(place(name)[0]) ?? []), name]);
   for (const [i, names] of [...sections].sort(([a], [b]) => a - b)) {
-    const varies = (name) => new Set(D.metrics[name].filter((v) => v !== null)).size > 1;
+    const varies = (name) => { // by more than rounding
+      const known = D.metrics[name].filter((v) => v !== null), top = Math.max(...known), low = Math.min(...known);
+      return top - low > 1e-5 * Math.max(Math.abs(top), Math.abs(low));
+    };
     const section = el("div", { class: "curve-section" }, el("h3", {}, SECTIONS[i]?.[0] ?? "Others"), el("div", { class: "cards" }, ...names.filter(varies).map(chart)));
     const constant = names.filter((name) => !varies(name));
     if (constant.length) section.append(el("div", { class: "chips" }, "Constant:", ...constant.map((name) => el("span", { "data-name": name }, name + " ", el("b", {}, number(first(name)))))));
@@ -166,7 +170,7 @@ move(state.index);
 const each = (list, i) => Array.isArray(list) ? list[i] : list;
 const COLOURS = {
   gap: { label: "log-probability gap", low: "1e-7", high: "1e-3 nats and more", of: (s, i) => each(s.gap, i), alpha: (v) => v ? Math.min(1, Math.max(0, (Math.log10(Math.abs(v)) + 7) / 4)) : 0 },
-  advantage: { label: "advantage", signed: true, of: (s, i) => each(s.advantage, i), alpha: (v, top) => Math.abs(v) / (top || 1) },
+  advantage: { label: "advantage", signed: true, of: (s, i) => each(s.advantage, i), alpha: (v, top) => v ? 0.2 + 0.8 * Math.abs(v) / top : 0 },
   surprise: { label: "surprise (−log-probability)", low: "0", high: "4 nats and more", of: (s, i) => -s.logprob[i], alpha: (v) => Math.min(1, v / 4) },
   version: { label: "version of the weights", low: "older", high: "newest", of: (s, i) => each(s.version, i), alpha: (v, top, bottom) => top === bottom ? 0.25 : (v - bottom) / (top - bottom) },
 };
@@ -188,14 +192,15 @@ function drawSamples() {
   const values = segments().flatMap((s) => s.mask.flatMap((m, i) => m ? [colour.of(s, i)] : [])).filter((v) => v !== null && v !== undefined && !Number.isNaN(v));
   const top = colour.signed ? Math.max(0, ...values.map(Math.abs)) : Math.max(...values), bottom = Math.min(...values);
   drawLegend(colour, top, values.length);
-  for (const group of D.samples[step]) $("groups").append(drawGroup(group, colour, top, bottom));
+  const groups = D.samples[step].map((group) => drawGroup(group, colour, top, bottom));
+  for (const side of [0, 1]) $("groups").append(el("div", { class: "side" }, ...groups.filter((_, i) => i % 2 === side)));
 }
 
 function drawLegend(colour, top, count) {
   $("legend").replaceChildren();
   if (!count) { $("legend").append("not known at this step"); return; }
   const swatch = el("span", { class: "swatch" });
-  swatch.style.background = colour.signed ? "linear-gradient(90deg, rgb(var(--neg) / .85), transparent, rgb(var(--pos) / .85))" : "linear-gradient(90deg, transparent, rgb(var(--hot) / .85))";
+  swatch.style.background = colour.signed ? "linear-gradient(90deg, rgb(var(--neg) / .65), transparent, rgb(var(--pos) / .65))" : "linear-gradient(90deg, transparent, rgb(var(--hot) / .65))";
   $("legend").append(colour.low ?? number(-top), swatch, colour.high ?? "+" + number(top));
 }
 
@@ -204,8 +209,13 @@ function drawGroup(group, colour, top, bottom) {
   const task = el("div", { class: "task" });
   for (const [key, value] of Object.entries(group.task)) task.append(key + " ", el("code", {}, value), "  ");
   const node = el("div", { class: "group" }, title, task);
-  for (const rollout of group.rollouts) {
-    const notes = [];
+  const equal = new Map(); // replies of the same tokens and reward are shown once
+  for (const one of group.rollouts) {
+    const key = JSON.stringify([one.segments.map((s) => s.ids), one.reward, one.advantage, one.failure]);
+    equal.set(key, [...(equal.get(key) ?? []), one]);
+  }
+  for (const [rollout, ...others] of equal.values()) {
+    const notes = others.length ? [others.length + 1 + " times"] : [];
     if (rollout.advantage !== null) notes.push("A " + (rollout.advantage > 0 ? "+" : "") + number(rollout.advantage));
     if (rollout.stop_reason === "length") notes.push("cut off");
     if (rollout.turns > 1) notes.push(rollout.turns + " turns");
@@ -227,7 +237,7 @@ function drawTokens(segment, colour, top, bottom) {
     if (!text) token.append(el("i", {}, "·"));
     const value = segment.mask[i] ? colour.of(segment, i) : null;
     if (value !== null && value !== undefined && !Number.isNaN(value)) {
-      token.style.setProperty("--a", (0.85 * colour.alpha(value, top, bottom)).toFixed(3));
+      token.style.setProperty("--a", (0.65 * colour.alpha(value, top, bottom)).toFixed(3));
       if (colour.signed) token.classList.add(value < 0 ? "neg" : "pos");
     }
     box.append(token);
