@@ -102,7 +102,7 @@ def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
         seconds, cpu_seconds = time.monotonic() - begin, children_cpu_s() - cpu
         (said,) = [line for line in done.stdout.splitlines() if line.startswith("Held out")]
         rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").open()]
-        curve = tuple(float(row[RECIPES[name][0]]) for row in rows)
+        curve = tuple(float(row[RECIPES[name][0]]) for row in rows if row["step"])
     print(name, *flags, seed, said, f"{cpu_seconds:.0f} s", flush=True)
     return Measured(
         held_out=float(said.split()[3]), curve=curve, seconds=seconds, cpu_seconds=cpu_seconds

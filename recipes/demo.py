@@ -107,8 +107,8 @@ def reinforce(flags: Flags, console: Console) -> bool:
         folder=folder,
         base_url=flags.base_url,
     )
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rewards: list[float] = [json.loads(line)["reward/mean"] for line in lines]
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rewards: list[float] = [row["reward/mean"] for row in rows if row["step"]]
     if not console.is_terminal:  # there, the curve was drawn as it rose
         console.print("\n".join(rl.draw_curve(rewards, width=64, height=6)))
     first, last = fmean(rewards[:3]), fmean(rewards[-5:])

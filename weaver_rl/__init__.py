@@ -11,11 +11,12 @@ from weaver_rl.checks import check
 from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
 from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
-from weaver_rl.evaluation import Evaluation, evaluate
+from weaver_rl.evaluation import Evaluation, evaluate, evaluator
 from weaver_rl.judges import judge
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from weaver_rl.loops.off_policy import off_policy
-from weaver_rl.loops.on_policy import Result, on_policy
+from weaver_rl.loops.on_policy import on_policy
+from weaver_rl.loops.policy import Result
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.loops.step import LogprobGapError
@@ -72,6 +73,7 @@ __all__ = [
     "draw_curve",
     "each",
     "evaluate",
+    "evaluator",
     "group_reward",
     "judge",
     "manifests",

@@ -77,6 +77,23 @@ def as_group_environment(environment: Environment | GroupEnvironment) -> GroupEn
     return environment if isinstance(environment, GroupEnvironment) else each(environment)
 
 
+def played_by(
+    reward: Reward | GroupReward | None, environment: Environment | GroupEnvironment | None
+) -> GroupEnvironment:
+    """The one of both that is given.
+
+    Raises:
+        ConfigError: both, or neither.
+    """
+    if reward is not None and environment is None:
+        return single_turn(reward)
+    if environment is not None and reward is None:
+        return as_group_environment(environment)
+    raise ConfigError(
+        "give a reward or an environment.", field="reward", hint="An environment has its own."
+    )
+
+
 async def _ask_and_score(score: Scorer, agents: Sequence[Agent], task: Task) -> Outcomes:
     return await score(task, await respond_all(agents, task["prompt"]))
 

@@ -7,6 +7,7 @@ arXiv:2411.00640, section 2.2). All are of 95%.
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -16,17 +17,19 @@ import numpy.typing as npt
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
-from weaver_rl.environments import as_group_environment, single_turn
+from weaver_rl.environments import played_by
 from weaver_rl.rollouts import sample_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from weaver import AsyncSamplingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.rewards import GroupReward, Reward
     from weaver_rl.types import Group, Task
 
+Evaluate = Callable[["AsyncSamplingClient"], Awaitable[Mapping[str, float]]]
+"""Of the weights that the sampler has, at some step of a loop."""
 Floats = npt.NDArray[np.float64]
 Z = 1.959964
 """The 97.5% quantile of the standard normal distribution."""
@@ -112,12 +115,36 @@ async def evaluate(
             field="num_samples",
             hint="Take 1, or set a temperature.",
         )
-    played = _played(reward, environment)
+    played = played_by(reward, environment)
     check_tasks(tasks, fields=played.fields)
     groups = await sample_groups(
         sampler, tasks, played, group_size=num_samples, sampling=sampling, seed=seed
     )
     return summarise(groups, pass_at=pass_at, passing=passing)
+
+
+def evaluator(
+    tasks: Sequence[Task],
+    *,
+    reward: Reward | GroupReward | None = None,
+    environment: Environment | GroupEnvironment | None = None,
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+) -> Evaluate:
+    """What loops take as `evaluate`: the metrics of one greedy reply to each task.
+
+    `evaluator(held_out, reward=exact, sampling=SamplingParams(max_tokens=12))`; raises what
+    `evaluate` raises, when it is called.
+    """
+    greedy = (sampling or SamplingParams()).model_copy(update={"temperature": 0.0})
+
+    async def evaluated(sampler: AsyncSamplingClient) -> Mapping[str, float]:
+        found = await evaluate(
+            sampler, tasks, reward=reward, environment=environment, sampling=greedy, seed=seed
+        )
+        return found.metrics
+
+    return evaluated
 
 
 def summarise(
@@ -187,15 +214,3 @@ def normal(means: Floats) -> Estimate:
     mean = float(means.mean())
     half = Z * float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return Estimate(mean, mean - half, mean + half, "normal", len(means))
-
-
-def _played(
-    reward: Reward | GroupReward | None, environment: Environment | GroupEnvironment | None
-) -> GroupEnvironment:
-    if reward is not None and environment is None:
-        return single_turn(reward)
-    if environment is not None and reward is None:
-        return as_group_environment(environment)
-    raise ConfigError(
-        "give a reward or an environment.", field="reward", hint="An environment has its own."
-    )

@@ -1,38 +1,41 @@
-"""`gather`: concurrent calls whose first error comes out as itself, not wrapped in a group."""
+"""Concurrent work whose first error comes out as itself, not wrapped in a group."""
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from weaver.errors import WeaverError
-
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from anyio.abc import TaskGroup
 
 T = TypeVar("T")
 
 
-async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Awaits all of them at the same time; the results in order.
+@asynccontextmanager
+async def task_group() -> AsyncIterator[TaskGroup]:
+    """anyio's; where something in it fails the rest is cancelled, and the first error is raised."""
+    try:
+        async with anyio.create_task_group() as tasks:
+            yield tasks
+    except ExceptionGroup as group:
+        error: Exception = group
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__
 
-    Raises:
-        WeaverError: the first that any of them raised; the others are cancelled.
-    """
+
+async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Awaits all of them at the same time; the results in order."""
     results: dict[int, T] = {}
-    failed: list[WeaverError] = []
 
     async def run(index: int) -> None:
-        try:
-            results[index] = await calls[index]()
-        except WeaverError as error:
-            failed.append(error)
-            tasks.cancel_scope.cancel()
+        results[index] = await calls[index]()
 
-    async with anyio.create_task_group() as tasks:
+    async with task_group() as tasks:
         for index in range(len(calls)):
             tasks.start_soon(run, index)
-    if failed:
-        raise failed[0]
     return [results[index] for index in range(len(calls))]

@@ -33,7 +33,8 @@ def find_hints(history: Sequence[Mapping[str, float]]) -> list[Hint]:
     """What looks wrong at the last step of `history`, oldest step first. [] is good news."""
     if not history:
         return []
-    first, last = history[0], history[-1]
+    last = history[-1]
+    first = next((row for row in history if "policy/surprise" in row), last)
     found = (_failures(last), _gap(last), _kl(last), _loss(last), _truncated(last))
     return [hint for hint in (*found, _equal(last), _collapse(first, last)) if hint is not None]
 

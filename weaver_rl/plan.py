@@ -1,4 +1,7 @@
-"""`Plan`: everything that decides what a policy-gradient run does. Both RL loops take one."""
+"""`Plan`: everything that decides what a policy-gradient run does; `Steps`, what every plan has.
+
+The RL loops take a `Plan`, `supervised` takes a `SupervisedPlan`, which is defined beside it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,44 @@ Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Steps:
+    """What the optimizer does at each step of a loop, and what is done between steps."""
+
+    learning_rate: float | Schedule = 1e-3
+    """Of AdamW, or a function of the step, from 0."""
+    adam: AdamParams = field(default_factory=AdamParams)
+    """Its learning rate is replaced by `learning_rate`."""
+    evaluate_every: int = 0
+    """Steps between evaluations, the first before step 1; 0: only at the end."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 0.")
+        if not callable(self.learning_rate):
+            AdamParams(learning_rate=self.learning_rate)
+
+    def adam_params(self, step: int) -> AdamParams:
+        """Those of a step, from 0."""
+        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        return self.adam.model_copy(update={"learning_rate": float(rate)})
+
+    def evaluates(self, step: int, *, steps: int) -> bool:
+        """Whether an evaluation is due behind `step` of `steps` steps; 0 is before the first."""
+        return step >= steps or (self.evaluate_every > 0 and step % self.evaluate_every == 0)
+
+    def as_config(self) -> dict[str, Any]:
+        """For `config.json`: a function by its name, a schedule by its first two rates as well."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if callable(self.learning_rate):  # two lambdas have the same name
+            rate = self.learning_rate
+            values["learning_rate"] = [name_of(rate), rate(0), rate(1)]
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Steps):
     """`Plan(steps=60, learning_rate=1e-3, objective="ppo", passes=2)`
 
     Raises:
@@ -32,7 +72,6 @@ class Plan:
     """P, tasks of a step."""
     group_size: int = 8
     """G, rollouts of each."""
-    learning_rate: float | Schedule = 1e-3
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Its seed is not used: every sample's comes from `seed`."""
     objective: str | Objective = "importance_sampling"
@@ -45,25 +84,19 @@ class Plan:
     max_staleness: int = 0
     """Steps by which rollouts may be older than the weights that train on them; `off_policy` only.
     Above 0 the objective must name its correction."""
-    adam: AdamParams = field(default_factory=AdamParams)
-    """Its learning rate is replaced by `learning_rate`."""
     max_failure_rate: float = 0.1
     max_logprob_gap: float | None = 1e-4
     """Nats by which trainer and sampler may differ on a token of the same weights; None: any."""
-    evaluate_every: int = 0
-    """Steps between evaluations, where the loop is given one; 0: only at the end."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        Steps.__post_init__(self)
         for name in ("steps", "groups_per_step", "group_size", "passes", "minibatches"):
             value = getattr(self, name)
             if value < 1 and not (name == "steps" and value == 0):
                 raise ConfigError(f"is {value!r}.", field=name, hint="At least 1.")
-        for name in ("max_staleness", "evaluate_every", "seed", "max_failure_rate"):
+        for name in ("max_staleness", "max_failure_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 0.")
-        if not callable(self.learning_rate):
-            AdamParams(learning_rate=self.learning_rate)
         if self.zero_variance not in ("keep", "drop", "resample"):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
@@ -75,22 +108,9 @@ class Plan:
     def loss(self) -> Objective:
         return as_objective(self.objective)
 
-    def adam_params(self, step: int) -> AdamParams:
-        """Those of a step, from 0."""
-        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
-        return self.adam.model_copy(update={"learning_rate": float(rate)})
-
     def as_config(self) -> dict[str, Any]:
-        """For `config.json`: a function by its name, a schedule by its first two rates as well."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = Steps.as_config(self)
         values["objective"] = {f.name: getattr(self.loss, f.name) for f in fields(Objective)}
-        if callable(self.learning_rate):
-            values["learning_rate"] = config_of_schedule(self.learning_rate)
         if callable(self.advantage):
             values["advantage"] = name_of(self.advantage)
         return values
-
-
-def config_of_schedule(schedule: Schedule) -> list[str | float]:
-    """`["cosine", 0.001, 0.0009]`: its name, which may be that of another lambda, and two rates."""
-    return [name_of(schedule), schedule(0), schedule(1)]

@@ -100,8 +100,9 @@ def _subtitle(config: Mapping[str, str], rows: Sequence[Row]) -> str:
 def _hint_ranges(rows: Sequence[Row]) -> list[Row]:
     """Each kind of hint once, with the steps at which it was given and its last words."""
     given: dict[str, tuple[list[int], str]] = {}
+    begin = [_numbers(row) for row in rows[:2]]  # the first may be of an evaluation alone
     for row in rows:
-        for hint in find_hints([_numbers(rows[0]), _numbers(row)]):
+        for hint in find_hints([*begin, _numbers(row)]):
             steps, _ = given.get(hint.name, ([], ""))
             given[hint.name] = ([*steps, row["step"]], hint.text)
     return [

@@ -98,7 +98,7 @@ async def restore(folder: RunFolder, trainer: AsyncTrainingClient) -> Manifest |
             field=str(folder.checkpoints),
             hint="Restore the folder and the weights it names, or start in a new folder.",
         )
-    rewind(folder, 0)
+    rewind(folder, -1)
     return None
 
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient
-from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
-from weaver_rl.environments import as_group_environment, single_turn
-from weaver_rl.evaluation import evaluate
+from weaver_rl.environments import played_by
+from weaver_rl.evaluation import evaluator
 from weaver_rl.loops.off_policy import off_policy
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.plan import Plan
@@ -27,10 +26,8 @@ from weaver_rl.rewards import name_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weaver import AsyncSamplingClient
     from weaver_rl.advantages import AdvantageFn
     from weaver_rl.environments import Environment, GroupEnvironment
-    from weaver_rl.loops.on_policy import Evaluate
     from weaver_rl.objectives import Objective
     from weaver_rl.plan import Schedule
     from weaver_rl.rewards import GroupReward, Reward
@@ -105,7 +102,7 @@ def train(
         evaluate_every=evaluate_every,
         seed=seed,
     )
-    played = _played(reward, environment)
+    played = played_by(reward, environment)
     check_tasks(tasks, fields=played.fields)
     lora = dict(lora_config or LORA)
     with open_run(
@@ -149,32 +146,11 @@ async def _train(
             environment,
             plan,
             run=run,
-            evaluate=_evaluator(held_out, environment, plan) if held_out else None,
+            evaluate=evaluator(
+                held_out, environment=environment, sampling=plan.sampling, seed=plan.seed
+            )
+            if held_out
+            else None,
         )
         saved = await trainer.save_weights_for_sampler("final", overwrite=True)
         return result.metrics, saved.path
-
-
-def _evaluator(held_out: Sequence[Task], environment: GroupEnvironment, plan: Plan) -> Evaluate:
-    greedy = plan.sampling.model_copy(update={"temperature": 0.0})
-
-    async def evaluated(sampler: AsyncSamplingClient) -> Mapping[str, float]:
-        found = await evaluate(
-            sampler, held_out, environment=environment, sampling=greedy, seed=plan.seed
-        )
-        return found.metrics
-
-    return evaluated
-
-
-def _played(
-    reward: Reward | GroupReward | None, environment: Environment | GroupEnvironment | None
-) -> GroupEnvironment:
-    if (reward is None) == (environment is None):
-        raise ConfigError(
-            "give a reward or an environment.", field="reward", hint="An environment has its own."
-        )
-    if reward is not None:
-        return single_turn(reward)
-    assert environment is not None
-    return as_group_environment(environment)

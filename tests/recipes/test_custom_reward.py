@@ -34,7 +34,7 @@ def test_given_again_the_command_goes_on(
     custom_reward.main(steps=1)
     custom_reward.main(steps=2)
     lines = (tmp_path / "runs/custom_reward/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3  # steps 0, before training, 1 and 2
     assert capsys.readouterr().out.count("runs/custom_reward/report.html") == 2
 
 

@@ -8,25 +8,23 @@ of what was kept, `passes` times in `minibatches` steps. Left out: restarts from
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
 from weaver_rl.loops.collect import collect
-from weaver_rl.loops.on_policy import Result, check_inputs, evaluated, first_version
+from weaver_rl.loops.policy import Chosen, Result, check_inputs, policy_loop
 from weaver_rl.loops.run import Run
-from weaver_rl.loops.step import policy_step
-from weaver_rl.metrics import rollout_metrics
 from weaver_rl.rollouts import FailureWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver import AsyncTrainingClient
+    from weaver import AsyncSamplingClient, AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
+    from weaver_rl.evaluation import Evaluate
     from weaver_rl.filters import Filtered
-    from weaver_rl.loops.on_policy import Evaluate
     from weaver_rl.plan import Plan
     from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
 
@@ -47,16 +45,6 @@ class Keep:
             raise ConfigError(f"is {self.top_k}.", field="top_k", hint="At least 1, or None.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """`Kept(groups=(...), rejected=(...), metrics={"rejection/accept_rate": 0.4, ...})`"""
-
-    groups: tuple[Group, ...]
-    """Of what is learned; a task that has nothing is not among them."""
-    rejected: tuple[Group, ...]
-    metrics: dict[str, float]
-
-
 async def rejection(
     trainer: AsyncTrainingClient,
     tasks: Sequence[Task],
@@ -75,42 +63,24 @@ async def rejection(
     plan = replace(
         plan, objective="cross_entropy", advantage=_ones, zero_variance="keep", max_staleness=0
     )
-    environment = check_inputs(tasks, environment, plan, None)
+    played = check_inputs(tasks, environment, plan, None)
     run, watch = run or Run(), FailureWatch(plan.max_failure_rate)
-    done = await run.restore(trainer)
-    version = await first_version(trainer, done.extra)
-    metrics: dict[str, float] = {}
-    for step in range(done.step, plan.steps):
-        begin = time.monotonic()
-        sampler = await trainer.save_weights_and_get_sampling_client()
-        metrics = await evaluated(evaluate, sampler, plan, step)
-        run.waiting_for(f"samples of round {step + 1}")
-        found = await collect(sampler, tasks, environment, plan, step=step, watch=watch)
-        kept = select(found, keep)
-        run.waiting_for(f"training of round {step + 1}")
-        stepped = await policy_step(trainer, kept.groups, plan, step=step, version=version)
-        seconds = time.monotonic() - begin
-        sampled = [*found.kept, *found.dropped]
-        metrics |= rollout_metrics(sampled, weights_version=version, seconds=seconds)
-        metrics |= kept.metrics | stepped.metrics | {"time/step_s": seconds}
-        version = stepped.version
-        run.log_rollouts(
-            kept.groups,
-            step=step + 1,
-            dropped=[*kept.rejected, *found.dropped],
-            advantages_P_G=stepped.advantages_P_G,
-            trained=stepped.trained,
-        )
-        run.log(metrics, step=step + 1)
-        if run.is_due(step + 1, plan.steps):
-            position = (step + 1) * plan.groups_per_step
-            await run.checkpoint(trainer, step=step + 1, version=version, position=position)
-    sampler = await trainer.save_weights_and_get_sampling_client()
-    metrics |= dict(await evaluate(sampler)) if evaluate is not None else {}
-    return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
+
+    async def play(step: int, sampler: AsyncSamplingClient) -> Filtered:
+        return await collect(sampler, tasks, played, plan, step=step, watch=watch)
+
+    return await policy_loop(
+        trainer,
+        plan,
+        run=run,
+        done=await run.restore(trainer),
+        play=play,
+        choose=partial(select, keep=keep),
+        evaluate=evaluate,
+    )
 
 
-def select(found: Filtered, keep: Keep) -> Kept:
+def select(found: Filtered, keep: Keep) -> Chosen:
     """What of a round is learned, and the shares of it."""
     groups: list[Group] = []
     rejected: list[Group] = []
@@ -133,7 +103,7 @@ def select(found: Filtered, keep: Keep) -> Kept:
     }
     if rewards:
         metrics["rejection/reward_kept"] = sum(rewards) / len(rewards)
-    return Kept(groups=tuple(groups), rejected=tuple(rejected), metrics=metrics)
+    return Chosen(groups=tuple(groups), rejected=(*rejected, *found.dropped), metrics=metrics)
 
 
 def _choose(group: Group, keep: Keep) -> tuple[tuple[Rollout, ...], int]:

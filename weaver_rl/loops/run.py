@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from weaver import AsyncTrainingClient
     from weaver_rl.datums import Example, FloatN
+    from weaver_rl.plan import Steps
     from weaver_rl.run_folder import RunFolder
     from weaver_rl.types import FloatPG, Group, Task
 
@@ -66,6 +67,26 @@ class Run:
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """The numbers of a step, from 1."""
         self.loggers.log(metrics, step)
+
+    async def evaluate_first(
+        self,
+        measure: Callable[[], Awaitable[Mapping[str, float]]],
+        plan: Steps,
+        *,
+        done: int,
+        steps: int,
+    ) -> dict[str, float]:
+        """The evaluation before the first step, where it is due, logged as step 0.
+
+        A run that goes on has its numbers already; one that has no step left takes the last again,
+        unlogged.
+        """
+        if 0 < done < steps or not plan.evaluates(done, steps=steps):
+            return {}
+        metrics = dict(await measure())
+        if done == 0 and metrics:
+            self.log(metrics, step=0)
+        return metrics
 
     def log_rollouts(
         self,

@@ -7,33 +7,33 @@ submitted before the last is awaited, so that the engine never waits for this lo
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weaver.errors import ConfigError
-from weaver.types import AdamParams
 from weaver_rl.conversations import to_datum
 from weaver_rl.data import check_tasks
-from weaver_rl.loops.on_policy import Result, first_version
+from weaver_rl.loops.policy import Result, first_version
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
-from weaver_rl.plan import config_of_schedule
+from weaver_rl.plan import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from weaver import AsyncTrainingClient, OperationHandle
     from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
-    from weaver_rl.loops.on_policy import Evaluate
+    from weaver_rl.evaluation import Evaluate
 
     Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisedPlan:
+class SupervisedPlan(Steps):
     """`SupervisedPlan(epochs=3, batch_tokens=4096, learning_rate=1e-3)`"""
 
     epochs: int = 1
@@ -41,36 +41,18 @@ class SupervisedPlan:
     """The most steps, where that ends before the epochs do; None: all epochs."""
     batch_tokens: int = 4096
     """At most so many tokens a step; a longer example is a batch of its own."""
-    learning_rate: float | Callable[[int], float] = 1e-3
-    """Of AdamW, or a function of the step, from 0."""
     roles: tuple[str, ...] = ("assistant",)
     """Of messages that are learned."""
     max_length: int | None = None
     """Tokens of the longest example allowed."""
-    adam: AdamParams = field(default_factory=AdamParams)
-    evaluate_every: int = 0
-    """Steps between evaluations; 0: only at the end."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        Steps.__post_init__(self)
         for name in ("epochs", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 1.")
         if self.steps is not None and self.steps < 0:
             raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
-        if not callable(self.learning_rate):
-            AdamParams(learning_rate=self.learning_rate)
-
-    def adam_params(self, step: int) -> AdamParams:
-        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
-        return self.adam.model_copy(update={"learning_rate": float(rate)})
-
-    def as_config(self) -> dict[str, Any]:
-        """For `config.json`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if callable(self.learning_rate):
-            values["learning_rate"] = config_of_schedule(self.learning_rate)
-        return values
 
 
 async def supervised(
@@ -86,7 +68,7 @@ async def supervised(
 
     Args:
         held_out: examples whose mean loss per token is logged as `eval/loss`.
-        evaluate: called with a sampler every `plan.evaluate_every` steps and at the end.
+        evaluate: as of `on_policy`.
 
     Raises:
         InvalidRequestError: no examples, or one that cannot be learned; names it.
@@ -111,29 +93,27 @@ async def supervised(
     )
     steps = list(islice(planned, plan.steps))
     done = await run.restore(trainer)
-    version = await first_version(trainer, done.extra)
-    metrics: dict[str, float] = {}
+    version = await first_version(trainer, done)
+    measure = partial(_measure, trainer, tests, evaluate)
+    metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(steps))
     ahead: Handles | None = None
     begin = time.monotonic()
     for step in range(done.step, len(steps)):
-        due = plan.evaluate_every and step and step % plan.evaluate_every == 0
-        evaluated = await _evaluate(trainer, tests, evaluate) if due else {}
         handles = ahead or _submit(trainer, [data[i] for i in steps[step]], plan, step)
         version += 1
-        next_due = plan.evaluate_every and (step + 1) % plan.evaluate_every == 0
-        alone = run.is_due(step + 1, len(steps)) or next_due or step + 1 == len(steps)
+        evaluates = plan.evaluates(step + 1, steps=len(steps))
         # What reads or saves the weights behind this step must not find the next one in them.
+        alone = run.is_due(step + 1, len(steps)) or evaluates
         ahead = (
             None if alone else _submit(trainer, [data[i] for i in steps[step + 1]], plan, step + 1)
         )
         metrics = train_metrics([(await handles[0]).metrics, (await handles[1]).metrics])
-        now = time.monotonic()
-        metrics |= {"time/step_s": now - begin, **evaluated}
-        begin = now
+        metrics["time/step_s"] = time.monotonic() - begin
+        metrics |= await measure() if evaluates else {}
+        begin = time.monotonic()
         run.log(metrics, step=step + 1)
         if run.is_due(step + 1, len(steps)):
             await run.checkpoint(trainer, step=step + 1, version=version)
-    metrics |= await _evaluate(trainer, tests, evaluate)
     sampler = await trainer.save_weights_and_get_sampling_client()
     return Result(sampler=sampler, steps=len(steps), version=version, metrics=metrics)
 
@@ -157,7 +137,7 @@ def _submit(
     return trainer.forward_backward(batch), trainer.optim_step(plan.adam_params(step))
 
 
-async def _evaluate(
+async def _measure(
     trainer: AsyncTrainingClient, tests: Sequence[Datum], evaluate: Evaluate | None
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
