@@ -114,7 +114,7 @@ async def test_curves_hold_what_was_logged_and_what_operations_answered(home: Pa
         assert len(reward["points"]) <= 100 and reward["total"] == 1000
         assert reward["points"][0] == [0, 0] and reward["points"][-1] == [999, 0.999]
         assert curves["logged", "unnumbered"]["points"] == [[0, 2]]
-        assert [step for step, _ in curves["forward_backward", "loss"]["points"]] == [0, 1, 2]
+        assert [step for step, _ in curves["forward_backward", "loss"]["points"]] == [1, 2, 3]
         assert [step for step, _ in curves["optim_step", "grad_norm"]["points"]] == [1, 2, 3]
 
 

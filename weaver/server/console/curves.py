@@ -37,9 +37,12 @@ def curves_of(
         place = found.setdefault((LOGGED, point.name), [])
         place.append((len(place) if point.step is None else point.step, point.value))
     for one in ended:
+        if one.step is None:
+            continue
+        step = one.step + (one.kind == "forward_backward")  # the step that its gradient goes into
         for name, value in one.metrics.items():
-            if name != "step" and one.step is not None:
-                found.setdefault((one.kind, name), []).append((one.step, value))
+            if name != "step":
+                found.setdefault((one.kind, name), []).append((step, value))
     return [
         Curve(
             name=name,

@@ -36,6 +36,7 @@ async function open() {
 
 /** Repeats `step` while the tab is visible, every few seconds and rarer when answers are slow. */
 async function live(every_s, step, signal) {
+  const ended = new Promise((resolve) => signal.addEventListener("abort", resolve));
   let succeeded = false;
   while (!signal.aborted) {
     const began = performance.now();
@@ -48,22 +49,19 @@ async function live(every_s, step, signal) {
       if (signal.aborted || final || !succeeded) throw error;
       at("status").textContent = `${error.message} What you see is of an earlier moment; trying again.`;
     }
-    await pause(Math.max(1000 * every_s, 20 * (performance.now() - began)), signal);
+    await pause(Math.max(1000 * every_s, 20 * (performance.now() - began)), ended);
+    while (document.hidden && !signal.aborted) await Promise.race([ended, once(document, "visibilitychange")]);
   }
 }
 
-async function pause(milliseconds, signal) {
-  const either = (target, name) => new Promise((resolve) => target.addEventListener(name, resolve, { once: true, signal }));
-  const ended = new Promise((resolve) => signal.addEventListener("abort", resolve, { once: true }));
-  await Promise.race([ended, new Promise((resolve) => setTimeout(resolve, milliseconds))]);
-  while (document.hidden && !signal.aborted) await Promise.race([ended, either(document, "visibilitychange")]);
-}
+const pause = (milliseconds, ended) => Promise.race([ended, new Promise((resolve) => setTimeout(resolve, milliseconds))]);
+const once = (target, name) => new Promise((resolve) => target.addEventListener(name, resolve, { once: true }));
 
 function identify() {
   at("nav").hidden = !caller;
   at("load-link").hidden = !caller?.admin;
   at("leave").hidden = !key.get();
-  at("who").textContent = caller ? caller.project + (caller.admin ? ", administrator" : "") : "";
+  at("who").textContent = caller ? caller.project + (caller.admin ? ", admin" : "") : "";
 }
 
 function fail(error) {

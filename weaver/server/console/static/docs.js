@@ -6,12 +6,13 @@ const main = document.getElementById("main");
 const METHODS = ["get", "post", "put", "patch", "delete"];
 
 function typeOf(schema = {}) {
-  const { $ref, type, anyOf, oneOf, allOf, items, enum: values, format } = schema;
+  const { $ref, type, anyOf, oneOf, allOf, items, prefixItems, enum: values, format } = schema;
   if ($ref) return $ref.split("/").at(-1);
   if (anyOf ?? oneOf ?? allOf) return (anyOf ?? oneOf ?? allOf).map(typeOf).join(" | ");
   if ("const" in schema) return JSON.stringify(schema.const);
   if (values) return values.map((value) => JSON.stringify(value)).join(" | ");
-  if (type === "array") return `${typeOf(items)}[]`;
+  if (prefixItems) return `[${prefixItems.map(typeOf).join(", ")}]`;
+  if (type === "array") return typeOf(items).includes(" | ") ? `(${typeOf(items)})[]` : `${typeOf(items)}[]`;
   return format ? `${type} (${format})` : type ?? "any";
 }
 
@@ -23,7 +24,7 @@ function shape(schema, schemas, seen = new Set()) {
     seen.add(name);
     const { properties = {}, required = [], description } = schemas[name];
     const fields = Object.entries(properties).map(([field, of]) =>
-      `  ${field}${required.includes(field) ? "" : "?"}: ${typeOf(of)}`);
+      `${field}${required.includes(field) ? "" : "?"}: ${typeOf(of)}`);
     return [h("p", { class: "quiet" }, h("code", {}, name), description ? `: ${description}` : ""),
       h("pre", { tabindex: 0 }, fields.join("\n")), ...shape(schemas[name], schemas, seen)];
   });
@@ -43,7 +44,7 @@ function route(path, method, operation, schemas) {
         [h("code", {}, one.name + (one.required ? "" : "?")), one.in, typeOf(one.schema)]), "") : null,
       contents("Body", requestBody?.content, schemas),
       Object.entries(responses).flatMap(([status, { content, description: words }]) => /^[23]/.test(status)
-        ? [h("h3", {}, `Answer ${status}`), h("p", {}, words), ...contents("", content, schemas).slice(1)]
+        ? [h("h3", {}, `Answer ${status}`), words === "Successful Response" ? null : h("p", {}, words), ...contents("", content, schemas).slice(1)]
         : [])));
 }
 

@@ -70,14 +70,14 @@ export function bytes(count) {
 
 export function span(seconds) {
   if (seconds < 1) return `${Math.round(1000 * seconds)} ms`;
-  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  if (seconds < 60) return `${seconds < 10 && seconds % 1 ? seconds.toFixed(1) : Math.round(seconds)} s`;
   const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"]].find(([size]) => seconds >= size);
   return `${Math.floor(seconds / size)} ${unit}`;
 }
 
 /** A point in time as the distance from now, and in full on hover. */
 export function when(iso) {
-  const away = (new Date(iso) - Date.now()) / 1000;
+  const away = Math.round((new Date(iso) - Date.now()) / 1000);
   const words = Math.abs(away) < 5 ? "now" : away > 0 ? `in ${span(away)}` : `${span(-away)} ago`;
   return h("time", { datetime: iso, title: new Date(iso).toLocaleString() }, words);
 }

@@ -12,18 +12,19 @@ export async function loadPage(main, { live }) {
     const now = await get("v1/load", signal);
     history.push(now);
     if (history.length > KEPT) history.shift();
+    const axis = (at) => { const past = now.at - history[0].at - at; return past < 1 ? "now" : `${span(past)} ago`; };
     const rate = (field) => history.slice(1).map((one, i) => [
-      (one.at - history[0].at), Math.max(0, one[field] - history[i][field]) / (one.at - history[i].at),
+      one.at - history[0].at, Math.max(0, one[field] - history[i][field]) / (one.at - history[i].at),
     ]);
     const curve = (name, source, points) => points.length
-      ? chart({ name, source, points, last: points.at(-1)[1] }, "s") : null;
+      ? chart({ name, source, points, last: points.at(-1)[1] }, { axis, zero: true }) : null;
     const queue = history.map((one) => [one.at - history[0].at, one.waiting]);
     const wait = now.waiting ? `; the longest has waited ${span(now.longest_wait_s)}` : "";
     morph(main.firstChild, h("div", {},
       h("h1", {}, "Load"),
       h("p", { class: "lead" }, `${number(now.running)} running, ${number(now.waiting)} waiting${wait}.`),
       h("div", { class: "curves" },
-        curve("Waiting operations", "now", queue),
+        curve("Waiting", "operations", queue),
         curve("Trained tokens", "per second", rate("trained_tokens")),
         curve("Sampled tokens", "per second", rate("sampled_tokens"))),
       h("h2", {}, "Tenants"),

@@ -5,6 +5,7 @@ import { bytes, facts, h, link, morph, number, span, table, when } from "./dom.j
 
 const FIRST = ["reward", "loss", "accuracy", "grad_norm", "learning_rate"];
 const SHOWN = 6;
+const ENDED = 8;
 
 const nameOf = (run) => (typeof run.user_metadata.name === "string" ? run.user_metadata.name : "");
 const stateOf = (run) => h("span", { class: `state ${run.status}` }, run.status);
@@ -101,7 +102,10 @@ function operationSection({ pending, num_pending, ended }) {
     h("h3", {}, `Pending${num_pending ? ` (${number(num_pending)})` : ""}`, h("span", { class: "quiet" }, most)),
     table("Pending operations", columns.slice(0, 5), pending.map((one) => row(one).slice(0, 5)), "Nothing waits or runs."),
     h("h3", {}, "Lately ended"),
-    table("Ended operations", columns, ended.map(row), "None since the server started."));
+    table("Ended operations", columns, ended.slice(0, ENDED).map(row), "None since the server started."),
+    ended.length > ENDED
+      ? h("details", {}, h("summary", {}, `${ended.length - ENDED} before`), table("Operations before", columns, ended.slice(ENDED).map(row)))
+      : null);
 }
 
 function brief(metrics) {

@@ -5,9 +5,9 @@ import { h, number } from "./dom.js";
 const FIELDS = [
   ["temperature", "Temperature", 1, { min: 0, step: "any" }],
   ["top_p", "Top-p", 1, { min: 0, max: 1, step: "any" }],
-  ["max_tokens", "Tokens", 64, { min: 1, max: 4096 }],
+  ["max_tokens", "Tokens", 64, { min: 1, max: 2048 }],
   ["seed", "Seed", 0, { min: 0, max: Number.MAX_SAFE_INTEGER }],
-  ["num_samples", "Samples", 2, { min: 1, max: 16 }],
+  ["num_samples", "Samples", 2, { min: 1, max: 8 }],
 ];
 
 export async function samplesPage(main, { params, signal, fail }) {
@@ -15,8 +15,8 @@ export async function samplesPage(main, { params, signal, fail }) {
   const [models, runs, checkpoints] = await Promise.all(
     ["v1/models", "v1/runs", "v1/checkpoints"].map((path) => get(path, signal)));
   const groups = choices(models, runs, checkpoints);
-  const newest = [...checkpoints].sort((a, b) => b.created_at.localeCompare(a.created_at))[0];
-  const defaults = { a: `base:${models[0]?.name}`, b: newest?.path ?? `base:${models[0]?.name}` };
+  checkpoints.sort((a, b) => b.created_at.localeCompare(a.created_at));
+  const defaults = { a: `base:${models[0]?.name}`, b: checkpoints[0]?.path ?? `base:${models[0]?.name}` };
   const value = (name, other) => params.get(name) ?? other;
   const select = (name, label) => {
     const wanted = value(name, defaults[name]);
@@ -36,7 +36,7 @@ export async function samplesPage(main, { params, signal, fail }) {
       h("button", { class: "primary" }, "Sample")));
   const results = h("div", { class: "pair", "aria-live": "off" });
   main.replaceChildren(h("h1", {}, "Samples"),
-    h("p", { class: "quiet" }, "The same prompt and seed on both sides. The darker a token, the less likely it was."), form, results);
+    h("p", { class: "quiet" }, "The same prompt and seed on both sides. The stronger a token is shaded, the less likely it was."), form, results);
   let running = null;
   signal.addEventListener("abort", () => running?.abort());
   form.addEventListener("keydown", (event) => {
@@ -74,12 +74,11 @@ function operation(path, given) {
 
 function choices(models, runs, checkpoints) {
   const names = new Map(runs.map((run) => [run.run_id, run.user_metadata.name]));
-  const byRun = Map.groupBy
-    ? Map.groupBy(checkpoints, (one) => one.run_id)
-    : checkpoints.reduce((map, one) => map.set(one.run_id, [...(map.get(one.run_id) ?? []), one]), new Map());
+  const byRun = new Map();
+  for (const one of checkpoints) byRun.set(one.run_id, [...(byRun.get(one.run_id) ?? []), one]);
   const groups = [...byRun].map(([id, saved]) => [
-    typeof names.get(id) === "string" ? `${names.get(id)} (${id})` : id,
-    saved.map((one) => [one.path, `${one.name}, step ${number(one.step)}`]),
+    titled(names.get(id), id),
+    saved.map((one) => [one.path, `${one.name}, step ${number(one.step)}, of ${titled(names.get(id), id)}`]),
   ]);
   return [["Base models", models.map((model) => [`base:${model.name}`, `${model.name}, untrained`])], ...groups];
 }
@@ -122,6 +121,7 @@ function column(title) {
   };
 }
 
+const titled = (name, id) => (typeof name === "string" && name ? name : id);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 /** A piece of text, shaded by how unlikely its tokens were; without text, the end of the sample. */

@@ -1,0 +1,346 @@
+"""The console in a real browser, before a server on a socket: what is seen, and what is not run."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+import httpx
+import pytest
+
+from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
+from tests.server.console.browser import CHROMIUM, browsing
+from tests.server.http.helpers import serving
+from weaver.client.http import HttpService
+from weaver.engine.fake import FakeEngine
+from weaver.protocol import (
+    CreateModel,
+    GradientsDone,
+    ModelCreated,
+    Sample,
+    Sampled,
+    SaveCheckpoint,
+    StepDone,
+)
+from weaver.server.database import open_database
+from weaver.server.http.run import ServerSettings
+from weaver.server.keys import Keys
+from weaver.types import MetricPoint, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.server.console.browser import Browser
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+HOSTILE = '<img src=x onerror="window.hostile=1"><script>window.hostile=1</script>'
+NAMED = {"button", "link", "textbox", "searchbox", "combobox", "spinbutton", "checkbox", "dialog"}
+
+
+@dataclass(frozen=True)
+class Site:
+    address: str
+    alice: str
+    """A key, as is the next."""
+    admin: str
+    run: str
+    paths: tuple[str, ...]
+    browser: Browser
+
+    def visit(self, place: str, *, key: str | None = None) -> Browser:
+        """Opens a page anew, with a key in the tab."""
+        self.browser.screen()
+        self.browser.open("about:blank")
+        self.browser.open(f"{self.address}/console/icon.svg")
+        self.browser.wait("location.pathname.endsWith('icon.svg')")
+        secret = json.dumps(self.alice if key is None else key)
+        self.browser.value(f"sessionStorage.setItem('weaver-api-key', {secret})")
+        self.browser.open(f"{self.address}/{place}")
+        return self.browser
+
+    def metrics(self, *points: MetricPoint) -> None:
+        async def log() -> None:
+            async with HttpService(self.address, api_key=self.alice) as service:
+                await service.log_metrics(self.run, points)
+
+        anyio.run(log)
+
+
+async def settle(address: str, key: str) -> tuple[str, tuple[str, ...]]:
+    """A run of three steps with a hostile name, metrics and two checkpoints."""
+    async with HttpService(address, api_key=key) as service:
+        caller = await Caller.open(service)
+        create = CreateModel(base_model="fake", user_metadata={"name": HOSTILE, HOSTILE: HOSTILE})
+        run = (await caller.do(create, ModelCreated)).run.run_id
+        paths = []
+        for step in range(1, 4):
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+            await caller.do(STEP, StepDone, run_id=run)
+            points = [MetricPoint(name=n, value=step / 10, step=step) for n in ("reward", HOSTILE)]
+            await service.log_metrics(run, points)
+            paths.append(await caller.save(run, "sampler", name=f"step-{step}"))
+        await caller.refused(BAD_GRADIENT, run_id=run)
+        save = SaveCheckpoint(purpose="state", name="short", ttl_seconds=90_000)
+        await caller.result(await caller.start(save, run))
+    return run, tuple(paths)
+
+
+@contextmanager
+def site_at(folder: Path) -> Iterator[Site]:
+    database = open_database(folder / "home")
+    keys = Keys(database)
+    alice, admin = keys.create("alice")[1], keys.create("ops", admin=True)[1]
+    database.dispose()
+    settings = ServerSettings(home=folder / "home", port=0)
+    with (
+        serving(FakeEngine(), settings) as server,
+        browsing(folder / "profile") as browser,
+    ):
+        run, paths = anyio.run(settle, server.address, alice)
+        yield Site(server.address, alice, admin, run, paths, browser)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site_at(tmp_path_factory.mktemp("console")) as site:
+        yield site
+
+
+@pytest.fixture
+def site(shared: Site) -> Iterator[Site]:
+    """Fails a test in which the browser's console has had anything to say, or a script has run."""
+    shared.browser.problems.clear()
+    yield shared
+    assert shared.browser.value("window.hostile") is None
+    shared.browser.rest()
+    refusals = ("401", "403", "404")  # which the browser itself writes down
+    assert [p for p in shared.browser.problems if not any(f"of {n}" in p for n in refusals)] == []
+
+
+def test_a_wrong_key_is_rejected_and_a_right_one_opens(site: Site) -> None:
+    browser = site.visit("#/runs", key="wv-wrong")
+    browser.see("The key was rejected: the API key is unknown or was revoked.")
+    assert browser.value("document.activeElement.id") == "key"
+    browser.fill("#key", "schlüssel")
+    browser.press("Enter")
+    browser.see("characters that no key has")
+    browser.fill("#key", site.alice)
+    browser.press("Enter")
+    browser.see("Last activity")
+    assert site.alice not in browser.value("document.documentElement.outerHTML + location.href")
+    assert browser.value("localStorage.length + document.cookie.length") == 0
+    browser.value("document.querySelector('#leave').click()")
+    browser.see("API key")
+    assert browser.value("sessionStorage.length") == 0 and site.run not in browser.text()
+
+
+def test_hostile_names_are_only_text(site: Site) -> None:
+    browser = site.visit("#/runs")
+    browser.see(HOSTILE)
+    browser = site.visit(f"#/runs/{site.run}")
+    browser.wait("document.querySelectorAll('.curve').length >= 4")
+    assert browser.value("document.querySelector('h1').textContent") == HOSTILE
+    assert browser.value("document.querySelectorAll('.facts dt').length") == 7
+    titles = "[...document.querySelectorAll('figcaption strong')].map(e => e.textContent)"
+    assert HOSTILE in browser.value(titles)
+    browser = site.visit(f"#/samples?prompt={HOSTILE}&a={HOSTILE}")
+    browser.wait("document.querySelector('textarea')")
+    assert browser.value("document.querySelector('textarea').value") == HOSTILE
+    assert browser.value("document.querySelectorAll('main img, main script').length") == 0
+
+
+def test_the_keyboard_reaches_everything(site: Site) -> None:
+    browser = site.visit("#/runs")
+    browser.see(HOSTILE)
+    focus = "document.activeElement"
+    browser.press("Tab")
+    assert browser.value(f"{focus}.id") == "skip"
+    assert browser.value(f"getComputedStyle({focus}).outlineStyle") == "solid"
+    assert browser.value(f"{focus}.getBoundingClientRect().left") >= 0
+    browser.press("Enter")
+    assert browser.value(f"{focus}.id") == "main" and browser.value("location.hash") == "#/runs"
+    browser.press("/")
+    assert browser.value(f"{focus}.id") == "filter"
+    browser.send("Input.insertText", text="no such run")
+    browser.see("No run has this")
+    browser.fill("#filter", site.run)
+    browser.see(HOSTILE)
+    browser.value(f"{focus}.blur()")
+    browser.press("j")
+    browser.press("Enter")
+    browser.wait("document.querySelectorAll('.curve').length >= 4")
+    assert browser.value("location.hash") == f"#/runs/{site.run}"
+    browser.press("j")
+    reading = f"{focus}.querySelector('output').textContent"
+    assert browser.value(reading) == "0.3"
+    browser.press("ArrowLeft")
+    browser.press("ArrowLeft")
+    assert browser.value(reading) == "step 2: 0.2"
+    browser.press("?")
+    assert browser.value("document.querySelector('dialog').open")
+    browser.press("Escape")
+    browser.wait("!document.querySelector('dialog').open")
+    browser.press("g")
+    browser.press("s")
+    browser.see("The same prompt and seed")
+    assert browser.value("document.title") == "Samples · Weaver"
+
+
+def test_a_run_shows_its_curves_operations_and_checkpoints(site: Site) -> None:
+    browser = site.visit(f"#/runs/{site.run}")
+    browser.wait("document.querySelectorAll('.curve').length >= 4")
+    names = browser.value(
+        "[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('\\n')"
+    )
+    assert "rewardlogged" in names and "lossforward backward" in names
+    assert "grad_normoptim step" in names
+    path = browser.value("document.querySelector('.curve path').getAttribute('d')")
+    assert path == "M0.00,94.00L50.00,50.00L100.00,6.00"
+    for words in ("Nothing waits or runs.", "failed", "tokens", "expires in 1 d", "kept"):
+        browser.see(words)
+    browser.value("document.querySelector('.curve').focus()")
+    browser.press("ArrowLeft")
+    site.metrics(MetricPoint(name="reward", value=0.9, step=4))
+    browser.wait("document.querySelector('.curve path').getAttribute('d').match(/L/g).length == 3")
+    output = "document.querySelector('.curve output').textContent"
+    assert browser.value(output) == "step 3: 0.3", "what is being read stays"
+    browser.value("document.activeElement.blur()")
+    assert browser.value(output) == "0.9"
+
+
+def test_two_checkpoints_answer_side_by_side(site: Site) -> None:
+    first, last = site.paths[0], site.paths[-1]
+    query = "prompt=hello&max_tokens=6&num_samples=2&seed=7&temperature=1"
+    browser = site.visit(f"#/samples?a={first}&b={last}&{query}")
+    browser.wait("document.querySelector('form.sampling')")
+    browser.value("document.querySelector('textarea').focus()")
+    browser.press("Enter", ctrl=True)
+    browser.wait(
+        "[...document.querySelectorAll('.summary')].filter(e => e.textContent).length == 2"
+    )
+    shown = browser.value(
+        "[...document.querySelectorAll('.pair section')].map(side => "
+        "[...side.querySelectorAll('.tokens')].map(e => "
+        "[...e.querySelectorAll('.token:not(.stop)')].map(t => t.textContent).join('')))"
+    )
+
+    async def ask() -> list[list[str]]:
+        async with HttpService(site.address, api_key=site.alice) as service:
+            caller = await Caller.open(service)
+            params = SamplingParams(max_tokens=6, seed=7)
+            return [
+                [
+                    sequence.text
+                    for sequence in (
+                        await caller.do(
+                            Sample(sampler_id=path, prompt="hello", params=params, num_samples=2),
+                            Sampled,
+                        )
+                    ).output.sequences
+                ]
+                for path in (first, last)
+            ]
+
+    assert shown == anyio.run(ask)
+    shades = "new Set([...document.querySelectorAll('.token')].map(e => e.style.cssText)).size"
+    assert browser.value(shades) >= 2, "shaded by log-probability"
+    titles = "[...document.querySelectorAll('.pair section h2')].map(e => e.textContent)"
+    assert [t.split(",")[0] for t in browser.value(titles)] == ["step-1", "step-3"]
+    assert "seed=7" in browser.value("location.hash") and site.alice not in browser.value(
+        "location.hash"
+    )
+    with httpx.Client(base_url=site.address, headers={"X-WEAVER-API-KEY": site.alice}) as http:
+        ended = http.get(f"/v1/runs/{site.run}/operations").json()["ended"]
+    assert {one["kind"] for one in ended[:2]} == {"sample"}
+
+
+def test_a_sample_that_fails_says_why(site: Site) -> None:
+    lost = f"weaver://{site.run}/sampler/lost"
+    browser = site.visit(f"#/samples?a=base:fake&b={lost}&prompt=x&max_tokens=4")
+    browser.wait("document.querySelector('form.sampling')")
+    browser.value("document.querySelector('form.sampling').requestSubmit()")
+    browser.see(f"there is no checkpoint {lost}")
+    browser.wait("document.querySelectorAll('.tokens').length == 2")
+
+
+def test_load_is_for_administrators_and_others_runs_are_not_found(site: Site) -> None:
+    browser = site.visit("#/load", key=site.admin)
+    browser.see("0 running, 0 waiting.")
+    rows = "[...document.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)"
+    assert browser.value(rows) == ["alice", "ops"]
+    browser.wait("document.querySelectorAll('.curve').length == 3")
+    browser = site.visit("#/load")
+    browser.see("needs an administrator's key")
+    assert browser.value("document.querySelector('#load-link').hidden")
+    for place in ("#/runs/run-000000000000", "#/nowhere"):
+        site.visit(place).see("Go to the runs")
+    assert "no run is called" not in browser.text().lower()
+
+
+def test_every_page_fits_narrow_screens_and_both_schemes(site: Site) -> None:
+    places = ["#/runs", f"#/runs/{site.run}", "#/samples", "#/load", "docs"]
+    for place in places:
+        browser = site.visit(place, key=site.admin)
+        browser.wait("document.querySelector('table, textarea, details')")
+        grounds = []
+        for dark in (False, True):
+            browser.screen(width=360, dark=dark)
+            wide = browser.value("document.documentElement.scrollWidth")
+            assert wide <= 360, (place, wide)
+            grounds.append(browser.value("getComputedStyle(document.body).backgroundColor"))
+        assert len(set(grounds)) == 2
+        tree = browser.send("Accessibility.getFullAXTree")["nodes"]
+        roles = [node for node in tree if node.get("role", {}).get("value") in NAMED]
+        assert roles and all(node["name"]["value"] for node in roles if not node["ignored"]), place
+
+
+@pytest.mark.slow
+def test_a_hidden_tab_asks_nothing(site: Site) -> None:
+    browser = site.visit("#/load", key=site.admin)
+    browser.wait("document.querySelectorAll('.curve').length == 3")
+    count = "performance.getEntriesByType('resource').filter(e => e.name.includes('/v1/')).length"
+    hide = "Object.defineProperty(document, 'hidden', {configurable: true, get: () => %s})"
+    browser.value(hide % "true")
+    time.sleep(2.5)  # one answer may have been under way
+    before = browser.value(count)
+    time.sleep(3)
+    assert browser.value(count) == before
+    browser.value(f"{hide % 'false'}; document.dispatchEvent(new Event('visibilitychange'))")
+    browser.wait(f"{count} > {before}")
+
+
+def test_the_docs_list_every_route(site: Site) -> None:
+    browser = site.visit("docs")
+    browser.wait("document.querySelector('details')")
+    document = httpx.get(f"{site.address}/openapi.json").json()
+    listed = browser.value("[...document.querySelectorAll('details')].map(e => e.id)")
+    assert sorted(listed) == sorted(
+        f"{method}-{path}" for path, methods in document["paths"].items() for method in methods
+    )
+    browser.value("document.querySelectorAll('details').forEach(e => { e.open = true })")
+    for words in (
+        "SessionRequest",
+        "/v1/runs/{run_id}/curves",
+        "OperationInfo",
+        "application/vnd.weaver",
+    ):
+        browser.see(words)
+
+
+@pytest.mark.slow
+def test_a_lost_server_is_told_of_and_found_again(tmp_path: Path) -> None:
+    with site_at(tmp_path) as site:
+        browser = site.visit("#/load", key=site.admin)
+        browser.see("Tenants")
+        browser.send("Network.enable")
+        offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        browser.send("Network.emulateNetworkConditions", offline=True, **offline)
+        browser.see("The server cannot be reached. What you see is of an earlier moment")
+        assert "Tenants" in browser.text()
+        browser.send("Network.emulateNetworkConditions", offline=False, **offline)
+        browser.wait("!document.body.innerText.includes('cannot be reached')")
