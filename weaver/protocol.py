@@ -70,7 +70,8 @@ class OptimStep(Value):
 class SaveCheckpoint(Value):
     """Saves the run. `purpose` "state" can be loaded again, "sampler" can be sampled from.
 
-    Without a name the service makes one; a sampler without a name lives as long as its session.
+    Without a name the service makes one; a sampler without a name lives until it is released, or as
+    long as its session.
     """
 
     kind: Literal["save_checkpoint"] = "save_checkpoint"
@@ -109,6 +110,14 @@ class Sample(Value):
     stream: bool = False
 
 
+class ReleaseSampler(Value):
+    """Lets go of a sampler without a name that this session made; samples of it that were submitted
+    before are finished."""
+
+    kind: Literal["release_sampler"] = "release_sampler"
+    sampler_id: str
+
+
 Operation = Annotated[
     CreateModel
     | ForwardBackward
@@ -116,7 +125,8 @@ Operation = Annotated[
     | SaveCheckpoint
     | LoadCheckpoint
     | OpenSampler
-    | Sample,
+    | Sample
+    | ReleaseSampler,
     Field(discriminator="kind"),
 ]
 
@@ -163,6 +173,10 @@ class Sampled(Value):
     output: SampleResult
 
 
+class SamplerReleased(Value):
+    kind: Literal["sampler_released"] = "sampler_released"
+
+
 Result = Annotated[
     ModelCreated
     | GradientsDone
@@ -170,7 +184,8 @@ Result = Annotated[
     | CheckpointSaved
     | CheckpointLoaded
     | SamplerOpened
-    | Sampled,
+    | Sampled
+    | SamplerReleased,
     Field(discriminator="kind"),
 ]
 

@@ -360,6 +360,8 @@ class TrainingRun(Value):
     created_at: datetime
     last_request_at: datetime
     user_metadata: JsonDict = Field(default_factory=dict)
+    project: str = "default"
+    """Whose it is, on a server with keys."""
 
 
 class MetricPoint(Value):

@@ -13,6 +13,7 @@ from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
 from weaver.server.store import Settled
+from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ async def test_metrics_keep_their_order_and_belong_to_a_run(store: Store) -> Non
 
 
 async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) -> None:
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     await store.append("a", [sent("1", FORWARD), sent("2", seq=2)])
     await store.append("b", [sent("1", FORWARD)])
     pending = [(e.session_id, e.submission, e.cursor) for e in await store.entries()]
@@ -83,7 +84,7 @@ async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) ->
 
 
 async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(store: Store) -> None:
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     await store.append("a", [sent("1"), sent("2", seq=2)])
     await store.settle([ended("1", 1, number=1)])
     store.acknowledge("a", ["1"])
@@ -94,7 +95,7 @@ async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(store: 
 
 
 async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     await store.put_run(run("r"), model=MODEL, seed=5)
     await store.put_run(run("s"), model=MODEL, seed=6)
     operations = [GRADIENT, STEP, GRADIENT, STEP]
@@ -122,12 +123,12 @@ async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
 
 
 async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     await store.put_run(run("r"), model=MODEL, seed=0)
     await store.append("a", [sent("1", GRADIENT), sent("2", seq=2), sent("3", seq=3)])
     await store.settle([ended("1", 1, number=1), ended("3", 2, error=NO)])
     await store.close_session("a")
-    assert list(await store.sessions()) == []
+    assert [record.closed for record in await store.sessions()] == [True]
     assert [entry.submission_id for entry in await store.entries()] == ["2"]
     assert [one.number for one in await store.executed("r", after=0)] == [1]
     await store.settle([ended("2", 3, number=2)])
@@ -136,7 +137,7 @@ async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
 
 
 async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) -> None:
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     for run_id in ("r", "s"):
         await store.put_run(run(run_id), model=MODEL, seed=0)
     await store.append("a", [sent("1", GRADIENT), sent("2", seq=2)])
@@ -154,7 +155,7 @@ async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) ->
 
 async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None:
     failed = []
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
 
     async def append(submission_id: str) -> None:
         try:
@@ -175,7 +176,7 @@ async def test_connections_that_the_database_has_ended_are_made_anew(
 ) -> None:
     if database.dialect.name == "sqlite":
         pytest.skip("SQLite has none")
-    await store.open_session("a")
+    await store.open_session("a", OWNER)
     another = sa.create_engine(database.url)
     with another.connect() as other:
         others = (
@@ -183,5 +184,5 @@ async def test_connections_that_the_database_has_ended_are_made_anew(
         )
         other.execute(sa.text(f"{others} AND datname = current_database()"))
     another.dispose()
-    await store.open_session("b")
-    assert list(await store.sessions()) == ["a", "b"]
+    await store.open_session("b", OWNER)
+    assert [record.session_id for record in await store.sessions()] == ["a", "b"]

@@ -25,6 +25,7 @@ from weaver.protocol import (
     StepDone,
     Submission,
 )
+from weaver.server.limits import Limits
 from weaver.server.service import LocalService
 from weaver.server.store import MemoryStore
 from weaver.types import ModelInput, SamplingParams
@@ -183,7 +184,8 @@ async def test_a_gap_that_is_filled_in_time_is_none(home: Path) -> None:
 
 async def test_loaded_weights_are_bounded(home: Path) -> None:
     engine = FakeEngine(models=[f"m{i}" for i in range(6)])
-    async with LocalService(engine, home=home, loaded_samplers=2, unnamed_samplers=3) as service:
+    limits = Limits(unnamed_samplers=3)
+    async with LocalService(engine, home=home, loaded_samplers=2, limits=limits) as service:
         caller = await Caller.open(service)
         for i in (0, 1, 2, 0, 3, 4, 0):
             await caller.do(SHORT.model_copy(update={"sampler_id": f"base:m{i}"}), Sampled)

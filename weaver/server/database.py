@@ -10,22 +10,74 @@ may be lost when the machine itself loses power; PostgreSQL waits for the disk.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from weaver.errors import ConfigError
-from weaver.server.tables import metadata, schema_table
+from weaver.errors import ConfigError, ServiceConnectionError, StorageError
+from weaver.server.tables import metadata, owners_table, schema_table, sessions_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import Any
 
-UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (metadata.create_all,)
-"""The n-th brings the tables from version n to n + 1. Before version 1 there were no runs."""
+
+OF_RUNS = owners_table.c.resource.startswith("run/")
+
+
+def _to_version_2(connection: sa.Connection) -> None:
+    """Sessions know whose they are, and what they may do; the table of owners knew the former."""
+    sql = connection.exec_driver_sql
+    sql("ALTER TABLE sessions ADD COLUMN project VARCHAR(64) NOT NULL DEFAULT 'default'")
+    for what in ("admin", "local", "lasting", "closed"):
+        sql(f"ALTER TABLE sessions ADD COLUMN {what} BOOLEAN NOT NULL DEFAULT FALSE")
+    sql(
+        "INSERT INTO sessions (session_id, admin, local, closed) "
+        "SELECT DISTINCT session_id, TRUE, TRUE, TRUE FROM operations WHERE cursor IS NULL "
+        "AND session_id NOT IN (SELECT session_id FROM sessions)"
+    )
+    for resource, project in sql("SELECT resource, project FROM owners").all():
+        kind, _, session_id = resource.partition("/")
+        if kind != "run":
+            change = {"project": project}
+            change |= {} if kind == "session" else {"lasting": True, "admin": "admin" in kind}
+            mine = sessions_table.c.session_id == session_id
+            connection.execute(sessions_table.update().where(mine).values(change))
+    connection.execute(owners_table.delete().where(sa.not_(OF_RUNS)))
+
+
+UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (_to_version_2,)
+"""The n-th brings the tables from version n to n + 1, from 1; without a version they are made."""
+VERSION = len(UPGRADES) + 1
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are brought up to date."""
+
+
+@contextmanager
+def transaction(database: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection whose changes are kept together, or not at all.
+
+    Raises:
+        ServiceConnectionError: the database is away; it may be waited for.
+        StorageError: it failed.
+    """
+    try:
+        with database.begin() as connection:
+            yield connection
+    except sa.exc.SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        away = isinstance(error, sa.exc.OperationalError) or (
+            isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        )
+        if away and database.dialect.name != "sqlite":
+            raise ServiceConnectionError(
+                f"the database cannot be reached: {cause}", hint="Try again when it is back."
+            ) from error
+        raise StorageError(
+            f"the database failed: {cause}", hint="Check the free space and the permissions of it."
+        ) from error
 
 
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
@@ -66,18 +118,21 @@ def upgrade(connection: sa.Connection) -> None:
     elif connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver begins only before it writes
     schema_table.create(connection, checkfirst=True)
-    version = connection.scalar(sa.select(schema_table.c.version)) or 0
-    if version > len(UPGRADES):
+    version = connection.scalar(sa.select(schema_table.c.version))
+    if version is None:
+        metadata.create_all(connection)
+    elif version > VERSION:
         raise ConfigError(
-            f"has tables of version {version}, this program knows {len(UPGRADES)}.",
+            f"has tables of version {version}, this program knows {VERSION}.",
             field="database_url",
             hint="Install the version of weaver that used it last.",
         )
-    for step in UPGRADES[version:]:
-        step(connection)
-    if version < len(UPGRADES):
+    else:
+        for step in UPGRADES[version - 1 :]:
+            step(connection)
+    if version != VERSION:
         connection.execute(schema_table.delete())
-        connection.execute(schema_table.insert().values(version=len(UPGRADES)))
+        connection.execute(schema_table.insert().values(version=VERSION))
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

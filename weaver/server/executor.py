@@ -7,20 +7,24 @@ runs on the event loop. It sleeps until it is woken, it never polls.
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 
-from weaver.errors import OperationCancelledError, OperationError, WeaverError
+from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
     ForwardBackward,
     ModelCreated,
+    ReleaseSampler,
     Sample,
     Sampled,
+    SamplerReleased,
+    SaveCheckpoint,
     StepDone,
 )
 from weaver.server.attempt import attempt_async
@@ -30,7 +34,8 @@ from weaver.server.operations import Work
 from weaver.server.scheduler import FairShare, Head, plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from datetime import datetime
 
     from anyio.abc import TaskStatus
 
@@ -55,16 +60,12 @@ class Executor:
         *,
         recovery: Recovery,
         merge_tokens: int,
-        unnamed_samplers: int,
-        gap_timeout_s: float,
         activity: Activity,
     ) -> None:
         self._operations = operations
         self._store = store
         self._recovery = recovery
         self._merge_tokens = merge_tokens
-        self._unnamed_samplers = unnamed_samplers
-        self._gap_timeout_s = gap_timeout_s
         self._engine_free = CapacityLimiter(1)
         self._turn = anyio.Lock(fast_acquire=True)
         """Held from the choice of an operation to its end."""
@@ -79,6 +80,8 @@ class Executor:
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
         self._cancelled: list[str] = []
         self._released: list[str] = []
+        self._ending: list[Ticket] = []
+        """Requests to release a sampler, once the samples before them have begun."""
         self._idle: list[Run] = []
         self._ledger = Ledger(
             store,
@@ -113,6 +116,8 @@ class Executor:
             job_id = ticket.job_id
             self._samples[job_id] = ticket
             self._added[job_id] = operation
+        elif isinstance(operation, ReleaseSampler):
+            self._ending.append(ticket)
         else:
             self._lanes[Lane(None, ticket)] = None
         self._wake.set()
@@ -131,9 +136,13 @@ class Executor:
         self._released += sampler_ids
         self._wake.set()
 
-    def unload(self, run: Run) -> None:
-        """Takes an idle run out of the engine, unless work for it comes first."""
-        self._idle.append(run)
+    def unload_idle(self, now: datetime) -> None:
+        """Takes runs out of the engine that were idle for long, unless work comes first."""
+        after = timedelta(seconds=self._recovery.durability.unload_after_s)
+        for run in self._operations.runs.values():
+            idle = now - run.last_request_at > after and not run.lane.busy
+            if self._store.durable and run.loaded and idle:
+                self._idle.append(run)
         self._wake.set()
 
     async def stop_run(self, run: Run) -> None:
@@ -154,32 +163,9 @@ class Executor:
         await self.stop_run(run)
         self.release(await self._recovery.delete(run, self.call, checkpoints=checkpoints))
 
-    def watch(self, lane: Lane, session: Session) -> None:
-        """Starts a timer if something waits for an operation that has not come."""
-        inbox = lane.inbox(session.session_id)
-        if inbox.waiting and not inbox.watched:
-            inbox.watched = True
-            self._beside.start_soon(self._expire, lane, session)
-
-    async def _expire(self, lane: Lane, session: Session) -> None:
-        inbox = lane.inbox(session.session_id)
-        while inbox.waiting:
-            missing = inbox.next_seq
-            await anyio.sleep(self._gap_timeout_s)
-            if inbox.waiting and inbox.next_seq == missing:
-                await self.give_up(lane, session)
-        inbox.watched = False
-
-    async def give_up(self, lane: Lane, session: Session) -> None:
-        """Fails what waits for an operation that never came."""
-        missing = lane.inbox(session.session_id).next_seq
-        for ticket in lane.give_up(session.session_id):
-            error = OperationError(
-                f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
-                hint="Submit the operations again, counting on from the last seq.",
-            )
-            await self.settle((ticket, error))
-            self.enqueue(ticket, lane)
+    def beside(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs a task that lasts at most as long as this."""
+        self._beside.start_soon(task)
 
     async def cancel(self, ticket: Ticket) -> None:
         """Ends what has not begun, and any sample."""
@@ -206,7 +192,7 @@ class Executor:
         """Does what comes next; False if there is nothing to do."""
         await self._unload_idle()
         heads = self._heads()
-        sampler = bool(self._added or self._cancelled or self._released)
+        sampler = bool(self._added or self._cancelled or self._released or self._ending)
         side = self._share.choose(
             trainer=bool(heads), sampler=sampler or self._operations.samplers.busy
         )
@@ -233,7 +219,10 @@ class Executor:
         batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
         if not batch:
             return
-        work = [Work(lane.run, _operation(ticket), ticket.job_id) for lane, ticket in batch]
+        work = [
+            Work(lane.run, _operation(ticket), ticket.job_id, ticket.session.caller.project)
+            for lane, ticket in batch
+        ]
         results = list(await self.call(partial(self._operations.execute, work)))
         changed: list[tuple[Run, Result]] = []
         for i, (lane, ticket) in enumerate(batch):
@@ -253,7 +242,7 @@ class Executor:
             if run.loaded and self._recovery.due(run, at_once=isinstance(result, CheckpointLoaded)):
                 rest = await self._recovery.snapshot(run, self.call)
                 if rest is not None:
-                    self._beside.start_soon(rest)
+                    self.beside(rest)
 
     async def _is_loaded(self, lane: Lane, ticket: Ticket) -> bool:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
@@ -284,10 +273,11 @@ class Executor:
     def _pin(self, ticket: Ticket, saved: CheckpointSaved) -> None:
         """An unnamed sampler lives as long as its session, or until many newer ones came."""
         info, mine = saved.checkpoint, ticket.session.unnamed_samplers
-        if info.kind != "sampler" or info.folder is not None:
-            return  # it has a name
+        operation = ticket.submission.operation
+        if info.kind != "sampler" or not isinstance(operation, SaveCheckpoint) or operation.name:
+            return
         mine.append(info.path)
-        keep = 0 if ticket.session.closed else self._unnamed_samplers
+        keep = 0 if ticket.session.closed else self._operations.limits.unnamed_samplers
         self.release(mine[: max(0, len(mine) - keep)])
         del mine[: max(0, len(mine) - keep)]
 
@@ -297,11 +287,14 @@ class Executor:
             released=self._released,
             cancelled=self._cancelled,
             added=self._added,
+            ended=[_sampler_id(ticket) for ticket in self._ending],
         )
         for job_id in self._added:
             self._samples[job_id].began_at = time.time()
-        self._released, self._cancelled, self._added = [], [], {}
-        ended: list[tuple[Ticket, Result | WeaverError]] = []
+        ended: list[tuple[Ticket, Result | WeaverError]] = [
+            (ticket, SamplerReleased()) for ticket in self._ending
+        ]
+        self._released, self._cancelled, self._added, self._ending = [], [], {}, []
         for progress in await self.call(turn):
             ticket = self._samples.get(progress.job_id)
             if ticket is None:
@@ -313,8 +306,13 @@ class Executor:
             elif progress.result is not None:
                 ended.append((ticket, Sampled(output=progress.result)))
         for ticket, _ in ended:
-            del self._samples[ticket.job_id]
+            self._samples.pop(ticket.job_id, None)
         await self.settle(*ended)
+
+
+def _sampler_id(ticket: Ticket) -> str:
+    assert isinstance(ticket.submission.operation, ReleaseSampler)
+    return ticket.submission.operation.sampler_id
 
 
 def _operation(ticket: Ticket) -> Operation:

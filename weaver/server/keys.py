@@ -10,14 +10,15 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from weaver.errors import AuthenticationError, InvalidNameError, NotFoundError
+from weaver.server.database import transaction
 from weaver.server.tables import keys_table
+from weaver.server.tenancy import Caller
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -38,16 +39,12 @@ class KeyInfo(Value):
     revoked_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose request it is. An admin sees every project, and creates in its own."""
-
-    project: str
-    admin: bool = False
-
-
 class Keys:
-    """The keys of one database. Its methods block for the time of a query."""
+    """The keys of one database. Its methods block for the time of a query.
+
+    Raises:
+        ServiceConnectionError: from any of them, while the database is away.
+    """
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database
@@ -72,14 +69,14 @@ class Keys:
             created_at=datetime.now(UTC),
         )
         row = {**info.model_dump(), "hash": _hash(secret)}
-        with self._database.begin() as connection:
+        with transaction(self._database) as connection:
             connection.execute(keys_table.insert().values(row))
         return info, secret
 
     def list(self) -> Sequence[KeyInfo]:
         """All keys, revoked ones too, oldest first."""
         query = sa.select(keys_table).order_by(keys_table.c.created_at)
-        with self._database.connect() as connection:
+        with transaction(self._database) as connection:
             return [_info(row) for row in connection.execute(query)]
 
     def revoke(self, key_id: str) -> KeyInfo:
@@ -96,7 +93,7 @@ class Keys:
                 hint="`weaver keys list` shows them.",
             )
         query = keys_table.update().where(keys_table.c.id == found[0].id)
-        with self._database.begin() as connection:
+        with transaction(self._database) as connection:
             connection.execute(query.values(revoked_at=datetime.now(UTC)))
         return next(info for info in self.list() if info.id == found[0].id)
 
@@ -110,7 +107,7 @@ class Keys:
         query = sa.select(keys_table).where(
             keys_table.c.hash == wanted, keys_table.c.revoked_at.is_(None)
         )
-        with self._database.connect() as connection:
+        with transaction(self._database) as connection:
             row = connection.execute(query).one_or_none()
         if row is None or not hmac.compare_digest(row.hash, wanted):
             raise AuthenticationError(

@@ -36,10 +36,12 @@ from weaver.types import CheckpointInfo, LoraConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from weaver.engine.base import Engine
     from weaver.protocol import Operation, Result
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.limits import Limits
     from weaver.server.sampling import Samplers
 
 
@@ -50,6 +52,8 @@ class Work:
     run: Run | None
     operation: Operation
     key: str
+    project: str
+    """Of the caller."""
 
     @property
     def token(self) -> str:
@@ -65,8 +69,11 @@ class Operations:
     checkpoints: Checkpoints
     kept_samplers: Checkpoints | None
     """Where samplers without a name outlive the process, if they are to."""
+    limits: Limits
     samplers: Samplers
     runs: dict[str, Run]
+    owners: dict[str, str]
+    """The project of each run."""
     now: Callable[[], datetime]
 
     def execute(self, work: Sequence[Work]) -> Sequence[Result | WeaverError]:
@@ -92,7 +99,7 @@ class Operations:
         run, operation = work.run, work.operation
         match operation:
             case CreateModel():
-                return self._create_model(operation, f"run-{work.token}")
+                return self._create_model(operation, work)
             case OpenSampler():
                 return self.samplers.open(operation)
         assert run is not None, operation.kind
@@ -105,7 +112,9 @@ class Operations:
                 return self._load(run, operation)
         raise AssertionError(operation.kind)
 
-    def _create_model(self, operation: CreateModel, run_id: str) -> ModelCreated:
+    def _create_model(self, operation: CreateModel, work: Work) -> ModelCreated:
+        run_id = f"run-{work.token}"
+        self.limits.check_runs(sum(run.project == work.project for run in self.runs.values()))
         model = self.engine.get_model(operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
@@ -129,12 +138,13 @@ class Operations:
             created_at=now,
             last_request_at=now,
             user_metadata=operation.user_metadata,
+            project=work.project,
             seed=operation.seed if lora is None or lora.seed is None else lora.seed,
         )
         self.engine.trainer.create_run(
             run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
-        self.runs[run.run_id] = run
+        self.runs[run_id], self.owners[run_id] = run, run.project
         return ModelCreated(run=run.describe(), model=model)
 
     def _forward_backward(
@@ -186,11 +196,16 @@ class Operations:
 
         unnamed = sampler and operation.name is None
         disk = self.kept_samplers if unnamed else self.checkpoints
+
+        def fill(folder: Path) -> None:
+            self._check_stored(run.project)
+            trainer.save(run.run_id, folder, include_optimizer=optimizer)
+
         info = describe(self.now())
         if disk is not None:
             info = disk.write(
                 location,
-                lambda folder: trainer.save(run.run_id, folder, include_optimizer=optimizer),
+                fill,
                 describe=describe,
                 author=work.key,
                 overwrite=operation.overwrite,
@@ -205,6 +220,17 @@ class Operations:
         return CheckpointSaved(
             checkpoint=info.model_copy(update={"folder": None}) if unnamed else info
         )
+
+    def _check_stored(self, project: str) -> None:
+        """Raises QuotaExceededError. Snapshots do not count: they are the server's own."""
+        if self.limits.stored_bytes is None:
+            return
+        stored = 0
+        for run_id in [run_id for run_id, owner in self.owners.items() if owner == project]:
+            unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
+            kept = [info for info in unnamed if info.kind == "sampler"]
+            stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
+        self.limits.check_stored(stored)
 
     def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:
         info, folder = self.checkpoints.open(operation.path)

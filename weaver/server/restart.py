@@ -12,6 +12,7 @@ from weaver.errors import OperationError, WeaverError
 from weaver.protocol import Outcome, Submission
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket
+from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class Restored:
     runs: dict[str, Run] = field(default_factory=dict)
     """None of them is loaded: the next operation of each brings it back."""
+    owners: Mapping[str, str] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     tickets: list[Ticket] = field(default_factory=list)
     """For the lanes, in their order: what is pending, and what is settled but not passed over."""
@@ -36,9 +38,15 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
         StorageError: the database cannot be read; a damaged entry in it fails alone.
     """
     restored = Restored(runs={record.run.run_id: Run.of(record) for record in await store.runs()})
+    restored.owners = await store.owners()
     if not store.keeps_sessions:
         return restored
-    restored.sessions = {session_id: Session(session_id) for session_id in await store.sessions()}
+    records = await store.sessions()
+    sessions = {
+        r.session_id: Session(r.session_id, r.caller, lasting=r.lasting, closed=r.closed)
+        for r in records
+    }
+    restored.sessions = {id: session for id, session in sessions.items() if not session.closed}
     entries = await store.entries()
     by_session: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -49,7 +57,7 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
     for (session_id, run_id), seq in next_seqs.items():
         if run_id in restored.runs:
             restored.runs[run_id].lane.inbox(session_id).next_seq = seq
-    restored.tickets = _tickets(entries, restored, next_seqs)
+    restored.tickets = _tickets(entries, restored, sessions=sessions, next_seqs=next_seqs)
     await to_thread.run_sync(_take_up_samplers, live, restored.sessions)
     return restored
 
@@ -72,15 +80,17 @@ def _next_seqs(entries: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
 
 
 def _tickets(
-    entries: Sequence[Entry], restored: Restored, next_seqs: Mapping[tuple[str, str], int]
+    entries: Sequence[Entry],
+    restored: Restored,
+    *,
+    sessions: dict[str, Session],
+    next_seqs: Mapping[tuple[str, str], int],
 ) -> list[Ticket]:
-    closed: dict[str, Session] = {}
     lost = _lost(entries)
     tickets = []
     for i, entry in enumerate(entries):
-        session = restored.sessions.get(entry.session_id) or closed.setdefault(
-            entry.session_id, Session(entry.session_id, closed=True)
-        )
+        nobody = Session(entry.session_id, Caller(""), closed=True)
+        session = sessions.setdefault(entry.session_id, nobody)
         if isinstance(entry.submission, Submission):
             tickets.append(session.ticket(entry.submission))
         elif entry.submission is not None:

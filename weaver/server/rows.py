@@ -99,6 +99,7 @@ def run_record_of(row: sa.Row[Any]) -> RunRecord:
         run=_decode(row.description, RUN, row.run_id),
         model=_decode(row.model, MODEL, row.run_id),
         seed=row.seed,
+        project=row.project or "",
         snapshot=row.snapshot,
         executed=max(row.newest or 0, row.snapshot),
     )

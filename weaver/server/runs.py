@@ -27,6 +27,7 @@ class Run:
     created_at: datetime
     last_request_at: datetime
     user_metadata: JsonDict
+    project: str
     step: int = 0
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
     loaded: bool = True
@@ -59,6 +60,7 @@ class Run:
             created_at=run.created_at,
             last_request_at=run.last_request_at,
             user_metadata=run.user_metadata,
+            project=record.project,
             step=run.step,
             loaded=False,
             seed=record.seed,
@@ -75,6 +77,7 @@ class Run:
             created_at=self.created_at,
             last_request_at=self.last_request_at,
             user_metadata=self.user_metadata,
+            project=self.project,
         )
 
     def mismatch(self, checkpoint: CheckpointInfo) -> str | None:

@@ -27,6 +27,7 @@ from weaver.loss_specs import check_tokens
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import MANIFEST, SCHEME
+from weaver.server.tenancy import BASE
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine, WeightSnapshot
     from weaver.server.checkpoints import Checkpoints
     from weaver.types import CheckpointInfo, ModelInfo
-
-BASE = "base:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,16 +142,19 @@ class Samplers:
             self.release(sampler_id)
 
     def turn(
-        self, *, released: Sequence[str], cancelled: Sequence[str], added: Mapping[str, Sample]
+        self,
+        *,
+        released: Sequence[str],
+        cancelled: Sequence[str],
+        added: Mapping[str, Sample],
+        ended: Sequence[str] = (),
     ) -> list[SampleProgress]:
         """Takes in what was asked for since the last turn, then lets the sampler take a step.
 
-        `added` maps the job's id to its operation.
+        `added` maps the job's id to its operation. Samplers of `released` are let go of before it,
+        those of `ended` after it.
         """
-        for sampler_id in released:
-            attempt(partial(self.release, sampler_id))
-            if self._kept is not None and sampler_id.startswith(SCHEME):
-                attempt(partial(self._kept.delete, sampler_id))
+        self._let_go(released)
         for job_id in cancelled:
             self._running.discard(job_id)
             attempt(partial(self._engine.sampler.cancel, job_id))
@@ -161,10 +163,17 @@ class Samplers:
             problem = attempt(partial(self._add, job_id, operation))
             if problem is not None:
                 progress.append(SampleProgress(job_id=job_id, error=problem))
+        self._let_go(ended)
         if self._engine.sampler.busy:
             progress += self._step()
         self._running -= {p.job_id for p in progress if p.result or p.error}
         return progress
+
+    def _let_go(self, sampler_ids: Sequence[str]) -> None:
+        for sampler_id in sampler_ids:
+            attempt(partial(self.release, sampler_id))
+            if self._kept is not None and sampler_id.startswith(SCHEME):
+                attempt(partial(self._kept.delete, sampler_id))
 
     def _step(self) -> Sequence[SampleProgress]:
         stepped = attempt(self._engine.sampler.step)

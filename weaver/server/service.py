@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import aclosing
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,17 +17,17 @@ from anyio import CancelScope, to_thread
 
 from weaver.errors import (
     ClosedError,
-    ConflictError,
     NotFoundError,
-    OperationCancelledError,
     RunNotFoundError,
     WeaverError,
 )
 from weaver.protocol import Sample, SessionInfo
 from weaver.server.activity import Activity
-from weaver.server.attempt import attempt, or_raise
+from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
+from weaver.server.intake import Intake
+from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
 from weaver.server.recovery import Durability, Recovery, hold_lock, release
 from weaver.server.restart import restore
@@ -36,7 +35,7 @@ from weaver.server.runs import Run
 from weaver.server.sampling import Samplers
 from weaver.server.sessions import Session
 from weaver.server.store import MemoryStore
-from weaver.server.validation import refusal
+from weaver.server.tenancy import OWNER, Caller, Reach
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine
     from weaver.protocol import Outcome, SessionState, Submission
-    from weaver.server.sessions import Ticket
     from weaver.server.store import Store
     from weaver.types import (
         CheckpointInfo,
@@ -77,7 +75,7 @@ class LocalService:
         close_timeout_s: how long `aclose` waits for an engine call to end before it leaves the
             call's thread to itself.
         loaded_samplers: the weights that stay ready to sample though they could be loaded again.
-        unnamed_samplers: the newest unnamed samplers of a session that are kept.
+        limits: of requests and projects.
         durability: how often runs are snapshotted, if the store outlives this process.
         now: the clock of checkpoints and runs, in UTC.
     """
@@ -94,30 +92,34 @@ class LocalService:
         sweep_every_s: float = 60.0,
         close_timeout_s: float = 0.1,
         loaded_samplers: int = 16,
-        unnamed_samplers: int = 64,
+        limits: Limits = EMBEDDED,
         durability: Durability = DURABILITY,
         now: Callable[[], datetime] = now_utc,
     ) -> None:
         self._engine = engine
         self._store = MemoryStore() if store is None else store
+        self.limits = limits
         self._sweep_every_s = sweep_every_s
         self._close_timeout_s = close_timeout_s
-        self._unload_after = timedelta(seconds=durability.unload_after_s)
         self._now = now
         self._checkpoints = Checkpoints(home.expanduser(), now=now)
         self._live = Checkpoints(home.expanduser(), folder="live", now=now)
         kept = self._live if self._store.keeps_sessions else None
         self._runs: dict[str, Run] = {}
+        self.owners: dict[str, str] = {}
+        """The project of each run, of deleted ones too."""
         self._sessions: dict[str, Session] = {}
         self.activity = Activity(self._sessions)
         self._operations = Operations(
             engine=engine,
             checkpoints=self._checkpoints,
             kept_samplers=kept,
+            limits=limits,
             samplers=Samplers(
                 engine, self._checkpoints, kept=kept, max_loaded=loaded_samplers, now=now
             ),
             runs=self._runs,
+            owners=self.owners,
             now=now,
         )
         self._executor = Executor(
@@ -131,9 +133,18 @@ class LocalService:
                 durability=durability,
             ),
             merge_tokens=0 if deterministic else merge_tokens,
-            unnamed_samplers=unnamed_samplers,
-            gap_timeout_s=gap_timeout_s,
             activity=self.activity,
+        )
+        self._models: Sequence[ModelInfo] | None = None
+        self._intake = Intake(
+            executor=self._executor,
+            store=self._store,
+            runs=self._runs,
+            owners=self.owners,
+            sessions=self._sessions,
+            limits=limits,
+            gap_timeout_s=gap_timeout_s,
+            now=now,
         )
         self._closed = True
         self._lock: int | None = None
@@ -151,13 +162,14 @@ class LocalService:
             self._unlock()
             raise
         self._runs |= restored.runs
+        self.owners |= restored.owners
         self._sessions |= restored.sessions
         self._host = anyio.create_task_group()
         await self._host.__aenter__()
         await self._host.start(self._main)
         self._closed = False
         for ticket in restored.tickets:
-            await self._accept(ticket)
+            await self._intake.accept(ticket)
         return self
 
     async def __aexit__(
@@ -209,17 +221,28 @@ class LocalService:
             for disk in (self._checkpoints, self._live):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
-            for run in self._runs.values():
-                idle = self._now() - run.last_request_at > self._unload_after
-                if self._store.durable and run.loaded and idle and not run.lane.busy:
-                    self._executor.unload(run)
+            timeout_s = self.limits.session_timeout_s
+            for session in list(self._sessions.values()):
+                if timeout_s is not None and session.silent_for(timeout_s):
+                    await attempt_async(partial(self.close_session, session.session_id))
+            self._executor.unload_idle(self._now())
 
     # --- sessions and operations ----------------------------------------------------------------
 
-    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
+    def reach(self, caller: Caller) -> Reach:
+        return Reach(caller, self.owners, self._sessions)
+
+    async def open_session(
+        self,
+        *,
+        user_metadata: JsonDict | None = None,
+        caller: Caller = OWNER,
+        lasting: bool = False,
+    ) -> SessionInfo:
+        """Its operations have the rights of `caller`; a `lasting` one is never silent for long."""
         self._check_open()
-        session = Session(f"session-{secrets.token_hex(6)}")
-        await self._store.open_session(session.session_id)
+        session = Session(f"session-{secrets.token_hex(6)}", caller, lasting=lasting)
+        await self._store.open_session(session.session_id, caller, lasting=lasting)
         self._sessions[session.session_id] = session
         return SessionInfo(session_id=session.session_id, description=self._engine.description)
 
@@ -231,7 +254,7 @@ class LocalService:
             if isinstance(ticket.submission.operation, Sample):
                 await self._executor.cancel(ticket)
         for run in list(self._runs.values()):
-            await self._executor.give_up(run.lane, session)
+            await self._intake.give_up(run.lane, session)
             run.lane.forget(session_id)
         self._executor.release(session.unnamed_samplers)
         session.close()
@@ -243,38 +266,7 @@ class LocalService:
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         session = self._session(session_id)
-        async with session.submitting:
-            fresh = session.unseen(submissions)
-            with CancelScope(shield=True):  # journaled means accepted, also if the caller is gone
-                try:
-                    await self._store.append(session_id, fresh)
-                except WeaverError:
-                    session.forget(fresh)
-                    raise
-                for submission in fresh:
-                    await self._accept(session.ticket(submission))
-
-    async def _accept(self, ticket: Ticket) -> None:
-        submission = ticket.submission
-        run = self._runs.get(submission.run_id or "")
-        error = ticket.error or refusal(submission, run)
-        if submission.operation is None and error is None:
-            error = OperationCancelledError("it was withdrawn before it was sent.")
-        if run is not None:
-            run.last_request_at, run.stopped = self._now(), False
-        if run is None or submission.seq is None:
-            if error is None:
-                self._executor.enqueue(ticket, None)
-        elif run.lane.add(ticket):
-            self._executor.enqueue(ticket, run.lane)
-            self._executor.watch(run.lane, ticket.session)
-        else:
-            error = ConflictError(
-                f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
-                hint="Submit it again with the next seq.",
-            )
-        if error is not None:
-            await self._executor.settle((ticket, error))
+        await self._intake.take(session, submissions)
 
     async def collect(
         self, session_id: str, *, after: int, timeout_s: float, forget: int | None = None
@@ -303,9 +295,14 @@ class LocalService:
     # --- models, runs, metrics ------------------------------------------------------------------
 
     async def list_models(self) -> Sequence[ModelInfo]:
-        return await self._engine_call(self._engine.list_models)
+        if self._models is None:  # an engine's list is made when the engine is
+            self._models = await self._engine_call(self._engine.list_models)
+        return self._models
 
     async def get_model(self, base_model: str) -> ModelInfo:
+        for model in await self.list_models():
+            if model.name == base_model:
+                return model
         return await self._engine_call(partial(self._engine.get_model, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
@@ -377,13 +374,15 @@ class LocalService:
             raise NotFoundError(
                 f"no session is called {session_id!r}.",
                 field="session_id",
-                hint="It may have been closed; open another one.",
+                hint="It was closed, or not heard of for too long; open another one.",
             )
+        self._sessions[session_id].heard()
         return self._sessions[session_id]
 
     async def _run(self, run_id: str) -> Run:
         self._check_open()
         if run_id not in self._runs and (record := await self._store.run(run_id)):
+            self.owners[run_id] = record.project
             self._runs.setdefault(run_id, Run.of(record))  # another process on this home made it
         if run_id not in self._runs:
             raise RunNotFoundError(

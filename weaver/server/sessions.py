@@ -20,6 +20,7 @@ import numpy as np
 from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
 from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, SessionState
 from weaver.server.streams import SampleStream
+from weaver.server.tenancy import OWNER, Caller
 from weaver.tensors import TensorData
 from weaver.types import Value
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Result, Submission
     from weaver.server.store import Entry
+
+UNREAD_STREAMS = 64
+"""So many streams stay readable after their samples ended and were acknowledged, the newest."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +71,10 @@ class Ticket:
 @dataclass(slots=True, eq=False)
 class Session:
     session_id: str
+    caller: Caller = OWNER
+    """Whose rights its operations have."""
+    lasting: bool = False
+    """It does not end by itself, however long nothing is heard of it."""
     submitting: anyio.Lock = field(default_factory=anyio.Lock)
     """Held while a request is journaled, so that its resend is not acknowledged before it."""
     tickets: dict[str, Ticket] = field(default_factory=dict)
@@ -74,11 +82,26 @@ class Session:
     streams: dict[str, SampleStream] = field(default_factory=dict)
     unnamed_samplers: list[str] = field(default_factory=list)
     closed: bool = False
+    _heard_at: float = field(default_factory=time.monotonic)
+    _polls: int = 0
     _prints: dict[str, bytes] = field(default_factory=dict)
     _places: dict[tuple[str, int], str] = field(default_factory=dict)
     _outcomes: deque[Outcome] = field(default_factory=deque)
     _cursor: int = 0
     _changed: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def unfinished(self) -> int:
+        """Operations whose outcome the client has not collected; a lasting one keeps them all."""
+        return len(self.tickets) + (0 if self.lasting else len(self._outcomes))
+
+    def heard(self) -> None:
+        """Notes that the client lives."""
+        self._heard_at = time.monotonic()
+
+    def silent_for(self, seconds: float) -> bool:
+        """Whether nothing was heard of the client for so long."""
+        return not (self.lasting or self._polls) and time.monotonic() > self._heard_at + seconds
 
     def unseen(self, submissions: Sequence[Submission]) -> list[Submission]:
         """Remembers those that are new and answers them.
@@ -177,6 +200,9 @@ class Session:
                 read.acknowledged = True
         for submission_id in [id for id, stream in self.streams.items() if stream.finished_with]:
             del self.streams[submission_id]
+        unread = [id for id, stream in self.streams.items() if stream.acknowledged]
+        for submission_id in unread[:-UNREAD_STREAMS]:
+            del self.streams[submission_id]
         return forgotten
 
     async def collect(self, *, after: int, timeout_s: float) -> list[Outcome]:
@@ -185,9 +211,16 @@ class Session:
         Raises:
             ClosedError: the session was closed.
         """
-        with anyio.move_on_after(timeout_s):
-            while not self.closed and not (self._outcomes and self._outcomes[-1].cursor > after):
-                await self._changed.wait()
+        self._polls += 1
+        try:
+            with anyio.move_on_after(timeout_s):
+                while not self.closed and not (
+                    self._outcomes and self._outcomes[-1].cursor > after
+                ):
+                    await self._changed.wait()
+        finally:
+            self._polls -= 1
+            self.heard()
         if self.closed:
             raise ClosedError("this session was closed.", hint="Open another one.")
         newest_first = takewhile(lambda outcome: outcome.cursor > after, reversed(self._outcomes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from anyio import CancelScope, to_thread
 
 from weaver import wire
-from weaver.errors import ServiceConnectionError, StorageError, WeaverError
+from weaver.errors import StorageError, WeaverError
+from weaver.server.database import transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
@@ -27,10 +28,18 @@ from weaver.server.rows import (
     run_record_of,
     settled_row,
 )
-from weaver.server.tables import metrics_table, operations_table, runs_table, sessions_table
+from weaver.server.store import SessionRecord
+from weaver.server.tables import (
+    metrics_table,
+    operations_table,
+    owners_table,
+    runs_table,
+    sessions_table,
+)
+from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weaver.protocol import Submission
     from weaver.server.store import Entry, Executed, RunRecord, Settled
@@ -60,8 +69,26 @@ ACKNOWLEDGE = (
     )
     .values(outcome=None)
 )
+IS_OPEN = operations.session_id.in_(
+    sa.select(sessions_table.c.session_id).where(sa.not_(sessions_table.c.closed))
+)
+FORGET = sessions_table.delete().where(
+    sessions_table.c.closed,
+    ~sa.exists().where(
+        operations.session_id == sessions_table.c.session_id, operations.cursor.is_(None)
+    ),
+)
+"""Closed sessions that wait for nothing."""
 NEWEST = sa.select(sa.func.max(operations.number)).where(operations.run_id == runs_table.c.run_id)
-RECORD = sa.select(runs_table, NEWEST.scalar_subquery().label("newest"))
+RUN = "run/"
+OWNER = sa.select(owners_table.c.project).where(
+    owners_table.c.resource == sa.literal(RUN) + runs_table.c.run_id
+)
+RECORD = sa.select(
+    runs_table,
+    NEWEST.scalar_subquery().label("newest"),
+    OWNER.scalar_subquery().label("project"),
+)
 DESCRIBE = (
     runs_table.update()
     .where(runs_table.c.run_id == sa.bindparam("of_run"))
@@ -93,8 +120,9 @@ class SqlStore:
         self._writing = anyio.Lock()
         self._acknowledged: defaultdict[str, list[str]] = defaultdict(list)
 
-    async def open_session(self, session_id: str) -> None:
-        await self._write(lambda: [(sessions_table.insert(), [{"session_id": session_id}])])
+    async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
+        row = {"session_id": session_id, "lasting": lasting, "closed": False, **asdict(caller)}
+        await self._write(lambda: [(sessions_table.insert(), [row])])
 
     async def close_session(self, session_id: str) -> None:
         self._acknowledged.pop(session_id, None)
@@ -103,8 +131,10 @@ class SqlStore:
             operations.cursor.is_not(None),
             sa.or_(operations.number.is_(None), operations.body.is_(None)),
         )
-        closed = sessions_table.delete().where(sessions_table.c.session_id == session_id)
-        await self._write(lambda: [(closed, ALWAYS), (unneeded, ALWAYS)])
+        closed = sessions_table.update().where(sessions_table.c.session_id == session_id)
+        await self._write(
+            lambda: [(closed.values(closed=True), ALWAYS), (unneeded, ALWAYS), (FORGET, ALWAYS)]
+        )
 
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
         def make() -> Statements:
@@ -131,18 +161,25 @@ class SqlStore:
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         self._acknowledged[session_id] += submission_ids
 
-    async def sessions(self) -> Sequence[str]:
-        return [row.session_id for row in await self._read(sa.select(sessions_table))]
+    async def sessions(self) -> Sequence[SessionRecord]:
+        return [
+            SessionRecord(
+                session_id=row.session_id,
+                caller=Caller(row.project, admin=row.admin, local=row.local),
+                lasting=row.lasting,
+                closed=row.closed,
+            )
+            for row in await self._read(sa.select(sessions_table))
+        ]
 
     async def entries(self) -> Sequence[Entry]:
         pending = operations.cursor.is_(None)
-        is_open = operations.session_id.in_(sa.select(sessions_table.c.session_id))
         query = (
             sa.select(
                 *(column for column in operations_table.c if column is not operations.body),
                 sa.case((pending, operations.body)).label("body"),
             )
-            .where(sa.or_(pending, is_open))
+            .where(sa.or_(pending, IS_OPEN))
             .order_by(operations.position)
         )
         return [entry_of(row) for row in await self._read(query)]
@@ -155,18 +192,26 @@ class SqlStore:
             "seed": seed,
             "snapshot": 0,
         }
+        owner = {"resource": RUN + run.run_id, "project": run.project}
         again = runs_table.delete().where(runs_table.c.run_id == run.run_id)
-        await self._write(lambda: [(again, ALWAYS), (runs_table.insert(), [row])])
+        owned = owners_table.delete().where(owners_table.c.resource == owner["resource"])
+        await self._write(
+            lambda: [
+                (again, ALWAYS),
+                (owned, ALWAYS),
+                (runs_table.insert(), [row]),
+                (owners_table.insert(), [owner]),
+            ]
+        )
 
     async def delete_run(self, run_id: str) -> None:
         mine = operations.run_id == run_id
-        is_open = operations.session_id.in_(sa.select(sessions_table.c.session_id))
         settled = sa.and_(mine, operations.cursor.is_not(None))
         await self._write(
             lambda: [
                 (runs_table.delete().where(runs_table.c.run_id == run_id), ALWAYS),
                 (metrics_table.delete().where(metrics_table.c.run_id == run_id), ALWAYS),
-                (operations_table.delete().where(mine, sa.not_(is_open)), ALWAYS),
+                (operations_table.delete().where(mine, sa.not_(IS_OPEN)), ALWAYS),
                 (operations_table.update().where(settled).values(body=None), ALWAYS),
             ]
         )
@@ -184,6 +229,10 @@ class SqlStore:
         rows = await self._read(RECORD.where(runs_table.c.run_id == run_id))
         return next((run_record_of(row) for row in rows), None)
 
+    async def owners(self) -> Mapping[str, str]:
+        rows = await self._read(sa.select(owners_table))
+        return {row.resource.removeprefix(RUN): row.project for row in rows}
+
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         query = (
             sa.select(operations.number, operations.body, operations.error)
@@ -196,12 +245,11 @@ class SqlStore:
     async def put_snapshot(self, run_id: str, number: int) -> None:
         snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
         held = sa.and_(operations.run_id == run_id, operations.number <= number)
-        is_open = operations.session_id.in_(sa.select(sessions_table.c.session_id))
         body = operations_table.update().where(held, operations.body.is_not(None))
         await self._write(
             lambda: [
                 (snapshot, ALWAYS),
-                (operations_table.delete().where(held, sa.not_(is_open)), ALWAYS),
+                (operations_table.delete().where(held, sa.not_(IS_OPEN)), ALWAYS),
                 (body.values(body=None), ALWAYS),
             ]
         )
@@ -253,39 +301,23 @@ class SqlStore:
         """All in one transaction; False if it failed, which each of them is told."""
         failure = None
         try:
-            with self._database.begin() as connection:
+            with transaction(self._database) as connection:
                 for _, statements in writes:
                     for statement, rows in statements:
                         if rows:
                             connection.execute(statement, rows)
-        except sa.exc.SQLAlchemyError as error:
-            failure = self._failure(error)
+        except WeaverError as error:
+            failure = error
         for write, _ in writes:
             write.error = failure
         return failure is None
 
     async def _read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         def read() -> Sequence[sa.Row[Any]]:
-            with self._database.connect() as connection:
+            with transaction(self._database) as connection:
                 return connection.execute(query).all()
 
-        try:
-            return await to_thread.run_sync(read)
-        except sa.exc.SQLAlchemyError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: sa.exc.SQLAlchemyError) -> WeaverError:
-        cause = getattr(error, "orig", None) or error
-        away = isinstance(error, sa.exc.OperationalError) or (
-            isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
-        )
-        if away and self._database.dialect.name != "sqlite":
-            return ServiceConnectionError(
-                f"the database cannot be reached: {cause}", hint="Try again when it is back."
-            )
-        return StorageError(
-            f"the database failed: {cause}", hint="Check the free space and the permissions of it."
-        )
+        return await to_thread.run_sync(read)
 
 
 def insert_operations(rows: list[dict[str, Any]]) -> Statement:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from weaver.protocol import Operation, Submission
-    from weaver.server.store import Entry, Settled
+    from weaver.server.store import Entry, SessionRecord, Settled
+    from weaver.server.tenancy import Caller
     from weaver.types import TrainingRun
 
 
@@ -35,7 +36,7 @@ class StepStore(SqlStore):
         self._batches: defaultdict[str, list[tuple[Submission, Settled]]] = defaultdict(list)
         """By run: what was carried out since its last step."""
 
-    async def open_session(self, session_id: str) -> None:
+    async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
         pass
 
     async def close_session(self, session_id: str) -> None:
@@ -71,7 +72,7 @@ class StepStore(SqlStore):
         for run_id in ended:
             del self._batches[run_id]
 
-    async def sessions(self) -> Sequence[str]:
+    async def sessions(self) -> Sequence[SessionRecord]:
         return []
 
     async def entries(self) -> Sequence[Entry]:

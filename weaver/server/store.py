@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from weaver.errors import WeaverError
     from weaver.protocol import Operation, Outcome, Submission
+    from weaver.server.tenancy import Caller
     from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
 
@@ -30,12 +31,21 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    session_id: str
+    caller: Caller
+    lasting: bool
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """A run, and how to bring it back: create it with `seed`, or load its snapshot; then replay."""
 
     run: TrainingRun
     model: ModelInfo
     seed: int
+    project: str
     snapshot: int
     """The number of the last operation that the newest snapshot holds; 0: there is none."""
     executed: int
@@ -81,10 +91,12 @@ class Store(Protocol):
     def keeps_sessions(self) -> bool:
         """Whether clients outlive this process, so that their sessions must."""
 
-    async def open_session(self, session_id: str) -> None: ...
+    async def open_session(
+        self, session_id: str, caller: Caller, *, lasting: bool = False
+    ) -> None: ...
 
     async def close_session(self, session_id: str) -> None:
-        """Forgets it, but not what its runs still need."""
+        """Forgets it, but for what is pending and what its runs still need."""
 
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
         """Writes all of them down, or none. Their ids are new to the session."""
@@ -95,8 +107,8 @@ class Store(Protocol):
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         """Their clients have these outcomes, which may be forgotten with the next write."""
 
-    async def sessions(self) -> Sequence[str]:
-        """The open ones."""
+    async def sessions(self) -> Sequence[SessionRecord]:
+        """The open ones, and those with pending work."""
 
     async def entries(self) -> Sequence[Entry]:
         """What is pending, and all of open sessions, in the order of `append`."""
@@ -111,6 +123,9 @@ class Store(Protocol):
         """In the order in which they were put."""
 
     async def run(self, run_id: str) -> RunRecord | None: ...
+
+    async def owners(self) -> Mapping[str, str]:
+        """The project of each run, of deleted ones too: their checkpoints may remain."""
 
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         """What a run has carried out since its snapshot, in that order.
@@ -137,7 +152,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._metrics: dict[str, list[MetricPoint]] = {}
 
-    async def open_session(self, session_id: str) -> None:
+    async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
         pass
 
     async def close_session(self, session_id: str) -> None:
@@ -152,7 +167,7 @@ class MemoryStore:
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         pass
 
-    async def sessions(self) -> Sequence[str]:
+    async def sessions(self) -> Sequence[SessionRecord]:
         return []
 
     async def entries(self) -> Sequence[Entry]:
@@ -169,6 +184,9 @@ class MemoryStore:
 
     async def run(self, run_id: str) -> RunRecord | None:
         return None
+
+    async def owners(self) -> Mapping[str, str]:
+        return {}
 
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         return []

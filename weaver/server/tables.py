@@ -32,7 +32,7 @@ owners_table = sa.Table(
     sa.Column("resource", sa.String(160), primary_key=True),
     sa.Column("project", sa.String(64), nullable=False, index=True),
 )
-"""owners.py"""
+"""sql_store.py; of each run, of deleted ones too, the project. A resource is `run/` and its id."""
 
 runs_table = sa.Table(
     "runs",
@@ -47,9 +47,16 @@ runs_table = sa.Table(
 """sql_store.py; `snapshot` is the number of the last operation that the run's snapshot holds."""
 
 sessions_table = sa.Table(
-    "sessions", metadata, sa.Column("session_id", sa.String(64), primary_key=True)
+    "sessions",
+    metadata,
+    sa.Column("session_id", sa.String(64), primary_key=True),
+    sa.Column("project", sa.String(64), nullable=False),
+    sa.Column("admin", sa.Boolean, nullable=False),
+    sa.Column("local", sa.Boolean, nullable=False),
+    sa.Column("lasting", sa.Boolean, nullable=False),
+    sa.Column("closed", sa.Boolean, nullable=False),
 )
-"""sql_store.py; the open ones."""
+"""sql_store.py; the open ones, and closed ones with pending work; with their callers' rights."""
 
 operations_table = sa.Table(
     "operations",

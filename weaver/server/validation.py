@@ -17,14 +17,22 @@ from weaver.server.checkpoints import SCHEME, Location, check_name
 
 if TYPE_CHECKING:
     from weaver.protocol import Submission
+    from weaver.server.limits import Limits
     from weaver.server.runs import Run
+    from weaver.server.tenancy import Reach
 
 ORDERED = (ForwardBackward, OptimStep, SaveCheckpoint, LoadCheckpoint)
 
 
-def refusal(submission: Submission, run: Run | None) -> WeaverError | None:
+def refusal(
+    submission: Submission, run: Run | None, *, reach: Reach, limits: Limits
+) -> WeaverError | None:
     """Why the operation cannot be carried out, or None. `run` is the one that it names."""
     try:
+        if submission.run_id is not None:
+            reach.check_run(submission.run_id)
+        reach.check_operation(submission.operation)
+        limits.check_tokens(submission.operation)
         _check(submission, run)
     except WeaverError as error:
         return error

@@ -16,12 +16,12 @@ from weaver.engine.fake import FakeEngine
 from weaver.errors import WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.front import LIMITS, Front, ServerLimits
+from weaver.server.http.front import Front
 from weaver.server.http.run import Running, ServerSettings, run_server
 from weaver.server.keys import Keys
-from weaver.server.owners import Owners
-from weaver.server.scoped import NO_QUOTAS, Quotas, Scopes
+from weaver.server.limits import SERVED, Limits
 from weaver.server.service import LocalService
+from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -60,19 +60,15 @@ async def running(
     *,
     engine: Engine | None = None,
     auth: bool = False,
-    limits: ServerLimits = LIMITS,
-    quotas: Quotas = NO_QUOTAS,
+    limits: Limits = SERVED,
 ) -> AsyncIterator[Server]:
     database = open_database(home)
     keys = Keys(database)
-    async with LocalService(engine or FakeEngine(), home=home) as service:
-        scopes = Scopes(service, Owners(database), quotas=quotas)
-        front = Front(
-            scopes=scopes,
-            keys=keys if auth else None,
-            activity=service.activity,
-            limits=limits,
-        )
+    store = SqlStore(database)
+    async with LocalService(
+        engine or FakeEngine(), home=home, store=store, limits=limits
+    ) as service:
+        front = Front(service=service, keys=keys if auth else None)
         yield Server(app=create_app(front), front=front, service=service, keys=keys)
     database.dispose()
 

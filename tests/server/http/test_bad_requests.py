@@ -12,16 +12,15 @@ import zstandard
 from tests.server.http.helpers import running
 from weaver import wire
 from weaver.protocol import CreateModel, Sample, Submission
-from weaver.server.http.front import MEDIA_TYPE, ServerLimits
+from weaver.server.http.front import MEDIA_TYPE
+from weaver.server.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
-LIMITS = ServerLimits(
-    message=wire.WireLimits(header_bytes=20_000, array_bytes=10_000), submissions=8
-)
+LIMITS = Limits(body_bytes=100_000, submissions=8)
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ SUBMISSIONS: list[tuple[bytes, int, str]] = [
     (announced(header=10**6), 413, "too_large"),
     (announced(arrays=10**12), 413, "too_large"),
     (announced(arrays=100), 400, "invalid_request"),
-    (bytes(200_000), 413, "too_large"),
+    (bytes(300_000), 413, "too_large"),
     (BOMB, 400, "invalid_request"),
     (message([], raw=b"abc"), 400, "invalid_request"),
     (message({"$tensor": ["f4", [2], 0]}, raw=b"abcd"), 400, "invalid_request"),

@@ -25,10 +25,9 @@ from weaver.errors import (
     TooLargeError,
 )
 from weaver.protocol import GradientsDone, Sample, StepDone
-from weaver.server.http.front import ServerLimits
 from weaver.server.http.run import ServerSettings
+from weaver.server.limits import Limits
 from weaver.types import MetricPoint, SamplingParams
-from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -316,7 +315,7 @@ def test_every_changing_route_answers_a_resend(home: Path) -> None:
 
 
 async def test_an_operation_above_the_limit_of_the_server_fails_alone(home: Path) -> None:
-    limits = ServerLimits(message=WireLimits(header_bytes=8192, array_bytes=200_000))
+    limits = Limits(body_bytes=200_000)
     settings = ServerSettings(home=home, port=0, auth=False, limits=limits)
     with serving(FakeEngine(context_length=2**20), settings) as server:
         async with AsyncServiceClient(server.address) as client:

@@ -26,7 +26,7 @@ from weaver.protocol import (
     SaveCheckpoint,
     StepDone,
 )
-from weaver.server.scoped import Quotas
+from weaver.server.limits import Limits
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
@@ -220,8 +220,8 @@ async def test_folders_of_the_server_cannot_be_named(server: Server, home: Path)
 
 
 async def test_quotas(home: Path) -> None:
-    quotas = Quotas(pending_operations=2, runs=1, tokens_per_operation=20, stored_bytes=1)
-    async with running(home, auth=True, quotas=quotas) as server, login(server, "a") as service:
+    limits = Limits(pending_operations=2, runs=1, operation_tokens=20, stored_bytes=1)
+    async with running(home, auth=True, limits=limits) as server, login(server, "a") as service:
         hers = await Tenant.settle(service)
         caller = hers.caller
         assert await caller.refused(CreateModel(base_model="fake")) == "quota_exceeded"
@@ -239,7 +239,7 @@ async def test_quotas(home: Path) -> None:
 
 
 async def test_quota_of_storage_is_freed_by_deleting(home: Path) -> None:
-    async with running(home, auth=True, quotas=Quotas(stored_bytes=1)) as server:
+    async with running(home, auth=True, limits=Limits(stored_bytes=1)) as server:
         async with login(server, "a") as service:
             hers = await Tenant.settle(service)
             save = SaveCheckpoint(purpose="state", name="y")

@@ -14,6 +14,7 @@ from weaver.protocol import (
     GradientsDone,
     ModelCreated,
     Sampled,
+    SamplerOpened,
     StepDone,
 )
 from weaver.server.compat.weaver_rest_ids import rest_path, session_of, uuid_of
@@ -151,7 +152,9 @@ def _answer(result: Result, note: Note) -> JsonDict:
             return {"result": _sampled(sampled, old_logprobs=note.old_logprobs)}
         case ModelCreated(run=run):
             return {"id": run.run_id}
-    return {"id": session_of(result.sampler_id), "weight_version": result.weights_version}
+        case SamplerOpened(sampler_id=sampler_id, weights_version=version):
+            return {"id": session_of(sampler_id), "weight_version": version}
+    raise AssertionError(result.kind)
 
 
 def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:

@@ -28,7 +28,8 @@ from weaver.server.compat.weaver_rest_ids import by_id, native_path
 from weaver.server.compat.weaver_rest_operations import Desked, JsonResponse
 from weaver.server.compat.weaver_rest_tensors import Body, TtlSeconds, read_body
 from weaver.server.compat.weaver_rest_training import Verb, ordered
-from weaver.server.keys import Caller
+from weaver.server.scoped import ScopedService
+from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,7 +106,7 @@ async def download(token: str, name: str, request: Request) -> Response:
     path, project, admin, expires = _verify(token, front.secret)
     if expires < time.time():
         raise PermissionDeniedError("this address has expired.", hint="Ask for a new one.")
-    service = front.scopes.scoped(Caller(project=project, admin=admin))
+    service = ScopedService(front.service, Caller(project, admin=admin))
     folder = await service.checkpoint_folder(path)
     if name not in (found for found, _, _ in await to_thread.run_sync(_files, folder)):
         raise NotFoundError(f"the artifact has no file {name[:80]!r}.")

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from fastapi import Response
 
     from weaver.protocol import Operation, Outcome
-    from weaver.server.keys import Caller
-    from weaver.server.owners import Owners
     from weaver.server.scoped import ScopedService
     from weaver.types import JsonDict
 
@@ -60,13 +58,8 @@ class Entry:
 class Desk:
     """Args: stopping: once set, waits end with what there is."""
 
-    def __init__(
-        self, service: ScopedService, caller: Caller, *, owners: Owners, stopping: anyio.Event
-    ) -> None:
+    def __init__(self, service: ScopedService, *, stopping: anyio.Event) -> None:
         self.service = service
-        self._project = caller.project
-        self._mark = "weaver-rest-admin/" if caller.admin else "weaver-rest/"
-        self._owners = owners
         self._stopping = stopping
         self._session_id = ""
         self._taken_up = False
@@ -173,8 +166,7 @@ class Desk:
         await self._take_up()
         async with self._opening:
             if not self._session_id:
-                info = await self.service.open_session(user_metadata={"interface": "weaver-rest"})
-                await self._owners.claim(self._mark + info.session_id, self._project)
+                info = await self.service.open_session(lasting=True)
                 self._session_id = info.session_id
         return self._session_id
 
@@ -183,12 +175,9 @@ class Desk:
         async with self._opening:
             if self._taken_up:
                 return
-            for session_id in await self._owners.all_of(self._project, prefix=self._mark):
-                try:
-                    pending, seqs = await self.service.standing(session_id)
-                except NotFoundError:
-                    await self._owners.forget(self._mark + session_id)
-                    continue
+            session_id = self.service.lasting_session()
+            if session_id is not None:
+                pending, seqs = await self.service.standing(session_id)
                 self._session_id = session_id
                 self._seqs.update(seqs)
                 for submission in pending:
@@ -237,16 +226,13 @@ class Desk:
             self._seqs.clear()
             with suppress(NotFoundError):  # its project has closed it by hand
                 await self.service.close_session(ended)
-            await self._owners.forget(self._mark + ended)
 
 
 async def desk_of(request: Request) -> Desk:
     """The caller's desk; async, so that no thread comes between two requests of one client."""
     front, caller = request.state.front, request.state.caller
     if caller not in front.desks:
-        front.desks[caller] = Desk(
-            request.state.service, caller, owners=front.scopes.owners, stopping=front.stopping
-        )
+        front.desks[caller] = Desk(request.state.service, stopping=front.stopping)
     desk: Desk = front.desks[caller]
     return desk
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
+from weaver.server.scoped import ScopedService
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from weaver.server.http.front import Front
-    from weaver.server.keys import Caller
+    from weaver.server.tenancy import Caller
 
 
 class TenantLoad(Value):
@@ -41,20 +42,20 @@ class ServerLoad(Value):
 
 async def load_of(front: Front, admin: Caller) -> ServerLoad:
     """Asks as `admin`, who sees all projects."""
-    service, activity, now = front.scopes.scoped(admin), front.activity, time.time()
-    owners = await front.scopes.owners.projects()
+    service, now = ScopedService(front.service, admin), time.time()
+    activity, owners = front.service.activity, front.service.owners
     keys = [] if front.keys is None else await to_thread.run_sync(front.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
     runs, active, waiting, running, stored = (Counter[str]() for _ in range(5))
     for run in await service.list_runs():
-        project = owners.get(f"run/{run.run_id}", "")
+        project = run.project
         runs[project] += 1
         active[project] += run.status == "active"
     for checkpoint in await service.list_checkpoints():
-        stored[owners.get(f"run/{checkpoint.run_id}", "")] += checkpoint.size_bytes
+        stored[owners.get(checkpoint.run_id, "")] += checkpoint.size_bytes
     longest = 0.0
     for ticket in activity.pending():
-        project = owners.get(f"session/{ticket.session.session_id}", "")
+        project = ticket.session.caller.project
         if ticket.began_at is None:
             waiting[project] += 1
             longest = max(longest, now - ticket.submitted_at)

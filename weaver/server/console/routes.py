@@ -83,11 +83,11 @@ async def list_operations(
     run_id: str, front: native.Fronted, service: native.Scoped
 ) -> RunOperations:
     await service.get_run(run_id)  # also refuses another project's
-    pending = front.activity.pending_of(run_id)
+    pending = front.service.activity.pending_of(run_id)
     return RunOperations(
         pending=tuple(pending[:PENDING]),
         num_pending=len(pending),
-        ended=tuple(reversed(list(front.activity.ended_of(run_id))[-ENDED:])),
+        ended=tuple(reversed(list(front.service.activity.ended_of(run_id))[-ENDED:])),
     )
 
 
@@ -100,7 +100,7 @@ async def read_curves(
 ) -> list[Curve]:
     """What the client logged, and what the run's operations answered since the server started."""
     logged = await service.read_metrics(run_id)
-    ended = list(front.activity.ended_of(run_id))
+    ended = list(front.service.activity.ended_of(run_id))
     return await to_thread.run_sync(lambda: curves_of(logged, ended, most=points))
 
 

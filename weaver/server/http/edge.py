@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
 from weaver.server.http.errors import error_response
+from weaver.server.scoped import ScopedService
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,9 +65,7 @@ class Edge:
         with self._front.metrics.running.track_inprogress():
             try:
                 await self._admit(scope, headers)
-                limit = self._front.limits.body_bytes(
-                    headers.get("Content-Type", ""), scope["path"]
-                )
+                limit = self._front.body_bytes(headers.get("Content-Type", ""), scope["path"])
                 receive_some = _bounded(receive, limit, headers.get("Content-Length", ""))
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
@@ -85,7 +84,7 @@ class Edge:
             _check_local(headers)
         caller = await self._front.authenticate(headers)
         scope["state"]["caller"] = caller
-        scope["state"]["service"] = self._front.scopes.scoped(caller)
+        scope["state"]["service"] = ScopedService(self._front.service, caller)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"]

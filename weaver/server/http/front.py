@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import anyio
 
 from weaver.errors import AuthenticationError
-from weaver.server.activity import Activity
 from weaver.server.compat.weaver_rest_errors import PREFIX
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
-from weaver.server.keys import Caller
+from weaver.server.tenancy import Caller
 from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
@@ -23,42 +22,22 @@ if TYPE_CHECKING:
 
     from weaver.server.compat.weaver_rest_operations import Desk
     from weaver.server.keys import Keys
-    from weaver.server.scoped import Scopes
+    from weaver.server.service import LocalService
 
 MEDIA_TYPE = "application/vnd.weaver"
 JSON_BODY_BYTES = 4 * 2**20
 REST_JSON_BYTES = 64 * 2**20
 """There, JSON carries training data: a million tokens."""
-MESSAGE_LIMITS = WireLimits(header_bytes=16 * 2**20, array_bytes=256 * 2**20)
+MESSAGE_HEADER_BYTES = 16 * 2**20
 LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """What one request may bring."""
-
-    message: WireLimits = MESSAGE_LIMITS
-    submissions: int = 1024
-
-    def body_bytes(self, media_type: str, path: str) -> int:
-        if path.startswith(PREFIX):
-            binary = media_type.startswith("multipart/form-data")
-            return self.message.message_bytes if binary else REST_JSON_BYTES
-        return self.message.message_bytes if media_type == MEDIA_TYPE else JSON_BODY_BYTES
-
-
-LIMITS = ServerLimits()
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Front:
-    scopes: Scopes
+    service: LocalService
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
-    limits: ServerLimits = LIMITS
-    activity: Activity = field(default_factory=Activity)
-    """Of the service."""
     metrics: ServerMetrics = field(init=False)
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
@@ -71,7 +50,19 @@ class Front:
     """Signs addresses of downloads, which end with the process."""
 
     def __post_init__(self) -> None:
-        self.metrics = ServerMetrics(self.activity)
+        self.metrics = ServerMetrics(self.service.activity)
+
+    @property
+    def message_limits(self) -> WireLimits:
+        size = self.service.limits.body_bytes
+        return WireLimits(header_bytes=min(size, MESSAGE_HEADER_BYTES), array_bytes=size)
+
+    def body_bytes(self, media_type: str, path: str) -> int:
+        """The limit of a body."""
+        rest = path.startswith(PREFIX)
+        if media_type == MEDIA_TYPE or (rest and media_type.startswith("multipart/form-data")):
+            return self.message_limits.message_bytes
+        return min(self.service.limits.body_bytes, REST_JSON_BYTES if rest else JSON_BODY_BYTES)
 
     async def authenticate(self, headers: Headers) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.

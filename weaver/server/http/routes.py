@@ -105,12 +105,10 @@ async def submit(session_id: str, request: Request, front: Fronted, service: Sco
     if request.headers.get("Content-Type") != MEDIA_TYPE:
         raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
     data = await request.body()
-    read = partial(wire.decode, data, SUBMISSIONS, limits=front.limits.message)
+    read = partial(wire.decode, data, SUBMISSIONS, limits=front.message_limits)
     submissions = await wire.beside(len(data), read)
-    if len(submissions) > front.limits.submissions:
-        raise TooLargeError(
-            f"{len(submissions)} submissions in a request, the limit is {front.limits.submissions}."
-        )
+    if len(submissions) > (limit := front.service.limits.submissions):
+        raise TooLargeError(f"{len(submissions)} submissions in a request, the limit is {limit}.")
     await service.submit(session_id, submissions)
     front.metrics.submitted(submissions)
     return Accepted(accepted=len(submissions))

@@ -20,10 +20,9 @@ import uvicorn
 from weaver.errors import ConfigError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.front import LIMITS, Front, ServerLimits
+from weaver.server.http.front import Front
 from weaver.server.keys import Keys
-from weaver.server.owners import Owners
-from weaver.server.scoped import NO_QUOTAS, Quotas, Scopes
+from weaver.server.limits import SERVED, Limits
 from weaver.server.service import DURABILITY, LocalService
 from weaver.server.sql_store import SqlStore
 
@@ -47,8 +46,7 @@ class ServerSettings:
     auth: bool = True
     deterministic: bool = False
     durability: Durability = DURABILITY
-    limits: ServerLimits = LIMITS
-    quotas: Quotas = NO_QUOTAS
+    limits: Limits = SERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +81,11 @@ async def run_server(
             store=SqlStore(database),
             deterministic=settings.deterministic,
             durability=settings.durability,
+            limits=settings.limits,
         ) as service:
             front = Front(
-                scopes=Scopes(service, Owners(database), quotas=settings.quotas),
+                service=service,
                 keys=Keys(database) if settings.auth else None,
-                activity=service.activity,
-                limits=settings.limits,
                 folder=settings.home,
             )
             await _serve(front, listener, started)

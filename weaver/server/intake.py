@@ -1,0 +1,135 @@
+"""`Intake`: the way of submissions from a session into the lanes. Called by `LocalService`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import CancelScope
+
+from weaver.errors import (
+    ConflictError,
+    NotFoundError,
+    OperationCancelledError,
+    OperationError,
+    WeaverError,
+)
+from weaver.protocol import ReleaseSampler
+from weaver.server.tenancy import Reach
+from weaver.server.validation import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
+
+    from weaver.protocol import Submission
+    from weaver.server.executor import Executor
+    from weaver.server.lanes import Lane
+    from weaver.server.limits import Limits
+    from weaver.server.runs import Run
+    from weaver.server.sessions import Session, Ticket
+    from weaver.server.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    executor: Executor
+    store: Store
+    runs: Mapping[str, Run]
+    owners: Mapping[str, str]
+    """The project of each run."""
+    sessions: Mapping[str, Session]
+    limits: Limits
+    gap_timeout_s: float
+    now: Callable[[], datetime]
+
+    async def take(self, session: Session, submissions: Sequence[Submission]) -> None:
+        """Journals what is new and puts it in its place; a refused operation gets its outcome.
+
+        Raises:
+            ConflictError: an id or a place was used with another body.
+            QuotaExceededError: too much is pending.
+            StorageError, ServiceConnectionError: it could not be journaled. Nothing was accepted.
+        """
+        async with session.submitting:
+            fresh = session.unseen(submissions)
+            with CancelScope(shield=True):  # journaled means accepted, also if the caller is gone
+                try:
+                    self.limits.check_pending(self._pending(session), new=len(fresh))
+                    await self.store.append(session.session_id, fresh)
+                except WeaverError:
+                    session.forget(fresh)
+                    raise
+                for submission in fresh:
+                    await self.accept(session.ticket(submission))
+
+    async def accept(self, ticket: Ticket) -> None:
+        submission, session = ticket.submission, ticket.session
+        reach = Reach(session.caller, self.owners, self.sessions)
+        run_id = submission.run_id or ""
+        run = self.runs.get(run_id) if reach.has_run(run_id) else None
+        error = ticket.error or refusal(submission, run, reach=reach, limits=self.limits)
+        if submission.operation is None and error is None:
+            error = OperationCancelledError("it was withdrawn before it was sent.")
+        if isinstance(submission.operation, ReleaseSampler) and error is None:
+            error = _forget_sampler(session, submission.operation.sampler_id)
+        if run is not None:
+            run.last_request_at, run.stopped = self.now(), False
+        if run is None or submission.seq is None:
+            if error is None:
+                self.executor.enqueue(ticket, None)
+        elif run.lane.add(ticket):
+            self.executor.enqueue(ticket, run.lane)
+            self._watch(run.lane, session)
+        else:
+            error = ConflictError(
+                f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
+                hint="Submit it again with the next seq.",
+            )
+        if error is not None:
+            await self.executor.settle((ticket, error))
+
+    def _watch(self, lane: Lane, session: Session) -> None:
+        """Starts a timer if something waits for an operation that has not come."""
+        inbox = lane.inbox(session.session_id)
+        if inbox.waiting and not inbox.watched:
+            inbox.watched = True
+            self.executor.beside(partial(self._expire, lane, session))
+
+    async def _expire(self, lane: Lane, session: Session) -> None:
+        inbox = lane.inbox(session.session_id)
+        while inbox.waiting:
+            missing = inbox.next_seq
+            await anyio.sleep(self.gap_timeout_s)
+            if inbox.waiting and inbox.next_seq == missing:
+                await self.give_up(lane, session)
+        inbox.watched = False
+
+    async def give_up(self, lane: Lane, session: Session) -> None:
+        """Fails what waits for an operation that never came."""
+        missing = lane.inbox(session.session_id).next_seq
+        for ticket in lane.give_up(session.session_id):
+            error = OperationError(
+                f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
+                hint="Submit the operations again, counting on from the last seq.",
+            )
+            await self.executor.settle((ticket, error))
+            self.executor.enqueue(ticket, lane)
+
+    def _pending(self, session: Session) -> int:
+        project = session.caller.project
+        mine = (s for s in self.sessions.values() if s.caller.project == project)
+        return sum(one.unfinished for one in mine)
+
+
+def _forget_sampler(session: Session, sampler_id: str) -> WeaverError | None:
+    if sampler_id in session.unnamed_samplers:
+        session.unnamed_samplers.remove(sampler_id)
+        return None
+    return NotFoundError(
+        f"{sampler_id[:200]} is no sampler that this session made without a name.",
+        field="sampler_id",
+        hint="Others are not released: delete their checkpoint, or let it expire.",
+    )

@@ -1,0 +1,83 @@
+"""`Limits`: what a request may bring and a project may hold; set by options of `weaver serve`.
+
+Asked by `LocalService` and its operations, and of bodies by the HTTP front.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weaver.errors import QuotaExceededError, TooLargeError
+from weaver.protocol import ForwardBackward, Sample
+
+if TYPE_CHECKING:
+    from weaver.protocol import Operation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """None is without a limit."""
+
+    body_bytes: int = 256 * 2**20
+    """Of a body, decompressed. Those of JSON have smaller limits of their own beside it."""
+    submissions: int = 1024
+    """Of one request."""
+    operation_tokens: int | None = 2**22
+    """Of the datums of a gradient pass; of a sample, those that it may draw."""
+    pending_operations: int | None = 2**14
+    """Of a project; those whose outcome its client has not collected."""
+    runs: int | None = None
+    """Of a project."""
+    stored_bytes: int | None = None
+    """Of a project's checkpoints, and of its samplers without a name."""
+    session_timeout_s: float | None = None
+    """A session whose client was not heard of for so long is closed."""
+    unnamed_samplers: int = 64
+    """The newest of a session are kept."""
+
+    def check_tokens(self, operation: Operation | None) -> None:
+        """Raises TooLargeError."""
+        tokens = 0
+        match operation:
+            case ForwardBackward(datums=datums):
+                tokens = sum(datum.model_input.length for datum in datums)
+            case Sample(num_samples=count, params=params):
+                tokens = count * params.max_tokens
+        if self.operation_tokens is not None and tokens > self.operation_tokens:
+            raise TooLargeError(
+                f"the operation has {tokens} tokens, the limit is {self.operation_tokens}.",
+                hint="Split it.",
+            )
+
+    def check_pending(self, pending: int, *, new: int) -> None:
+        """Raises QuotaExceededError: trying again later helps."""
+        limit = self.pending_operations
+        if limit is not None and new and pending + new > limit:
+            raise QuotaExceededError(
+                f"{pending + new} operations would be pending, the limit of a project is {limit}.",
+                hint="Collect results before sending more.",
+            )
+
+    def check_runs(self, runs: int) -> None:
+        """Raises QuotaExceededError: there is no room for another one."""
+        if self.runs is not None and runs >= self.runs:
+            raise QuotaExceededError(
+                f"the project has {runs} runs, the limit is {self.runs}.",
+                hint="Delete one, or ask an administrator.",
+            )
+
+    def check_stored(self, stored_bytes: int) -> None:
+        """Raises QuotaExceededError: there is no room for another checkpoint."""
+        if self.stored_bytes is not None and stored_bytes >= self.stored_bytes:
+            raise QuotaExceededError(
+                f"the project's checkpoints have {stored_bytes} bytes, "
+                f"the limit is {self.stored_bytes}.",
+                hint="Delete some, or give them a time to live.",
+            )
+
+
+SERVED = Limits(session_timeout_s=600.0)
+"""Of a server. A client rides out five minutes without it, and is heard of each minute."""
+EMBEDDED = Limits(operation_tokens=None, pending_operations=None)
+"""Of the engine in a user's own process."""
