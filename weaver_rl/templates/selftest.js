@@ -11,8 +11,8 @@ function verdict(proof) {
 
 function curves(proof) {
   const W = 300, H = 90, lists = proof.runs.map((run) => run.curve).filter((list) => list.length > 1);
+  if (!lists.length) return "";
   const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Curve by step, " + lists.length + " runs" });
-  if (!lists.length) return svg;
   const all = lists.flat(), low = Math.min(0, ...all), high = Math.max(1, ...all);
   for (const value of [low, high]) {
     const y = 84 - (value - low) / (high - low) * 78;
@@ -27,7 +27,7 @@ function curves(proof) {
 
 for (const proof of D.proofs) {
   const [kind, text] = verdict(proof);
-  const rows = proof.runs.map((run) => el("li", {}, "seed " + run.seed + ": ", el("b", {}, number(run.value)), " " + [run.note, duration(run.seconds)].filter(Boolean).join(" · ")));
+  const rows = proof.runs.map((run) => el("li", {}, "seed " + run.seed + ": ", el("b", {}, number(run.value)), ...[run.note, duration(run.seconds)].filter(Boolean).map((part) => " · " + part)));
   $(proof.control ? "controls" : "proofs").append(
     el("article", { class: "card proof" },
       el("h4", {}, el("span", {}, proof.name), el("span", { class: "verdict " + kind }, text)),
