@@ -255,6 +255,22 @@ class SessionState(Value):
     """Samplers that live as long as the session."""
 
 
+class ExportedFile(Value):
+    """`name` has no folder in it."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Export(Value):
+    """What other programs read of a checkpoint."""
+
+    files: tuple[ExportedFile, ...]
+    folder: str | None = None
+    """Where they lie on this machine; None when a server keeps them."""
+
+
 class Service(Protocol):
     """What a client needs. Every method may raise `WeaverError`; none waits without a bound."""
 
@@ -307,6 +323,17 @@ class Service(Protocol):
     async def delete_checkpoint(self, path: str) -> None: ...
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo: ...
+
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
+        """The files of an adapter in PEFT's layout, or of a whole model in transformers'.
+
+        `merge` makes a whole model of an adapter: W + scale·B·A in the base model's dtype.
+        """
+
+    async def read_exported(
+        self, path: str, name: str, *, merge: bool = False, offset: int = 0
+    ) -> bytes:
+        """The next bytes of a file of `export_checkpoint`; none at its end."""
 
     async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
 

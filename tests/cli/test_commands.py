@@ -18,7 +18,7 @@ from weaver.cli.output import find
 from weaver.cli.serve import parse_models
 from weaver.client.http import HttpService
 from weaver.engine.fake import FakeEngine
-from weaver.errors import NotFoundError, WeaverError
+from weaver.errors import NotFoundError, StorageError, WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.http.run import ServerSettings
 from weaver.types import MetricPoint
@@ -101,6 +101,19 @@ def test_runs_stop_and_go(saved: tuple[str, str]) -> None:
 def test_a_run_goes_with_its_checkpoints_if_that_is_asked(saved: tuple[str, str]) -> None:
     assert "and its checkpoints" in weaver("runs", "delete", saved[0], "--checkpoints", "--yes")
     assert weaver("checkpoints", "list") == "No checkpoints.\n"
+
+
+def test_checkpoints_are_exported(saved: tuple[str, str], tmp_path: Path) -> None:
+    _, path = saved
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    assert weaver("checkpoints", "export", "best", "--to", str(adapter)) == (
+        f"Wrote {path} to {adapter}.\n"
+    )
+    assert (adapter / "weight.npy").is_file()
+    weaver("checkpoints", "export", path, "--to", str(model), "--merge")
+    assert [f.name for f in model.iterdir()] == ["model.npy"]
+    with pytest.raises(StorageError, match="exists already"):
+        weaver("checkpoints", "export", path, "--to", str(model))
 
 
 def test_sessions_are_listed(saved: tuple[str, str]) -> None:

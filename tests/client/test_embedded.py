@@ -10,6 +10,7 @@ from weaver import Datum, ServiceClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import torch
 
@@ -72,3 +73,24 @@ def test_a_state_goes_on_where_it_was_saved(service: ServiceClient) -> None:
     other = service.create_model("weaver-nano", {"rank": 4}, seed=7)
     other.load_state_with_optimizer(saved)
     assert train(other, 2) == straight
+
+
+def test_a_merged_export_answers_as_the_run_does(service: ServiceClient, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    trainer = service.create_model("weaver-nano", {"rank": 4, "train_unembed": True})
+    for _ in range(5):
+        trainer.forward_backward(ratio_batch(), "ppo")
+        trainer.optim_step({"learning_rate": 1e-2}, wait=True)
+    state = trainer.save_state("to-export")
+    [tokens] = [list(range(10, 40))]
+    wanted = trainer.save_weights_and_get_sampling_client().compute_logprobs(tokens)
+    folder = service.export_checkpoint(state, tmp_path / "merged", merge=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    got = [float(logprobs[i, token]) for i, token in enumerate(tokens[1:])]
+    assert got == pytest.approx(wanted[1:], abs=1e-4)
+    base = service.create_sampling_client(base_model="weaver-nano").compute_logprobs(tokens)
+    assert got != pytest.approx(base[1:], abs=1e-2)

@@ -98,7 +98,7 @@ def test_handles_are_queued_in_the_order_of_the_calls(client: ServiceClient) -> 
     assert "optim_step" in repr(handles[0])
 
 
-def test_every_verb(client: ServiceClient) -> None:
+def test_every_verb(client: ServiceClient, tmp_path: Path) -> None:
     trainer = client.create_training_client("fake")
     trainer.forward_backward(DATUMS)
     trainer.optim_step(STEP)
@@ -118,6 +118,8 @@ def test_every_verb(client: ServiceClient) -> None:
     assert [m.name for m in client.list_supported_models()] == ["fake"]
     assert client.list_checkpoints() == trainer.list_checkpoints() == [state, weights]
     assert client.set_checkpoint_ttl(state, 9).ttl_seconds == 9
+    folder = client.export_checkpoint(state, tmp_path / "adapter")
+    assert (folder / "weight.npy").is_file()
     client.delete_checkpoint(state)
     assert client.list_checkpoints(trainer.model_id) == [weights]
     loss = trainer.forward_backward_custom(DATUMS, lambda d, lp: (-lp[0].mean(), {}), wait=True)

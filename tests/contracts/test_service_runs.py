@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from weaver.client.exports import export_to
 from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     CheckpointNotFoundError,
     InvalidNameError,
+    NotFoundError,
     RunNotFoundError,
+    StorageError,
     UnknownModelError,
 )
 from weaver.protocol import (
@@ -306,3 +311,50 @@ async def test_sessions_are_listed_until_they_end(caller: Caller, service: Servi
     assert listed[caller.session_id].pending == listed[other.session_id].unnamed_samplers == 0
     await service.close_session(other.session_id)
     assert [s.session_id for s in await service.list_sessions()] == [caller.session_id]
+
+
+async def test_a_checkpoint_is_exported_as_it_is_or_merged(
+    caller: Caller, service: Service, engine: FakeEngine, tmp_path: Path
+) -> None:
+    merges = []
+    engine.hook = lambda name, folder: merges.append(folder) if name == "merge_adapter" else None
+    run = await caller.create()
+    await train(caller, run)
+    path = await caller.save(run, name="one")
+    adapter, model = tmp_path / "adapter", tmp_path / "a" / "model"
+    await export_to(service, path, adapter, merge=False)
+    assert {f.name for f in adapter.iterdir()} == {"weight.npy", "state.json", "optimizer.npy"}
+    for _ in range(2):
+        await export_to(service, path, model, merge=True)
+        merged = np.load(model / "model.npy")
+        np.testing.assert_array_equal(merged, np.load(adapter / "weight.npy"))
+        shutil.rmtree(model)
+    assert len(merges) == 1  # it is kept
+    await train(caller, run)
+    again = SaveCheckpoint(purpose="state", name="one", overwrite=True)
+    await caller.do(again, CheckpointSaved, run_id=run)
+    await export_to(service, path, model, merge=True)
+    assert len(merges) == 2 and (np.load(model / "model.npy") != merged).any()
+    with pytest.raises(StorageError, match="exists already"):
+        await export_to(service, path, model, merge=True)
+    with pytest.raises(NotFoundError, match="has no file"):
+        await service.read_exported(path, "manifest.json")
+    await service.delete_checkpoint(path)
+    for merge in (False, True):
+        with pytest.raises(CheckpointNotFoundError):
+            await service.export_checkpoint(path, merge=merge)
+        with pytest.raises(CheckpointNotFoundError):
+            await service.read_exported(path, "model.npy", merge=merge)
+
+
+async def test_a_large_file_comes_in_pieces(
+    caller: Caller, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weaver.server.exports.CHUNK_BYTES", 1000)
+    path = await caller.save(await caller.create())
+    [weight] = [f for f in (await service.export_checkpoint(path)).files if f.name == "weight.npy"]
+    assert weight.size_bytes > 2000
+    assert len(await service.read_exported(path, "weight.npy", offset=1000)) == 1000
+    assert await service.read_exported(path, "weight.npy", offset=weight.size_bytes) == b""
+    await export_to(service, path, tmp_path / "whole", merge=False)
+    assert (tmp_path / "whole" / "weight.npy").stat().st_size == weight.size_bytes

@@ -37,6 +37,25 @@ def show_checkpoint(path: Path, as_json: Json = False) -> None:
 
 
 @app.command()
+def export(
+    path: Path,
+    to: Annotated[str, typer.Option(help="A folder, which this command makes.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A whole model of the base and the adapter.")
+    ] = False,
+) -> None:
+    """Write a checkpoint as PEFT reads it, or as a whole model for transformers."""
+    from weaver.client.exports import export_to
+
+    async def write(service: Service) -> str:
+        checkpoint = await _find(service, path)
+        folder = await export_to(service, checkpoint.path, to, merge=merge)
+        return f"Wrote {checkpoint.path} to {folder}.\n"
+
+    sys.stdout.write(ask(write))
+
+
+@app.command()
 def delete(path: Path, yes: Yes = False) -> None:
     """Delete a checkpoint for good."""
     checkpoint = ask(lambda service: _find(service, path))

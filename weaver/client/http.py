@@ -21,16 +21,17 @@ from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
-from weaver.protocol import ErrorInfo, Outcome, SessionInfo, SessionState
+from weaver.protocol import ErrorInfo, Export, Outcome, SessionInfo, SessionState
 from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-    from types import TracebackType
     from typing import Self
 
     from weaver.protocol import Submission
     from weaver.types import JsonDict
+
+    Params = Mapping[str, str | float]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,7 +54,7 @@ MODEL, MODELS = TypeAdapter(ModelInfo), TypeAdapter(list[ModelInfo])
 FILES = TypeAdapter(dict[str, bytes])
 RUN, RUNS = TypeAdapter(TrainingRun), TypeAdapter(list[TrainingRun])
 CHECKPOINT, CHECKPOINTS = TypeAdapter(CheckpointInfo), TypeAdapter(list[CheckpointInfo])
-METRICS = TypeAdapter(list[MetricPoint])
+METRICS, EXPORT = TypeAdapter(list[MetricPoint]), TypeAdapter(Export)
 
 
 class HttpService:
@@ -95,12 +96,7 @@ class HttpService:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
     # --- the service ----------------------------------------------------------------------------
@@ -187,8 +183,8 @@ class HttpService:
         return self._read(await self._call("POST", f"runs/{_quoted(run_id)}/stop"), RUN)
 
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
-        params = {"checkpoints": checkpoints}
-        await self._call("DELETE", f"runs/{_quoted(run_id)}", params=params)
+        asked = {"checkpoints": checkpoints}
+        await self._call("DELETE", f"runs/{_quoted(run_id)}", params=asked)
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         params = {} if run_id is None else {"run_id": run_id}
@@ -205,6 +201,16 @@ class HttpService:
         body = {"ttl_seconds": ttl_seconds}
         reply = await self._call("PUT", "checkpoints/ttl", params={"path": path}, body=body)
         return self._read(reply, CHECKPOINT)
+
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
+        params: Params = {"path": path, "merge": merge}
+        return self._read(await self._call("GET", "checkpoints/export", params=params), EXPORT)
+
+    async def read_exported(
+        self, path: str, name: str, *, merge: bool = False, offset: int = 0
+    ) -> bytes:
+        params: Params = {"path": path, "name": name, "merge": merge, "offset": offset}
+        return (await self._call("GET", "checkpoints/export/file", params=params)).content
 
     async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         body = {"points": [point.model_dump(mode="json") for point in points]}
@@ -225,7 +231,7 @@ class HttpService:
         method: str,
         path: str,
         *,
-        params: Mapping[str, str | float] | None = None,
+        params: Params | None = None,
         body: JsonDict | bytes | None = None,
         wait_s: float = 0.0,
         outage_s: float | None = None,

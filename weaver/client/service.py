@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from weaver.client.checks import as_path, as_value, check_ttl
 from weaver.client.embedded import embedded_service
+from weaver.client.exports import export_to
 from weaver.client.sampling import open_sampler
 from weaver.client.session import answer, open_session
 from weaver.client.training import AsyncTrainingClient
@@ -229,6 +230,23 @@ class AsyncServiceClient:
         """Lets a checkpoint expire so many seconds from now; None keeps it for good."""
         check_ttl(ttl_seconds)
         return await self._session.service.set_checkpoint_ttl(as_path(path), ttl_seconds)
+
+    async def export_checkpoint(
+        self, path: str | CheckpointInfo, folder: str | PathLike[str], *, merge: bool = False
+    ) -> Path:
+        """Writes what other programs read of a checkpoint into a new folder, and answers it.
+
+        That is an adapter in PEFT's layout; or with `merge`, and after full fine-tuning, a whole
+        model for `AutoModelForCausalLM.from_pretrained`, with its tokenizer. A merged weight is
+        W + scale·B·A, computed in float32 and kept in the base model's dtype.
+
+        Raises:
+            CheckpointNotFoundError
+            StorageError: the folder exists or cannot be written; nothing is left behind.
+            CheckpointCorruptError: a file is not what was saved.
+            UnsupportedError: this base model's files cannot be merged.
+        """
+        return await export_to(self._session.service, as_path(path), folder, merge=merge)
 
     @property
     def _session(self) -> Session:

@@ -287,3 +287,4 @@ class ServiceClient(Twin[AsyncServiceClient]):
     list_checkpoints = blocking(AsyncServiceClient.list_checkpoints)
     delete_checkpoint = blocking(AsyncServiceClient.delete_checkpoint)
     set_checkpoint_ttl = blocking(AsyncServiceClient.set_checkpoint_ttl)
+    export_checkpoint = blocking(AsyncServiceClient.export_checkpoint)

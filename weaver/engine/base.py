@@ -197,4 +197,13 @@ class Engine(Protocol):
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]: ...
 
+    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
+        """Writes the whole model with the adapter of a checkpoint folder into an empty folder.
+
+        The one method that may run beside others, once `get_model` has answered for the base.
+
+        Raises:
+            CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError
+        """
+
     def close(self) -> None: ...

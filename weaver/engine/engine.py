@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.engine.catalog import Catalog
+from weaver.engine.merging import merge_adapter
 from weaver.engine.sampler import TorchSampler
 from weaver.engine.store import ModelStore
 from weaver.engine.trainer import TorchTrainer
@@ -99,6 +100,9 @@ class TorchEngine:
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return self._catalog.tokenizer_files(base_model)
+
+    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
+        merge_adapter(self._catalog.facts(base_model), adapter, folder)
 
     def close(self) -> None:
         """Forgets every model and run."""

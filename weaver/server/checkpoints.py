@@ -343,6 +343,15 @@ def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str], str]:
         raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
 
 
+def read_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of a checkpoint's files, by name.
+
+    Raises:
+        CheckpointCorruptError
+    """
+    return _read_manifest(folder)[1]
+
+
 def _not_found(location: Location) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
         f"there is no checkpoint {location}.",

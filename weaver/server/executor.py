@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
@@ -147,21 +147,32 @@ class Executor:
 
     async def stop_run(self, run: Run) -> None:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
-        for ticket in run.lane.tickets():
-            await self.cancel(ticket)
-        async with self._turn:
-            if self._store.durable and run.loaded:
-                await self._recovery.unload(run, self.call)
+        with CancelScope(shield=True):
+            for ticket in run.lane.tickets():
+                await self.cancel(ticket)
+            async with self._turn:
+                if self._store.durable and run.loaded:
+                    await self._recovery.unload(run, self.call)
+        run.stopped = True
 
     async def delete_run(self, run: Run, *, checkpoints: bool) -> None:
-        """Stops and forgets a run, which nobody finds any more.
+        """Stops and forgets a run.
 
         Raises:
             ConflictError: another process has it.
             StorageError
         """
-        await self.stop_run(run)
-        self.release(await self._recovery.delete(run, self.call, checkpoints=checkpoints))
+        runs = self._operations.runs
+        runs.pop(run.run_id, None)  # what comes from now on is refused
+        with CancelScope(shield=True):
+            try:
+                await self.stop_run(run)
+                gone = await self._recovery.delete(run, self.call, checkpoints=checkpoints)
+            except WeaverError:
+                runs[run.run_id] = run
+                raise
+        runs.pop(run.run_id, None)  # someone may have asked the database in the meantime
+        self.release(gone)
 
     def beside(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs a task that lasts at most as long as this."""

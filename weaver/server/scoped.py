@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weaver.protocol import CheckpointLoaded, CheckpointSaved
@@ -10,7 +9,7 @@ from weaver.protocol import CheckpointLoaded, CheckpointSaved
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from weaver.protocol import Outcome, SessionInfo, SessionState, Submission
+    from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
     from weaver.server.service import LocalService
     from weaver.server.tenancy import Caller
     from weaver.types import (
@@ -117,16 +116,16 @@ class ScopedService:
         self._reach.check_path(path)
         return _bare(await self._service.get_checkpoint(path))
 
-    async def checkpoint_folder(self, path: str) -> Path:
-        """Where its files lie, for the server itself: callers are never told.
-
-        Raises:
-            CheckpointNotFoundError
-        """
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
+        """Its folder is for the server itself: callers are never told."""
         self._reach.check_path(path)
-        folder = (await self._service.get_checkpoint(path)).folder
-        assert folder is not None, "the service is of this process"
-        return Path(folder)
+        return await self._service.export_checkpoint(path, merge=merge)
+
+    async def read_exported(
+        self, path: str, name: str, *, merge: bool = False, offset: int = 0
+    ) -> bytes:
+        self._reach.check_path(path)
+        return await self._service.read_exported(path, name, merge=merge, offset=offset)
 
     async def delete_checkpoint(self, path: str) -> None:
         self._reach.check_path(path)

@@ -19,13 +19,13 @@ from weaver.errors import (
     ClosedError,
     NotFoundError,
     RunNotFoundError,
-    WeaverError,
 )
 from weaver.protocol import Sample, SessionInfo
 from weaver.server.activity import Activity
 from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
+from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.engine.base import Engine
-    from weaver.protocol import Outcome, SessionState, Submission
+    from weaver.protocol import Export, Outcome, SessionState, Submission
     from weaver.server.store import Store
     from weaver.types import (
         CheckpointInfo,
@@ -105,6 +105,8 @@ class LocalService:
         self._checkpoints = Checkpoints(home.expanduser(), now=now)
         self._live = Checkpoints(home.expanduser(), folder="live", now=now)
         kept = self._live if self._store.keeps_sessions else None
+        merged = Checkpoints(home.expanduser(), folder="merged", now=now)
+        self._exports = Exports(engine, self._checkpoints, merged=merged)
         self._runs: dict[str, Run] = {}
         self.owners: dict[str, str] = {}
         """The project of each run, of deleted ones too."""
@@ -218,7 +220,7 @@ class LocalService:
     async def _sweep(self) -> None:
         while True:
             await anyio.sleep(self._sweep_every_s)
-            for disk in (self._checkpoints, self._live):
+            for disk in (self._checkpoints, self._live, self._exports):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
             timeout_s = self.limits.session_timeout_s
@@ -261,7 +263,6 @@ class LocalService:
         await self._store.close_session(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
-        self._check_open()
         return [session.describe() for session in self._sessions.values()]
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
@@ -316,28 +317,15 @@ class LocalService:
 
     async def stop_run(self, run_id: str) -> TrainingRun:
         run = await self._run(run_id)
-        with CancelScope(shield=True):
-            await self._executor.stop_run(run)
-        run.stopped = True
+        await self._executor.stop_run(run)
         return run.describe()
 
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
-        run = await self._run(run_id)
-        del self._runs[run_id]  # what comes from now on is refused
-        with CancelScope(shield=True):
-            try:
-                await self._executor.delete_run(run, checkpoints=checkpoints)
-            except WeaverError:
-                self._runs[run_id] = run
-                raise
-        self._runs.pop(run_id, None)  # someone may have asked the database in the meantime
+        await self._executor.delete_run(await self._run(run_id), checkpoints=checkpoints)
 
     async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         now = self._now()
-        timed = [
-            p if p.occurred_at is not None else p.model_copy(update={"occurred_at": now})
-            for p in points
-        ]
+        timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
         await self._run(run_id)
         await self._store.add_metrics(run_id, timed)
 
@@ -361,6 +349,17 @@ class LocalService:
         info = await self._disk(partial(self._checkpoints.set_ttl, path, ttl_seconds))
         self._executor.release([path])  # a sampler knows when its weights expire
         return info
+
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
+        if merge:  # with a name that the engine knows, it merges beside its other work
+            await self.get_model((await self.get_checkpoint(path)).base_model)
+        return await self._disk(partial(self._exports.describe, path, merge=merge))
+
+    async def read_exported(
+        self, path: str, name: str, *, merge: bool = False, offset: int = 0
+    ) -> bytes:
+        read = partial(self._exports.read, path, name, merge=merge, offset=offset)
+        return await self._disk(read)
 
     # --- helpers --------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from tests.server.compat.helpers import CHUNKS, TARGETS, packed, passes, rest
+from tests.server.compat.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.engine.fake import FakeEngine
 
@@ -320,6 +320,33 @@ async def test_checkpoints_are_saved_loaded_listed_and_expire(home: Path) -> Non
         assert len(run["checkpoints"]) == 2
         taken = await api.call("POST", path, {"name": "a"})
         assert taken["error_code"] == "name_taken"
+
+
+async def test_an_adapter_is_exported_as_a_whole_model(home: Path) -> None:
+    merging = {"format": "huggingface", "merge_adapter": True}
+
+    async def files(api: Rest, artifact: dict[str, Any]) -> set[str]:
+        reply = await api.call("GET", f"/artifacts/{artifact['id']}/download")
+        for file in reply["files"]:
+            content = (await api.http.get(file["url"])).content
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+        return {file["name"] for file in reply["files"]}
+
+    async with rest(home) as api:
+        model_id = await api.model()
+        made = await api.result(await api.call("POST", f"/models/{model_id}/export-hf", merging))
+        assert made["kind"] == "hf_model" and made["uri"].endswith("/artifacts/hf_model")
+        assert await files(api, made) == {"model.npy"}
+        listed = await api.call("GET", f"/checkpoints/{made['checkpoint_id']}/artifacts")
+        assert listed["items"] == [made]
+        plain = await api.result(await api.call("POST", f"/models/{model_id}/export-hf", {}))
+        checkpoint = f"/checkpoints/{plain['checkpoint_id']}"
+        both = [plain, await api.call("POST", f"{checkpoint}/export", merging)]
+        assert (await api.call("GET", f"{checkpoint}/artifacts"))["items"] == both
+        assert [await files(api, one) for one in both] == [
+            {"weight.npy", "state.json"},
+            {"model.npy"},
+        ]
 
 
 async def test_artifacts_are_downloaded_in_pieces(home: Path) -> None:

@@ -188,7 +188,6 @@ REFUSED: list[tuple[str, str, object, int, str]] = [
     ("GET", f"/checkpoints/{UUID}/artifacts", None, 404, "checkpoint_not_found"),
     ("GET", f"/artifacts/{UUID}/download", None, 404, "checkpoint_not_found"),
     ("GET", "/downloads/x.y/file", None, 403, "permission_denied"),
-    ("POST", "/models/{model}/export-hf", {"merge_adapter": True}, 422, "unsupported"),
     ("POST", "/models/{model}/export-hf", {"format": "gguf"}, 400, "invalid_request"),
     # what has no meaning here
     ("GET", "/organizations", None, 422, "unsupported"),

@@ -132,6 +132,9 @@ async def test_a_project_sees_nothing_of_another(server: Server) -> None:
             lambda: bob.get_checkpoint(path),
             lambda: bob.delete_checkpoint(path),
             lambda: bob.set_checkpoint_ttl(path, 1),
+            lambda: bob.export_checkpoint(path),
+            lambda: bob.export_checkpoint(path, merge=True),
+            lambda: bob.read_exported(path, "state.json"),
         ):
             with pytest.raises(CheckpointNotFoundError):
                 await lost()

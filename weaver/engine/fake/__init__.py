@@ -10,7 +10,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from weaver.engine.fake.model import VOCAB, tokenizer_files
+import numpy as np
+
+from weaver.engine.fake.model import VOCAB, read_weights, tokenizer_files
 from weaver.engine.fake.sampler import FakeSampler
 from weaver.engine.fake.trainer import FakeTrainer
 from weaver.errors import UnknownModelError, nearest
@@ -18,6 +20,7 @@ from weaver.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from weaver.types import Message
 
@@ -88,6 +91,11 @@ class FakeEngine:
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         self.get_model(base_model)
         return tokenizer_files()
+
+    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
+        self.hook("merge_adapter", folder)
+        weights, _ = read_weights(adapter, base_model)
+        np.save(folder / "model.npy", weights)
 
     def close(self) -> None:
         pass

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, SampleResult, TrainingRun
 
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
+MERGED = "export-merged-"
+"""How the names of checkpoints begin that were made to be downloaded as whole models."""
 PRICED = (
     "training_tokens",
     "sampling_prefill_tokens",
@@ -82,15 +84,20 @@ def checkpoint_json(info: CheckpointInfo) -> JsonDict:
     }
 
 
-def artifact_id(info: CheckpointInfo) -> str:
-    return uuid_of(f"{info.path}/artifacts/{_artifact_kind(info)}")
+def artifact_kind(info: CheckpointInfo) -> str:
+    """What an export is that asks for nothing else."""
+    whole = info.training_mode == "full_ft" or info.name.startswith(MERGED)
+    return "hf_model" if whole else "hf_adapter"
 
 
-def artifact_json(info: CheckpointInfo) -> JsonDict:
-    kind = _artifact_kind(info)
+def artifact_id(info: CheckpointInfo, kind: str) -> str:
+    return uuid_of(f"{info.path}/artifacts/{kind}")
+
+
+def artifact_json(info: CheckpointInfo, kind: str) -> JsonDict:
     return {
         **checkpoint_json(info),
-        "id": artifact_id(info),
+        "id": artifact_id(info, kind),
         "checkpoint_id": uuid_of(info.path),
         "kind": kind,
         "uri": f"{rest_path(info.path)}/artifacts/{kind}",
@@ -144,7 +151,7 @@ def _answer(result: Result, note: Note) -> JsonDict:
         case CheckpointLoaded(checkpoint=info):
             return {"checkpoint": checkpoint_json(info), "status": "succeeded"}
         case CheckpointSaved(checkpoint=info) if note.artifact:
-            return artifact_json(info)
+            return artifact_json(info, artifact_kind(info))
         case CheckpointSaved(checkpoint=info):
             sampler = {"model_path": info.path, "sampling_session_id": session_of(info.path)}
             return checkpoint_json(info) | (sampler if info.kind == "sampler" else {})
@@ -178,10 +185,6 @@ def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
     }
     version = output.sequences[0].weights_version
     return {"sequences": sequences, "usage": usage, "weight_version": version, **prompt}
-
-
-def _artifact_kind(info: CheckpointInfo) -> str:
-    return "hf_adapter" if info.training_mode == "lora" else "hf_model"
 
 
 def _failure(error: ErrorInfo) -> JsonDict:

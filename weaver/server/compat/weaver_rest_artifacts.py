@@ -1,7 +1,7 @@
 """Checkpoints of the Weaver REST interface and their Hugging Face artifacts, to be downloaded.
 
-An artifact is a checkpoint seen from outside: its adapter or model files. It is not stored a second
-time, and lives as long as its checkpoint. A download's address carries its own right, for one file
+An artifact is a checkpoint seen from outside: its adapter, or a whole model (merged at first need).
+It lives as long as its checkpoint. A download's address carries its own right, for one file
 and a limited time.
 """
 
@@ -15,14 +15,18 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
-from weaver.errors import NotFoundError, PermissionDeniedError, UnsupportedError
+from weaver.errors import NotFoundError, PermissionDeniedError
 from weaver.protocol import SaveCheckpoint
-from weaver.server.checkpoints import MANIFEST
-from weaver.server.compat.weaver_rest_answers import artifact_id, artifact_json, checkpoint_json
+from weaver.server.compat.weaver_rest_answers import (
+    MERGED,
+    artifact_id,
+    artifact_json,
+    artifact_kind,
+    checkpoint_json,
+)
 from weaver.server.compat.weaver_rest_errors import PREFIX
 from weaver.server.compat.weaver_rest_ids import by_id, native_path
 from weaver.server.compat.weaver_rest_operations import Desked, JsonResponse
@@ -32,12 +36,9 @@ from weaver.server.scoped import ScopedService
 from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from weaver.types import CheckpointInfo
 
 URL_LIFE_S = 900
-INTERNAL = ("weaver_state.json", "optimizer.safetensors")
 
 router = APIRouter()
 
@@ -75,26 +76,37 @@ async def export_model(model_id: str, request: Request, desk: Desked) -> Respons
 
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(checkpoint_id: str, request: Request, desk: Desked) -> Response:
-    _check((await read_body(request, ExportBody))[0])
-    return JsonResponse(artifact_json(by_id(await _exportable(desk), checkpoint_id)))
+    body, _ = await read_body(request, ExportBody)
+    info = by_id(await _exportable(desk), checkpoint_id)
+    if not body.merge_adapter:
+        return JsonResponse(artifact_json(info, artifact_kind(info)))
+    await desk.service.export_checkpoint(info.path, merge=True)
+    desk.merged.add(info.path)
+    return JsonResponse(artifact_json(info, "hf_model"))
 
 
 @router.get("/checkpoints/{checkpoint_id}/artifacts")
 async def list_artifacts(checkpoint_id: str, desk: Desked) -> Response:
-    return JsonResponse({"items": [artifact_json(by_id(await _exportable(desk), checkpoint_id))]})
+    info = by_id(await _exportable(desk), checkpoint_id)
+    kinds = sorted({artifact_kind(info), *(["hf_model"] if info.path in desk.merged else [])})
+    return JsonResponse({"items": [artifact_json(info, kind) for kind in kinds]})
 
 
 @router.get("/artifacts/{artifact}/download")
 async def describe_download(artifact: str, request: Request, desk: Desked) -> Response:
-    info = by_id(await _exportable(desk), artifact, id_of=artifact_id)
-    folder = await request.state.service.checkpoint_folder(info.path)
+    known = await _exportable(desk)
+    merge = artifact in (artifact_id(info, "hf_model") for info in known)
+    kind = "hf_model" if merge else "hf_adapter"
+    info = by_id(known, artifact, id_of=lambda info: artifact_id(info, kind))
+    export = await desk.service.export_checkpoint(info.path, merge=merge)
     expires = int(time.time()) + URL_LIFE_S
     caller: Caller = request.state.caller
-    token = _sign([info.path, caller.project, caller.admin, expires], request.state.front.secret)
+    right = [info.path, merge, caller.project, caller.admin, expires]
+    token = _sign(right, request.state.front.secret)
     base = f"{request.base_url}{PREFIX[1:]}/downloads/{token}"
     files = [
-        {"name": name, "url": f"{base}/{name}", "size": size, "sha256": sha256}
-        for name, size, sha256 in await to_thread.run_sync(_files, folder)
+        {"name": f.name, "url": f"{base}/{f.name}", "size": f.size_bytes, "sha256": f.sha256}
+        for f in export.files
     ]
     return JsonResponse({"files": files})
 
@@ -103,14 +115,14 @@ async def describe_download(artifact: str, request: Request, desk: Desked) -> Re
 async def download(token: str, name: str, request: Request) -> Response:
     """Needs no key, as its address is known only to who was given it. Obeys Range."""
     front = request.state.front
-    path, project, admin, expires = _verify(token, front.secret)
+    path, merge, project, admin, expires = _verify(token, front.secret)
     if expires < time.time():
         raise PermissionDeniedError("this address has expired.", hint="Ask for a new one.")
     service = ScopedService(front.service, Caller(project, admin=admin))
-    folder = await service.checkpoint_folder(path)
-    if name not in (found for found, _, _ in await to_thread.run_sync(_files, folder)):
+    export = await service.export_checkpoint(path, merge=merge)
+    if name not in (file.name for file in export.files):
         raise NotFoundError(f"the artifact has no file {name[:80]!r}.")
-    return FileResponse(folder / name, media_type="application/octet-stream")
+    return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
 
 
 async def _exportable(desk: Desked) -> list[CheckpointInfo]:
@@ -118,32 +130,12 @@ async def _exportable(desk: Desked) -> list[CheckpointInfo]:
 
 
 def _export(body: ExportBody) -> SaveCheckpoint:
-    _check(body)
     return SaveCheckpoint(
         purpose="state",
-        name=f"export-{secrets.token_hex(4)}",
+        name=f"{MERGED if body.merge_adapter else 'export-'}{secrets.token_hex(4)}",
         include_optimizer=False,
         ttl_seconds=body.ttl_seconds,
     )
-
-
-def _check(body: ExportBody) -> None:
-    if body.merge_adapter:
-        raise UnsupportedError(
-            "adapters are not merged on this server.",
-            field="merge_adapter",
-            hint="Export the adapter; `PeftModel.merge_and_unload` merges it.",
-        )
-
-
-def _files(folder: Path) -> list[tuple[str, int, str]]:
-    """Name, bytes and SHA-256 of what belongs to others than Weaver."""
-    sums: dict[str, str] = json.loads((folder / MANIFEST).read_text())["sha256"]
-    return [
-        (name, (folder / name).stat().st_size, sha256)
-        for name, sha256 in sums.items()
-        if name not in INTERNAL
-    ]
 
 
 def _sign(content: list[Any], secret: bytes) -> str:

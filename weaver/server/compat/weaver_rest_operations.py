@@ -60,6 +60,8 @@ class Desk:
 
     def __init__(self, service: ScopedService, *, stopping: anyio.Event) -> None:
         self.service = service
+        self.merged: set[str] = set()
+        """Paths of adapters that were exported as whole models, for the list of artifacts."""
         self._stopping = stopping
         self._session_id = ""
         self._taken_up = False

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from weaver import wire
 from weaver.errors import TooLargeError, WeaverError
-from weaver.protocol import Outcome, Service, SessionInfo, SessionState, Submission
+from weaver.protocol import Export, Outcome, Service, SessionInfo, SessionState, Submission
 from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
 from weaver.server.http.replies import OnceRoute
 from weaver.server.http.streaming import EventStream
@@ -36,6 +36,8 @@ SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
 BINARY: dict[str, Any] = {
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 }
+
+FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
 
 class SessionRequest(Value):
@@ -227,6 +229,24 @@ async def delete_checkpoint(path: Path, service: Scoped) -> None:
 @router.put("/checkpoints/ttl", response_model=CheckpointInfo)
 async def set_checkpoint_ttl(path: Path, body: TtlRequest, service: Scoped) -> CheckpointInfo:
     return await service.set_checkpoint_ttl(path, body.ttl_seconds)
+
+
+@router.get("/checkpoints/export", response_model=Export)
+async def export_checkpoint(path: Path, service: Scoped, merge: bool = False) -> Export:
+    export = await service.export_checkpoint(path, merge=merge)
+    return export.model_copy(update={"folder": None})
+
+
+@router.get("/checkpoints/export/file", response_class=Response, responses={200: FILE})
+async def read_exported(
+    path: Path,
+    name: Name,
+    service: Scoped,
+    merge: bool = False,
+    offset: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+) -> Response:
+    data = await service.read_exported(path, name, merge=merge, offset=offset)
+    return Response(data, media_type="application/octet-stream")
 
 
 async def _cancel_when_set(event: anyio.Event, scope: anyio.CancelScope) -> None:

@@ -1,0 +1,146 @@
+"""Merged models against the adapters they were made of, by transformers and PEFT alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.engine.conftest import (
+    LORA,
+    SIZES,
+    lora_config,
+    new_run,
+    randomise,
+    reference_model,
+    save_tiny,
+    sequences,
+)
+from weaver.engine.catalog import NANO, Catalog
+from weaver.engine.engine import TorchEngine
+from weaver.engine.merging import merge_adapter
+from weaver.engine.store import ModelStore
+from weaver.engine.trainer import TorchTrainer
+from weaver.errors import CheckpointCorruptError, StorageError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from weaver.types import LoraConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning"),
+]
+
+
+def save_adapter(trainer: TorchTrainer, name: str, folder: Path, *, config: LoraConfig) -> Path:
+    new_run(trainer, architecture=name, config=config)
+    folder.mkdir()
+    trainer.save("run", folder, include_optimizer=False)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    result: torch.Tensor = model.eval()(torch.tensor([tokens])).logits[0]
+    return result
+
+
+def assert_merged_equals_peft(base: Path, adapter: Path, merged: Path) -> None:
+    [tokens] = sequences(40)
+    theirs = logits(peft.PeftModel.from_pretrained(reference_model(base), adapter), tokens)
+    ours = logits(reference_model(merged), tokens)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - logits(reference_model(base), tokens)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("train_unembed", [False, True])
+def test_a_merged_model_equals_its_adapter(
+    trainer: TorchTrainer,
+    catalog: Catalog,
+    model_folder: Callable[[str], Path],
+    architecture: str,
+    tmp_path: Path,
+    train_unembed: bool,
+) -> None:
+    config = lora_config(architecture).model_copy(update={"train_unembed": train_unembed})
+    adapter = save_adapter(trainer, architecture, tmp_path / "adapter", config=config)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    merge_adapter(catalog.facts(architecture), adapter, merged)
+    assert_merged_equals_peft(model_folder(architecture), adapter, merged)
+
+
+def test_nano_is_merged_with_its_tokenizer(tmp_path: Path) -> None:
+    engine = TorchEngine(threads=1)
+    engine.trainer.create_run("run", "weaver-nano", training_mode="lora", lora_config=LORA, seed=0)
+    randomise(engine.trainer, "run")
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    for folder in (adapter, merged):
+        folder.mkdir()
+    engine.trainer.save("run", adapter, include_optimizer=True)
+    engine.merge_adapter("weaver-nano", adapter, merged)
+    engine.close()
+    assert_merged_equals_peft(NANO, adapter, merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.decode(tokenizer.encode("rev:stone=")) == "rev:stone="
+    assert tokenizer.chat_template
+    assert not {"optimizer.safetensors", "weaver_state.json"} & {f.name for f in merged.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_stay_and_the_dtype_is_the_bases(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    save_tiny(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="8KB")
+    catalog = Catalog({"base": base}, allow_paths=False)
+    store = ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    adapter = save_adapter(TorchTrainer(store), "base", tmp_path / "adapter", config=LORA)
+    merged.mkdir()
+    merge_adapter(catalog.facts("base"), adapter, merged)
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3
+    tensors = {n: (s, t) for s in shards for n, t in load_file(merged / s).items()}
+    assert {name: shard for name, (shard, _) in tensors.items()} == index["weight_map"]
+    assert {tensor.dtype for _, tensor in tensors.values()} == {dtype}
+    assert "lm_head.weight" in tensors
+    assert not json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
+    if dtype == torch.float32:
+        assert_merged_equals_peft(base, adapter, merged)
+
+
+def test_what_cannot_be_merged_is_named(
+    trainer: TorchTrainer, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(trainer, "llama", tmp_path / "adapter", config=LORA)
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in model_folder("llama").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    facts = Catalog({"base": base}, allow_paths=False).facts("base")
+    weights = load_file(base / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in weights.items()}, base / "model.safetensors")
+
+    def merge(name: str) -> None:
+        (tmp_path / name).mkdir()
+        merge_adapter(facts, adapter, tmp_path / name)
+
+    with pytest.raises(UnsupportedError, match=r"base have no model\.layers\.0.* merge it with P"):
+        merge("renamed")
+    (base / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(StorageError, match="base model's files are complete"):
+        merge("broken")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointCorruptError):
+        merge("gone")

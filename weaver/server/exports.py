@@ -1,0 +1,108 @@
+"""`Exports`: what other programs read of a checkpoint; asked by the service.
+
+That is the checkpoint's own folder without what only Weaver reads (PEFT's layout, or transformers'
+after full fine-tuning), or a whole model merged from the base and the adapter. Such a model is made
+at first need, kept for a day beside the checkpoints, and goes with its checkpoint. All functions
+block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weaver.errors import CheckpointNotFoundError, NotFoundError
+from weaver.protocol import Export, ExportedFile
+from weaver.server.attempt import attempt
+from weaver.server.checkpoints import Location, read_digests
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from weaver.engine.base import Engine
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.types import CheckpointInfo
+
+INTERNAL = ("weaver_state.json", "optimizer.safetensors")
+CHUNK_BYTES = 8 * 2**20
+MERGED_KEPT_S = 24 * 3600
+
+
+class Exports:
+    """`merged` is where merged models are kept, each at the place of its checkpoint."""
+
+    def __init__(self, engine: Engine, checkpoints: Checkpoints, *, merged: Checkpoints) -> None:
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._merged = merged
+        self._merging = threading.Lock()
+        """One at a time, for its memory; and a resend finds what the first one made."""
+
+    def describe(self, path: str, *, merge: bool) -> Export:
+        """Its files.
+
+        Raises:
+            CheckpointNotFoundError, InvalidNameError
+            CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError:
+                it cannot be merged.
+        """
+        info = self._checkpoints.get(path)
+        folder = Path(info.folder or "")
+        if merge and info.training_mode == "lora":
+            with self._merging:
+                folder = Path(self._merge(info, folder).folder or "")
+        files = tuple(
+            ExportedFile(name=name, size_bytes=(folder / name).stat().st_size, sha256=sha256)
+            for name, sha256 in _public(folder).items()
+        )
+        return Export(files=files, folder=str(folder))
+
+    def read(self, path: str, name: str, *, merge: bool, offset: int) -> bytes:
+        """At most `CHUNK_BYTES`.
+
+        Raises:
+            NotFoundError: the export has no such file, or was not described before.
+        """
+        checkpoint = self._checkpoints.get(path)
+        merged = merge and checkpoint.training_mode == "lora"
+        folder = Path((self._merged.get(path) if merged else checkpoint).folder or "")
+        if name not in _public(folder):
+            raise NotFoundError(f"{path} has no file {name[:80]!r}.", field="name")
+        with (folder / name).open("rb") as file:
+            file.seek(offset)
+            return file.read(CHUNK_BYTES)
+
+    def sweep(self) -> None:
+        """Deletes merged models whose checkpoint is gone."""
+        for info in self._merged.list():
+            if isinstance(
+                attempt(partial(self._checkpoints.get, info.path)), CheckpointNotFoundError
+            ):
+                self._merged.delete(info.path)
+
+    def _merge(self, info: CheckpointInfo, folder: Path) -> CheckpointInfo:
+        def fill(empty: Path) -> None:
+            _, adapter = self._checkpoints.open(info.path)  # with its files verified
+            self._engine.merge_adapter(info.base_model, adapter, empty)
+
+        def describe(now: datetime) -> CheckpointInfo:
+            return info.model_copy(update={"created_at": now, "ttl_seconds": MERGED_KEPT_S})
+
+        content = json.dumps(read_digests(folder), sort_keys=True).encode()
+        return self._merged.write(
+            Location.parse(info.path),
+            fill,
+            describe=describe,
+            author=hashlib.sha256(content).hexdigest(),
+            overwrite=True,
+        )
+
+
+def _public(folder: Path) -> Mapping[str, str]:
+    """The names of the files that are exported, and their SHA-256."""
+    return {name: sha for name, sha in read_digests(folder).items() if name not in INTERNAL}
