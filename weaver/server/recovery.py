@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+KEEP, KEEP_S = "keep", 86_400.0
+"""A file of this name keeps snapshots that are replaced, as deploy/backup.sh wants, for a day."""
+
+
 class EngineCall(Protocol):
     """Runs a function in a thread while nothing else uses the engine."""
 
@@ -200,6 +204,9 @@ class Recovery:
                 logger.warning("no snapshot of %s: %s", run.run_id, failure)
 
     def _prune(self, run: Run, number: int) -> None:
+        with suppress(FileNotFoundError):
+            if time.time() - (self.live.root / KEEP).stat().st_mtime < KEEP_S:
+                return
         for info in self.live.list(run.run_id):
             if info.kind != "sampler" and info.name != str(number):
                 self.live.delete(info.path)

@@ -1,0 +1,60 @@
+"""deploy/backup.sh beside a server that trains: what it copied goes on in another home."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.server.test_kill import FAKE, running
+from weaver import Datum, ServiceClient
+
+BACKUP = Path(__file__).parents[2] / "deploy" / "backup.sh"
+DATUM = Datum(model_input=[5, 6, 7], loss_fn_inputs={"target_tokens": [6, 7, 8]})
+
+
+def test_a_backup_of_a_running_server_goes_on_elsewhere(tmp_path: Path) -> None:
+    home, losses, stop = tmp_path / "home", list[float](), threading.Event()
+    """`losses[n]` is that of the weights after n steps."""
+
+    def train() -> None:
+        while not stop.is_set():
+            loss = trainer.forward_backward([DATUM], loss_fn="cross_entropy")
+            trainer.optim_step({"learning_rate": 0.01}, wait=True)
+            losses.append(loss.result().metrics["loss"])
+
+    with running(home, FAKE) as server, ServiceClient(base_url=server.url) as service:
+        trainer = service.create_model("fake", {"rank": 4})
+        saved = trainer.save_state("early").path
+        thread = threading.Thread(target=train)
+        thread.start()
+        try:
+            for name in ("first", "second", "third"):
+                time.sleep(0.7)  # snapshots are taken every 0.3 s
+                subprocess.run([BACKUP, home, tmp_path / name], check=True, timeout=60)
+        finally:
+            stop.set()
+            thread.join()
+        assert not (home / "live" / "keep").exists()
+    steps = [
+        goes_on(tmp_path / name, trainer.model_id, saved, losses) for name in ("first", "third")
+    ]
+    assert 0 < steps[0] < steps[1] <= len(losses)
+
+
+def goes_on(home: Path, model_id: str, saved: str, losses: list[float]) -> int:
+    """The step at which the run of a backup stands."""
+    with running(home, FAKE) as server, ServiceClient(base_url=server.url) as service:
+        trainer = service.attach(model_id)
+        loss = trainer.forward([DATUM], loss_fn="cross_entropy", wait=True).metrics["loss"]
+        step = int(httpx.get(f"{server.url}/v1/runs/{model_id}").json()["step"])
+        assert loss == losses[step]
+        trainer.load_state(saved, wait=True)
+        loss = trainer.forward([DATUM], loss_fn="cross_entropy", wait=True).metrics["loss"]
+        assert loss == losses[0]
+        trainer.forward_backward([DATUM], loss_fn="cross_entropy")
+        assert trainer.optim_step({"learning_rate": 0.01}, wait=True).metrics["step"] == 1
+    return step
