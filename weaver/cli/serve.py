@@ -14,7 +14,27 @@ if TYPE_CHECKING:
     from weaver.server.http.run import Running
 
 
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """The other options find their defaults in the file, as this one is eager."""
+    if path is not None:
+        from pathlib import Path
+
+        from weaver.cli.config_file import parse_config
+
+        context.default_map = parse_config(Path(path).expanduser(), serve)
+    return path
+
+
 def serve(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            envvar="WEAVER_CONFIG",
+            is_eager=True,
+            callback=_read_config,
+            help="A TOML file with these options, which flags and variables override.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(envvar="WEAVER_HOST", help="To listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="WEAVER_PORT", help="0 takes a free one.")] = 8000,
     model: Annotated[
