@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,6 +23,7 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
+from tests.engine.sampler_kit import sample_job
 from weaver.engine.engine import TorchEngine
 from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
 from weaver.types import AdamParams, LoraConfig, Message
@@ -68,12 +70,10 @@ def test_named_models_and_folders_are_described_without_weights(
 
 
 @pytest.mark.parametrize("name", ["nope", "acme/nothing-here", "/no/such/folder", ""])
-def test_unknown_names_are_refused_quickly_with_the_known_ones(name: str) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(name: str) -> None:
     engine = TorchEngine({})
-    start = time.monotonic()
     with pytest.raises(UnknownModelError, match="Known: weaver-nano"):
         engine.get_model(name)
-    assert time.monotonic() - start < 1
 
 
 def test_folders_are_unknown_where_paths_are_not_allowed(
@@ -203,6 +203,26 @@ def test_what_cannot_be_configured_is_said() -> None:
     engine = TorchEngine(threads=3)
     assert engine.description == f"torch {torch.__version__} on cpu, float32, 3 threads"
     engine.close()
+
+
+def test_a_closed_engine_holds_no_memory_of_runs_and_samples() -> None:
+    engine = TorchEngine()
+    trainer, sampler = engine.trainer, engine.sampler
+    for mode in ("lora", "full_ft"):
+        lora = LORA if mode == "lora" else None
+        trainer.create_run(mode, "weaver-nano", training_mode=mode, lora_config=lora, seed=0)
+        sampler.publish(mode, trainer.snapshot(mode))
+        sampler.add(sample_job([5] * 9, mode, weights_id=mode, n=2))
+    sampler.step()
+    sampler.step()
+    held = [weakref.ref(group) for group in sampler._groups.values()]
+    held += [weakref.ref(weights.model) for weights in sampler._weights.values()]
+    held += [weakref.ref(run.model) for run in trainer._runs.values()]
+    assert len(held) >= 5
+    engine.close()
+    gc.collect()
+    assert not sampler.busy
+    assert [ref() for ref in held] == [None] * len(held)
 
 
 def test_small_models_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

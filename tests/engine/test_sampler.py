@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from weaver.engine.store import ModelStore
     from weaver.engine.trainer import TorchTrainer
     from weaver.errors import WeaverError
+    from weaver.types import TrainingMode
 
 # PEFT reads a deprecated attribute of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -308,14 +309,31 @@ def test_a_full_context_is_refused_but_can_be_scored(sampler: TorchSampler) -> N
     assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == CONTEXT
 
 
-def test_weights_that_are_not_finite_fail_their_job_alone(
+@pytest.mark.parametrize("training_mode", ["lora", "full_ft"])
+def test_weights_that_are_not_finite_are_not_published(
+    sampler: TorchSampler, trainer: TorchTrainer, training_mode: TrainingMode
+) -> None:
+    run_id = new_run(trainer, architecture="llama", training_mode=training_mode)
+    for value in (float("nan"), float("inf")):
+        bad = trainer.snapshot(run_id)
+        next(t for name, t in bad.tensors.items() if "q_proj" in name)[0, 0] = value
+        with pytest.raises(NonFiniteError, match="q_proj"):
+            sampler.publish("bad", bad)
+        with pytest.raises(NotFoundError):
+            sampler.add(sample_job([5] * 9, weights_id="bad"))
+    large = trainer.snapshot(run_id)
+    next(iter(large.tensors.values()))[0, 0] = 1e30
+    sampler.publish("large", large)
+
+
+def test_logits_that_are_not_finite_fail_their_job_alone(
     sampler: TorchSampler, trainer: TorchTrainer
 ) -> None:
     run_id = new_run(trainer, architecture="llama")
     bad = trainer.snapshot(run_id)
-    for tensor in bad.tensors.values():
-        tensor.fill_(torch.nan)
     sampler.publish("bad", bad)
+    for tensor in bad.tensors.values():  # of which an adapter makes no copies
+        tensor.fill_(torch.nan)
     good = sample_job([5] * 9, "good", seed=1, max_tokens=20)
     expected = finish(sampler, [good])
     sampler.add(good)

@@ -29,6 +29,8 @@ from weaver.errors import (
 from weaver.types import AdamParams, ForwardBackwardResult, LoraConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from weaver.engine.base import GradientJob
     from weaver.engine.store import ModelStore
     from weaver.types import Datum, TrainingMode
@@ -296,6 +298,42 @@ def test_a_ratio_that_overflows_is_refused_even_where_it_would_be_clipped(
     (result,) = trainer.forward_backward([job(run_id, [broken], loss_fn)])
     assert isinstance(result, NonFiniteError)
     assert result.field == "datums[0]"
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_a_metric_that_is_not_finite_is_refused(trainer: TorchTrainer, value: float) -> None:
+    """Of finite weights: one of the values makes a logit -inf, which has a finite loss."""
+    run_id = new_run(trainer, training_mode="full_ft")
+    parameters = trainer._run(run_id).named_parameters()
+    parameters["lm_head.weight"].data[9, 0] = value
+    parameters["model.norm.weight"].data.mul_(1000)
+    one = datum([5, 6], logprobs=[-1.0], advantages=[1.0])
+    (result,) = trainer.forward_backward([job(run_id, [one], "ppo", backward=False)])
+    assert isinstance(result, NonFiniteError)
+
+
+@pytest.mark.parametrize("weight", ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "lm_head"])
+@pytest.mark.parametrize("training_mode", ["lora", "full_ft"])
+def test_one_broken_weight_is_found_and_mended(
+    trainer: TorchTrainer, weight: str, training_mode: TrainingMode, tmp_path: Path
+) -> None:
+    run_id = new_run(trainer, training_mode=training_mode)
+    expected = result_of(trainer, job(run_id, datums(9, 4), backward=False))
+    parameters = trainer._run(run_id).named_parameters()
+    value = next(p for name, p in parameters.items() if weight in name).data.view(-1)[:1]
+    healthy = value.clone()
+    value.fill_(float("nan"))
+    for lengths, backward in (((9, 4), True), ((9, 4), False), ((20,), True)):
+        (result,) = trainer.forward_backward([job(run_id, datums(*lengths), backward=backward)])
+        assert isinstance(result, NonFiniteError)
+        assert weight in result.message
+    with pytest.raises(NonFiniteError, match=weight):
+        trainer.save(run_id, tmp_path, include_optimizer=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(NoGradientsError):
+        trainer.optim_step(run_id, ADAM)
+    value.copy_(healthy)
+    assert result_of(trainer, job(run_id, datums(9, 4), backward=False)) == expected
 
 
 @pytest.mark.parametrize("training_mode", ["lora", "full_ft"])

@@ -133,7 +133,11 @@ class Trainer(Protocol):
 
 class Sampler(Protocol):
     def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
-        """Makes a trainer's snapshot sampleable under an id."""
+        """Makes a trainer's snapshot sampleable under an id.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
 
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
         """Makes a base model, or a folder's weights on it, sampleable; answers their version.

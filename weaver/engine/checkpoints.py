@@ -21,7 +21,13 @@ from safetensors.torch import save_file
 
 from weaver.engine.adapters import CONFIG, read_adapter, read_json, read_tensors, write_adapter
 from weaver.engine.base import WeightSnapshot
-from weaver.engine.models import check_weights, read_module, set_weights, without_progress_bars
+from weaver.engine.models import (
+    check_finite,
+    check_weights,
+    read_module,
+    set_weights,
+    without_progress_bars,
+)
 from weaver.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -61,8 +67,10 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
     """Writes a run into an empty folder.
 
     Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
         StorageError: the disk is full or not writable.
     """
+    check_finite(run.named_parameters())
     try:
         if run.lora_config is not None:
             source = run.model.facts.source

@@ -105,8 +105,9 @@ class TorchEngine:
         merge_adapter(self._catalog.facts(base_model), adapter, folder)
 
     def close(self) -> None:
-        """Forgets every model and run."""
+        """Forgets every model, run and sample."""
         self._trainer.close()
+        self._sampler.close()
         self._store.close()
 
 

@@ -19,7 +19,12 @@ from weaver.engine.head import head_of
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
 from weaver.engine.packing import pack
-from weaver.errors import CheckpointMismatchError, EngineError, UnsupportedError
+from weaver.errors import (
+    CheckpointMismatchError,
+    EngineError,
+    NonFiniteError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -213,6 +218,14 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
         )
     for parameter in module.parameters():  # else a view of the file, which may be overwritten
         parameter.data = parameter.data.clone()
+    try:
+        check_finite(dict(module.named_parameters()))
+    except NonFiniteError as error:
+        raise UnsupportedError(
+            f"the weights of {name} are broken: {error.message}",
+            field="base_model",
+            hint="Download the model again.",
+        ) from error
     return module
 
 
@@ -244,6 +257,23 @@ def check_weights(
                 f"{list(parameter.shape)}.",
                 field="path",
                 hint="Load it into its own base model.",
+            )
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises NonFiniteError, which names the tensor, where a value is NaN or infinite.
+
+    Logits do not always tell: attention kernels for CPUs take the queries of NaN of a short
+    sequence for masked ones, and answer zeros.
+    """
+    if torch.nn.utils.get_total_norm(weights.values()).isfinite():
+        return
+    for name, tensor in weights.items():  # the squares of finite values may overflow
+        if not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"{name} has values that are not finite.",
+                hint="Go back to an earlier checkpoint, and train with a smaller learning rate.",
             )
 
 

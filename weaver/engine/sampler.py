@@ -102,6 +102,12 @@ class TorchSampler:
             with torch.inference_mode():
                 self._drop(job)
 
+    def close(self) -> None:
+        """Forgets all weights and jobs, and the memory of their rows."""
+        self._weights.clear()
+        for job_id in list(self._jobs):
+            self.cancel(job_id)
+
     @property
     def busy(self) -> bool:
         return bool(self._jobs)

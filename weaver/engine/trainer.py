@@ -5,15 +5,18 @@ The service calls it through `weaver.engine.base.Trainer`, one call at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils import get_total_norm
 
 from weaver.engine.checkpoints import read_checkpoint, write_checkpoint
 from weaver.engine.logprobs import Queries, target_scores
 from weaver.engine.lora import choose_targets, new_adapter
+from weaver.engine.models import check_finite
 from weaver.engine.objective import Objective
 from weaver.engine.packing import pack
 from weaver.engine.passes import plan_passes
@@ -91,6 +94,10 @@ class TorchTrainer:
         tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
         groups: dict[tuple[int, bool], list[_Task]] = {}
         for task in tasks:
+            try:
+                check_finite(task.run.named_parameters())
+            except NonFiniteError as error:
+                task.error = error
             groups.setdefault((id(task.run.model), task.job.backward), []).append(task)
         for group in groups.values():
             self._compute(group)
@@ -189,21 +196,24 @@ class _Task:
 
     def finish(self) -> ForwardBackwardResult | WeaverError:
         """The result, after the gradient was added to the run; or the error."""
-        if self.error is None and self.job.backward:
-            if self.gradient is None:
+        metrics = self.objective.metrics()
+        if self.error is None:
+            if self.job.backward and self.gradient is None:
                 self.add_gradient([None] * len(self.run.parameters()))
-            assert self.gradient is not None
-            if not torch.isfinite(torch.nn.utils.get_total_norm(self.gradient)):
+            broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+            if self.gradient and not get_total_norm(self.gradient).isfinite():
                 self.fail("the gradient of a finite loss", field="datums")
-            else:
-                self.run.accumulate(self.gradient)
+            elif broken:
+                self.fail(f"the metric {broken[0]!r} of a finite loss", field="datums")
         if self.error is not None:
             return self.error
+        if self.gradient is not None:
+            self.run.accumulate(self.gradient)
         return ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
             ),
-            metrics=self.objective.metrics(),
+            metrics=metrics,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weaver.engine.lora import adapter_from_tensors
+from weaver.engine.models import check_finite
 
 if TYPE_CHECKING:
     from weaver.engine.base import WeightSnapshot
@@ -27,8 +28,10 @@ def publish_snapshot(snapshot: WeightSnapshot, *, store: ModelStore) -> Publishe
 
     Raises:
         UnknownModelError, UnsupportedError: the base model cannot be loaded.
+        NonFiniteError: a weight is NaN or infinite.
         CheckpointMismatchError: the weights of a whole model do not fit.
     """
+    check_finite(snapshot.tensors)
     base = store.base(snapshot.base_model)
     if snapshot.lora_config is None:
         return PublishedWeights(base.with_weights(snapshot.tensors), None, snapshot.version)
