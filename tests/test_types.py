@@ -59,7 +59,7 @@ def test_results_read_as_the_documented_mappings() -> None:
     assert "result" in result
     assert "loss" not in result
     assert list(result) == list(result.keys()) == ["loss_fn_outputs", "metrics"]
-    assert (len(result), result.values()) == (2, [(), {"loss": 0.5}])
+    assert (len(result), list(result.values())) == (2, [(), {"loss": 0.5}])
     with pytest.raises(KeyError):
         result["nothing"]
 

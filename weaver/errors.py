@@ -42,16 +42,25 @@ The class is for `except`, the stable `code` is for programs and for the wire::
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+CODES: dict[str, type[WeaverError]] = {}
+"""The classes of this module by their codes."""
 
 
 class WeaverError(Exception):
     """Base of all errors. `field` names the argument at fault, `hint` says what to do next."""
 
     code: ClassVar[str] = "weaver_error"
+
+    def __init_subclass__(cls, *, code: str | None = None) -> None:
+        if code is not None:
+            cls.code = code
+            CODES[code] = cls
 
     def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
         self.message = message
@@ -65,159 +74,119 @@ class WeaverError(Exception):
         return f"{where}{self.message}{todo}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.field, self.hint))
+        return (partial(type(self), field=self.field, hint=self.hint), (self.message,))
 
 
-class InvalidRequestError(WeaverError, ValueError):
-    code = "invalid_request"
+CODES[WeaverError.code] = WeaverError
 
 
-class InvalidDatumError(InvalidRequestError):
-    code = "invalid_datum"
+class InvalidRequestError(WeaverError, ValueError, code="invalid_request"): ...
 
 
-class InvalidParamsError(InvalidRequestError):
-    code = "invalid_params"
+class InvalidDatumError(InvalidRequestError, code="invalid_datum"): ...
 
 
-class UnknownLossError(InvalidRequestError):
-    code = "unknown_loss"
+class InvalidParamsError(InvalidRequestError, code="invalid_params"): ...
 
 
-class InvalidLossConfigError(InvalidRequestError):
-    code = "invalid_loss_config"
+class UnknownLossError(InvalidRequestError, code="unknown_loss"): ...
 
 
-class UnknownModelError(InvalidRequestError):
-    code = "unknown_model"
+class InvalidLossConfigError(InvalidRequestError, code="invalid_loss_config"): ...
 
 
-class TokenOutOfRangeError(InvalidRequestError):
-    code = "token_out_of_range"
+class UnknownModelError(InvalidRequestError, code="unknown_model"): ...
 
 
-class ContextLengthError(InvalidRequestError):
-    code = "context_length_exceeded"
+class TokenOutOfRangeError(InvalidRequestError, code="token_out_of_range"): ...
 
 
-class InvalidNameError(InvalidRequestError):
-    code = "invalid_name"
+class ContextLengthError(InvalidRequestError, code="context_length_exceeded"): ...
 
 
-class TooLargeError(InvalidRequestError):
-    code = "too_large"
+class InvalidNameError(InvalidRequestError, code="invalid_name"): ...
 
 
-class UnsupportedError(InvalidRequestError):
-    code = "unsupported"
+class TooLargeError(InvalidRequestError, code="too_large"): ...
 
 
-class NotFoundError(WeaverError, LookupError):
-    code = "not_found"
+class UnsupportedError(InvalidRequestError, code="unsupported"): ...
 
 
-class RunNotFoundError(NotFoundError):
-    code = "run_not_found"
+class NotFoundError(WeaverError, LookupError, code="not_found"): ...
 
 
-class CheckpointNotFoundError(NotFoundError):
-    code = "checkpoint_not_found"
+class RunNotFoundError(NotFoundError, code="run_not_found"): ...
 
 
-class ConflictError(WeaverError):
-    code = "conflict"
+class CheckpointNotFoundError(NotFoundError, code="checkpoint_not_found"): ...
 
 
-class NameTakenError(ConflictError):
-    code = "name_taken"
+class ConflictError(WeaverError, code="conflict"): ...
 
 
-class AuthenticationError(WeaverError):
-    code = "unauthenticated"
+class NameTakenError(ConflictError, code="name_taken"): ...
 
 
-class PermissionDeniedError(AuthenticationError):
-    code = "permission_denied"
+class AuthenticationError(WeaverError, code="unauthenticated"): ...
 
 
-class QuotaExceededError(WeaverError):
-    code = "quota_exceeded"
+class PermissionDeniedError(AuthenticationError, code="permission_denied"): ...
 
 
-class CheckpointError(WeaverError):
-    code = "checkpoint_error"
+class QuotaExceededError(WeaverError, code="quota_exceeded"): ...
 
 
-class CheckpointCorruptError(CheckpointError):
-    code = "checkpoint_corrupt"
+class CheckpointError(WeaverError, code="checkpoint_error"): ...
 
 
-class CheckpointMismatchError(CheckpointError):
-    code = "checkpoint_mismatch"
+class CheckpointCorruptError(CheckpointError, code="checkpoint_corrupt"): ...
 
 
-class OperationError(WeaverError):
-    code = "operation_failed"
+class CheckpointMismatchError(CheckpointError, code="checkpoint_mismatch"): ...
 
 
-class NonFiniteError(OperationError):
-    code = "non_finite"
+class OperationError(WeaverError, code="operation_failed"): ...
 
 
-class GradientsDiscardedError(OperationError):
-    code = "gradients_discarded"
+class NonFiniteError(OperationError, code="non_finite"): ...
 
 
-class NoGradientsError(OperationError):
-    code = "no_gradients"
+class GradientsDiscardedError(OperationError, code="gradients_discarded"): ...
 
 
-class OperationCancelledError(OperationError):
-    code = "cancelled"
+class NoGradientsError(OperationError, code="no_gradients"): ...
 
 
-class StorageError(OperationError):
-    code = "storage_error"
+class OperationCancelledError(OperationError, code="cancelled"): ...
 
 
-class EngineError(OperationError):
-    code = "engine_error"
+class StorageError(OperationError, code="storage_error"): ...
 
 
-class WaitTimeoutError(WeaverError, TimeoutError):
-    code = "timeout"
+class EngineError(OperationError, code="engine_error"): ...
 
 
-class ServiceConnectionError(WeaverError):
-    code = "connection_failed"
+class WaitTimeoutError(WeaverError, TimeoutError, code="timeout"): ...
 
 
-class ClosedError(WeaverError):
-    code = "closed"
+class ServiceConnectionError(WeaverError, code="connection_failed"): ...
 
 
-class MissingDependencyError(WeaverError, ImportError):
-    code = "missing_dependency"
+class ClosedError(WeaverError, code="closed"): ...
 
 
-class ConfigError(WeaverError):
-    code = "invalid_config"
+class MissingDependencyError(WeaverError, ImportError, code="missing_dependency"): ...
 
 
-def _tree(root: type[WeaverError]) -> Iterable[type[WeaverError]]:
-    yield root
-    for child in root.__subclasses__():
-        yield from _tree(child)
-
-
-CODES: Mapping[str, type[WeaverError]] = {cls.code: cls for cls in _tree(WeaverError)}
+class ConfigError(WeaverError, code="invalid_config"): ...
 
 
 def from_code(
     code: str, message: str, *, field: str | None = None, hint: str | None = None
 ) -> WeaverError:
     """The error that `code` names; a code of a newer peer becomes a plain `WeaverError`."""
-    return _rebuild(CODES.get(code, WeaverError), message, field, hint)
+    return CODES.get(code, WeaverError)(message, field=field, hint=hint)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -225,9 +194,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
-
-
-def _rebuild(
-    cls: type[WeaverError], message: str, field: str | None, hint: str | None
-) -> WeaverError:
-    return cls(message, field=field, hint=hint)

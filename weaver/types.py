@@ -7,7 +7,7 @@ T for the tokens of one sequence; log-probabilities are in nats.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
 JsonDict = dict[str, Any]
 
 
-class Value(BaseModel):
+class Value(BaseModel, Mapping[str, Any]):
     """A frozen value with attribute and mapping access."""
 
     model_config = ConfigDict(
@@ -33,6 +33,8 @@ class Value(BaseModel):
         protected_namespaces=(),
     )
     _error: ClassVar[type[InvalidRequestError]] = InvalidParamsError
+    _also: ClassVar[tuple[str, ...]] = ()
+    """Attributes that read as keys, beside the fields."""
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -41,33 +43,15 @@ class Value(BaseModel):
             raise _named(error, type(self)) from None
 
     def __getitem__(self, key: str) -> Any:
-        if key in type(self).model_fields:
+        if key in type(self).model_fields or key in self._also:
             return getattr(self, key)
         raise KeyError(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in type(self).model_fields
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         return iter(type(self).model_fields)
 
     def __len__(self) -> int:
         return len(type(self).model_fields)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
-
-    def keys(self) -> KeysView[str]:
-        return type(self).model_fields.keys()
-
-    def values(self) -> list[Any]:
-        return [getattr(self, key) for key in self]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(key, getattr(self, key)) for key in self]
-
-
-Mapping.register(Value)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -250,6 +234,7 @@ class ForwardBackwardResult(Value):
     `loss_fn_outputs[i]["logprobs"]` is a float32 array [T] for datum i, one value per position.
     """
 
+    _also = ("result",)
     loss_fn_outputs: tuple[Mapping[str, TensorData], ...]
     metrics: Mapping[str, float]
 
@@ -257,27 +242,16 @@ class ForwardBackwardResult(Value):
     def result(self) -> ForwardBackwardResult:
         return self
 
-    def __getitem__(self, key: str) -> Any:
-        return self if key == "result" else super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key == "result" or super().__contains__(key)
-
 
 class OptimStepResult(Value):
     """`metrics` holds `grad_norm` (before clipping), `learning_rate` and `step` (from 1)."""
 
+    _also = ("result",)
     metrics: Mapping[str, float]
 
     @property
     def result(self) -> OptimStepResult:
         return self
-
-    def __getitem__(self, key: str) -> Any:
-        return self if key == "result" else super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key == "result" or super().__contains__(key)
 
 
 class SampledSequence(Value):
