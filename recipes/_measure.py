@@ -3,7 +3,7 @@
     python -m recipes._measure --seeds 0 1 2
 
 `recipes/README.md` gets the recipes without a flag; `docs/objectives.md` gets the curve of each
-objective. Each run is a process of its own, so its time includes loading. What stands between a
+objective. Each run is a process of its own, whose CPU time includes loading. What stands between a
 page's marks is replaced; the rest is written by hand.
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
@@ -53,10 +53,8 @@ class Measured:
 
     held_out: float
     curve: tuple[float, ...]
-    seconds: float
-    """From start to end; longer where the machine has other work."""
-    cpu_seconds: float
-    """User and system, of all its threads."""
+    cpu_s: float
+    """Seconds, user and system, of all its threads: those of the clock depend on other work."""
 
 
 def main(
@@ -66,18 +64,16 @@ def main(
 ) -> None:
     """Measures one run after the other; about half an hour of one core."""
     if "recipes" in pages:
-        sections = [recipe_section(name, measure_all(name, seeds), seeds) for name in RECIPES]
-        fill(ROOT / "recipes" / "README.md", "measured", f"{machine()}\n\n{''.join(sections)}")
+        page = ROOT / "recipes" / "README.md"
+        for name in RECIPES:
+            fill(page, name, table(name, measure_all(name, seeds), seeds))
+        fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
     if "objectives" in pages:
         page = ROOT / "docs" / "objectives.md"
         for name in OBJECTIVES:
             runs = measure_all("importance_sampling", seeds, f"{REUSE} --objective {name}")
             fill(page, name, f"{card(runs)}\n")
-        fill(
-            page,
-            "measured",
-            f"Measured by `python -m recipes._measure --pages objectives`,\n{model()}.\n",
-        )
+        fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
 
 
 def measure_all(name: str, seeds: Sequence[int], flags: str = "") -> list[Measured]:
@@ -90,7 +86,7 @@ def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
         command = [sys.executable, "-m", f"recipes.{name}", "--seed", str(seed), "--out", "run"]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "WEAVER_HOME": f"{place}/home", "PYTHONPATH": path}
-        begin, cpu = time.monotonic(), children_cpu_s()
+        before = children_cpu_s()
         done = subprocess.run(
             [*command, *flags],
             cwd=place,
@@ -99,14 +95,12 @@ def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
             stdout=subprocess.PIPE,
             text=True,
         )
-        seconds, cpu_seconds = time.monotonic() - begin, children_cpu_s() - cpu
+        cpu_s = children_cpu_s() - before
         (said,) = [line for line in done.stdout.splitlines() if line.startswith("Held out")]
         rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").open()]
         curve = tuple(float(row[RECIPES[name][0]]) for row in rows if row["step"])
-    print(name, *flags, seed, said, f"{cpu_seconds:.0f} s", flush=True)
-    return Measured(
-        held_out=float(said.split()[3]), curve=curve, seconds=seconds, cpu_seconds=cpu_seconds
-    )
+    print(name, *flags, seed, said, f"{cpu_s:.0f} s", flush=True)
+    return Measured(held_out=float(said.split()[3]), curve=curve, cpu_s=cpu_s)
 
 
 def children_cpu_s() -> float:
@@ -115,20 +109,15 @@ def children_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def recipe_section(name: str, runs: Sequence[Measured], seeds: Sequence[int]) -> str:
+def table(name: str, runs: Sequence[Measured], seeds: Sequence[int]) -> str:
     """The measured part of the recipes' page about one of them."""
-    metric = RECIPES[name][1]
+    head = f"{RECIPES[name][1]}, first → last 5 of {len(runs[0].curve)} steps"
     rows = "".join(
         f"| {seed} | {run.held_out:.3f} | {np.mean(run.curve[:5]):.3f} → "
-        f"{np.mean(run.curve[-5:]):.3f} | `{sparkline(run.curve)}` | {run.cpu_seconds:.0f} s "
-        f"| {run.seconds:.0f} s |\n"
+        f"{np.mean(run.curve[-5:]):.3f} | `{sparkline(run.curve)}` | {run.cpu_s:.0f} s |\n"
         for seed, run in zip(seeds, runs, strict=True)
     )
-    return (
-        f"### `python -m recipes.{name}`\n\n"
-        f"| seed | held out, greedy | {metric}, first → last 5 of {len(runs[0].curve)} steps "
-        f"| curve | CPU | clock |\n|---|---|---|---|---|---|\n{rows}\n"
-    )
+    return f"| seed | held out, greedy | {head} | curve | CPU |\n|---|---|---|---|---|\n{rows}"
 
 
 def card(runs: Sequence[Measured]) -> str:
@@ -153,18 +142,12 @@ def sparkline(
 
 
 def machine() -> str:
-    """What the numbers were measured on, and how busy it was."""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    busy = ": other work, so the clock's times are too long" if load > cores + 1 else ""
+    """What the numbers were measured on."""
+    model = hashlib.sha256(NANO.read_bytes()).hexdigest()[:8]
     return (
-        f"Measured by `python -m recipes._measure` on {cores} CPU cores, load {load:.0f}{busy};\n"
-        f"{model()}."
+        f"on {os.cpu_count()} CPU cores\n({platform.machine()}, load {os.getloadavg()[0]:.0f}), "
+        f"with the weaver-nano whose weights have the SHA-256 {model}..."
     )
-
-
-def model() -> str:
-    digest = hashlib.sha256(NANO.read_bytes()).hexdigest()
-    return f"with the weaver-nano whose weights have the SHA-256 {digest[:8]}..."
 
 
 def fill(page: Path, mark: str, text: str) -> None:

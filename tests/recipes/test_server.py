@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from recipes import custom_reward, demo
+from recipes import custom_reward, demo, importance_sampling
 from tests.recipes.test_recipes import RECIPES, short
 from weaver_rl.storage import read_lines
 
@@ -61,8 +61,8 @@ def serving(place: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(WALL)} for row in rows]
+def timeless(rows: list[dict[str, Any]], *, without: str = "time") -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith((*WALL, without))} for row in rows]
 
 
 @RECIPES
@@ -73,7 +73,14 @@ def test_metrics_are_the_same_at_every_step(recipe: ModuleType, address: str) ->
     assert here == there
 
 
-def test_so_are_those_of_a_custom_reward(address: str) -> None:
+def test_a_run_on_a_server_goes_on_exactly(address: str) -> None:
+    whole = short(importance_sampling, "whole", steps=3, base_url=address)
+    short(importance_sampling, "torn", base_url=address)  # evaluated behind its own last step, too
+    torn = short(importance_sampling, "torn", steps=3, resume=True, base_url=address)
+    assert timeless(torn, without="eval/") == timeless(whole, without="eval/")
+
+
+def test_so_are_metrics_of_a_custom_reward(address: str) -> None:
     custom_reward.main(steps=1, out="here")
     custom_reward.main(steps=1, out="there", base_url=address)
     here, there = (timeless(read_lines(Path(name, "metrics.jsonl"))) for name in ("here", "there"))
