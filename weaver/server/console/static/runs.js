@@ -5,7 +5,7 @@ import { bytes, facts, h, link, morph, number, span, table, when } from "./dom.j
 
 const FIRST = ["reward", "loss", "accuracy", "grad_norm", "learning_rate"];
 const SHOWN = 6;
-const ENDED = 8;
+const LISTED = 8;
 
 const nameOf = (run) => (typeof run.user_metadata.name === "string" ? run.user_metadata.name : "");
 const stateOf = (run) => h("span", { class: `state ${run.status}` }, run.status);
@@ -97,15 +97,17 @@ function operationSection({ pending, num_pending, ended }) {
     one.state === "waiting" ? "" : span(one.ran_s),
     one.error ? [one.error.message, one.error.hint ? h("small", {}, one.error.hint) : null] : brief(one.metrics),
   ];
-  const most = num_pending > pending.length ? ` The first ${pending.length} of ${number(num_pending)}.` : "";
+  const short = (label, titles, rows, more, empty) => [table(label, titles, rows.slice(0, LISTED), empty),
+    rows.length > LISTED
+      ? h("details", {}, h("summary", {}, more), table(label, titles, rows.slice(LISTED)))
+      : null];
+  const waiting = pending.map((one) => row(one).slice(0, 5));
   return h("section", { "aria-labelledby": "operations" }, h("h2", { id: "operations" }, "Operations"),
-    h("h3", {}, `Pending${num_pending ? ` (${number(num_pending)})` : ""}`, h("span", { class: "quiet" }, most)),
-    table("Pending operations", columns.slice(0, 5), pending.map((one) => row(one).slice(0, 5)), "Nothing waits or runs."),
+    h("h3", {}, `Pending${num_pending ? ` (${number(num_pending)})` : ""}`),
+    short("Pending operations", columns.slice(0, 5), waiting,
+      num_pending > waiting.length ? `The first ${waiting.length}` : `${waiting.length - LISTED} more`, "Nothing waits or runs."),
     h("h3", {}, "Lately ended"),
-    table("Ended operations", columns, ended.slice(0, ENDED).map(row), "None since the server started."),
-    ended.length > ENDED
-      ? h("details", {}, h("summary", {}, `${ended.length - ENDED} before`), table("Operations before", columns, ended.slice(ENDED).map(row)))
-      : null);
+    short("Ended operations", columns, ended.map(row), `${ended.length - LISTED} before`, "None since the server started."));
 }
 
 function brief(metrics) {
