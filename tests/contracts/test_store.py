@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
-from weaver.server.store import Settled
+from weaver.server.store import Answer, Settled
 from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
@@ -81,6 +82,22 @@ async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) ->
     assert isinstance(second.outcome, Outcome) and second.outcome.error == NO
     assert third.submission == sent("1", FORWARD)
     assert len({first.fingerprint, third.fingerprint}) == 1 != len(first.fingerprint)
+
+
+async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: Store) -> None:
+    await store.open_session("a", OWNER)
+    await store.put_run(run("r"), model=MODEL, seed=0)
+    await store.append("a", [sent("1"), sent("2", seq=2)])
+    answers = [
+        Answer(run_id="r", kind="optim_step", step=step, metrics={"grad_norm": 0.1 * step})
+        for step in (1, 2)
+    ]
+    for number, answer in enumerate(answers, start=1):
+        await store.settle([replace(ended(str(number), number, number=number), answer=answer)])
+    assert list(await store.answers("r")) == answers
+    assert list(await store.answers("s")) == []
+    await store.delete_run("r")
+    assert list(await store.answers("r")) == []
 
 
 async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(store: Store) -> None:

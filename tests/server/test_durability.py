@@ -498,6 +498,17 @@ def test_tables_of_the_time_before_versions_are_taken_over(home: Path) -> None:
         open_database(home)
 
 
+def test_a_database_without_answers_gets_their_table(home: Path) -> None:
+    database = open_database(home)
+    with database.begin() as connection:
+        metadata.tables["answers"].drop(connection)
+        connection.execute(schema_table.update().values(version=2))
+    database.dispose()
+    database = open_database(home)
+    assert set(sa.inspect(database).get_table_names()) == set(metadata.tables)
+    database.dispose()
+
+
 def test_a_database_that_cannot_be_reached_is_named(home: Path) -> None:
     for url in ("nonsense://x", "sqlite:////nowhere/at/all.db"):
         with pytest.raises(ConfigError, match="database_url"):

@@ -1,11 +1,12 @@
 """`Activity`: which operations wait, run and have lately ended, without anybody's data.
 
-The executor writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
-this process: after a restart it begins anew.
+The ledger writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
+this process and begins anew after a restart, but for the answers, which the store keeps.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -25,16 +26,18 @@ from weaver.protocol import (
     Sampled,
     StepDone,
 )
+from weaver.server.store import Answer
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from weaver.protocol import Outcome
+    from weaver.protocol import Outcome, Result
     from weaver.server.sessions import Session, Ticket
+    from weaver.server.store import Store
 
-KEPT_OPERATIONS = 2000
-"""Of a run."""
+KEPT_OPERATIONS = 30
+"""Of a run, among those that have ended."""
 KEPT_RUNS = 256
 SCHEME = "weaver://"
 
@@ -59,8 +62,9 @@ class OperationInfo(Value):
 class Activity:
     """Of the sessions of one service."""
 
-    def __init__(self, sessions: Mapping[str, Session] | None = None) -> None:
-        self._sessions = {} if sessions is None else sessions
+    def __init__(self, sessions: Mapping[str, Session], store: Store) -> None:
+        self._sessions = sessions
+        self._store = store
         self._ended: OrderedDict[str, deque[OperationInfo]] = OrderedDict()
         self.trained_tokens = 0
         """Tokens that went through `forward_backward` and `forward`."""
@@ -80,20 +84,18 @@ class Activity:
         """A run's last operations, the oldest first."""
         return self._ended.get(run_id, ())
 
+    async def answers_of(self, run_id: str) -> Sequence[Answer]:
+        """The numbers that a run's operations have answered, kept with the journal."""
+        return await self._store.answers(run_id)
+
     def note(self, ticket: Ticket, outcome: Outcome, *, step: int | None) -> None:
         """Takes down that an operation has ended; `step` is where its run then stands."""
-        result, run_id = outcome.result, run_of(ticket)
-        metrics: Mapping[str, float] = {}
-        match result:
-            case GradientsDone(output=output):
-                metrics = output.metrics
+        run_id, metrics = run_of(ticket), numbers(outcome.result)
+        match outcome.result:
+            case GradientsDone():
                 self.trained_tokens += int(metrics.get("num_tokens", 0))
-            case StepDone(output=output):
-                metrics = output.metrics
-            case Sampled(output=output):
-                tokens = sum(len(sequence.tokens) for sequence in output.sequences)
-                metrics = {"tokens": tokens}
-                self.sampled_tokens += tokens
+            case Sampled():
+                self.sampled_tokens += int(metrics["tokens"])
             case ModelCreated(run=run):
                 run_id, step = run.run_id, 0
         if run_id is None:
@@ -139,6 +141,24 @@ def run_of(ticket: Ticket) -> str | None:
     if path is not None and path.startswith(SCHEME):
         return path.removeprefix(SCHEME).partition("/")[0]
     return ticket.submission.run_id
+
+
+def numbers(result: Result | None) -> Mapping[str, float]:
+    match result:
+        case GradientsDone(output=output) | StepDone(output=output):
+            return {name: n for name, n in output.metrics.items() if math.isfinite(n)}
+        case Sampled(output=output):
+            return {"tokens": sum(len(sequence.tokens) for sequence in output.sequences)}
+    return {}
+
+
+def answer_of(ticket: Ticket, outcome: Outcome, *, step: int | None) -> Answer | None:
+    """What is kept for the curves of a run."""
+    run_id, metrics = ticket.submission.run_id, numbers(outcome.result)
+    if run_id is None or step is None or not metrics:
+        return None
+    kind = _kind(ticket.submission.operation)
+    return Answer(run_id=run_id, kind=kind, step=step, metrics=metrics)
 
 
 def _kind(operation: Operation | None) -> str:

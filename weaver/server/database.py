@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from weaver.errors import ConfigError, ServiceConnectionError, StorageError
-from weaver.server.tables import metadata, owners_table, schema_table, sessions_table
+from weaver.server.tables import (
+    answers_table,
+    metadata,
+    owners_table,
+    schema_table,
+    sessions_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +54,7 @@ def _to_version_2(connection: sa.Connection) -> None:
     connection.execute(owners_table.delete().where(sa.not_(OF_RUNS)))
 
 
-UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (_to_version_2,)
+UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (_to_version_2, answers_table.create)
 """The n-th brings the tables from version n to n + 1, from 1; without a version they are made."""
 VERSION = len(UPGRADES) + 1
 LOCK = 0x57454156

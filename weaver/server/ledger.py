@@ -13,6 +13,7 @@ from anyio import CancelScope
 
 from weaver.errors import ServiceConnectionError, WeaverError
 from weaver.protocol import ErrorInfo
+from weaver.server.activity import answer_of
 from weaver.server.attempt import attempt_async
 from weaver.server.store import Settled
 
@@ -68,7 +69,7 @@ class Ledger:
             async with self._settling:
                 tickets = [ticket for ticket, _ in fresh]
                 outcomes = [ticket.session.outcome(ticket, value) for ticket, value in fresh]
-                settled = [*self._unwritten, *map(_settled, tickets, outcomes)]
+                settled = [*self._unwritten, *map(self._settled, tickets, outcomes)]
                 failure = await self._write(partial(self._store.settle, settled, runs=runs))
                 if failure is None:
                     self._unwritten.clear()
@@ -76,8 +77,7 @@ class Ledger:
                     outcomes = await self._undo(tickets, outcomes, failure)
                 for ticket, outcome in zip(tickets, outcomes, strict=True):
                     ticket.session.show(ticket, outcome)
-                    run = self._runs.get(ticket.submission.run_id or "")
-                    self._activity.note(ticket, outcome, step=run.step if run else None)
+                    self._activity.note(ticket, outcome, step=self._step(ticket))
 
     async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
         """Waits for a database that is out of reach, for a while; answers why it failed."""
@@ -102,14 +102,18 @@ class Ledger:
             ticket.number, ticket.error = None, ticket.error or failure
             error = outcome.error or ErrorInfo.of(failure)
             undone.append(outcome.model_copy(update={"result": None, "error": error}))
-            self._unwritten.append(_settled(ticket, undone[-1]))
+            self._unwritten.append(self._settled(ticket, undone[-1]))
         return undone
 
+    def _step(self, ticket: Ticket) -> int | None:
+        run = self._runs.get(ticket.submission.run_id or "")
+        return None if run is None else run.step
 
-def _settled(ticket: Ticket, outcome: Outcome) -> Settled:
-    return Settled(
-        session_id=ticket.session.session_id,
-        outcome=outcome,
-        number=ticket.number,
-        lost_gradient=ticket.number is None and ticket.discards_gradient,
-    )
+    def _settled(self, ticket: Ticket, outcome: Outcome) -> Settled:
+        return Settled(
+            session_id=ticket.session.session_id,
+            outcome=outcome,
+            number=ticket.number,
+            lost_gradient=ticket.number is None and ticket.discards_gradient,
+            answer=answer_of(ticket, outcome, step=self._step(ticket)),
+        )

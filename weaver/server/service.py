@@ -111,7 +111,7 @@ class LocalService:
         self.owners: dict[str, str] = {}
         """The project of each run, of deleted ones too."""
         self._sessions: dict[str, Session] = {}
-        self.activity = Activity(self._sessions)
+        self.activity = Activity(self._sessions, self._store)
         self._operations = Operations(
             engine=engine,
             checkpoints=self._checkpoints,

@@ -28,8 +28,9 @@ from weaver.server.rows import (
     run_record_of,
     settled_row,
 )
-from weaver.server.store import SessionRecord
+from weaver.server.store import Answer, SessionRecord
 from weaver.server.tables import (
+    answers_table,
     metrics_table,
     operations_table,
     owners_table,
@@ -154,6 +155,7 @@ class SqlStore:
                 (SETTLE, [settled_row(one) for one in settled]),
                 describe_runs(runs),
                 (ACKNOWLEDGE, acknowledged),
+                (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
             ]
 
         await self._write(make, size_bytes=sum(wire.about_bytes(one.outcome) for one in settled))
@@ -211,6 +213,7 @@ class SqlStore:
             lambda: [
                 (runs_table.delete().where(runs_table.c.run_id == run_id), ALWAYS),
                 (metrics_table.delete().where(metrics_table.c.run_id == run_id), ALWAYS),
+                (answers_table.delete().where(answers_table.c.run_id == run_id), ALWAYS),
                 (operations_table.delete().where(mine, sa.not_(IS_OPEN)), ALWAYS),
                 (operations_table.update().where(settled).values(body=None), ALWAYS),
             ]
@@ -253,6 +256,12 @@ class SqlStore:
                 (body.values(body=None), ALWAYS),
             ]
         )
+
+    async def answers(self, run_id: str) -> Sequence[Answer]:
+        fields = (column for name, column in answers_table.c.items() if name != "position")
+        query = sa.select(*fields).where(answers_table.c.run_id == run_id)
+        rows = await self._read(query.order_by(answers_table.c.position))
+        return [Answer(**row._mapping) for row in rows]
 
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         rows = [metric_row(run_id, point) for point in points]

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The finite numbers that an operation of a run answered."""
+
+    run_id: str
+    kind: str
+    step: int
+    """Optimizer steps that the run had taken when it ended."""
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
     """What became of a submission."""
 
@@ -28,6 +39,7 @@ class Settled:
     """Counts, from 1, what its run has executed; None if this was not executed on a run."""
     lost_gradient: bool = False
     """A batch of its run lacks a part because this was not carried out."""
+    answer: Answer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +149,9 @@ class Store(Protocol):
     async def put_snapshot(self, run_id: str, number: int) -> None:
         """A snapshot holds all up to `number`, which is not needed any more."""
 
+    async def answers(self, run_id: str) -> Sequence[Answer]:
+        """Those of what was settled, in that order; none where clients do not outlive them."""
+
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
@@ -144,13 +159,14 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Keeps metrics, which are read in this process; nothing else is ever asked for."""
+    """Keeps metrics and answers, read in this process; nothing else is ever asked for."""
 
     durable = False
     keeps_sessions = False
 
     def __init__(self) -> None:
         self._metrics: dict[str, list[MetricPoint]] = {}
+        self._answers: dict[str, list[Answer]] = {}
 
     async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
         pass
@@ -162,7 +178,8 @@ class MemoryStore:
         pass
 
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
-        pass
+        for answer in [one.answer for one in settled if one.answer is not None]:
+            self._answers.setdefault(answer.run_id, []).append(answer)
 
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
         pass
@@ -178,6 +195,7 @@ class MemoryStore:
 
     async def delete_run(self, run_id: str) -> None:
         self._metrics.pop(run_id, None)
+        self._answers.pop(run_id, None)
 
     async def runs(self) -> Sequence[RunRecord]:
         return []
@@ -193,6 +211,9 @@ class MemoryStore:
 
     async def put_snapshot(self, run_id: str, number: int) -> None:
         pass
+
+    async def answers(self, run_id: str) -> Sequence[Answer]:
+        return self._answers.get(run_id, [])
 
     async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
         self._metrics.setdefault(run_id, []).extend(points)

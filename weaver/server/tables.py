@@ -81,6 +81,17 @@ operations_table = sa.Table(
 has it; `number` counts what a run has executed, and `body` goes when a snapshot holds it. What was
 refused or cancelled has no number."""
 
+answers_table = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("position", IDENTITY, primary_key=True),
+    sa.Column("run_id", sa.String(128), nullable=False, index=True),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+)
+"""sql_store.py; the numbers that a run's operations answered, for its curves."""
+
 metrics_table = sa.Table(
     "metrics",
     metadata,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,7 @@ import pytest
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.console.browser import CHROMIUM, browsing
 from tests.server.http.helpers import serving
+from weaver import ServiceClient
 from weaver.client.http import HttpService
 from weaver.engine.fake import FakeEngine
 from weaver.protocol import (
@@ -29,7 +34,7 @@ from weaver.protocol import (
 from weaver.server.database import open_database
 from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys
-from weaver.types import MetricPoint, SamplingParams
+from weaver.types import AdamParams, Datum, MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,6 +188,9 @@ def test_the_keyboard_reaches_everything(site: Site) -> None:
     assert browser.value(reading) == "step 2: 0.2"
     browser.press("?")
     assert browser.value("document.querySelector('dialog').open")
+    browser.press("Enter")
+    browser.wait("!document.querySelector('dialog').open")
+    browser.press("?")
     browser.press("Escape")
     browser.wait("!document.querySelector('dialog').open")
     browser.press("g")
@@ -332,15 +340,56 @@ def test_the_docs_list_every_route(site: Site) -> None:
         browser.see(words)
 
 
+@contextmanager
+def process(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`weaver serve`, which serves weaver-nano; killed on leaving."""
+    command = [sys.executable, "-c", "from weaver.cli import main; main()", "serve", "--no-auth"]
+    settings = {"WEAVER_HOME": str(home), "WEAVER_PORT": str(port), "WEAVER_THREADS": "1"}
+    with (home / "log").open("ab") as log:
+        server = subprocess.Popen(command, stderr=log, env={**os.environ, **settings})
+    try:
+        for _ in range(600):
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    break
+            assert server.poll() is None, (home / "log").read_text()
+            time.sleep(0.1)
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.slow
-def test_a_lost_server_is_told_of_and_found_again(tmp_path: Path) -> None:
-    with site_at(tmp_path) as site:
-        browser = site.visit("#/load", key=site.admin)
-        browser.see("Tenants")
-        browser.send("Network.enable")
-        offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        browser.send("Network.emulateNetworkConditions", offline=True, **offline)
-        browser.see("The server cannot be reached. What you see is of an earlier moment")
-        assert "Tenants" in browser.text()
-        browser.send("Network.emulateNetworkConditions", offline=False, **offline)
-        browser.wait("!document.body.innerText.includes('cannot be reached')")
+def test_a_killed_server_is_told_of_and_its_curves_go_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    curve = "[...document.querySelectorAll('.curve')].find(e => e.innerText.startsWith('loss'))"
+    steps = f"{curve}?.querySelector('path').getAttribute('d').match(/[,]/g).length"
+    lost = "The server cannot be reached. What you see is of an earlier moment"
+    with ExitStack() as stack, browsing(tmp_path / "profile") as browser:
+        with process(tmp_path, port):
+            client = stack.enter_context(ServiceClient(address))
+            trainer = client.create_model(base_model="weaver-nano", lora_config={"rank": 4})
+            datum = Datum(model_input=[1, 2, 3], loss_fn_inputs={"target_tokens": [2, 3, 4]})
+
+            def train() -> None:
+                trainer.forward_backward([datum], loss_fn="cross_entropy")
+                trainer.optim_step(AdamParams(learning_rate=1e-3), wait=True)
+
+            for _ in range(3):
+                train()
+            browser.screen()
+            browser.open(f"{address}/#/runs/{trainer.model_id}")
+            browser.wait(f"{steps} == 3")
+        browser.see(lost)
+        with process(tmp_path, port):
+            train()
+            browser.wait(f"{steps} == 4")
+            assert lost not in browser.text()
+            browser.open(f"{address}/#/samples?prompt=rev:loom%3D&max_tokens=8")
+            browser.wait("document.querySelector('form.sampling')")
+            browser.value("document.querySelector('form.sampling').requestSubmit()")
+            browser.wait("document.querySelectorAll('.tokens').length == 4")
+            client.close()

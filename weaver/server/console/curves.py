@@ -10,7 +10,7 @@ from weaver.types import Value
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from weaver.server.activity import OperationInfo
+    from weaver.server.store import Answer
     from weaver.types import MetricPoint
 
 LOGGED = "logged"
@@ -29,16 +29,14 @@ class Curve(Value):
 
 
 def curves_of(
-    points: Iterable[MetricPoint], ended: Iterable[OperationInfo], *, most: int
+    points: Iterable[MetricPoint], answers: Iterable[Answer], *, most: int
 ) -> list[Curve]:
     """One for each name and source, of at most `most` points."""
     found: dict[tuple[str, str], Points] = {}
     for point in points:
         place = found.setdefault((LOGGED, point.name), [])
         place.append((len(place) if point.step is None else point.step, point.value))
-    for one in ended:
-        if one.step is None:
-            continue
+    for one in answers:
         step = one.step + (one.kind == "forward_backward")  # the step that its gradient goes into
         for name, value in one.metrics.items():
             if name != "step":

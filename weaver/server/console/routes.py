@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""
-PENDING, ENDED = 100, 30
+PENDING = 100
 """Operations that a page lists."""
 HEADERS = {
     "Content-Security-Policy": (
@@ -87,7 +87,7 @@ async def list_operations(
     return RunOperations(
         pending=tuple(pending[:PENDING]),
         num_pending=len(pending),
-        ended=tuple(reversed(list(front.service.activity.ended_of(run_id))[-ENDED:])),
+        ended=tuple(reversed(front.service.activity.ended_of(run_id))),
     )
 
 
@@ -98,10 +98,10 @@ async def read_curves(
     service: native.Scoped,
     points: Annotated[int, Query(ge=2, le=10_000)] = POINTS,
 ) -> list[Curve]:
-    """What the client logged, and what the run's operations answered since the server started."""
+    """What the client logged, and what the run's operations answered."""
     logged = await service.read_metrics(run_id)
-    ended = list(front.service.activity.ended_of(run_id))
-    return await to_thread.run_sync(lambda: curves_of(logged, ended, most=points))
+    answers = await front.service.activity.answers_of(run_id)
+    return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
 
 
 @router.get("/load", response_model=ServerLoad)
