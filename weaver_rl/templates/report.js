@@ -16,7 +16,7 @@ const shown = (name) => last(name) === undefined ? undefined : number(last(name)
 tile("Steps", number(D.last_step));
 tile("Reward", shown("reward/mean"), from("reward/mean"));
 const evaluated = D.steps.findLast((_, i) => (D.metrics["eval/mean"] ?? [])[i] != null);
-tile("Held-out, at step " + evaluated, shown("eval/mean"), from("eval/mean"));
+tile("Held-out", shown("eval/mean"), [from("eval/mean"), evaluated < D.last_step && "at step " + evaluated].filter(Boolean).join(", "));
 tile("Loss", shown("train/loss"), from("train/loss"));
 tile("Entropy", shown("train/entropy") ?? shown("policy/surprise"), from(D.metrics["train/entropy"] ? "train/entropy" : "policy/surprise"));
 const gaps = (D.metrics["gap/max"] ?? []).filter((v) => v !== null);
@@ -182,7 +182,6 @@ function segments() { return D.samples[step].flatMap((g) => g.rollouts.flatMap((
 function drawSamples() {
   $("groups").replaceChildren();
   $("detail").textContent = "Point at a token, or focus a reply and use ← →.";
-  if (step === undefined) { $("detail").textContent = "No transcripts were kept."; return; }
   $("step-out").value = step;
   $("step").value = sampleSteps.indexOf(step);
   $("step").setAttribute("aria-valuetext", "step " + step);
@@ -281,7 +280,8 @@ $("step").max = Math.max(0, sampleSteps.length - 1);
 $("step").oninput = () => go(Number($("step").value));
 $("previous").onclick = () => go(sampleSteps.indexOf(step) - 1);
 $("next").onclick = () => go(sampleSteps.indexOf(step) + 1);
-drawSamples();
+$("samples").hidden = $("opens").hidden = !sampleSteps.length;
+if (sampleSteps.length) drawSamples();
 
 // --- configuration -----------------------------------------------------------------------------
 
