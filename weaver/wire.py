@@ -47,6 +47,7 @@ Message = Value | Sequence[Value] | Mapping[str, bytes]
 MAGIC = b"WVR\x01"
 PREFIX_BYTES = 16
 DTYPES = {"u1": 1, "i4": 4, "i8": 8, "f4": 4, "f8": 8}
+PLAIN = frozenset({int, float, bool, type(None)})
 REFERENCES = ("$tensor", "$list", "$bytes")
 LARGE_BYTES = 64 * 1024
 """Above this, a message is read and written beside the event loop; below, a thread takes longer."""
@@ -117,17 +118,18 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
 
 def about_bytes(message: object) -> int:
     """Roughly how long `encode` makes it, without the work: to choose a thread, or to split."""
+    if type(message) in PLAIN:
+        return 8
     if isinstance(message, TensorData):
         return message.to_numpy().nbytes
     if isinstance(message, Value):
         return 16 + sum(about_bytes(getattr(message, name)) for name in type(message).model_fields)
-    if isinstance(message, Mapping):
-        return sum(map(about_bytes, message.values()))
+    if isinstance(message, (str, bytes)):
+        return len(message)
     if isinstance(message, (tuple, list)):
-        if message and isinstance(message[0], (int, float)):
-            return 8 * len(message)
-        return sum(map(about_bytes, message))
-    return len(message) if isinstance(message, (str, bytes)) else 8
+        plain = message and type(message[0]) in PLAIN
+        return 8 * len(message) if plain else sum(map(about_bytes, message))
+    return sum(map(about_bytes, message.values())) if isinstance(message, Mapping) else 8
 
 
 def portions(items: Iterable[T], size: Callable[[T], int] = about_bytes) -> Iterator[list[T]]:
@@ -182,6 +184,8 @@ class _Writer:
 
 
 def _pack(value: object, arrays: _Writer) -> Any:
+    if type(value) in PLAIN or isinstance(value, str):
+        return value
     if isinstance(value, Value):
         return {name: _pack(getattr(value, name), arrays) for name in type(value).model_fields}
     if isinstance(value, TensorData):

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
+from weaver.server import sql_store
 from weaver.server.store import Answer, Settled
 from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
@@ -100,7 +101,10 @@ async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: St
     assert list(await store.answers("r")) == []
 
 
-async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(store: Store) -> None:
+async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_store, "ACKNOWLEDGED", 1)
     await store.open_session("a", OWNER)
     await store.append("a", [sent("1"), sent("2", seq=2)])
     await store.settle([ended("1", 1, number=1)])

@@ -288,7 +288,7 @@ def _parts(value: object) -> Iterator[bytes]:
             yield from _parts(value[key])
     elif isinstance(value, (list, tuple)):
         yield f"list{len(value)}:".encode()
-        if value and all(type(item) is int for item in value):
+        if set(map(type, value)) == {int}:
             yield np.array(value, dtype=np.int64).tobytes()
         else:
             for item in value:

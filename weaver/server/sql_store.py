@@ -7,7 +7,6 @@ thread unless they are small.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,6 +52,8 @@ ALWAYS: list[dict[str, Any]] = [{}]
 Statement = tuple[sa.Executable, list[dict[str, Any]]]
 Statements = list[Statement]
 operations = operations_table.c
+ACKNOWLEDGED = 64
+"""So many outcomes that their clients have are forgotten together."""
 OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
 SETTLE = (
     operations_table.update()
@@ -119,14 +120,13 @@ class SqlStore:
         self._database = database
         self._writes: list[_Write] = []
         self._writing = anyio.Lock()
-        self._acknowledged: defaultdict[str, list[str]] = defaultdict(list)
+        self._acknowledged: list[dict[str, Any]] = []
 
     async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
         row = {"session_id": session_id, "lasting": lasting, "closed": False, **asdict(caller)}
         await self._write(lambda: [(sessions_table.insert(), [row])])
 
     async def close_session(self, session_id: str) -> None:
-        self._acknowledged.pop(session_id, None)
         unneeded = operations_table.delete().where(
             operations.session_id == session_id,
             operations.cursor.is_not(None),
@@ -145,23 +145,23 @@ class SqlStore:
 
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
         def make() -> Statements:
-            seen, self._acknowledged = self._acknowledged, defaultdict(list)
-            acknowledged = [
-                {"of_session": session_id, "of_submission": submission_id}
-                for session_id, submission_ids in seen.items()
-                for submission_id in submission_ids
-            ]
+            seen: list[dict[str, Any]] = []
+            if len(self._acknowledged) >= ACKNOWLEDGED:
+                seen, self._acknowledged = self._acknowledged, []
             return [
                 (SETTLE, [settled_row(one) for one in settled]),
                 describe_runs(runs),
-                (ACKNOWLEDGE, acknowledged),
+                (ACKNOWLEDGE, seen),
                 (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
             ]
 
         await self._write(make, size_bytes=sum(wire.about_bytes(one.outcome) for one in settled))
 
     def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
-        self._acknowledged[session_id] += submission_ids
+        self._acknowledged += [
+            {"of_session": session_id, "of_submission": submission_id}
+            for submission_id in submission_ids
+        ]
 
     async def sessions(self) -> Sequence[SessionRecord]:
         return [

@@ -264,7 +264,7 @@ async def test_a_stopping_server_ends_polls_at_once_and_says_come_back(home: Pat
 
             async def stop() -> None:
                 await anyio.sleep(0.05)
-                server.front.stopping.set()
+                server.front.stop()
 
             tasks.start_soon(stop)
             service._outage_s = 0.2

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi import FastAPI, Request, Response
 
 from weaver.errors import PermissionDeniedError
 from weaver.server.compat import weaver_rest
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
 
     from weaver.server.http.front import Front
 
-SECURITY = [
-    Depends(HTTPBearer(auto_error=False)),
-    Depends(APIKeyHeader(name="X-WEAVER-API-KEY", auto_error=False)),
-]
+SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-WEAVER-API-KEY"},
+}
 """For the OpenAPI page only: `Edge` has checked the key before a route is reached."""
 
 
@@ -45,9 +44,7 @@ def _routes() -> FastAPI:
     add_error_handlers(app)
     refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
     for native in (router, console.router):
-        app.include_router(
-            native, dependencies=SECURITY, responses={"4XX": refusal, "5XX": refusal}
-        )
+        app.include_router(native, responses={"4XX": refusal, "5XX": refusal})
     app.include_router(weaver_rest.router)
     for path, page in (("/", console.console_page), ("/docs", console.docs_page)):
         app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
@@ -55,6 +52,9 @@ def _routes() -> FastAPI:
     app.add_api_route("/healthz", healthz, include_in_schema=False)
     app.add_api_route("/readyz", readyz, include_in_schema=False)
     app.add_api_route("/metrics", metrics, include_in_schema=False)
+    document = app.openapi()
+    document["components"]["securitySchemes"] = SECURITY
+    document["security"] = [{name: []} for name in SECURITY]
     return app
 
 

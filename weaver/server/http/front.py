@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from weaver.server.tenancy import Caller
 from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from starlette.datastructures import Headers
@@ -63,6 +65,24 @@ class Front:
         if media_type == MEDIA_TYPE or (rest and media_type.startswith("multipart/form-data")):
             return self.message_limits.message_bytes
         return min(self.service.limits.body_bytes, REST_JSON_BYTES if rest else JSON_BODY_BYTES)
+
+    _waits: set[anyio.CancelScope] = field(default_factory=set)
+
+    def stop(self) -> None:
+        """Ends long polls; who comes from now on is told to come back."""
+        self.stopping.set()
+        for wait in self._waits:
+            wait.cancel()
+
+    @contextmanager
+    def until_it_stops(self) -> Iterator[None]:
+        """What waits inside is left when the server stops."""
+        with anyio.CancelScope() as scope:
+            self._waits.add(scope)
+            try:
+                yield
+            finally:
+                self._waits.discard(scope)
 
     async def authenticate(self, headers: Headers) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.

@@ -8,14 +8,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import Field, TypeAdapter
 from starlette.exceptions import HTTPException
 
 from weaver import wire
-from weaver.errors import TooLargeError, WeaverError
+from weaver.errors import TooLargeError
 from weaver.protocol import Export, Outcome, Service, SessionInfo, SessionState, Submission
 from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
 from weaver.server.http.replies import OnceRoute
@@ -124,16 +123,9 @@ async def collect(
     after: Annotated[int, Query(ge=0, le=2**63)] = 0,
     timeout: Annotated[float, Query(ge=0, le=LONGEST_POLL_S)] = 0.0,
 ) -> Response:
-    outcomes: Sequence[Outcome] | WeaverError = ()
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_cancel_when_set, front.stopping, tasks.cancel_scope)
-        try:
-            outcomes = await service.collect(session_id, after=after, timeout_s=timeout)
-        except WeaverError as error:  # raised in here, it would arrive in a group
-            outcomes = error
-        tasks.cancel_scope.cancel()
-    if isinstance(outcomes, WeaverError):
-        raise outcomes
+    outcomes: Sequence[Outcome] = ()
+    with front.until_it_stops():
+        outcomes = await service.collect(session_id, after=after, timeout_s=timeout)
     outcomes = next(wire.portions(outcomes), [])  # the cursor of the next poll asks for the rest
     front.metrics.collected(outcomes)
     data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
@@ -247,8 +239,3 @@ async def read_exported(
 ) -> Response:
     data = await service.read_exported(path, name, merge=merge, offset=offset)
     return Response(data, media_type="application/octet-stream")
-
-
-async def _cancel_when_set(event: anyio.Event, scope: anyio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()

@@ -106,7 +106,7 @@ async def _serve(front: Front, listener: socket.socket, started: Callable[[Runni
     def stop() -> None:
         server.force_exit = server.should_exit  # asked twice: leave at once
         server.should_exit = True
-        front.stopping.set()
+        front.stop()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
