@@ -79,7 +79,8 @@ async def train(flags: Flags) -> Mapping[str, float]:
         evaluate_every=10,
         seed=flags.seed,
     )
-    async with AsyncServiceClient(flags.base_url) as service:
+    ahead = flags.max_staleness > 0  # where rollouts of several steps share the engine
+    async with AsyncServiceClient(flags.base_url, deterministic=ahead) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
         with _run.opened(

@@ -243,6 +243,8 @@ class SessionInfo(Value):
     session_id: str
     description: str
     """What answers, for the log: `embedded engine, cpu, float32`."""
+    deterministic: bool = False
+    """No number depends on what else is computed, or on when."""
 
 
 class SessionState(Value):

@@ -87,6 +87,7 @@ def train(
 
     Raises:
         ConfigError, InvalidRequestError: before anything is sampled; names the argument.
+        ConfigError: `max_staleness` with a folder, on a server that is not deterministic.
         ConflictError: the folder holds a run and `resume` is off.
         RolloutsFailedError, LogprobGapError: see `Plan`.
     """
@@ -137,7 +138,9 @@ async def _train(
     run: Run,
     base_url: str | None,
 ) -> tuple[Mapping[str, float], str]:
-    async with AsyncServiceClient(base_url) as service:
+    # What is killed must go on exactly, though rollouts of several steps share the engine.
+    exact = plan.max_staleness > 0 and run.folder is not None
+    async with AsyncServiceClient(base_url, deterministic=exact) as service:
         trainer = await service.create_model(model, lora, seed=plan.seed)
         run.delete = service.delete_checkpoint
         result = await off_policy(

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def fake_service(
-    home: Path, *, hook: Callable[[str, object], None] = lambda name, argument: None
+    home: Path,
+    *,
+    hook: Callable[[str, object], None] = lambda name, argument: None,
+    deterministic: bool = True,
 ) -> AsyncIterator[AsyncServiceClient]:
     with anyio.fail_after(60):
         async with (
-            LocalService(FakeEngine(hook=hook), home=home) as service,
+            LocalService(FakeEngine(hook=hook), home=home, deterministic=deterministic) as service,
             AsyncServiceClient(service=service, home=home) as client,
         ):
             yield client

@@ -19,6 +19,7 @@ from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import LogprobGapError
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
+from weaver_rl.resume import manifests
 from weaver_rl.rollouts import RolloutsFailedError
 from weaver_rl.run_folder import open_run_folder
 from weaver_rl.transcripts import read_transcripts
@@ -181,6 +182,20 @@ async def test_a_resumed_run_is_exact(staleness: int, stop: int, tmp_path: Path)
     assert got == whole
     assert without_times(rest) == {k: v for k, v in without_times(rows).items() if k in rest}
     assert len(read_transcripts(folder.transcripts, plan.steps)) == 16
+
+
+@pytest.mark.anyio
+async def test_an_inexact_resume_is_refused_or_asked_for(tmp_path: Path) -> None:
+    plan = replace(PLAN, max_staleness=1, objective=RATIO)
+    folder = open_run_folder(tmp_path / "run", {})
+    async with fake_service(tmp_path, deterministic=False) as service:
+        trainer = await service.create_model(base_model="fake")
+        environment = single_turn(vowels)
+        with pytest.raises(ConfigError, match="--deterministic"):
+            await off_policy(trainer, TASKS, environment, plan, run=Run(folder=folder))
+        assert not folder.metrics.exists()
+        await off_policy(trainer, TASKS, environment, plan, run=Run(folder=folder, exact=False))
+        assert [one.step for one in manifests(folder)] == [PLAN.steps]
 
 
 @pytest.mark.anyio

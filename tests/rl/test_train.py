@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -105,50 +101,3 @@ def test_held_out_tasks_are_evaluated() -> None:
 def test_refusals(kwargs: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         rl.train("weaver-nano", **{"tasks": TASKS, "steps": 1, **SMALL, **kwargs})
-
-
-SCRIPT = """
-import sys
-import weaver_rl as rl
-from weaver.types import SamplingParams
-from weaver_rl.objectives import Objective
-from weaver_rl.tasks.words import closeness, exact, reverse_tasks
-
-if __name__ == "__main__":
-    rl.train(
-        "weaver-nano", reverse_tasks(40), exact, steps=12, groups_per_step=4, group_size=4,
-        sampling=SamplingParams(max_tokens=10), folder=sys.argv[1], resume=True,
-        checkpoint_every=2, max_staleness=int(sys.argv[2]),
-        objective=Objective(correction="ratio"),
-    )
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_kill_nine_at_three_steps(staleness: int, tmp_path: Path) -> None:
-    """Killed when steps 3, 6 and 10 are printed, then left alone: as if nothing had happened.
-
-    Deterministic, since rollouts of several steps share the sampler where there is staleness.
-    """
-
-    def run(folder: Path, kill_at: int | None) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), str(staleness)],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "WEAVER_DETERMINISTIC": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        with process:
-            for line in process.stdout:
-                if kill_at is not None and line.startswith(f"step {kill_at}/"):
-                    process.send_signal(signal.SIGKILL)
-        assert process.returncode == (0 if kill_at is None else -signal.SIGKILL)
-
-    run(tmp_path / "whole", None)
-    for kill_at in (3, 6, 10, None):
-        run(tmp_path / "killed", kill_at)
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
-    assert len(numbers(tmp_path / "whole")) == 12

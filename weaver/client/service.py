@@ -49,6 +49,8 @@ class AsyncServiceClient:
     Args:
         base_url: of a server; WEAVER_BASE_URL by default.
         api_key: the key sent to it; WEAVER_API_KEY by default.
+        deterministic: in this process, no number depends on what else is computed, or on when;
+            WEAVER_DETERMINISTIC=1 does the same. A server is started so.
         user_metadata: kept with the session.
         service: an open service of this event loop to use instead; it is not closed.
 
@@ -63,6 +65,7 @@ class AsyncServiceClient:
         api_key: str | None = None,
         *,
         home: str | PathLike[str] | None = None,
+        deterministic: bool = False,
         user_metadata: JsonDict | None = None,
         service: Service | None = None,
     ) -> None:
@@ -78,6 +81,7 @@ class AsyncServiceClient:
             base_url=base_url or settings.base_url,
             api_key=api_key or settings.api_key,
             home=Path(home).expanduser() if home is not None else settings.home,
+            deterministic=deterministic or settings.deterministic,
         )
         self._user_metadata = user_metadata
         self._given = service

@@ -77,9 +77,10 @@ class Session:
 
     _tasks: anyio.abc.TaskGroup
 
-    def __init__(self, service: Service, session_id: str) -> None:
+    def __init__(self, service: Service, session_id: str, *, deterministic: bool = False) -> None:
         self.service = service
         self.id = session_id
+        self.deterministic = deterministic
         self._prefix = uuid.uuid4().hex
         self._ids = itertools.count(1)
         self._seqs: dict[str, int] = {}
@@ -330,7 +331,7 @@ async def open_session(
 ) -> AsyncIterator[Session]:
     """A session with a service, closed on leaving."""
     info = await service.open_session(user_metadata=user_metadata)
-    session = Session(service, info.session_id)
+    session = Session(service, info.session_id, deterministic=info.deterministic)
     async with anyio.create_task_group() as tasks:
         await tasks.start(session.run)
         try:

@@ -111,6 +111,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
         self.model_id = inner.model_id
         self.base_model = inner.base_model
         self.model_info = inner.model_info
+        self.deterministic = inner.deterministic
 
     get_tokenizer = blocking(AsyncTrainingClient.get_tokenizer)
     get_info = blocking(AsyncTrainingClient.get_info)
@@ -257,9 +258,16 @@ class ServiceClient(Twin[AsyncServiceClient]):
         api_key: str | None = None,
         *,
         home: str | PathLike[str] | None = None,
+        deterministic: bool = False,
         user_metadata: JsonDict | None = None,
     ) -> None:
-        inner = AsyncServiceClient(base_url, api_key, home=home, user_metadata=user_metadata)
+        inner = AsyncServiceClient(
+            base_url,
+            api_key,
+            home=home,
+            deterministic=deterministic,
+            user_metadata=user_metadata,
+        )
         super().__init__(inner, Portal(inner))
 
     def __enter__(self) -> Self:

@@ -63,6 +63,8 @@ class AsyncTrainingClient:
         self._tokenizers = tokenizers
         self.model_id = run.run_id
         self.model_info = model
+        self.deterministic = session.deterministic
+        """No number depends on what else the service computes, or on when."""
 
     @property
     def base_model(self) -> str:

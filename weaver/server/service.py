@@ -97,6 +97,8 @@ class LocalService:
         now: Callable[[], datetime] = now_utc,
     ) -> None:
         self._engine = engine
+        about = {"description": engine.description, "deterministic": deterministic}
+        self._session_info = partial(SessionInfo, **about)
         self._store = MemoryStore() if store is None else store
         self.limits = limits
         self._sweep_every_s = sweep_every_s
@@ -246,7 +248,7 @@ class LocalService:
         session = Session(f"session-{secrets.token_hex(6)}", caller, lasting=lasting)
         await self._store.open_session(session.session_id, caller, lasting=lasting)
         self._sessions[session.session_id] = session
-        return SessionInfo(session_id=session.session_id, description=self._engine.description)
+        return self._session_info(session_id=session.session_id)
 
     async def close_session(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)

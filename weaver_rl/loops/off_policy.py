@@ -4,9 +4,9 @@ A pipeline: step t trains on rollouts that were begun max_staleness steps before
 of then, while those of the steps behind it are being played. One step's rollouts are admitted for
 each step that is trained on, so at most max_staleness + 1 of them are under way, none is dropped,
 and the staleness is bounded by construction; every token carries the version of its weights. What
-is trained on at which step depends on the seed alone, not on which rollout was faster. So a resumed
-run is exact here too, on an engine in deterministic mode (no number depends on what shares the
-batch): a checkpoint waits for the rollouts under way and keeps them.
+is trained on at which step depends on the seed alone, not on which rollout was faster. A checkpoint
+waits for the rollouts under way and keeps them, so that a resumed run is exact here too; but only a
+deterministic engine repeats them, since elsewhere the last bits depend on what shares a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from weaver.errors import ConfigError
 from weaver_rl.gather import task_group
 from weaver_rl.loops.collect import collect, from_json, to_json
 from weaver_rl.loops.on_policy import on_policy
@@ -97,6 +98,9 @@ async def off_policy(
     """`on_policy` with rollouts up to `plan.max_staleness` steps old; at 0 it is `on_policy`.
 
     Arguments and errors are those of `on_policy`.
+
+    Raises:
+        ConfigError: the run has a folder, `run.exact` is on, and the engine is not deterministic.
     """
     if plan.max_staleness == 0:
         return await on_policy(
@@ -104,6 +108,13 @@ async def off_policy(
         )
     played = check_inputs(tasks, environment, plan, reference)
     run = run or Run()
+    if run.folder is not None and run.exact and not trainer.deterministic:
+        raise ConfigError(
+            "is above 0: on this engine a run that was killed would not go on exactly.",
+            field="max_staleness",
+            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
+            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
+        )
     done = await run.restore(trainer)
     async with task_group() as group:
         pipeline = Pipeline(tasks, played, plan, group=group, ready=done.extra.get("pending", {}))

@@ -45,6 +45,8 @@ class Run:
     loggers: Loggers = field(default_factory=Loggers)
     checkpoint_every: int = 10
     """Steps between checkpoints; there is one after the last step as well."""
+    exact: bool = True
+    """Refuse a loop whose resume would not be bit-identical on this engine; see `off_policy`."""
     samples_every: int = 10
     """Steps between sample tables in the loggers."""
     delete: Callable[[str], Awaitable[object]] | None = None
