@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 
 from tests.client.helpers import DATUMS, STEP, fake_client
-from weaver import Message, ModelInput, SamplingParams
+from weaver import AsyncServiceClient, Message, ModelInput, SamplingParams
+from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     CheckpointNotFoundError,
+    ClosedError,
     ContextLengthError,
     InvalidDatumError,
     InvalidRequestError,
     OperationCancelledError,
 )
+from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,3 +176,37 @@ async def test_a_thousand_samples_at_once(tmp_path: Path) -> None:
         handles = [sampler.sample([i % 256], {"max_tokens": 3, "seed": i}) for i in range(1000)]
         results = [await handle for handle in handles]
         assert [r.prompt_tokens[0] for r in results] == [i % 256 for i in range(1000)]
+
+
+async def test_weights_without_a_name_go_with_their_client(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with (
+        LocalService(engine, home=tmp_path) as service,
+        AsyncServiceClient(service=service, home=tmp_path) as client,
+    ):
+        trainer = await client.create_model("fake", {"rank": 4})
+
+        def loaded() -> int:
+            return sum("unnamed" in name for name in engine.sampler.weights_ids)
+
+        sampler = await trainer.save_weights_and_get_sampling_client()
+        again = await client.create_sampling_client(model_path=sampler.sampler_id)
+        await again.close()
+        with pytest.raises(ClosedError):
+            again.sample("x")
+        pending = sampler.sample("x", num_samples=50)
+        await sampler.close()
+        assert len((await pending).sequences) == 50 and loaded() == 0
+        await sampler.close()
+        late = client.create_sampling_client(model_path=sampler.sampler_id)
+        with pytest.raises(CheckpointNotFoundError):
+            await late
+        pieces = (await trainer.save_weights_and_get_sampling_client()).stream("x")
+        handle = (await trainer.save_weights_and_get_sampling_client()).sample("x")
+        gc.collect()
+        assert loaded() == 2
+        assert [piece async for piece in pieces] and (await handle).sequences
+        del pieces, handle
+        gc.collect()
+        while loaded():
+            await trainer.forward(DATUMS)

@@ -14,9 +14,11 @@ from weaver.protocol import (
     CheckpointSaved,
     GradientsDone,
     OpenSampler,
+    ReleaseSampler,
     Sample,
     Sampled,
     SamplerOpened,
+    SamplerReleased,
     SaveCheckpoint,
     StepDone,
 )
@@ -138,6 +140,26 @@ async def test_an_unnamed_sampler_ends_with_its_session(caller: Caller, service:
     await service.close_session(caller.session_id)
     operation = Sample(sampler_id=path, prompt=HI, params=SHORT)
     assert await other.refused(operation) == "checkpoint_not_found"
+
+
+async def test_a_released_sampler_is_gone_once_its_samples_are_finished(
+    caller: Caller, service: Service, engine: FakeEngine
+) -> None:
+    run = await caller.create()
+    path = await caller.save(run, "sampler")
+    other = await Caller.open(service)
+    assert await other.refused(ReleaseSampler(sampler_id=path)) == "not_found"
+    before = caller.stamp(Sample(sampler_id=path, prompt=HI, params=SHORT))
+    release = caller.stamp(ReleaseSampler(sampler_id=path))
+    await caller.send(before, release)
+    assert isinstance(await caller.result(before.id), Sampled)
+    assert isinstance(await caller.result(release.id), SamplerReleased)
+    assert not engine.sampler.weights_ids
+    for one in (caller, other):
+        after = Sample(sampler_id=path, prompt=HI, params=SHORT)
+        assert await one.refused(after) == "checkpoint_not_found"
+    for sampler_id in (path, BASE, await caller.save(run, "sampler", name="x")):
+        assert await caller.refused(ReleaseSampler(sampler_id=sampler_id)) == "not_found"
 
 
 async def test_an_overwritten_sampler_is_the_new_one(caller: Caller) -> None:

@@ -6,11 +6,14 @@ Made by `AsyncServiceClient.create_sampling_client` and
 
 from __future__ import annotations
 
+import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
 from weaver.client.checks import as_prompt, as_value, check_count, is_batch
-from weaver.client.session import answer
-from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
+from weaver.client.session import RELEASED, answer
+from weaver.errors import ClosedError, NotFoundError
+from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,10 +29,26 @@ SAMPLED = answer(Sampled, lambda result: result.output)
 
 
 class AsyncSamplingClient:
-    """Samples from weights as they were when this client was made."""
+    """Samples from weights as they were when this client was made.
 
-    def __init__(self, session: Session, opened: SamplerOpened, tokenizers: TokenizerCache) -> None:
+    Where the weights have no name of their own, they go with the client: when it is closed, or soon
+    after nothing refers to it any more.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        opened: SamplerOpened,
+        tokenizers: TokenizerCache,
+        *,
+        owned: bool,
+    ) -> None:
         self._session = session
+        self._closed = False
+        self._unneeded = weakref.finalize(self, session.release_later, opened.sampler_id)
+        self._unneeded.atexit = False
+        if not owned:
+            self._unneeded.detach()
         self._tokenizers = tokenizers
         self.sampler_id = opened.sampler_id
         self.model_info: ModelInfo = opened.model
@@ -124,7 +143,7 @@ class AsyncSamplingClient:
         """
         check_count(num_samples, field="num_samples")
         operation = self._operation(prompt, sampling_params, num_samples=num_samples, stream=True)
-        return self._session.stream(operation)
+        return self._session.stream(operation, of=self)
 
     def compute_logprobs(self, prompt: Prompt) -> OperationHandle[list[float | None]]:
         """The log-probability of each token of a prompt given those before it, in nats.
@@ -140,6 +159,17 @@ class AsyncSamplingClient:
         reply = answer(Sampled, lambda result: list(result.output.prompt_logprobs or ()))
         return self._session.submit(operation, reply)
 
+    async def close(self) -> None:
+        """Ends this client, and weights that have no name of their own; checkpoints stay.
+
+        Samples on their way are finished. Sampling those weights again, from any client, ends with
+        `CheckpointNotFoundError`.
+        """
+        self._closed = True
+        if self._unneeded.detach():
+            with suppress(NotFoundError):  # it made room for newer ones
+                await self._session.submit(ReleaseSampler(sampler_id=self.sampler_id), RELEASED)
+
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
         return await self._tokenizers.get(self.base_model)
@@ -154,6 +184,8 @@ class AsyncSamplingClient:
         stream: bool = False,
         field: str = "prompt",
     ) -> Sample:
+        if self._closed:
+            raise ClosedError("this sampling client was closed.", hint="Make another one.")
         checked = as_value(SamplingParams, params or {}, field="sampling_params")
         max_tokens = checked.max_tokens if num_samples else 0
         return Sample(
@@ -172,7 +204,11 @@ def open_sampler(
     *,
     model_path: str | None,
     base_model: str | None,
+    owned: bool = False,
 ) -> OperationHandle[AsyncSamplingClient]:
-    """Queues an `OpenSampler` whose result is a client."""
-    reply = answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, tokenizers))
+    """Queues an `OpenSampler` whose result is a client; with `owned` the weights go with it."""
+    reply = answer(
+        SamplerOpened,
+        lambda opened: AsyncSamplingClient(session, opened, tokenizers, owned=owned),
+    )
     return session.submit(OpenSampler(base_model=base_model, model_path=model_path), reply)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections import deque
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -25,7 +26,7 @@ from weaver.errors import (
     StorageError,
     WeaverError,
 )
-from weaver.protocol import ForwardBackward, Submission
+from weaver.protocol import ForwardBackward, ReleaseSampler, SamplerReleased, Submission
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ R = TypeVar("R", bound=Value)
 
 POLL_S = 30.0
 """How long the service may hold one `collect` open."""
+HEARTBEAT_S = 60.0
+"""How often a session that waits for nothing is heard of; servers close silent ones."""
 CLOSE_S = 5.0
 """The most time that saying goodbye to the service may take."""
 
@@ -54,6 +57,9 @@ class Answer(Generic[T]):
 def answer(kind: type[R], read: Callable[[R], T]) -> Answer[T]:
     """An `Answer` whose two halves are checked against each other by the type checker."""
     return Answer(kind, read)
+
+
+RELEASED = answer(SamplerReleased, lambda result: None)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +92,7 @@ class Session:
         self._seqs: dict[str, int] = {}
         self._outbox: list[Ticket[Any]] = []
         self._cancels: list[str] = []
+        self._unneeded: deque[str] = deque()
         self._sent: dict[str, Ticket[Any]] = {}
         self._open: set[OperationHandle[Any]] = set()
         self._sending = anyio.Lock()
@@ -146,8 +153,12 @@ class Session:
         self._tasks.start_soon(self._finish, handle, parts, finish)
         return handle
 
-    async def stream(self, operation: Operation) -> AsyncIterator[SampleDelta]:
-        """Submits a sample and yields its pieces; leaving early cancels it."""
+    def release_later(self, sampler_id: str) -> None:
+        """Lets go of a sampler with the next request; may be called from any thread."""
+        self._unneeded.append(sampler_id)
+
+    async def stream(self, operation: Operation, *, of: object) -> AsyncIterator[SampleDelta]:
+        """Submits a sample and yields its pieces; leaving early cancels it. Keeps `of` alive."""
         self.check_open()
         submission = Submission(id=self._new_id(), operation=operation)
         await self.service.submit(self.id, [submission])
@@ -197,10 +208,19 @@ class Session:
         cursor = 0
         while True:
             if not self._sent:
-                await self._to_collect.wait()
-                self._to_collect = anyio.Event()
-                continue
-            outcomes = await self.service.collect(self.id, after=cursor, timeout_s=POLL_S)
+                with anyio.move_on_after(HEARTBEAT_S) as waiting:
+                    await self._to_collect.wait()
+                    self._to_collect = anyio.Event()
+                if not waiting.cancelled_caught:
+                    continue
+                self._to_send.set()  # what is unneeded
+            try:
+                wait_s = POLL_S if self._sent else 0.0
+                outcomes = await self.service.collect(self.id, after=cursor, timeout_s=wait_s)
+            except ServiceConnectionError:
+                if self._sent:
+                    raise
+                continue  # nothing is lost by a heartbeat
             for outcome in outcomes:
                 cursor = outcome.cursor
                 if ticket := self._sent.pop(outcome.submission_id, None):
@@ -248,6 +268,8 @@ class Session:
 
     async def _flush(self) -> None:
         async with self._sending:
+            while self._unneeded and self._ended is None:
+                self.submit(ReleaseSampler(sampler_id=self._unneeded.popleft()), RELEASED)
             batch, self._outbox = _sendable(self._outbox)
             for ticket in batch:
                 ticket.sent = True

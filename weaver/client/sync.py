@@ -101,6 +101,7 @@ class SamplingClient(Twin[AsyncSamplingClient]):
     def compute_logprobs(self, *args: Any, **kwargs: Any) -> Any: ...
 
     get_tokenizer = blocking(AsyncSamplingClient.get_tokenizer)
+    close = blocking(AsyncSamplingClient.close)
 
 
 class TrainingClient(Twin[AsyncTrainingClient]):

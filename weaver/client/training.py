@@ -205,14 +205,21 @@ class AsyncTrainingClient:
     ) -> OperationHandle[AsyncSamplingClient]:
         """A client that samples from the weights as they are at this place in the order.
 
-        Without a name the weights live as long as the service client; with one they are saved.
+        Without a name the weights live as long as the client that is answered, and at most 64 of
+        them; with one they are saved.
         """
         saved = self._save("sampler", name)
         parts: list[OperationHandle[Any]] = [saved]
 
         async def finish() -> AsyncSamplingClient:
             path = (await saved).path
-            opened = open_sampler(self._session, self._tokenizers, model_path=path, base_model=None)
+            opened = open_sampler(
+                self._session,
+                self._tokenizers,
+                model_path=path,
+                base_model=None,
+                owned=name is None,
+            )
             parts.append(opened)
             return await opened
 
