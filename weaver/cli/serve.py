@@ -66,6 +66,32 @@ def serve(
     snapshot_every_steps: Annotated[
         int, typer.Option(envvar="WEAVER_SNAPSHOT_EVERY_STEPS", help="Steps, at least, of a run.")
     ] = 1,
+    idle_run_seconds: Annotated[
+        float,
+        typer.Option(envvar="WEAVER_IDLE_RUN_SECONDS", help="After which a run leaves memory."),
+    ] = 1800.0,
+    session_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="WEAVER_SESSION_TIMEOUT", min=120, help="Seconds until a silent client is gone."
+        ),
+    ] = 600.0,
+    max_body_bytes: Annotated[
+        int, typer.Option(envvar="WEAVER_MAX_BODY_BYTES", min=2**16, help="Of a request.")
+    ] = 2**28,
+    max_operation_tokens: Annotated[
+        int, typer.Option(envvar="WEAVER_MAX_OPERATION_TOKENS", min=1, help="Of an operation.")
+    ] = 2**22,
+    max_pending: Annotated[
+        int, typer.Option(envvar="WEAVER_MAX_PENDING", min=256, help="Operations of a project.")
+    ] = 2**14,
+    max_runs: Annotated[
+        int | None, typer.Option(envvar="WEAVER_MAX_RUNS", min=0, help="Of a project.")
+    ] = None,
+    max_stored_bytes: Annotated[
+        int | None,
+        typer.Option(envvar="WEAVER_MAX_STORED_BYTES", min=0, help="Checkpoints of a project."),
+    ] = None,
     auth: Annotated[
         bool, typer.Option(envvar="WEAVER_AUTH", help="Ask for API keys; off only on loopback.")
     ] = True,
@@ -85,6 +111,7 @@ def serve(
         from weaver.engine.engine import TorchEngine
         from weaver.server.http.logs import configure_logs
         from weaver.server.http.run import ServerSettings, run_server
+        from weaver.server.limits import Limits
         from weaver.server.recovery import Durability
     except ImportError as error:
         raise MissingDependencyError(
@@ -110,7 +137,17 @@ def serve(
         auth=auth,
         deterministic=deterministic,
         durability=Durability(
-            snapshot_every_s=snapshot_every, snapshot_every_steps=snapshot_every_steps
+            snapshot_every_s=snapshot_every,
+            snapshot_every_steps=snapshot_every_steps,
+            unload_after_s=idle_run_seconds,
+        ),
+        limits=Limits(
+            body_bytes=max_body_bytes,
+            operation_tokens=max_operation_tokens,
+            pending_operations=max_pending,
+            runs=max_runs,
+            stored_bytes=max_stored_bytes,
+            session_timeout_s=session_timeout,
         ),
     )
     anyio.run(partial(run_server, engine, settings, started=partial(_tell, auth)))

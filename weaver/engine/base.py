@@ -69,6 +69,8 @@ class SampleJob:
     include_prompt_logprobs: bool = False
     stream: bool = False
     """Whether `SampleProgress.deltas` is wanted."""
+    tenant: str = ""
+    """Tenants get places in turn, however many jobs each has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

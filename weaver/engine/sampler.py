@@ -15,6 +15,7 @@ import torch
 from weaver.engine.admission import Admission
 from weaver.engine.base import SampleProgress
 from weaver.engine.checkpoints import read_snapshot
+from weaver.engine.fairness import in_turn
 from weaver.engine.kv_cache import CacheShape, PrefillPass, PromptCache, RowCache
 from weaver.engine.packing import PackedBatch
 from weaver.engine.sample_jobs import RunningJob
@@ -114,7 +115,10 @@ class TorchSampler:
 
     def step(self) -> Sequence[SampleProgress]:
         with torch.inference_mode():
-            self._admission.claim(self._jobs.values())
+            jobs = self._jobs.values()
+            self._admission.claim(
+                in_turn(jobs, lambda job: job.job.tenant, held=lambda job: job.places)
+            )
             unread = [job for job in self._jobs.values() if job.admitted and job.unread]
             if unread and not (self._just_read and self._groups):
                 self._read(unread)

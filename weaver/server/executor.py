@@ -31,7 +31,7 @@ from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
 from weaver.server.ledger import Ledger
 from weaver.server.operations import Work
-from weaver.server.scheduler import FairShare, Head, plan
+from weaver.server.scheduler import FairShare, Head, Turns, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -51,7 +51,10 @@ T = TypeVar("T")
 
 
 class Executor:
-    """Runs the heads of the lanes and the samples, by equal shares of the engine's time."""
+    """Runs the heads of the lanes and the samples, by equal shares of the engine's time.
+
+    Among lanes that of the project served longest ago comes first.
+    """
 
     def __init__(
         self,
@@ -70,13 +73,15 @@ class Executor:
         self._turn = anyio.Lock(fast_acquire=True)
         """Held from the choice of an operation to its end."""
         self._share = FairShare()
+        self._turns = Turns()
         self._stopped = False
         self._wake = anyio.Event()
         self._lanes: dict[Lane, None] = {}
         """Lanes with something at their head, the one served longest ago first."""
         self._samples: dict[str, Ticket] = {}
         """By the engine's job id."""
-        self._added: dict[str, Sample] = {}
+        self._added: dict[str, tuple[Sample, str]] = {}
+        """With the project."""
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
         self._cancelled: list[str] = []
         self._released: list[str] = []
@@ -115,7 +120,7 @@ class Executor:
                 return
             job_id = ticket.job_id
             self._samples[job_id] = ticket
-            self._added[job_id] = operation
+            self._added[job_id] = operation, _project(ticket)
         elif isinstance(operation, ReleaseSampler):
             self._ending.append(ticket)
         else:
@@ -219,7 +224,8 @@ class Executor:
         for lane, ticket in heads:
             if ticket is None:
                 del self._lanes[lane]
-        return [(lane, ticket) for lane, ticket in heads if ticket is not None]
+        ready = [(lane, ticket) for lane, ticket in heads if ticket is not None]
+        return sorted(ready, key=lambda head: self._turns.last(_project(head[1])))
 
     async def _train(self, heads: list[tuple[Lane, Ticket]]) -> None:
         chosen = plan([_head(lane, ticket) for lane, ticket in heads], self._merge_tokens)
@@ -227,11 +233,12 @@ class Executor:
         for lane, ticket in batch:
             ticket.running, ticket.began_at = True, time.time()
             self._lanes[lane] = self._lanes.pop(lane)  # to the back of the queue
+        self._turns.serve({_project(ticket) for _, ticket in batch})
         batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
         if not batch:
             return
         work = [
-            Work(lane.run, _operation(ticket), ticket.job_id, ticket.session.caller.project)
+            Work(lane.run, _operation(ticket), ticket.job_id, _project(ticket))
             for lane, ticket in batch
         ]
         results = list(await self.call(partial(self._operations.execute, work)))
@@ -319,6 +326,10 @@ class Executor:
         for ticket, _ in ended:
             self._samples.pop(ticket.job_id, None)
         await self.settle(*ended)
+
+
+def _project(ticket: Ticket) -> str:
+    return ticket.session.caller.project
 
 
 def _sampler_id(ticket: Ticket) -> str:

@@ -5,6 +5,7 @@ Asked by `LocalService` and its operations, and of bodies by the HTTP front.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ class Limits:
     """Of a project."""
     stored_bytes: int | None = None
     """Of a project's checkpoints, and of its samplers without a name."""
-    session_timeout_s: float | None = None
+    session_timeout_s: float = math.inf
     """A session whose client was not heard of for so long is closed."""
     unnamed_samplers: int = 64
     """The newest of a session are kept."""

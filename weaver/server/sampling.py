@@ -146,21 +146,21 @@ class Samplers:
         *,
         released: Sequence[str],
         cancelled: Sequence[str],
-        added: Mapping[str, Sample],
+        added: Mapping[str, tuple[Sample, str]],
         ended: Sequence[str] = (),
     ) -> list[SampleProgress]:
         """Takes in what was asked for since the last turn, then lets the sampler take a step.
 
-        `added` maps the job's id to its operation. Samplers of `released` are let go of before it,
-        those of `ended` after it.
+        `added` maps the job's id to its operation and project. Samplers of `released` are let go of
+        before it, those of `ended` after it.
         """
         self._let_go(released)
         for job_id in cancelled:
             self._running.discard(job_id)
             attempt(partial(self._engine.sampler.cancel, job_id))
         progress = []
-        for job_id, operation in added.items():
-            problem = attempt(partial(self._add, job_id, operation))
+        for job_id, (operation, project) in added.items():
+            problem = attempt(partial(self._add, job_id, operation, project))
             if problem is not None:
                 progress.append(SampleProgress(job_id=job_id, error=problem))
         self._let_go(ended)
@@ -183,7 +183,7 @@ class Samplers:
             attempt(partial(self._engine.sampler.cancel, job_id))
         return [SampleProgress(job_id=job_id, error=stepped) for job_id in self._running]
 
-    def _add(self, job_id: str, operation: Sample) -> None:
+    def _add(self, job_id: str, operation: Sample, project: str) -> None:
         loaded = self._get(operation.sampler_id)
         prompt = operation.prompt
         tokens = (
@@ -205,6 +205,7 @@ class Samplers:
                 num_samples=operation.num_samples,
                 include_prompt_logprobs=operation.include_prompt_logprobs,
                 stream=operation.stream,
+                tenant=project,
             )
         )
         self._running.add(job_id)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,8 @@ class Head:
 def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:
     """The heads, by index, to run in one engine call.
 
-    `heads` are in the order in which their lanes were last served, so the first one always runs;
+    `heads` are in the order in which their projects and lanes were last served, so the first one
+    always runs;
     later ones that can share its pass join while the sum of tokens stays within the budget.
     """
     if not heads:
@@ -33,6 +34,22 @@ def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:
             chosen.append(i)
             total += head.num_tokens
     return chosen
+
+
+class Turns:
+    """Remembers when each project was last served."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._served: dict[str, int] = {}
+
+    def last(self, project: str) -> int:
+        """Grows with each turn; 0 for a project that had none."""
+        return self._served.get(project, 0)
+
+    def serve(self, projects: Iterable[str]) -> None:
+        self._count += 1
+        self._served |= dict.fromkeys(projects, self._count)
 
 
 class FairShare:

@@ -221,13 +221,12 @@ class LocalService:
 
     async def _sweep(self) -> None:
         while True:
-            await anyio.sleep(self._sweep_every_s)
+            await anyio.sleep(min(self._sweep_every_s, self.limits.session_timeout_s / 2))
             for disk in (self._checkpoints, self._live, self._exports):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
-            timeout_s = self.limits.session_timeout_s
             for session in list(self._sessions.values()):
-                if timeout_s is not None and session.silent_for(timeout_s):
+                if session.silent_for(self.limits.session_timeout_s):
                     await attempt_async(partial(self.close_session, session.session_id))
             self._executor.unload_idle(self._now())
 

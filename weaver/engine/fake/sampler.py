@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weaver.engine.base import SampleProgress
+from weaver.engine.fairness import in_turn
 from weaver.engine.fake.model import (
     BASE,
     EOS,
@@ -155,7 +156,7 @@ class FakeSampler:
 
     def step(self) -> Sequence[SampleProgress]:
         with self._engine.call("step", None):
-            running = self._rows[: self._slots]
+            running = in_turn(self._rows, lambda row: row.job.tenant)[: self._slots]
             by_weights: dict[int, list[_Row]] = {}
             for row in running:
                 by_weights.setdefault(id(row.weights), []).append(row)

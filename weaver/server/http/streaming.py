@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import aclosing
+from typing import TYPE_CHECKING, cast
 
 import anyio
 from starlette.responses import Response
@@ -12,7 +13,7 @@ from weaver.protocol import ErrorInfo
 from weaver.server.http.errors import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from starlette.types import Receive, Scope, Send
 
@@ -33,7 +34,7 @@ class EventStream(Response):
     def __init__(self, deltas: AsyncIterator[SampleDelta], *, after: int = 0) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]
-        self._deltas = deltas
+        self._deltas = cast("AsyncGenerator[SampleDelta, None]", deltas)
         self._after = after
         self._sent_at = 0.0
         self._started = False
@@ -53,11 +54,12 @@ class EventStream(Response):
         number = 0
         last = "event: end\ndata: {}\n\n"
         try:
-            async for delta in self._deltas:
-                number += 1
-                if number > self._after:
-                    event = f"id: {number}\ndata: {delta.model_dump_json()}\n\n"
-                    await self._send(send, event)
+            async with aclosing(self._deltas) as deltas:
+                async for delta in deltas:
+                    number += 1
+                    if number > self._after:
+                        event = f"id: {number}\ndata: {delta.model_dump_json()}\n\n"
+                        await self._send(send, event)
         except WeaverError as error:
             if isinstance(error, NotFoundError) and not self._started:
                 return error
