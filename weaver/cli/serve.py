@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.server.http.run import Running
+
+
+def _option(variable: str, help: str, *, least: int | None = None) -> Any:
+    return typer.Option(envvar=f"WEAVER_{variable}", help=help, min=least)
 
 
 def _read_config(context: typer.Context, path: str | None) -> str | None:
@@ -35,69 +39,47 @@ def serve(
             help="A TOML file with these options, which flags and variables override.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(envvar="WEAVER_HOST", help="To listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="WEAVER_PORT", help="0 takes a free one.")] = 8000,
+    host: Annotated[str, _option("HOST", "To listen on.")] = "127.0.0.1",
+    port: Annotated[int, _option("PORT", "0 takes a free one.")] = 8000,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            envvar="WEAVER_MODEL",
-            help="[NAME=]FOLDER_OR_HUB_ID to serve beside weaver-nano; may be repeated.",
-        ),
+        _option("MODEL", "[NAME=]FOLDER_OR_HUB_ID to serve beside weaver-nano; may be repeated."),
     ] = None,
-    home: Annotated[str, typer.Option(envvar="WEAVER_HOME", help="Where all is kept.")] = (
-        "~/.weaver"
-    ),
+    home: Annotated[str, _option("HOME", "Where all is kept.")] = "~/.weaver",
     database_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="WEAVER_DATABASE_URL", help="Of all but checkpoints; SQLite in the home."
-        ),
+        str | None, _option("DATABASE_URL", "Of all but checkpoints; SQLite in the home.")
     ] = None,
-    dtype: Annotated[str, typer.Option(envvar="WEAVER_DTYPE", help="Of base weights.")] = "float32",
-    device: Annotated[str, typer.Option(envvar="WEAVER_DEVICE", help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(envvar="WEAVER_THREADS", help="0: by size.")] = 0,
+    dtype: Annotated[str, _option("DTYPE", "Of base weights.")] = "float32",
+    device: Annotated[str, _option("DEVICE", "cpu or cuda.")] = "cpu",
+    threads: Annotated[int, _option("THREADS", "0: by size.")] = 0,
     deterministic: Annotated[
-        bool,
-        typer.Option(envvar="WEAVER_DETERMINISTIC", help="No result depends on what else runs."),
+        bool, _option("DETERMINISTIC", "No result depends on what else runs.")
     ] = False,
     snapshot_every: Annotated[
-        float, typer.Option(envvar="WEAVER_SNAPSHOT_EVERY", help="Seconds, at least, of a run.")
+        float, _option("SNAPSHOT_EVERY", "Seconds, at least, of a run.")
     ] = 10.0,
     snapshot_every_steps: Annotated[
-        int, typer.Option(envvar="WEAVER_SNAPSHOT_EVERY_STEPS", help="Steps, at least, of a run.")
+        int, _option("SNAPSHOT_EVERY_STEPS", "Steps, at least, of a run.")
     ] = 1,
     idle_run_seconds: Annotated[
-        float,
-        typer.Option(envvar="WEAVER_IDLE_RUN_SECONDS", help="After which a run leaves memory."),
+        float, _option("IDLE_RUN_SECONDS", "After which a run leaves memory.")
     ] = 1800.0,
     session_timeout: Annotated[
-        float,
-        typer.Option(
-            envvar="WEAVER_SESSION_TIMEOUT", min=120, help="Seconds until a silent client is gone."
-        ),
+        float, _option("SESSION_TIMEOUT", "Seconds until a silent client is gone.", least=120)
     ] = 600.0,
-    max_body_bytes: Annotated[
-        int, typer.Option(envvar="WEAVER_MAX_BODY_BYTES", min=2**16, help="Of a request.")
-    ] = 2**28,
+    max_body_bytes: Annotated[int, _option("MAX_BODY_BYTES", "Of a request.", least=2**16)] = 2**28,
     max_operation_tokens: Annotated[
-        int, typer.Option(envvar="WEAVER_MAX_OPERATION_TOKENS", min=1, help="Of an operation.")
+        int, _option("MAX_OPERATION_TOKENS", "Of an operation.", least=1)
     ] = 2**22,
-    max_pending: Annotated[
-        int, typer.Option(envvar="WEAVER_MAX_PENDING", min=256, help="Operations of a project.")
-    ] = 2**14,
-    max_runs: Annotated[
-        int | None, typer.Option(envvar="WEAVER_MAX_RUNS", min=0, help="Of a project.")
-    ] = None,
+    max_pending: Annotated[int, _option("MAX_PENDING", "Operations of a project.", least=256)] = (
+        16_384
+    ),
+    max_runs: Annotated[int | None, _option("MAX_RUNS", "Of a project.", least=0)] = None,
     max_stored_bytes: Annotated[
-        int | None,
-        typer.Option(envvar="WEAVER_MAX_STORED_BYTES", min=0, help="Checkpoints of a project."),
+        int | None, _option("MAX_STORED_BYTES", "Checkpoints of a project.", least=0)
     ] = None,
-    auth: Annotated[
-        bool, typer.Option(envvar="WEAVER_AUTH", help="Ask for API keys; off only on loopback.")
-    ] = True,
-    log_json: Annotated[
-        bool, typer.Option(envvar="WEAVER_LOG_JSON", help="Log lines of JSON.")
-    ] = False,
+    auth: Annotated[bool, _option("AUTH", "Ask for API keys; off only on loopback.")] = True,
+    log_json: Annotated[bool, _option("LOG_JSON", "Log lines of JSON.")] = False,
 ) -> None:
     """Serve models to many clients, until Ctrl-C or SIGTERM."""
     from functools import partial
