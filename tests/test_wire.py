@@ -23,6 +23,7 @@ OUTCOMES = TypeAdapter(tuple[protocol.Outcome, ...])
 ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = text.map(lambda name: name.replace("\0", "-"))
 finite = st.floats(allow_nan=False, allow_infinity=False)
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 token_ids = st.lists(st.integers(0, 2**31 + 5), max_size=40).map(tuple)
@@ -75,9 +76,9 @@ operations = st.one_of(
 )
 submissions = st.builds(
     protocol.Submission,
-    id=text,
+    id=names,
     operation=st.none() | operations,
-    run_id=st.none() | text,
+    run_id=st.none() | names,
     seq=st.none() | st.integers(1, 2**40),
 )
 sequences = st.builds(

@@ -47,7 +47,7 @@ class CreateModel(Value):
     base_model: str
     training_mode: TrainingMode = "lora"
     lora_config: LoraConfig | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Of the adapter's initial values, where `lora_config.seed` is None."""
     user_metadata: JsonDict = Field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class SaveCheckpoint(Value):
     purpose: Literal["state", "sampler"]
     name: str | None = None
     include_optimizer: bool = True
-    ttl_seconds: int | None = Field(default=None, ge=1)
+    ttl_seconds: int | None = Field(default=None, ge=1, le=2**31)
     overwrite: bool = False
 
 
@@ -209,16 +209,20 @@ class ErrorInfo(Value):
         return from_code(self.code, self.message, field=self.field, hint=self.hint)
 
 
+Name = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
+"""What every database can keep."""
+
+
 class Submission(Value):
     """One operation on its way in. `run_id` and `seq` are set for a run's ordered operations.
 
     `operation=None` is a tombstone: the place `seq` of an operation that was withdrawn unsent.
     """
 
-    id: str
+    id: Name
     operation: Operation | None
-    run_id: str | None = None
-    seq: int | None = Field(default=None, ge=1)
+    run_id: Name | None = None
+    seq: int | None = Field(default=None, ge=1, lt=2**63)
     lost_gradient: bool = False
     """Set in the tombstone of a gradient pass, without which the run's batch lacks a part: the next
     `optim_step` fails with `GradientsDiscardedError`, as after a pass that was refused."""

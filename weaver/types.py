@@ -341,9 +341,9 @@ class TrainingRun(Value):
 class MetricPoint(Value):
     """One logged number: `MetricPoint(name="reward", value=0.5, step=3)`."""
 
-    name: str
+    name: str = Field(max_length=256, pattern=r"^[^\x00]*$")
     value: float
-    step: int | None = None
+    step: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     occurred_at: datetime | None = None
 
 

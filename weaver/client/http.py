@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import uuid
 from contextlib import aclosing
 from functools import partial
@@ -20,7 +21,13 @@ import httpx
 from pydantic import TypeAdapter
 
 from weaver import wire
-from weaver.errors import InvalidRequestError, NotFoundError, ServiceConnectionError, WeaverError
+from weaver.errors import (
+    ConfigError,
+    InvalidRequestError,
+    NotFoundError,
+    ServiceConnectionError,
+    WeaverError,
+)
 from weaver.protocol import ErrorInfo, Export, Outcome, SessionInfo, SessionState
 from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
@@ -65,6 +72,7 @@ class HttpService:
         outage_s: how long calls wait for a server that does not answer.
 
     Raises:
+        ConfigError: the key cannot be one.
         ServiceConnectionError: from any call, once the server was out of reach for too long; it
             names the address.
     """
@@ -79,6 +87,12 @@ class HttpService:
     ) -> None:
         self._address = base_url.rstrip("/")
         self._outage_s = outage_s
+        if api_key is not None and not re.fullmatch(r"[!-~]*", api_key):  # it is not shown
+            raise ConfigError(
+                "has a space, a line end or another character that no key has.",
+                field="api_key",
+                hint="Copy it again, as `weaver keys create` printed it.",
+            )
         try:
             self._http = httpx.AsyncClient(
                 base_url=f"{self._address}/v1/",

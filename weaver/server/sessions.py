@@ -289,7 +289,10 @@ def _parts(value: object) -> Iterator[bytes]:
     elif isinstance(value, (list, tuple)):
         yield f"list{len(value)}:".encode()
         if set(map(type, value)) == {int}:
-            yield np.array(value, dtype=np.int64).tobytes()
+            try:
+                yield np.array(value, dtype=np.int64).tobytes()
+            except OverflowError:  # in a user's metadata
+                yield repr(value).encode()
         else:
             for item in value:
                 yield from _parts(item)

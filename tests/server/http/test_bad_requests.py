@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import zstandard
+from pydantic import TypeAdapter
 
 from tests.server.http.helpers import running
 from weaver import wire
-from weaver.protocol import CreateModel, Sample, Submission
+from weaver.protocol import CreateModel, ModelCreated, Outcome, Sample, Submission
 from weaver.server.http.front import MEDIA_TYPE
 from weaver.server.limits import Limits
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
+OUTCOMES = TypeAdapter(tuple[Outcome, ...])
 LIMITS = Limits(body_bytes=100_000, submissions=8)
 
 
@@ -88,6 +90,12 @@ SUBMISSIONS: list[tuple[bytes, int, str]] = [
     (message([{"id": "a", "operation": None, "seq": "x"}]), 422, "invalid_params"),
     (message([{"id": "a", "operation": None, "extra": 1}]), 422, "invalid_params"),
     (message([{"id": "a", "operation": None}] * 9), 413, "too_large"),
+    (message([{"id": "a", "operation": None, "seq": 2**63}]), 422, "invalid_params"),
+    (message([{"id": "a\0", "operation": None}]), 422, "invalid_params"),
+    (message([{"id": "a" * 300, "operation": None}]), 422, "invalid_params"),
+    (message([{"id": "a", "operation": None, "run_id": "\0"}]), 422, "invalid_params"),
+    (operation(kind="create_model", base_model="m", seed=2**70), 422, "invalid_params"),
+    (operation(kind="save_checkpoint", purpose="state", ttl_seconds=2**62), 422, "invalid_params"),
     (operation(kind="format_disk"), 422, "invalid_params"),
     (operation(), 422, "invalid_params"),
     (operation(kind="create_model"), 422, "invalid_params"),
@@ -238,6 +246,20 @@ REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
         404,
         "checkpoint_not_found",
     ),
+    (
+        "POST",
+        "/v1/runs/run-0/metrics",
+        {"json": {"points": [{"name": "x", "value": 1, "step": 2**70}]}},
+        422,
+        "invalid_params",
+    ),
+    (
+        "POST",
+        "/v1/runs/run-0/metrics",
+        {"json": {"points": [{"name": "x\0", "value": 1}]}},
+        422,
+        "invalid_params",
+    ),
     ("GET", "/healthz", {"headers": {"Host": "evil.example"}}, 200, ""),
     ("GET", "/v1/runs", {"headers": {"Host": "evil.example"}}, 403, "permission_denied"),
     ("GET", "/v1/runs", {"headers": {"Origin": "http://evil.example"}}, 403, "permission_denied"),
@@ -254,6 +276,31 @@ def check(reply: httpx.Response, status: int, code: str) -> None:
     assert error["code"] == code
     assert error["request_id"] == reply.headers["X-Request-ID"]
     assert error["message"] and "Traceback" not in reply.text
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(SUBMISSIONS) + len(REQUESTS) >= 120
+
+
+async def test_numbers_beyond_64_bits_harm_nobody(http: httpx.AsyncClient) -> None:
+    """Where JSON may hold them: tokens are refused by name, metadata is the user's own."""
+    path = f"/v1/sessions/{http.headers['X-Session']}"
+    prompt = {"chunks": [{"tokens": [2**70]}]}
+    made = {"kind": "create_model", "base_model": "fake", "user_metadata": {"a": [2**70]}}
+    both = [
+        {"id": "a", "operation": {**SAMPLE, "prompt": prompt}},
+        {"id": "b", "operation": made},
+    ]
+    headers = {"Content-Type": MEDIA_TYPE}
+    sent = await http.post(f"{path}/submissions", content=message(both), headers=headers)
+    assert sent.status_code == 202, sent.text
+    outcomes: dict[str, Outcome] = {}
+    while len(outcomes) < 2:
+        reply = await http.get(f"{path}/outcomes?timeout=5")
+        outcomes |= {one.submission_id: one for one in wire.decode(reply.content, OUTCOMES)}
+    error = outcomes["a"].error
+    assert error is not None and error.code == "token_out_of_range"
+    assert isinstance(outcomes["b"].result, ModelCreated)
 
 
 @pytest.mark.parametrize(("body", "status", "code"), SUBMISSIONS)

@@ -87,19 +87,21 @@ class Edge:
         scope["state"]["service"] = ScopedService(self._front.service, caller)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        method = scope["method"]
+        method, path = scope["method"], scope["path"]
         route = getattr(scope.get("route"), "path", "none")
+        if path.startswith(OPEN_FOLDERS):  # an address of a download is a right to it
+            path = route
         self._front.metrics.answered(method, route, status, seconds)
         caller = scope["state"].get("caller")
         fields = {
             "method": method,
-            "path": scope["path"],
+            "path": path,
             "status": status,
             "milliseconds": round(1000 * seconds, 1),
             "project": caller.project if caller else None,
         }
         level = logging.WARNING if status >= 500 else logging.INFO
-        logger.log(level, "%s %s %s", method, scope["path"], status, extra={"fields": fields})
+        logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
 
 
 def _check_local(headers: Headers) -> None:

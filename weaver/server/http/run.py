@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -42,7 +42,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any free one."""
-    database_url: str | None = None
+    database_url: str | None = field(default=None, repr=False)
     auth: bool = True
     deterministic: bool = False
     durability: Durability = DURABILITY
