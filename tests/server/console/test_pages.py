@@ -181,7 +181,7 @@ def test_the_keyboard_reaches_everything(site: Site) -> None:
     browser.wait("document.querySelectorAll('.curve').length >= 4")
     assert browser.value("location.hash") == f"#/runs/{site.run}"
     browser.press("j")
-    reading = f"{focus}.querySelector('output').textContent"
+    reading = f"{focus}.querySelector('.value').textContent"
     assert browser.value(reading) == "0.3"
     browser.press("ArrowLeft")
     browser.press("ArrowLeft")
@@ -215,7 +215,7 @@ def test_a_run_shows_its_curves_operations_and_checkpoints(site: Site) -> None:
     browser.press("ArrowLeft")
     site.metrics(MetricPoint(name="reward", value=0.9, step=4))
     browser.wait("document.querySelector('.curve path').getAttribute('d').match(/L/g).length == 3")
-    output = "document.querySelector('.curve output').textContent"
+    output = "document.querySelector('.curve .value').textContent"
     assert browser.value(output) == "step 3: 0.3", "what is being read stays"
     browser.value("document.activeElement.blur()")
     assert browser.value(output) == "0.9"
@@ -257,6 +257,13 @@ def test_two_checkpoints_answer_side_by_side(site: Site) -> None:
     assert shown == anyio.run(ask)
     shades = "new Set([...document.querySelectorAll('.token')].map(e => e.style.cssText)).size"
     assert browser.value(shades) >= 2, "shaded by log-probability"
+    browser.value("document.querySelector('article').focus()")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    note = "document.querySelector('article small').textContent"
+    assert browser.value(note).startswith(f"“{shown[0][0][1]}” −")
+    browser.value("document.activeElement.blur()")
+    assert browser.value(note).startswith("6 tokens, log-probability −")
     titles = "[...document.querySelectorAll('.pair section h2')].map(e => e.textContent)"
     assert [t.split(",")[0] for t in browser.value(titles)] == ["step-1", "step-3"]
     assert "seed=7" in browser.value("location.hash") and site.alice not in browser.value(

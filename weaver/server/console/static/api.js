@@ -15,12 +15,12 @@ export class ApiError extends Error {
   }
 }
 
-async function ask(path, { method = "GET", body, type = "application/json", signal } = {}) {
+async function ask(path, { method = "GET", body, type = "application/json", signal, keepalive } = {}) {
   const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
   if (body) headers["Content-Type"] = type;
   let reply;
   try {
-    reply = await fetch(path, { method, body, headers, signal, cache: "no-store" });
+    reply = await fetch(path, { method, body, headers, signal, keepalive, cache: "no-store" });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new ApiError("The server cannot be reached.");
@@ -56,7 +56,7 @@ export async function sample(operations, { piece, failed, signal }) {
       follow(`${session}/stream/sample-${i}`, (delta) => piece(i, delta), signal)
         .catch((error) => { if (!signal.aborted) failed(i, error); })));
   } finally {
-    ask(session, { method: "DELETE" }).catch(() => {}); // it ends with its own time-out
+    ask(session, { method: "DELETE", keepalive: true }).catch(() => {}); // it ends with its own time-out
   }
 }
 

@@ -107,7 +107,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "?") at("shortcuts").showModal();
   else if (event.key === "/" && at("filter")) at("filter").focus();
   else if (event.key === "j" || event.key === "k") {
-    const rows = [...main.querySelectorAll(".row, .curve")].filter((row) => row.checkVisibility());
+    const rows = [...main.querySelectorAll(".row, .curve, article")].filter((row) => row.checkVisibility());
     const next = rows.indexOf(document.activeElement) + (event.key === "j" ? 1 : -1);
     rows[Math.max(0, Math.min(rows.length - 1, next))]?.focus();
   } else return;

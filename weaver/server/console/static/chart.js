@@ -16,7 +16,7 @@ export function chart(curve, { axis = (step) => `step ${number(step)}`, zero = f
   return h("figure", { class: "curve", tabindex: 0, role: "group", "aria-label": label, curve: { points, x, y, axis } },
     h("figcaption", {},
       h("strong", {}, name), h("span", { class: "source" }, source),
-      h("output", {}, number(curve.last))),
+      h("span", { class: "value" }, number(curve.last))),
     h("div", { class: "plot" },
       h("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" },
         [6, 50, 94].map((at) => h("line", { x1: 0, x2: 100, y1: at, y2: at })),
@@ -34,7 +34,9 @@ function show(figure, at) {
   figure.at = reading ? Math.max(0, Math.min(points.length - 1, at)) : null;
   const [step, value] = points[figure.at ?? points.length - 1];
   figure.classList.toggle("reading", reading);
-  figure.querySelector("output").textContent = reading ? `${axis(step)}: ${number(value)}` : number(value);
+  const readout = figure.querySelector(".value");
+  readout.setAttribute("aria-live", reading ? "polite" : "off"); // not whenever the page is read again
+  readout.textContent = reading ? `${axis(step)}: ${number(value)}` : number(value);
   const [cursor, dot] = [figure.querySelector(".cursor"), figure.querySelector(".dot")];
   cursor.style.left = dot.style.left = `${x(step)}%`;
   dot.style.top = `${y(value)}%`;

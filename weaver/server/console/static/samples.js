@@ -80,7 +80,7 @@ function choices(models, runs, checkpoints) {
     titled(names.get(id), id),
     saved.map((one) => [one.path, `${one.name}, step ${number(one.step)}, of ${titled(names.get(id), id)}`]),
   ]);
-  return [["Base models", models.map((model) => [`base:${model.name}`, `${model.name}, untrained`])], ...groups];
+  return [["Base models", models.map((model) => [`base:${model.name}`, `${model.name}, base model`])], ...groups];
 }
 
 /** One side's samples, which grow as pieces come. */
@@ -95,7 +95,10 @@ function column(title) {
       const text = h("p", { class: "tokens", dir: "auto" });
       const note = h("small", {});
       rows.push({ text, note, held: [], logprobs: [] });
-      list.append(h("article", { "aria-label": `Sample ${i + 1}` }, text, note));
+      const label = `Sample ${i + 1}. Arrow keys read its tokens.`;
+      const article = h("article", { "aria-label": label, role: "group", tabindex: 0 }, text, note);
+      readable(article, text, note);
+      list.append(article);
     }
     return rows[index];
   }
@@ -128,7 +131,28 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 function token(text, logprobs) {
   const mean = sum(logprobs) / logprobs.length;
   const chance = number(100 * Math.exp(mean));
-  const node = h("span", { class: text ? "token" : "token stop", title: `${number(mean)} nats, ${chance} %` }, text || "end");
-  node.style.setProperty("--surprise", `${Math.round(Math.min(1, -mean / 6) * 100)}%`);
+  const node = h("span", { class: text ? "token" : "token stop", "data-reading": `${number(mean)} nats, ${chance} %` }, text || "end");
+  node.style.setProperty("--surprise", `${Math.round(Math.min(1, -mean / 6) * 75)}%`);
   return node;
+}
+
+/** Shows in `note` what the token under the pointer, or chosen with the arrow keys, is worth. */
+function readable(article, text, note) {
+  let [usual, at] = ["", null];
+  function read(token) {
+    if (at === null) usual = note.textContent;
+    at?.classList.remove("at");
+    token?.classList.add("at");
+    at = token;
+    note.textContent = token ? `“${token.textContent}” ${token.dataset.reading}` : usual;
+  }
+  article.addEventListener("pointermove", ({ target }) => { if (target.matches(".token") && target !== at) read(target); });
+  article.addEventListener("pointerleave", () => at && read(null));
+  article.addEventListener("blur", () => at && read(null));
+  article.addEventListener("keydown", (event) => {
+    const next = { ArrowRight: at ? at.nextSibling : text.firstChild, ArrowLeft: at?.previousSibling }[event.key];
+    if (!next) return;
+    event.preventDefault();
+    read(next);
+  });
 }
