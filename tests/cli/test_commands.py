@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
@@ -137,6 +139,16 @@ def test_doctor(saved: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 1 and "FAILED" in result.stdout and "none" in result.stdout
 
 
+def test_doctor_says_whether_a_model_fits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_HOME", str(home))
+    said = weaver("doctor")
+    assert "needs 4.7 MB of " in said and "1.1 MB weights" in said and "answers:" in said
+    monkeypatch.setattr("weaver.engine.memory.free_bytes", lambda device: 4_700_000)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1 and "DOES NOT FIT" in result.stdout
+    assert "answers:" not in result.stdout  # it was not loaded
+
+
 def test_a_server_out_of_reach_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +177,7 @@ def test_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(weaver("keys", "list", "--json"))
     assert [row["revoked_at"] is None for row in rows] == [True, False]
     assert all("hash" not in row and "key" not in row for row in rows)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError, match="no keys match 'zz'"):
         weaver("keys", "revoke", "zz")
 
 
@@ -176,6 +188,15 @@ def test_ids_may_be_abbreviated_if_they_stay_unique() -> None:
         return find(given, ids, name=str, what="runs")
 
     assert pick("run-ab12") == "run-ab12" and pick("cd") == pick("run-c") == "run-cd56"
+    paths = ["weaver://run-1/weights/best", "weaver://run-1/weights/best-2"]
+
+    def pick_path(given: str) -> str:
+        return find(given, paths, name=str, what="checkpoints", within=True)
+
+    assert pick_path("best") == pick_path("weights/best") == paths[0]
+    assert pick_path("-2") == paths[1]
+    with pytest.raises(NotFoundError, match=f"2 checkpoints match 'run-1': {paths[0]}, {paths[1]}"):
+        pick_path("run-1")
     for given, message in (
         ("ab", "2 runs match 'ab': run-ab12, run-ab34"),
         ("x", "no runs"),
@@ -192,6 +213,46 @@ def test_models_are_served_under_their_name_and_as_given(tmp_path: Path) -> None
         folder: tmp_path,
         "Qwen/Qwen3-8B": "Qwen/Qwen3-8B",
     }
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell: str) -> None:
+    def run(instruction: str, **words: str) -> str:
+        code = "import sys; sys.argv = ['weaver']; from weaver.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "_WEAVER_COMPLETE": f"{instruction}_{shell}", **words},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout
+
+    script = run("source")
+    assert f"complete_{shell}" in script and "weaver" in script
+    line = {"COMP_WORDS": "weaver ru", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "weaver ru"}
+    fish = {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert "runs" in run("complete", **line, **fish)
+    assert "checkpoints" not in run("complete", **line, **fish)
+
+
+def test_every_list_has_json() -> None:
+    lists = [path for path in commands() if path[-1] in ("list", "sessions")]
+    assert len(lists) == 5
+    for path in lists:
+        assert "--json" in weaver(*path, "--help"), path
+
+
+def commands() -> dict[tuple[str, ...], Any]:
+    """Every command by its words."""
+    root: Any = typer.main.get_command(app)
+    groups = {(name,): command for name, command in root.commands.items()}
+    below = {
+        (*words, name): command
+        for words, group in groups.items()
+        for name, command in getattr(group, "commands", {}).items()
+    }
+    return {words: c for words, c in (groups | below).items() if not hasattr(c, "commands")}
 
 
 def test_help_needs_nothing_heavy() -> None:

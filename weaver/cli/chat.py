@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from weaver.client.sampling import AsyncSamplingClient
     from weaver.types import Message, SamplingParams
@@ -39,7 +40,7 @@ def sample(
     )
 
     async def run() -> None:
-        async with _Sampler(model) as client:
+        async with _sampler(model) as client:
             result = await client.sample(
                 prompt=text, sampling_params=params, num_samples=num_samples
             )
@@ -64,7 +65,7 @@ def chat(
 
     async def run() -> None:
         messages: list[Message] = []
-        async with _Sampler(model) as client:
+        async with _sampler(model) as client:
             while said := await anyio.to_thread.run_sync(_read_line):
                 messages.append(Message(role="user", content=said))
                 answer = await _answer(client, messages, params)
@@ -91,21 +92,12 @@ def _read_line() -> str:
     return sys.stdin.readline().strip()
 
 
-class _Sampler:
-    """A sampling client and the service client below it, for as long as the block lasts."""
+@asynccontextmanager
+async def _sampler(model: str) -> AsyncIterator[AsyncSamplingClient]:
+    from weaver import AsyncServiceClient
 
-    def __init__(self, model: str) -> None:
-        from weaver import AsyncServiceClient
-
-        self._model = model
-        self._service = AsyncServiceClient()
-
-    async def __aenter__(self) -> AsyncSamplingClient:
-        await self._service.__aenter__()
-        path = self._model.startswith("weaver://")
-        return await self._service.create_sampling_client(
-            model_path=self._model if path else None, base_model=None if path else self._model
+    path = model.startswith("weaver://")
+    async with AsyncServiceClient() as service:
+        yield await service.create_sampling_client(
+            model_path=model if path else None, base_model=None if path else model
         )
-
-    async def __aexit__(self, *exc: Any) -> None:
-        await self._service.__aexit__(*exc)

@@ -87,10 +87,5 @@ async def _find(service: Service, given: str) -> CheckpointInfo:
     """By its path, or by a part of it."""
     if given.startswith("weaver://"):
         return await service.get_checkpoint(given)
-    matching = [c for c in await service.list_checkpoints() if given in c.path]
-    return find(
-        given if len(matching) != 1 else matching[0].path,
-        matching,
-        name=lambda c: c.path,
-        what="checkpoints",
-    )
+    known = await service.list_checkpoints()
+    return find(given, known, name=lambda c: c.path, what="checkpoints", within=True)

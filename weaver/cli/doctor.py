@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from weaver.config import Settings
+
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 
 
@@ -20,29 +22,36 @@ def doctor(
         str, typer.Option("--model", "-m", help="To load and sample.")
     ] = "weaver-nano",
 ) -> None:
-    """Look at the installation: packages, device, server, and whether a model answers."""
+    """Look at the installation: packages, device, server; whether a model fits and answers."""
     import anyio
 
-    failed = False
-    for name, state in _installation():
-        sys.stdout.write(f"{name:<14} {state}\n")
-    began = time.perf_counter()
+    from weaver.config import load_settings
     from weaver.errors import WeaverError
 
+    settings = load_settings()
+    for name, state in _installation(settings):
+        _say(name, state)
+    began = time.perf_counter()
+    fits = True
     try:
-        said = anyio.run(_try, model)
+        if settings.base_url is None:  # a server has its own memory
+            fits, said = _memory(settings, model)
+            _say("memory", said)
+        if fits:
+            _say(model, f"{anyio.run(_try, model)} ({time.perf_counter() - began:.1f} s)")
     except WeaverError as error:
-        said, failed = f"FAILED: {error}", True
-    sys.stdout.write(f"{model:<14} {said} ({time.perf_counter() - began:.1f} s)\n")
-    raise typer.Exit(1 if failed else 0)
+        _say(model, f"FAILED: {error}")
+        fits = False
+    raise typer.Exit(0 if fits else 1)
 
 
-def _installation() -> Iterator[tuple[str, str]]:
+def _say(name: str, state: str) -> None:
+    sys.stdout.write(f"{name:<14} {state}\n")
+
+
+def _installation(settings: Settings) -> Iterator[tuple[str, str]]:
     from importlib.metadata import PackageNotFoundError, version
 
-    from weaver.config import load_settings
-
-    settings = load_settings()
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
         try:
@@ -52,6 +61,22 @@ def _installation() -> Iterator[tuple[str, str]]:
     yield "home", str(settings.home)
     yield "service", settings.base_url or f"embedded, {settings.device}, {settings.dtype}"
     yield "api key", "set" if settings.api_key else "not set"
+
+
+def _memory(settings: Settings, model: str) -> tuple[bool, str]:
+    """Whether it fits, in words; before it is loaded, which might take the machine down."""
+    from weaver.errors import MissingDependencyError
+
+    try:
+        from weaver.engine.catalog import Catalog
+        from weaver.engine.memory import free_bytes, needs_of
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the embedded engine needs {error.name}.",
+            hint='Run: pip install "weaver-post-training[engine]"',
+        ) from error
+    needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
+    return needs.against(free_bytes(settings.device))
 
 
 async def _try(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +18,18 @@ def list_models(as_json: Json = False) -> None:
     models = ask(lambda service: service.list_models())
     rows = [model.model_dump(mode="json") for model in models]
     show(rows, as_json=as_json, empty="No models.")
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="ID", help="A Hugging Face id: owner/name.")],
+) -> None:
+    """Fetch a model from the Hugging Face hub to this machine, if it can run here."""
+    from weaver.engine.hub import download
+
+    model, folder = download(name)
+    size = f"{model.num_parameters:,} parameters"
+    sys.stdout.write(f"{model.name} ({model.architecture}, {size}) is in {folder}.\n")
 
 
 @app.command()

@@ -46,18 +46,26 @@ def show_one(fields: Mapping[str, Any], *, as_json: bool) -> None:
         sys.stdout.write(f"{name:<{width}}  {value}\n")
 
 
-def find(given: str, items: Sequence[T], *, name: Callable[[T], str], what: str) -> T:
-    """The item that is called `given`, or the only one whose name begins or ends with it.
+def find(
+    given: str, items: Sequence[T], *, name: Callable[[T], str], what: str, within: bool = False
+) -> T:
+    """The item that is called `given`, or the only one whose name begins so.
+
+    A name may be given without what is before its first `-`, or without its folders. `within`: also
+    by any other part of it.
 
     Raises:
-        NotFoundError: none, or more than one.
+        NotFoundError: none, or more than one; names them.
     """
-    found = [item for item in items if name(item) == given]
-    found = found or [
-        item
-        for item in items
-        if given and (name(item).startswith(given) or f"-{given}" in name(item))
-    ]
+
+    def ways(full: str) -> tuple[bool, bool, bool]:
+        exact = given == full or full.endswith(f"/{given}")
+        begins = full.startswith(given) or full.partition("-")[2].startswith(given)
+        return exact, begins, within and given in full
+
+    fitting = [(item, ways(name(item))) for item in items if given]
+    sieved = ([item for item, fits in fitting if fits[way]] for way in range(3))
+    found = next(filter(None, sieved), [])
     if len(found) != 1:
         names = ", ".join(name(item) for item in found[:5])
         raise NotFoundError(

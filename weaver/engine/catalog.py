@@ -44,6 +44,21 @@ class ModelFacts:
     targets: Mapping[str, Target]
     fused_experts: bool
 
+    @property
+    def num_layers(self) -> int:
+        layers: int = self.config.num_hidden_layers
+        return layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        heads: int = self.config.num_attention_heads
+        return getattr(self.config, "num_key_value_heads", None) or heads
+
+    @property
+    def head_dim(self) -> int:
+        wide: int = self.config.hidden_size // self.config.num_attention_heads
+        return getattr(self.config, "head_dim", None) or wide
+
 
 class Catalog:
     """Facts and tokenizers by name, each read once."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import cached_file
 
 from weaver.engine.adapters import read_adapter, read_json
 from weaver.engine.lora import adapter_from_tensors
@@ -111,4 +111,4 @@ def _folder_of(source: str) -> Path:
     """Where a model's files are: a folder, or the cache of the hub."""
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, local_files_only=True))
+    return Path(str(cached_file(source, CONFIG, local_files_only=True))).parent

@@ -52,17 +52,12 @@ class LoadedModel:
         self.trainable = trainable
         self.routing = Routing()
         self._catalog = catalog
-        config = facts.config
-        heads = config.num_attention_heads
-        self.num_layers: int = config.num_hidden_layers
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
         module.requires_grad_(trainable).eval()
         linear = module.get_output_embeddings()
         path = next(name for name, m in module.named_modules() if m is linear)
         if not trainable:
             self._freeze()
-        self.head = head_of(module.get_submodule(path), path=path, config=config)
+        self.head = head_of(module.get_submodule(path), path=path, config=facts.config)
         self._check()
 
     @property

@@ -342,9 +342,9 @@ def _logits(job: RunningJob) -> torch.Tensor:
 
 def _shape(model: LoadedModel) -> CacheShape:
     return CacheShape(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_layers=model.facts.num_layers,
+        num_kv_heads=model.facts.num_kv_heads,
+        head_dim=model.facts.head_dim,
         dtype=model.dtype,
         device=model.device,
     )

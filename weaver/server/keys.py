@@ -87,8 +87,9 @@ class Keys:
         """
         found = [info for info in self.list() if key_id and info.id.startswith(key_id)]
         if len(found) != 1:
+            names = ", ".join(info.id for info in found[:5])
             raise NotFoundError(
-                f"{len(found)} keys have an id that begins with {key_id!r}.",
+                f"{len(found) or 'no'} keys match {key_id!r}{': ' + names if names else ''}.",
                 field="key_id",
                 hint="`weaver keys list` shows them.",
             )

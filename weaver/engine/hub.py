@@ -1,0 +1,61 @@
+"""Fetching models from the Hugging Face hub into its cache, where every process finds them.
+
+`weaver models download` calls it. Only weights in safetensors and plain files are fetched: no
+pickles, no code.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from weaver.engine.catalog import HUB_ID, Catalog, only_here
+from weaver.errors import InvalidNameError, ServiceConnectionError, StorageError
+
+if TYPE_CHECKING:
+    from weaver.types import ModelInfo
+
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+LEFT = ["*/*", "consolidated*"]
+"""Other forms of the same weights."""
+
+
+def download(hub_id: str) -> tuple[ModelInfo, Path]:
+    """What the model is, and the folder of its files; refuses what cannot run before its weights.
+
+    Raises:
+        InvalidNameError: not of the form `owner/name`.
+        ServiceConnectionError: the hub is out of reach, or stopped answering.
+        UnknownModelError: the hub has no such model, or not for this user.
+        UnsupportedError: the architecture cannot run here, and why.
+        StorageError: the cache cannot be written.
+    """
+    if not re.fullmatch(HUB_ID, hub_id):
+        raise InvalidNameError(
+            f"is {hub_id[:200]!r}.", field="id", hint="Give a Hugging Face id: owner/name."
+        )
+    if only_here(hub_id):
+        raise _out_of_reach("it cannot be reached")
+    info = Catalog({}, allow_paths=False).facts(hub_id).info
+    try:
+        return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise _out_of_reach(str(error).strip().split("\n", 1)[0][:200]) from error
+    except OSError as error:
+        raise StorageError(
+            f"{hub_id} cannot be kept in {constants.HF_HUB_CACHE}: {error}",
+            hint="Free some space, or choose another place with HF_HOME; then go on as before.",
+        ) from error
+
+
+def _out_of_reach(reason: str) -> ServiceConnectionError:
+    return ServiceConnectionError(
+        f"the Hugging Face hub at {constants.ENDPOINT}: {reason}.",
+        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or copy the model's folder here "
+        "and name that.",
+    )
