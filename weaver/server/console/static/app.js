@@ -70,7 +70,8 @@ function fail(error) {
   const again = h("button", { type: "button", click: open }, "Try again");
   main.replaceChildren(h("div", { class: "notice", role: "alert" },
     h("h1", {}, error.status === 404 ? "Not found" : "That did not work"),
-    h("p", {}, error.message), error.hint ? h("p", { class: "quiet" }, error.hint) : null,
+    h("p", {}, error.message),
+    error.hint && error.status !== 404 ? h("p", { class: "quiet" }, error.hint) : null,
     h("p", {}, again, " ", h("a", { href: "#/runs" }, "Go to the runs"))));
 }
 
