@@ -15,8 +15,9 @@ import anyio
 
 from weaver.errors import ConfigError, WeaverError
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
+from weaver_rl.boundary import attempt_async
 from weaver_rl.gather import gather
-from weaver_rl.rewards import checked, failure_of, is_async, scorer
+from weaver_rl.rewards import checked, is_async, scorer
 from weaver_rl.types import Failure, Score, Task
 
 if TYPE_CHECKING:
@@ -101,19 +102,12 @@ async def _ask_and_score(score: Scorer, agents: Sequence[Agent], task: Task) -> 
 async def _attempt(
     environment: Environment, agent: Agent, task: Task, budget: Budget
 ) -> Score | Failure:
-    """The one place where an error in a user's environment becomes a failure of its rollout."""
-    try:
-        with anyio.fail_after(budget.seconds):
-            value = checked(await environment(agent, task), "the environment")
-    except BudgetExceeded:
-        return Score(0.0, {"budget_exceeded": 1.0})
-    except WeaverError:  # of the service, not of the user: the run must stop
-        raise
-    except TimeoutError as error:
-        failure = failure_of(error, where="environment")
-        return Failure("environment", "timeout", failure.message, failure.traceback)
-    except Exception as error:  # the boundary around user code
-        return failure_of(error, where="environment")
-    if isinstance(value, Failure):
-        return Failure("environment", value.kind, value.message, value.traceback)
-    return value
+    play = partial(environment, agent, task)
+    through = (WeaverError, BudgetExceeded)  # the service failed, and the run must stop; no budget
+    with anyio.move_on_after(budget.seconds):
+        try:
+            value = await attempt_async(play, "environment", through=through)
+        except BudgetExceeded:
+            return Score(0.0, {"budget_exceeded": 1.0})
+        return checked(value, "the environment", where="environment")
+    return Failure("environment", "timeout", f"did not end within {budget.seconds:g} s.")

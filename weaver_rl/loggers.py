@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from weaver.errors import MissingDependencyError, WeaverError
+from weaver_rl.boundary import attempt
 from weaver_rl.storage import append_line, plain
 
 if TYPE_CHECKING:
@@ -77,13 +79,15 @@ class Loggers:
         raised: list[WeaverError] = []
         for logger in self._loggers:
             try:
-                call(logger)
+                failure = attempt(partial(call, logger), "logger", through=(WeaverError,))
             except WeaverError as error:
                 raised.append(error)
-            except Exception:  # the boundary around code that is not ours
+                continue
+            if failure is not None:
                 self.failed[logger.name] += 1
                 if self.failed[logger.name] == 1:
-                    log.exception("The logger %r failed; the run goes on.", logger.name)
+                    said = "The logger %r failed; the run goes on.\n%s"
+                    log.error(said, logger.name, failure.traceback)
         if raised:
             raise raised[0]
 

@@ -12,7 +12,6 @@ import numbers
 import os
 import pickle
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 from anyio.lowlevel import current_token
 
 from weaver.errors import ConfigError
+from weaver_rl.boundary import attempt, attempt_async
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
 Value = float | Score
@@ -107,11 +107,11 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
 
     async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
         if asynchronous:
-            return await _attempt_async(function, task, argument)
+            return await attempt_async(partial(function, task, argument), "reward")
         if processes:
-            call = partial(_attempt, function, dict(task), argument)
+            call = partial(attempt, partial(function, dict(task), argument), "reward")
             return await anyio.to_process.run_sync(call, cancellable=True, limiter=inner)
-        return await in_daemon_thread(partial(_attempt, function, task, argument))
+        return await in_daemon_thread(partial(attempt, partial(function, task, argument), "reward"))
 
     async def timed(task: Task, argument: Reply | Sequence[Reply]) -> Any:
         async with limiter:  # the time runs from when it has a place
@@ -136,14 +136,14 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
     return score
 
 
-def checked(value: object, source: str) -> Score | Failure:
+def checked(value: object, source: str, *, where: Place = "reward") -> Score | Failure:
     """A returned value as a `Score`, or the `Failure` that it is."""
     if isinstance(value, Failure):
         return value
     try:
         return as_score(value, source)
     except (TypeError, ValueError) as error:
-        return Failure("reward", "bad_value", str(error))
+        return Failure(where, "bad_value", str(error))
 
 
 def as_score(value: object, source: str) -> Score:
@@ -184,7 +184,7 @@ async def in_daemon_thread(call: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome.append((call(), None))
-        except BaseException as error:
+        except BaseException as error:  # raised again where it is awaited
             outcome.append((None, error))
         with suppress(RuntimeError):  # the event loop has ended: nobody waits
             anyio.from_thread.run_sync(done.set, token=token)
@@ -195,28 +195,6 @@ async def in_daemon_thread(call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
-
-
-def failure_of(error: BaseException, *, where: Place) -> Failure:
-    """An exception of user code as a value, with its traceback."""
-    text = "".join(traceback.format_exception(error))
-    return Failure(where, "raised", f"{type(error).__name__}: {error}", text)
-
-
-def _attempt(function: Callable[..., object], task: Task, argument: object) -> object:
-    try:
-        return function(task, argument)
-    except (Exception, SystemExit) as error:  # the boundary around user code
-        return failure_of(error, where="reward")
-
-
-async def _attempt_async(
-    function: Callable[..., Awaitable[object]], task: Task, argument: object
-) -> object:
-    try:
-        return await function(task, argument)
-    except Exception as error:  # the boundary around user code
-        return failure_of(error, where="reward")
 
 
 def _check_importable(function: object) -> None:

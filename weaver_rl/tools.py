@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from weaver.errors import ConfigError
+from weaver_rl.boundary import attempt, attempt_async
 from weaver_rl.rewards import in_daemon_thread, is_async, name_of
+from weaver_rl.types import Failure
 
 if TYPE_CHECKING:
     from weaver_rl.agent import Agent
@@ -105,18 +107,17 @@ async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 
     if call.name not in known:
         return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
     tool = known[call.name]
-    try:
-        inspect.signature(tool).bind(**call.arguments)
-        with anyio.fail_after(timeout_s):
-            if is_async(tool):
-                value = await tool(**call.arguments)
-            else:
-                value = await in_daemon_thread(partial(tool, **call.arguments))
-    except TimeoutError:
-        return f"error: {call.name} took longer than {timeout_s:g} s"
-    except Exception as error:  # the boundary around user code: the model may try again
-        return f"error: {type(error).__name__}: {error}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    use = partial(tool, **call.arguments)
+    with anyio.move_on_after(timeout_s):
+        value = attempt(lambda: inspect.signature(tool).bind(**call.arguments), "tool")
+        if not isinstance(value, Failure) and is_async(tool):
+            value = await attempt_async(use, "tool")
+        elif not isinstance(value, Failure):
+            value = await in_daemon_thread(partial(attempt, use, "tool"))
+        if isinstance(value, Failure):  # the model may try again
+            return f"error: {value.message}"
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"error: {call.name} took longer than {timeout_s:g} s"
 
 
 async def use_tools(

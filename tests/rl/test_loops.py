@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from tests.rl.fake import fake_service, vowels
-from weaver.errors import ConfigError, EngineError, InvalidRequestError
+from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.environments import single_turn
 from weaver_rl.loggers import Loggers
@@ -255,24 +255,6 @@ async def test_too_many_failures_stop_the_run(staleness: int, tmp_path: Path) ->
         tolerant = replace(plan, max_failure_rate=0.9)
         result = await off_policy(trainer, TASKS, single_turn(odd_ones_fail), tolerant)
     assert result.version == PLAN.steps
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("staleness", [0, 2])
-async def test_a_sampler_that_dies_is_named(staleness: int, tmp_path: Path) -> None:
-    calls = 0
-
-    def hook(name: str, argument: object) -> None:
-        nonlocal calls
-        calls += name == "step"
-        if name == "step" and calls > 12:
-            raise RuntimeError("the device fell off")
-
-    async with fake_service(tmp_path, hook=hook) as service:
-        trainer = await service.create_model(base_model="fake")
-        plan = replace(PLAN, max_staleness=staleness, objective=RATIO)
-        with pytest.raises(EngineError, match="fell off"):
-            await off_policy(trainer, TASKS, single_turn(vowels), plan)
 
 
 @pytest.mark.anyio
