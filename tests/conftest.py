@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.postgres import Postgres, programs
 from weaver.engine.fake import FakeEngine
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 
@@ -25,6 +26,17 @@ def one_torch_thread() -> None:
     """A tiny model's step takes 6 ms on one thread and up to 660 ms on two."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of this session's own."""
+    found = programs()
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    server = Postgres(found)
+    yield server
+    server.close()
 
 
 @pytest.fixture

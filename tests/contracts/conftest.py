@@ -1,19 +1,18 @@
 """The implementations that the contract suites run over.
 
 A further service joins by an entry in `OPENERS`: a context manager that answers a `Service` which
-carries out its operations on the given engine, with checkpoints below the given home.
+carries out its operations on the given engine, with checkpoints below the given home and, unless
+its third argument is None, on the database of that address.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import sqlalchemy as sa
 
 from tests.contracts.caller import Caller
 from tests.server.http.helpers import over_asgi, over_socket
@@ -22,54 +21,68 @@ from weaver.server.database import open_database
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
-from weaver.server.tables import metadata
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from weaver.protocol import Service
     from weaver.server.store import Store
 
-ServiceOpener = Callable[[FakeEngine, Path], AbstractAsyncContextManager["Service"]]
+Opened = AbstractAsyncContextManager["Service"]
+ServiceOpener = Callable[[FakeEngine, Path], Opened]
 
 
 @asynccontextmanager
-async def open_durable(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+async def open_durable(engine: FakeEngine, home: Path, url: str | None) -> AsyncIterator[Service]:
     """With a database, as a server has it."""
-    database = open_database(home)
-    async with LocalService(engine, home=home, store=SqlStore(database)) as service:
+    async with _open_on(SqlStore, engine, home, url) as service:
         yield service
-    database.dispose()
 
 
 @asynccontextmanager
-async def open_embedded(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+async def open_embedded(engine: FakeEngine, home: Path, url: str | None) -> AsyncIterator[Service]:
     """With a database, as the embedded engine has it."""
-    database = open_database(home)
-    async with LocalService(engine, home=home, store=StepStore(database)) as service:
+    async with _open_on(StepStore, engine, home, url) as service:
+        yield service
+
+
+@asynccontextmanager
+async def _open_on(
+    store: type[SqlStore], engine: FakeEngine, home: Path, url: str | None
+) -> AsyncIterator[Service]:
+    database = open_database(home, url)
+    async with LocalService(engine, home=home, store=store(database)) as service:
         yield service
     database.dispose()
 
 
 @asynccontextmanager
-async def open_local(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+async def open_local(engine: FakeEngine, home: Path, url: str | None) -> AsyncIterator[Service]:
     async with LocalService(engine, home=home) as service:
         yield service
 
 
-OPENERS: dict[str, ServiceOpener] = {
+OPENERS: dict[str, Callable[[FakeEngine, Path, str | None], Opened]] = {
     "local": open_local,
-    "durable": open_durable,
     "embedded": open_embedded,
+    "durable": open_durable,
     "asgi": over_asgi,
     "socket": over_socket,
 }
-POSTGRES = os.environ.get("WEAVER_TEST_POSTGRES_URL")
-"""Of a database whose tables may be dropped; tests/postgres.sh starts one."""
-DATABASES = ["sqlite", *(["postgresql"] if POSTGRES else [])]
+ON_POSTGRES = ("durable", "asgi", "socket")
+POSTGRES = pytest.param("postgresql", marks=pytest.mark.slow)
 
 
-@pytest.fixture(params=list(OPENERS))
+@pytest.fixture(
+    params=[
+        *OPENERS,
+        *(pytest.param(f"{name}-postgresql", marks=pytest.mark.slow) for name in ON_POSTGRES),
+    ]
+)
 def open_service(request: pytest.FixtureRequest) -> ServiceOpener:
-    return OPENERS[request.param]
+    name, _, kind = request.param.partition("-")
+    url = request.getfixturevalue("postgres").emptied() if kind else None
+    return lambda engine, home: OPENERS[name](engine, home, url)
 
 
 @pytest.fixture
@@ -91,14 +104,10 @@ async def caller(service: Service) -> Caller:
     return await Caller.open(service)
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=["sqlite", POSTGRES])
 def database(request: pytest.FixtureRequest, home: Path) -> Iterator[sa.Engine]:
     """An empty one."""
-    url = POSTGRES if request.param == "postgresql" else None
-    if url is not None:
-        empty = sa.create_engine(url)
-        metadata.drop_all(empty)
-        empty.dispose()
+    url = request.getfixturevalue("postgres").emptied() if request.param == "postgresql" else None
     engine = open_database(home, url)
     yield engine
     engine.dispose()

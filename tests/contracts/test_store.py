@@ -179,17 +179,18 @@ async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None
     await store.open_session("a", OWNER)
 
     async def append(submission_id: str) -> None:
+        seq = 2**70 if submission_id == "4" else 1
         try:
-            await store.append("a", [sent(submission_id)])
+            await store.append("a", [sent(submission_id).model_copy(update={"seq": seq})])
         except StorageError:
             failed.append(submission_id)
 
     await store.append("a", [sent("0")])
     async with anyio.create_task_group() as tasks:
-        for submission_id in ("1", "2", "0", "3"):
+        for submission_id in ("1", "2", "0", "3", "4", "5"):
             tasks.start_soon(append, submission_id)
-    assert failed == ["0"]
-    assert {entry.submission_id for entry in await store.entries()} == {"0", "1", "2", "3"}
+    assert failed == ["0", "4"]
+    assert {entry.submission_id for entry in await store.entries()} == set("01235")
 
 
 async def test_connections_that_the_database_has_ended_are_made_anew(

@@ -1,4 +1,7 @@
-"""A server that is killed at random moments beside three loops: nothing is lost or repeated."""
+"""A server that is killed at random moments beside the loops of three tenants, or its database.
+
+Nothing is lost or repeated: each loop sees what it sees on a server that nothing disturbs.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ import anyio
 import pytest
 
 from weaver import AsyncServiceClient, Datum, ModelInput
+from weaver.server.database import open_database
+from weaver.server.keys import Keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.postgres import Postgres
 
 pytestmark = pytest.mark.anyio
 TENANTS = range(3)
@@ -30,8 +37,8 @@ from weaver.server.http.run import ServerSettings, run_server
 from weaver.server.recovery import Durability
 {engine}
 settings = ServerSettings(
-    home=Path(sys.argv[1]), port=int(sys.argv[2]), auth=False, deterministic=True,
-    durability=Durability(snapshot_every_s=0.3),
+    home=Path(sys.argv[1]), database_url=sys.argv[2] or None, port=int(sys.argv[3]),
+    deterministic=True, durability=Durability(snapshot_every_s=0.3),
 )
 anyio.run(partial(run_server, engine, settings, started=lambda server: None))
 """
@@ -51,12 +58,19 @@ def anyio_backend() -> str:
 
 
 class Server:
-    """A server process on a port of its own, which can be killed and started again."""
+    """A server process on a port of its own, which can be killed and started again.
 
-    def __init__(self, home: Path, engine: str) -> None:
+    `keys` has one for the project of each tenant.
+    """
+
+    def __init__(self, home: Path, engine: str, url: str | None) -> None:
+        database = open_database(home, url)
+        self.keys = [Keys(database).create(f"project-{tenant}")[1] for tenant in TENANTS]
+        database.dispose()
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self._command = [sys.executable, "-c", SERVER.format(engine=engine), str(home)]
+        script = SERVER.format(engine=engine)
+        self._command = [sys.executable, "-c", script, str(home), url or ""]
         self.start()
 
     @property
@@ -80,23 +94,30 @@ class Server:
         self._process.kill()
         self._process.wait()
 
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
 
 @contextmanager
-def running(home: Path, engine: str) -> Iterator[Server]:
-    server = Server(home, engine)
+def running(home: Path, engine: str, url: str | None = None) -> Iterator[Server]:
+    server = Server(home, engine, url)
     try:
         yield server
     finally:
         server.kill()
 
 
-async def train(url: str, *, model: str, tenant: int, steps: int) -> list[object]:
+async def train(
+    server: Server, *, model: str, tenant: int, steps: int, begun: anyio.Event
+) -> list[object]:
     """A loop as a user writes it: all that it saw, and at its end the weights' own answer."""
     text = list(f"the quick brown fox {tenant} jumps over".encode())
     datum = Datum(model_input=text[:-1], loss_fn_inputs={"target_tokens": text[1:]})
     seen: list[object] = []
-    async with AsyncServiceClient(base_url=url) as service:
+    async with AsyncServiceClient(server.url, api_key=server.keys[tenant]) as service:
         trainer = await service.create_model(model, {"rank": 4, "seed": tenant})
+        begun.set()
         for step in range(steps):
             first = trainer.forward_backward([datum], loss_fn="cross_entropy")
             second = trainer.forward_backward([datum, datum], loss_fn="cross_entropy")
@@ -114,33 +135,41 @@ async def train(url: str, *, model: str, tenant: int, steps: int) -> list[object
         seen.append(list(final.loss_fn_outputs[0]["logprobs"].to_numpy()))
         checkpoints = await service.list_checkpoints(trainer.model_id)
         seen.append([(saved.name, saved.step) for saved in checkpoints])
+        runs = await service.list_training_runs()
+        assert [run.run_id for run in runs] == [trainer.model_id]  # nobody else's
     return seen
 
 
-async def loops(server: Server, *, model: str, steps: int, kills: int, seed: int) -> list[object]:
-    """What the tenants saw while the server was killed so often."""
+async def loops(
+    server: Server, fault: Callable[[], None], *, model: str, steps: int, faults: int, seed: int = 0
+) -> list[object]:
+    """What the tenants saw beside so many faults."""
     saw: list[object] = [None for _ in TENANTS]
-    rng = random.Random(seed)
+    rng, begun = random.Random(seed), [anyio.Event() for _ in TENANTS]
 
     async def one(tenant: int) -> None:
-        saw[tenant] = await train(server.url, model=model, tenant=tenant, steps=steps)
+        saw[tenant] = await train(
+            server, model=model, tenant=tenant, steps=steps, begun=begun[tenant]
+        )
 
     async with anyio.create_task_group() as tasks:
         for tenant in TENANTS:
             tasks.start_soon(one, tenant)
-        for _ in range(kills):
+        for event in begun:
+            await event.wait()
+        for _ in range(faults):
             await anyio.sleep(rng.uniform(0.2, 0.8))
-            assert None in saw, "the loops were over before the server was killed"
-            server.kill()
-            await anyio.to_thread.run_sync(server.start)
+            assert None in saw, "the loops were over before the fault"
+            await anyio.to_thread.run_sync(fault)
     return saw
 
 
 async def check(home: Path, *, engine: str, model: str, steps: int, kills: int, seed: int) -> None:
     with running(home / "whole", engine) as server:
-        expected = await loops(server, model=model, steps=steps, kills=0, seed=seed)
+        expected = await loops(server, server.kill, model=model, steps=steps, faults=0)
     with running(home / "killed", engine) as server:
-        assert await loops(server, model=model, steps=steps, kills=kills, seed=seed) == expected
+        saw = await loops(server, server.restart, model=model, steps=steps, faults=kills, seed=seed)
+    assert saw == expected
 
 
 async def test_a_killed_server_is_a_pause(tmp_path: Path) -> None:
@@ -158,3 +187,17 @@ async def test_a_server_killed_many_times(tmp_path: Path, seed: int) -> None:
 @pytest.mark.timeout(900)
 async def test_weights_of_a_real_model_are_bit_identical(tmp_path: Path) -> None:
     await check(tmp_path, engine=TORCH, model="weaver-nano", steps=60, kills=6, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_postgresql_that_crashes_is_a_pause(tmp_path: Path, postgres: Postgres) -> None:
+    def crash() -> None:
+        postgres.stop()
+        time.sleep(0.5)
+        postgres.start()
+
+    with running(tmp_path / "whole", FAKE) as server:
+        expected = await loops(server, crash, model="fake", steps=60, faults=0)
+    with running(tmp_path / "away", FAKE, postgres.emptied()) as server:
+        assert await loops(server, crash, model="fake", steps=60, faults=3) == expected

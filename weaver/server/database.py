@@ -59,6 +59,9 @@ UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (_to_version_2, answers_
 VERSION = len(UPGRADES) + 1
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are brought up to date."""
+DISK_FULL = "53100"
+"""PostgreSQL's code."""
+CONNECT_S = 5
 
 
 @contextmanager
@@ -72,12 +75,13 @@ def transaction(database: sa.Engine) -> Iterator[sa.Connection]:
     try:
         with database.begin() as connection:
             yield connection
-    except sa.exc.SQLAlchemyError as error:
+    except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:  # drivers raise such too
         cause = getattr(error, "orig", None) or error
         away = isinstance(error, sa.exc.OperationalError) or (
             isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
         )
-        if away and database.dialect.name != "sqlite":
+        full = getattr(cause, "sqlstate", None) == DISK_FULL
+        if away and not full and database.dialect.name != "sqlite":
             raise ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
             ) from error
@@ -99,7 +103,8 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
             path.touch(mode=0o600)
             url = f"sqlite:///{path}"
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        afar = {} if url.startswith("sqlite") else {"connect_timeout": CONNECT_S}
+        engine = sa.create_engine(url, pool_pre_ping=bool(afar), connect_args=afar)
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:

@@ -98,6 +98,9 @@ DESCRIBE = (
 )
 
 
+NOT_WRITTEN = StorageError("the database was not written, through a defect.")
+
+
 @dataclass(slots=True, eq=False)
 class _Write:
     """A change on its way into the database."""
@@ -107,7 +110,8 @@ class _Write:
     size_bytes: int
     """About; little for a file is there before a thread has begun."""
     done: bool = False
-    error: WeaverError | None = None
+    error: WeaverError | None = NOT_WRITTEN
+    """None once it is in the database."""
 
 
 class SqlStore:

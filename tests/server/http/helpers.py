@@ -60,9 +60,10 @@ async def running(
     *,
     engine: Engine | None = None,
     auth: bool = False,
+    url: str | None = None,
     limits: Limits = SERVED,
 ) -> AsyncIterator[Server]:
-    database = open_database(home)
+    database = open_database(home, url)
     keys = Keys(database)
     store = SqlStore(database)
     async with LocalService(
@@ -74,16 +75,21 @@ async def running(
 
 
 @asynccontextmanager
-async def over_asgi(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+async def over_asgi(
+    engine: FakeEngine, home: Path, url: str | None = None
+) -> AsyncIterator[Service]:
     """The client's service, the HTTP front and the local service, in one event loop."""
-    async with running(home, engine=engine) as server, server.client() as service:
+    async with running(home, engine=engine, url=url) as server, server.client() as service:
         yield service
 
 
 @asynccontextmanager
-async def over_socket(engine: FakeEngine, home: Path) -> AsyncIterator[Service]:
+async def over_socket(
+    engine: FakeEngine, home: Path, url: str | None = None
+) -> AsyncIterator[Service]:
     """The same with the server in a thread of its own, on a loopback port."""
-    with serving(engine, ServerSettings(home=home, port=0, auth=False)) as server:
+    settings = ServerSettings(home=home, port=0, auth=False, database_url=url)
+    with serving(engine, settings) as server:
         async with HttpService(server.address) as service:
             yield service
 
