@@ -63,7 +63,9 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokeni
             "a tokenizer needs transformers.",
             hint='Run: pip install "weaver-post-training[engine]"',
         ) from None
-    return AutoTokenizer.from_pretrained(store_tokenizer(files, folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        store_tokenizer(files, folder), local_files_only=True, trust_remote_code=False
+    )
 
 
 def store_tokenizer(files: Mapping[str, bytes], folder: Path) -> Path:

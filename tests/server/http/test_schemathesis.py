@@ -37,7 +37,7 @@ HELD = CHECKS.get_by_names(
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 calm = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 FEW_AND_MANY = pytest.mark.parametrize(
-    "examples", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    "examples", [8, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 
 
