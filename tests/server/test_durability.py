@@ -36,6 +36,7 @@ from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
 from weaver.server.tables import keys_table, metadata, operations_table, schema_table
+from weaver.server.tenancy import Caller as Rights
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:
@@ -506,6 +507,38 @@ def test_a_database_without_answers_gets_their_table(home: Path) -> None:
     database.dispose()
     database = open_database(home)
     assert set(sa.inspect(database).get_table_names()) == set(metadata.tables)
+    database.dispose()
+
+
+async def test_tables_of_version_1_are_brought_up_to_date(home: Path) -> None:
+    async with server(home) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+    before = sa.create_engine(f"sqlite:///{home / 'server.db'}")
+    with before.begin() as connection:
+        for statement in (
+            "DROP TABLE answers",
+            "DROP TABLE sessions",
+            "CREATE TABLE sessions (session_id VARCHAR(64) PRIMARY KEY)",
+            "INSERT INTO sessions VALUES ('mine'), ('rest'), ('admins')",
+            "DELETE FROM owners",
+            f"INSERT INTO owners VALUES ('run/{run}', 'a'), ('session/mine', 'a'), "
+            "('session/rest', 'b'), ('weaver-rest/rest', 'b'), ('session/gone', 'a'), "
+            "('session/admins', 'o'), ('weaver-rest-admin/admins', 'o')",
+            "UPDATE schema SET version = 1",
+        ):
+            connection.exec_driver_sql(statement)
+    before.dispose()
+    database = open_database(home)
+    store = SqlStore(database)
+    assert {(r.session_id, r.caller, r.lasting) for r in await store.sessions()} == {
+        ("mine", Rights("a"), False),
+        ("rest", Rights("b"), True),
+        ("admins", Rights("o", admin=True), True),
+    }
+    assert await store.owners() == {run: "a"}
+    record = await store.run(run)
+    assert record is not None and record.project == "a"
     database.dispose()
 
 

@@ -121,28 +121,6 @@ async def test_a_merged_pass_with_a_defect_poisons_each_run_in_it(home: Path) ->
             await caller.do(STEP, StepDone, run_id=run)
 
 
-async def test_neither_samples_nor_steps_starve_the_other(home: Path) -> None:
-    record = Recorder()
-
-    def slow(name: str, argument: object) -> None:
-        if name in ("forward_backward", "step"):
-            time.sleep(0.002)
-
-    record.fail = slow
-    async with LocalService(FakeEngine(hook=record), home=home) as service:
-        caller = await Caller.open(service)
-        run = await caller.create()
-        samples = await caller.send(*(caller.stamp(LONG) for _ in range(4)))
-        for _ in range(10):
-            await caller.do(FORWARD, GradientsDone, run_id=run)
-        assert 3 <= record.count("step") <= 60
-        await service.cancel(caller.session_id, samples)
-        await caller.send(*(caller.stamp(FORWARD, run) for _ in range(300)))
-        before = record.count("forward_backward")
-        await caller.do(SHORT, Sampled)
-        assert record.count("forward_backward") - before <= 60
-
-
 async def test_a_missing_operation_is_given_up_by_name(home: Path) -> None:
     async with LocalService(FakeEngine(), home=home, gap_timeout_s=0.05) as service:
         caller = await Caller.open(service)

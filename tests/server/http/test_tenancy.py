@@ -5,28 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy as sa
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.server.http.helpers import running
+from tests.server.test_durability import until
 from weaver.errors import (
     AuthenticationError,
     CheckpointNotFoundError,
     InvalidNameError,
     NotFoundError,
-    QuotaExceededError,
     RunNotFoundError,
+    ServiceConnectionError,
 )
 from weaver.protocol import (
-    CheckpointSaved,
     CreateModel,
     GradientsDone,
     LoadCheckpoint,
     OpenSampler,
     Sample,
-    SaveCheckpoint,
     StepDone,
+    Submission,
 )
-from weaver.server.limits import Limits
+from weaver.server.database import open_database
+from weaver.server.keys import Keys
+from weaver.server.sql_store import SqlStore
+from weaver.server.tenancy import Caller as Rights
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
@@ -222,39 +226,83 @@ async def test_folders_of_the_server_cannot_be_named(server: Server, home: Path)
         assert await caller.refused(load, run_id=hers.run) == "checkpoint_not_found"
 
 
-async def test_quotas(home: Path) -> None:
-    limits = Limits(pending_operations=2, runs=1, operation_tokens=20, stored_bytes=1)
-    async with running(home, auth=True, limits=limits) as server, login(server, "a") as service:
-        hers = await Tenant.settle(service)
-        caller = hers.caller
-        assert await caller.refused(CreateModel(base_model="fake")) == "quota_exceeded"
-        assert await caller.refused(SaveCheckpoint(purpose="state"), run_id=hers.run) == (
-            "quota_exceeded"
-        )
-        much = Sample(sampler_id="base:fake", prompt="x", params=SHORT, num_samples=11)
-        assert await caller.refused(much) == "too_large"
-        three = [caller.stamp(Sample(sampler_id="base:fake", prompt="x")) for _ in range(3)]
-        service._outage_s = 0.0
-        with pytest.raises(QuotaExceededError, match="limit of a project is 2"):
-            await service.submit(caller.session_id, three)
-        async with login(server, "b") as other:
-            await (await Caller.open(other)).create()
+async def test_what_was_refused_is_refused_after_a_restart(home: Path) -> None:
+    async with running(home, auth=True) as first, login(first, "alice") as alice:
+        hers = await Tenant.settle(alice)
+    database = open_database(home)
+    store, bob = SqlStore(database), Rights("bob")
+    await store.open_session("s", bob)
+    foreign = (
+        Submission(id="1", operation=STEP, run_id=hers.run, seq=1),
+        Submission(id="2", operation=Sample(sampler_id=hers.path, prompt="x")),
+        Submission(id="3", operation=OpenSampler(model_path=str(home))),
+        Submission(id="4", operation=CreateModel(base_model="fake")),
+    )
+    await store.append("s", foreign)  # accepted, and then the server was killed
+    await store.open_session("closed", bob)
+    await store.append("closed", [foreign[0], foreign[3]])
+    await store.close_session("closed")
+    database.dispose()
+    async with running(home, auth=True) as second:
+        async with login(second, "bob") as his, login(second, "alice") as alice:
+            caller = Caller(his, "s")
+            errors = [(await caller.outcome(one.id)).error for one in foreign]
+            assert [error and error.code for error in errors] == [
+                "run_not_found",
+                "checkpoint_not_found",
+                "checkpoint_not_found",
+                None,
+            ]
+
+            async def both_created() -> bool:
+                return len(await his.list_runs()) == 2
+
+            await until(both_created)
+            [run] = await alice.list_runs()
+            assert run.run_id == hers.run and run.step == 1 and run.project == "alice"
 
 
-async def test_quota_of_storage_is_freed_by_deleting(home: Path) -> None:
-    async with running(home, auth=True, limits=Limits(stored_bytes=1)) as server:
-        async with login(server, "a") as service:
-            hers = await Tenant.settle(service)
-            save = SaveCheckpoint(purpose="state", name="y")
-            assert await hers.caller.refused(save, run_id=hers.run) == "quota_exceeded"
-            await service.delete_checkpoint(hers.path)
-            await hers.caller.do(save, CheckpointSaved, run_id=hers.run)
+async def test_a_session_has_its_callers_rights_only(server: Server) -> None:
+    async with (
+        login(server, "ops", admin=True) as admin,
+        login(server, "ops") as member,
+        login(server, "alice") as alice,
+    ):
+        hers = await Tenant.settle(alice)
+        session = (await admin.open_session()).session_id
+        with pytest.raises(NotFoundError):
+            await member.submit(session, [])
+        assert session not in [one.session_id for one in await member.list_sessions()]
+        assert session in [one.session_id for one in await admin.list_sessions()]
+        # An administrator in a tenant's session:
+        theirs = Caller(admin, hers.caller.session_id, hers.caller.cursor)
+        other = await (await Caller.open(admin)).create()
+        assert await theirs.refused(STEP, run_id=other) == "run_not_found"
+
+
+async def test_a_deleted_runs_checkpoints_stay_its_projects(home: Path) -> None:
+    async with running(home, auth=True) as first, login(first, "alice") as alice:
+        hers = await Tenant.settle(alice)
+        await alice.delete_run(hers.run)
+    async with running(home, auth=True) as second:
+        async with login(second, "alice") as alice, login(second, "bob") as bob:
+            assert [c.path for c in await alice.list_checkpoints()] == [hers.path]
+            assert await bob.list_checkpoints() == []
+            with pytest.raises(CheckpointNotFoundError):
+                await bob.get_checkpoint(hers.path)
+
+
+async def test_a_database_that_is_away_is_named_to_whoever_asks(server: Server) -> None:
+    server.front.keys = Keys(sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+    async with server.http("wv-x") as http:
+        reply = await http.get("/v1/runs")
+        assert reply.status_code == 503 and reply.headers["Retry-After"] == "1"
+        assert reply.json()["error"]["code"] == "connection_failed"
+    with pytest.raises(ServiceConnectionError, match="cannot be reached"):
+        server.front.keys.list()
 
 
 def test_keys_are_hashed_and_shown_once(home: Path) -> None:
-    from weaver.server.database import open_database
-    from weaver.server.keys import Keys
-
     database = open_database(home)
     keys = Keys(database)
     info, secret = keys.create("alice", name="laptop")
