@@ -78,7 +78,7 @@ class SaveCheckpoint(Value):
     purpose: Literal["state", "sampler"]
     name: str | None = None
     include_optimizer: bool = True
-    ttl_seconds: int | None = Field(default=None, ge=1, le=2**31)
+    ttl_seconds: int | None = Field(default=None, ge=1, le=2**31, strict=True)
     overwrite: bool = False
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from weaver.engine.packing import Heads, PackedBatch
+
 
 BOTH_WAYS: dict[str, Any] = {**SIZES, **GEMMA, "use_bidirectional_attention": True}
 
@@ -155,9 +157,9 @@ def test_a_head_that_is_scaled_is_exact(tmp_path: Path) -> None:
 def test_a_model_whose_tokens_see_other_sequences_is_refused(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+    def leak(heads: Heads, batch: PackedBatch) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
+            *heads[:3], is_causal=True, enable_gqa=True
         ).transpose(1, 2)
 
     monkeypatch.setattr("weaver.engine.attention.packed_attention", leak)

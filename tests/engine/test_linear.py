@@ -51,7 +51,7 @@ def test_values_and_gradients_by_segment_equal_plain_autograd(
     expected = torch.cat([linear(rows_, weight, plain.bias) for rows_, weight in pieces])
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-5)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
-    inputs = [x, *one.parameters(), *two.parameters()]
+    inputs = [x, *one.tensors().values(), *two.tensors().values()]
     ours = torch.autograd.grad(y, inputs, upstream)
     theirs = torch.autograd.grad(expected, inputs, upstream)
     for mine, other in zip(ours, theirs, strict=True):

@@ -72,7 +72,7 @@ def test_values_and_gradients_equal_the_whole_array(
     torch.testing.assert_close(scores.entropy, expected_entropy, atol=1e-5, rtol=1e-5)
     assert scores.entropy.requires_grad == entropy_gradient
     upstream = torch.randn(52, generator=generator) * active
-    inputs = [hidden, *(p for a in adapters if a is not None for p in a.parameters())]
+    inputs = [hidden, *(p for a in adapters if a is not None for p in a.tensors().values())]
     ours = torch.autograd.grad(_total(scores.logprobs, scores.entropy, upstream), inputs)
     if not entropy_gradient:
         expected_entropy = expected_entropy.detach()

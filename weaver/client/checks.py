@@ -47,8 +47,8 @@ def as_value(cls: type[V], given: V | Mapping[str, object], *, field: str) -> V:
     return cls(**{str(name): value for name, value in given.items()})
 
 
-def check_name(name: str | None) -> None:
-    """Raises InvalidNameError unless `name` is None or can be part of a checkpoint's path."""
+def check_name(name: str | None) -> str | None:
+    """The name; raises InvalidNameError unless it is None or can be part of a checkpoint's path."""
     if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
         raise InvalidNameError(
             f"is {name!r}.",
@@ -56,6 +56,7 @@ def check_name(name: str | None) -> None:
             hint="Use up to 128 letters, digits, '.', '_' and '-', beginning with one of the "
             "first two, such as 'step-100'.",
         )
+    return name
 
 
 def check_ttl(ttl_seconds: int | None) -> None:

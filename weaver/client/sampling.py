@@ -101,25 +101,20 @@ class AsyncSamplingClient:
                 call; for text, whose tokens the service counts, from the handle.
         """
         check_count(num_samples, field="num_samples")
-        if not is_batch(prompt):
-            operation = self._operation(
-                prompt,
-                sampling_params,
-                num_samples=num_samples,
-                include_prompt_logprobs=include_prompt_logprobs,
-            )
-            return self._session.submit(operation, SAMPLED)
+        batch = is_batch(prompt)
         operations = [
             self._operation(
                 one,
                 sampling_params,
                 num_samples=num_samples,
                 include_prompt_logprobs=include_prompt_logprobs,
-                field=f"prompt[{i}]",
+                field=f"prompt[{i}]" if batch else "prompt",
             )
-            for i, one in enumerate(prompt)
+            for i, one in enumerate(prompt if batch else [prompt])
         ]
         handles = [self._session.submit(operation, SAMPLED) for operation in operations]
+        if not batch:
+            return handles[0]
 
         async def gather() -> list[SampleResult]:
             return [await handle for handle in handles]

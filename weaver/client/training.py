@@ -7,12 +7,12 @@ returned handle gives its result.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
 from weaver.client import custom_loss
-from weaver.client.checks import as_path, as_value, check_name, check_ttl
+from weaver.client.checks import as_path, as_value, check_name
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import answer
 from weaver.errors import InvalidRequestError
@@ -186,19 +186,23 @@ class AsyncTrainingClient:
             InvalidNameError, InvalidParamsError: at the call.
             NameTakenError, StorageError: from the handle.
         """
-        return self._save(
-            "state",
-            name,
+        operation = SaveCheckpoint(
+            purpose="state",
+            name=check_name(name),
             include_optimizer=include_optimizer,
             ttl_seconds=ttl_seconds,
             overwrite=overwrite,
         )
+        return self._session.submit(operation, SAVED, run_id=self.model_id)
 
     def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False
     ) -> OperationHandle[CheckpointInfo]:
         """Saves the weights to sample from, in PEFT's layout; raises as `save_state` does."""
-        return self._save("sampler", name, ttl_seconds=ttl_seconds, overwrite=overwrite)
+        operation = SaveCheckpoint(
+            purpose="sampler", name=check_name(name), ttl_seconds=ttl_seconds, overwrite=overwrite
+        )
+        return self._session.submit(operation, SAVED, run_id=self.model_id)
 
     def save_weights_and_get_sampling_client(
         self, name: str | None = None
@@ -208,7 +212,8 @@ class AsyncTrainingClient:
         Without a name the weights live as long as the client that is answered, and at most 64 of
         them; with one they are saved.
         """
-        saved = self._save("sampler", name)
+        operation = SaveCheckpoint(purpose="sampler", name=check_name(name))
+        saved = self._session.submit(operation, SAVED, run_id=self.model_id)
         parts: list[OperationHandle[Any]] = [saved]
 
         async def finish() -> AsyncSamplingClient:
@@ -287,26 +292,6 @@ class AsyncTrainingClient:
             datums=tuple(datums), loss_fn=loss_fn, loss_fn_config=given, backward=backward
         )
         return self._session.submit(operation, GRADIENTS, run_id=self.model_id)
-
-    def _save(
-        self,
-        purpose: Literal["state", "sampler"],
-        name: str | None,
-        *,
-        include_optimizer: bool = False,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-    ) -> OperationHandle[CheckpointInfo]:
-        check_name(name)
-        check_ttl(ttl_seconds)
-        operation = SaveCheckpoint(
-            purpose=purpose,
-            name=name,
-            include_optimizer=include_optimizer,
-            ttl_seconds=ttl_seconds,
-            overwrite=overwrite,
-        )
-        return self._session.submit(operation, SAVED, run_id=self.model_id)
 
     def _load(
         self, path: CheckpointPath, *, include_optimizer: bool

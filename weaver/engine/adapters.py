@@ -83,7 +83,7 @@ def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Te
             )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise _corrupt(folder / CONFIG, "lacks r or lora_alpha")
+        raise corrupt(folder / CONFIG, "lacks r or lora_alpha")
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)  # PEFT scales it by alpha / sqrt(r)
     tensors = {
@@ -119,7 +119,7 @@ def _check_fit(
         for matrix, shape in shapes.items():
             tensor = tensors.get(f"{stem}.lora_{matrix}.weight")
             if tensor is None:
-                raise _corrupt(folder / WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
+                raise corrupt(folder / WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
             if tuple(tensor.shape) != shape:
                 raise CheckpointMismatchError(
                     f"{stem}.lora_{matrix} has shape {list(tensor.shape)}, "
@@ -129,7 +129,7 @@ def _check_fit(
                 )
         roles.add(target.role)
     if not roles:
-        raise _corrupt(folder / WEIGHTS, "has no LoRA tensors")
+        raise corrupt(folder / WEIGHTS, "has no LoRA tensors")
     return roles
 
 
@@ -138,9 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _corrupt(path, f"cannot be read ({type(error).__name__})") from error
+        raise corrupt(path, f"cannot be read ({type(error).__name__})") from error
     if not isinstance(value, dict):
-        raise _corrupt(path, "is not a JSON object")
+        raise corrupt(path, "is not a JSON object")
     return value
 
 
@@ -152,14 +152,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise _corrupt(path, f"cannot be read ({type(error).__name__})") from error
+        raise corrupt(path, f"cannot be read ({type(error).__name__})") from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise _corrupt(path, f"has values in {name} that are not finite")
+            raise corrupt(path, f"has values in {name} that are not finite")
     return tensors
 
 
-def _corrupt(path: Path, what: str) -> CheckpointCorruptError:
+def corrupt(path: Path, what: str) -> CheckpointCorruptError:
+    """Of a file of a checkpoint."""
     return CheckpointCorruptError(
         f"{path.name} in {path.parent} {what}.", field="path", hint="Use another checkpoint."
     )

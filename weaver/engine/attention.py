@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from weaver.engine.packing import Heads
 from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -58,42 +59,26 @@ def _attention(
             hint="Choose another model.",
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if packed_batch.cache is not None:
-        output = packed_batch.cache.attend(
-            int(module.layer_idx),  # type: ignore[arg-type]
-            query,
-            key,
-            value,
-            scaling=scaling,
-            sliding_window=sliding_window,
-        )
-        return output, None
-    return packed_attention(
-        query, key, value, batch=packed_batch, scaling=scaling, sliding_window=sliding_window
-    ), None
+    heads = Heads(query, key, value, scaling, sliding_window)
+    if packed_batch.cache is None:
+        return packed_attention(heads, packed_batch), None
+    return packed_batch.cache.attend(int(module.layer_idx), heads), None  # type: ignore[arg-type]
 
 
-def packed_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    batch: PackedBatch,
-    scaling: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Causal attention within each sequence: [1, H, T, D] -> [1, T, Hq, D]. No row sees another's.
+def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
+    """Causal attention within each sequence: -> [1, T, Hq, D]. No row sees another's.
 
     Neighbouring sequences of one length are one batched call.
     """
+    q, k, v, scaling, window = heads
     groups = [(length, len(list(same))) for length, same in groupby(batch.lengths)]
     rows = [length * n for length, n in groups]
     outputs: list[torch.Tensor] = []
     pieces = zip(*(torch.split(x[0], rows, dim=1) for x in (q, k, v)), strict=True)
     for (length, n), piece in zip(groups, pieces, strict=True):
         mask = None
-        if sliding_window is not None and sliding_window < length:
-            mask = _window_mask(batch, length, window=sliding_window, like=q)
+        if window is not None and window < length:
+            mask = _window_mask(batch, length, window=window, like=q)
         q_n, k_n, v_n = (x.view(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
         o = scaled_dot_product_attention(
             q_n,

@@ -19,7 +19,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from weaver.engine.adapters import CONFIG, read_adapter, read_json, read_tensors, write_adapter
+from weaver.engine.adapters import (
+    CONFIG,
+    corrupt,
+    read_adapter,
+    read_json,
+    read_tensors,
+    write_adapter,
+)
 from weaver.engine.base import WeightSnapshot
 from weaver.engine.models import (
     check_finite,
@@ -29,7 +36,6 @@ from weaver.engine.models import (
     without_progress_bars,
 )
 from weaver.errors import (
-    CheckpointCorruptError,
     CheckpointMismatchError,
     InvalidParamsError,
     StorageError,
@@ -120,21 +126,17 @@ def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
         UnsupportedError: a variant of LoRA.
     """
     version = read_state(folder).step if (folder / STATE).exists() else 0
-    if (folder / CONFIG).exists():
-        tensors, config = read_adapter(folder, facts=facts)
-        return WeightSnapshot(
-            base_model=facts.info.name,
-            training_mode="lora",
-            lora_config=config,
-            version=version,
-            tensors=tensors,
-        )
+    tensors, config = (
+        read_adapter(folder, facts=facts)
+        if (folder / CONFIG).exists()
+        else (_read_model(folder), None)
+    )
     return WeightSnapshot(
         base_model=facts.info.name,
-        training_mode="full_ft",
-        lora_config=None,
+        training_mode="lora" if config else "full_ft",
+        lora_config=config,
         version=version,
-        tensors=_read_model(folder),
+        tensors=tensors,
     )
 
 
@@ -147,9 +149,7 @@ def read_state(folder: Path) -> State:
     try:
         return State(**read_json(folder / STATE))
     except InvalidParamsError as error:
-        raise CheckpointCorruptError(
-            f"{STATE} in {folder}: {error}", field="path", hint="Use another checkpoint."
-        ) from error
+        raise corrupt(folder / STATE, f"is broken: {error}") from error
 
 
 def _state_of(run: Run) -> State:
@@ -187,9 +187,7 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
     try:
         module = read_module(folder, name=str(folder), config=None, dtype=torch.float32)
     except UnsupportedError as error:
-        raise CheckpointCorruptError(
-            error.message, field="path", hint="Use another checkpoint."
-        ) from error
+        raise corrupt(folder / "model.safetensors", f"is broken: {error.message}") from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
@@ -228,11 +226,7 @@ def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
         if stepped
     } | {ADAM_STEP: torch.Size()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise CheckpointCorruptError(
-            f"{OPTIMIZER} in {folder} does not fit the weights beside it.",
-            field="path",
-            hint="Use another checkpoint, or load without the optimizer.",
-        )
+        raise corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
     return tensors
 
 

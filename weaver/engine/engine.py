@@ -55,16 +55,8 @@ class TorchEngine:
         self._store = ModelStore(
             self._catalog, device=_device(device), dtype=DTYPES[dtype], threads=threads
         )
-        self._trainer = TorchTrainer(self._store, deterministic=deterministic)
-        self._sampler = TorchSampler(self._store, deterministic=deterministic)
-
-    @property
-    def trainer(self) -> TorchTrainer:
-        return self._trainer
-
-    @property
-    def sampler(self) -> TorchSampler:
-        return self._sampler
+        self.trainer = TorchTrainer(self._store, deterministic=deterministic)
+        self.sampler = TorchSampler(self._store, deterministic=deterministic)
 
     @property
     def description(self) -> str:
@@ -106,8 +98,8 @@ class TorchEngine:
 
     def close(self) -> None:
         """Forgets every model, run and sample."""
-        self._trainer.close()
-        self._sampler.close()
+        self.trainer.close()
+        self.sampler.close()
         self._store.close()
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from weaver.engine.packing import Heads
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,32 +55,24 @@ class PrefillPass:
         self._parts = parts
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """q [1, Hq, T, D], k and v [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
+        """-> [1, T, Hq, D]"""
+        q, k, v, scaling, window = heads
         outputs: list[torch.Tensor] = []
         row = 0
         for part, (prompt, n) in enumerate(self._parts):
             first, end = prompt.filled, prompt.filled + n
             prompt.kv[0, layer, :, first:end] = k[0, :, row : row + n]
             prompt.kv[1, layer, :, first:end] = v[0, :, row : row + n]
-            begin = 0 if sliding_window is None else max(0, first - sliding_window + 1)
-            causal = first == 0 and (sliding_window is None or sliding_window >= end)
+            begin = 0 if window is None else max(0, first - window + 1)
+            causal = first == 0 and (window is None or window >= end)
             keys, values = prompt.kv[:, layer, None, :, begin:end]
             outputs.append(
                 scaled_dot_product_attention(
                     q[:, :, row : row + n],
                     keys,
                     values,
-                    attn_mask=None if causal else self._mask(part, begin, window=sliding_window),
+                    attn_mask=None if causal else self._mask(part, begin, window=window),
                     is_causal=causal,
                     scale=scaling,
                     enable_gqa=q.shape[1] != k.shape[1],
@@ -103,15 +97,13 @@ class PrefillPass:
         return self._masks[part, window]
 
 
+@dataclass(slots=True, eq=False)
 class CachedRow:
     """A running row's place; only its cache changes it."""
 
-    __slots__ = ("arena", "length", "slot")
-
-    def __init__(self, arena: _Arena, *, slot: int, length: int) -> None:
-        self.arena = arena
-        self.slot = slot
-        self.length = length
+    arena: _Arena
+    slot: int
+    length: int
 
 
 class RowCache:
@@ -140,14 +132,6 @@ class RowCache:
                 row.arena, row.slot = moved.arena, moved.slot
                 row.arena.rows[row.slot] = row
         return DecodePass(list(self._arenas.values()), rows)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(len(arena.rows) for arena in self._arenas.values())
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(arena.kv.nbytes for arena in self._arenas.values())
 
     def _arena(self, length: int) -> _Arena:
         """The one for rows of `length` tokens."""
@@ -178,7 +162,7 @@ class _Arena:
         self._grow(slots.stop)
         self.kv[:, :, slots, :, :length] = kv[:, :, None]
         self.kv[:, :, slots, :, length:] = 0
-        rows = [CachedRow(self, slot=first + i, length=length) for i in range(count)]
+        rows = [CachedRow(self, first + i, length) for i in range(count)]
         self.rows += rows
         return rows
 
@@ -208,24 +192,15 @@ class DecodePass:
             _ArenaPass(arena, [order[id(row)] for row in arena.rows]) for arena in arenas
         ]
 
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """q [1, Hq, B, D], k and v [1, Hkv, B, D] -> [1, B, Hq, D]."""
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
+        """-> [1, B, Hq, D]; every row is a sequence of one token."""
+        q, k, v = (x[0].transpose(0, 1) for x in heads[:3])
         if len(self._parts) == 1 and self._parts[0].in_order:
-            return self._parts[0].attend(layer, q, k, v, scaling, sliding_window)[None]
+            return self._parts[0].attend(layer, Heads(q, k, v, *heads[3:]))[None]
         output = torch.empty_like(q)
         for part in self._parts:
             rows = part.batch_rows
-            output[rows] = part.attend(layer, q[rows], k[rows], v[rows], scaling, sliding_window)
+            output[rows] = part.attend(layer, Heads(q[rows], k[rows], v[rows], *heads[3:]))
         return output[None]
 
     def finish(self) -> None:
@@ -250,27 +225,20 @@ class _ArenaPass:
         self.in_order = batch_rows == list(range(len(batch_rows)))
         self.batch_rows = torch.tensor(batch_rows, device=device)
 
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
         """q [n, Hq, D], k and v [n, Hkv, D] -> [n, Hq, D].
 
         The query heads of one key head are the rows of one product. In fp32 on a CPU two batched
         products take 0.6 of the time of `scaled_dot_product_attention`.
         """
-        n, heads, size = k.shape
+        q, k, v, scaling, window = heads
+        n, kv_heads, size = k.shape
         for cached, new in zip(self._kv[:, layer], (k, v), strict=True):
             cached.view(-1, size).index_copy_(0, self._write, new.reshape(-1, size))
         begin = 0 if window is None else max(0, self._shortest - window + 1)
         keys, values = self._kv[:, layer, :n].flatten(1, 2)[:, :, begin : self._width]
-        groups = q.reshape(n * heads, -1, size)
-        mask = self._mask(begin, heads=heads, window=window)
+        groups = q.reshape(n * kv_heads, -1, size)
+        mask = self._mask(begin, kv_heads=kv_heads, window=window)
         if q.dtype == torch.float32 and q.device.type == "cpu":
             scores = torch.baddbmm(mask, groups, keys.transpose(1, 2), alpha=scaling)
             output = torch.bmm(scores.softmax(-1), values)
@@ -280,14 +248,14 @@ class _ArenaPass:
             )
         return output.view(q.shape)
 
-    def _mask(self, begin: int, *, heads: int, window: int | None) -> torch.Tensor:
+    def _mask(self, begin: int, *, kv_heads: int, window: int | None) -> torch.Tensor:
         """[n * Hkv, 1, keys from `begin`]: 0 where visible, else -inf."""
         if window not in self._masks:
             seen = torch.arange(begin, self._width, device=self._kv.device)
             visible = _visible(seen, self._at[:, None], window)
             mask = torch.zeros_like(visible, dtype=self._kv.dtype)
             mask.masked_fill_(~visible, -torch.inf)
-            self._masks[window] = mask.repeat_interleave(heads, 0)[:, None]
+            self._masks[window] = mask.repeat_interleave(kv_heads, 0)[:, None]
         return self._masks[window]
 
 

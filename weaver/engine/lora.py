@@ -47,9 +47,6 @@ class Adapter:
             named[f"{PREFIX}{path}.lora_B.weight"] = pair.b
         return named
 
-    def parameters(self) -> list[torch.Tensor]:
-        return list(self.tensors().values())
-
 
 @dataclass(frozen=True, slots=True)
 class Target:

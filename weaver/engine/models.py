@@ -16,6 +16,7 @@ from transformers.utils import logging
 from weaver.engine.attention import register
 from weaver.engine.catalog import only_here
 from weaver.engine.head import head_of
+from weaver.engine.kv_cache import CacheShape
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
 from weaver.engine.packing import pack
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from weaver.engine.catalog import Catalog, ModelFacts
     from weaver.engine.lora import Adapter
     from weaver.engine.packing import PackedBatch
-    from weaver.types import ModelInfo
 
 TOLERANCE = 1e-3
 
@@ -48,10 +48,20 @@ class LoadedModel:
         self, facts: ModelFacts, module: Any, *, catalog: Catalog, trainable: bool
     ) -> None:
         self.facts = facts
+        self.info = facts.info
         self.module = module
+        self.device: torch.device = module.device
+        self.dtype: torch.dtype = module.dtype
         self.trainable = trainable
         self.routing = Routing()
         self._catalog = catalog
+        self.cache_shape = CacheShape(
+            num_layers=facts.num_layers,
+            num_kv_heads=facts.num_kv_heads,
+            head_dim=facts.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
         module.requires_grad_(trainable).eval()
         linear = module.get_output_embeddings()
         path = next(name for name, m in module.named_modules() if m is linear)
@@ -61,22 +71,8 @@ class LoadedModel:
         self._check()
 
     @property
-    def info(self) -> ModelInfo:
-        return self.facts.info
-
-    @property
     def tokenizer(self) -> Any:
         return self._catalog.tokenizer(self.info.name)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.module.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.module.dtype
-        return dtype
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weaver.engine.logprobs import Scores
 
 RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro")
+MEANS = ("ratio_mean", "clip_fraction", "kl_k1", "kl_k2", "kl_k3", "entropy")
 
 
 class Objective:
@@ -36,7 +37,7 @@ class Objective:
         self._factor = self._reduction()
         self._loss_sum = 0.0
         self._counted = 0
-        self._sums = dict.fromkeys(("ratio", "clipped", "k1", "k2", "k3", "entropy"), 0.0)
+        self._sums = dict.fromkeys(MEANS, 0.0)
         self._ratio_bounds = (math.inf, -math.inf)
 
     def active(self, indices: Sequence[int]) -> torch.Tensor:
@@ -69,18 +70,12 @@ class Objective:
         }
         if self.job.loss_fn not in RATIO_LOSSES:
             return common
-        n = max(self._counted, 1)
-        low, high = self._ratio_bounds if self._counted else (1.0, 1.0)
-        return common | {
-            "ratio_mean": self._sums["ratio"] / n if self._counted else 1.0,
-            "ratio_min": low,
-            "ratio_max": high,
-            "clip_fraction": self._sums["clipped"] / n,
-            "kl_k1": self._sums["k1"] / n,
-            "kl_k2": self._sums["k2"] / n,
-            "kl_k3": self._sums["k3"] / n,
-            "entropy": self._sums["entropy"] / n,
-        }
+        if not self._counted:
+            ones = dict.fromkeys(("ratio_mean", "ratio_min", "ratio_max"), 1.0)
+            return common | self._sums | ones
+        low, high = self._ratio_bounds
+        means = {name: total / self._counted for name, total in self._sums.items()}
+        return common | means | {"ratio_min": low, "ratio_max": high}
 
     def _values(
         self,

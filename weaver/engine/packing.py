@@ -7,7 +7,7 @@ keyword of the model call to `weaver.engine.attention`. T is the rows of the who
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
     from weaver.engine.lora import Adapter
 
 
+class Heads(NamedTuple):
+    """What a layer attends with, after rotary embedding."""
+
+    q: torch.Tensor
+    """[1, Hq, T, D]"""
+    k: torch.Tensor
+    """[1, Hkv, T, D]"""
+    v: torch.Tensor
+    scaling: float
+    window: int | None
+    """w lets position i see (i - w, i]; None sees [0, i]."""
+
+
 class AttentionCache(Protocol):
     """Keys and values of earlier tokens; a batch that has one attends through it."""
 
-    def attend(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """q [1, Hq, T, D], k and v [1, Hkv, T, D], after rotary embedding -> [1, T, Hq, D].
-
-        `sliding_window` w lets position i see (i - w, i]; None sees [0, i].
-        """
+    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
+        """-> [1, T, Hq, D]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,15 +63,21 @@ def pack(
     *,
     adapters: Sequence[Adapter | None],
     device: torch.device,
+    starts: Sequence[int] | None = None,
+    cache: AttentionCache | None = None,
 ) -> PackedBatch:
-    """Packs whole sequences, each from position 0, in the given order.
+    """Packs sequences in the given order, each from position 0, or from its start in `cache`.
 
     Neighbours of one length share an attention call: sort by length where order is free.
     """
     tokens = [token for sequence in sequences for token in sequence]
+    begins = starts or [0] * len(sequences)
+    spans = zip(begins, sequences, strict=True)
+    positions = [start + i for start, sequence in spans for i in range(len(sequence))]
     return PackedBatch(
         input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
-        position_ids=torch.cat([torch.arange(len(s), device=device) for s in sequences]),
+        position_ids=torch.tensor(positions, dtype=torch.int64, device=device),
         lengths=tuple(len(s) for s in sequences),
         adapters=tuple(adapters),
+        cache=cache,
     )

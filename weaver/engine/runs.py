@@ -11,8 +11,6 @@ from weaver.engine.base import WeightSnapshot
 from weaver.errors import NoGradientsError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from weaver.engine.lora import Adapter
     from weaver.engine.models import LoadedModel
     from weaver.types import AdamParams, LoraConfig, TrainingMode
@@ -47,13 +45,6 @@ class Run:
 
     def reset_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
-
-    def accumulate(self, gradient: Sequence[torch.Tensor]) -> None:
-        if self.gradient is None:
-            self.gradient = list(gradient)
-        else:
-            for total, part in zip(self.gradient, gradient, strict=True):
-                total.add_(part)
 
     def optim_step(self, params: AdamParams) -> float:
         """AdamW on the accumulated gradient, clipped to a global norm; answers the norm before.
@@ -98,3 +89,11 @@ class Run:
             version=self.step,
             tensors={n: p.detach().clone() for n, p in self.named_parameters().items()},
         )
+
+
+def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`total` plus `parts`, in the place of `total` where there is one."""
+    if total is None:
+        return parts
+    torch._foreach_add_(total, parts)
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,41 +155,23 @@ class RunningJob:
             stop_token_ids=self._stop_token_ids,
             stream=self.job.stream,
         )
-        return Row(self, index=index, key=self._keys[index], continuation=continuation, seen=seen)
+        return Row(self, index, self._keys[index], continuation, seen)
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """One sample while it runs."""
 
-    __slots__ = (
-        "cached",
-        "continuation",
-        "index",
-        "job",
-        "key",
-        "logprobs",
-        "sampling_logprobs",
-        "seen",
-    )
-
-    def __init__(
-        self,
-        job: RunningJob,
-        *,
-        index: int,
-        key: int,
-        continuation: Continuation,
-        seen: torch.Tensor | None,
-    ) -> None:
-        self.job = job
-        self.index = index
-        self.key = key
-        self.continuation = continuation
-        self.seen = seen
-        """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
-        self.cached: CachedRow | None = None
-        self.logprobs: list[float] = []
-        self.sampling_logprobs: list[float] = []
+    job: RunningJob
+    index: int
+    key: int
+    """Of its stream of random numbers."""
+    continuation: Continuation
+    seen: torch.Tensor | None
+    """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
+    cached: CachedRow | None = None
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:

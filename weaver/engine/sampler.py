@@ -16,8 +16,8 @@ from weaver.engine.admission import Admission
 from weaver.engine.base import SampleProgress
 from weaver.engine.checkpoints import read_snapshot
 from weaver.engine.fairness import in_turn
-from weaver.engine.kv_cache import CacheShape, PrefillPass, PromptCache, RowCache
-from weaver.engine.packing import PackedBatch
+from weaver.engine.kv_cache import PrefillPass, PromptCache, RowCache
+from weaver.engine.packing import pack
 from weaver.engine.sample_jobs import RunningJob
 from weaver.engine.sampling import draw_uniforms, row_params, sample
 from weaver.engine.weights import PublishedWeights, publish_snapshot
@@ -160,23 +160,19 @@ class TorchSampler:
         self, model: LoadedModel, parts: Sequence[tuple[RunningJob, int]]
     ) -> torch.Tensor:
         """[T, H] of the next tokens of each job."""
-        tokens: list[int] = []
-        positions: list[int] = []
         caches: list[tuple[PromptCache, int]] = []
         for job, size in parts:
             if job.cache is None:
-                job.cache = PromptCache(_shape(model), length=len(job.prompt))
-            tokens += job.prompt[job.read : job.read + size]
-            positions += range(job.read, job.read + size)
+                job.cache = PromptCache(model.cache_shape, length=len(job.prompt))
             caches.append((job.cache, size))
         cache = PrefillPass(caches)
         self._store.use_threads(model)
         hidden = model.hidden_states(
-            PackedBatch(
-                input_ids=torch.tensor(tokens, device=model.device),
-                position_ids=torch.tensor(positions, device=model.device),
-                lengths=tuple(size for _, size in parts),
-                adapters=tuple(job.weights.adapter for job, _ in parts),
+            pack(
+                [job.prompt[job.read : job.read + size] for job, size in parts],
+                adapters=[job.weights.adapter for job, _ in parts],
+                device=model.device,
+                starts=[job.read for job, _ in parts],
                 cache=cache,
             )
         )
@@ -240,13 +236,13 @@ class TorchSampler:
     def _progress(self, job: RunningJob) -> SampleProgress | None:
         """What this step did for a job; one that ended is forgotten."""
         deltas, job.deltas = job.deltas, []
-        if job.error is None and not job.done:
-            return SampleProgress(job_id=job.job.job_id, deltas=deltas) if deltas else None
-        del self._jobs[job.job.job_id]
-        self._drop(job)
-        if job.error is not None:
-            return SampleProgress(job_id=job.job.job_id, deltas=deltas, error=job.error)
-        return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=job.result())
+        result = job.result() if job.error is None and job.done else None
+        if job.error is not None or result is not None:
+            del self._jobs[job.job.job_id]
+            self._drop(job)
+        elif not deltas:
+            return None
+        return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=result, error=job.error)
 
     def _drop(self, job: RunningJob) -> None:
         self._admission.release(job)
@@ -262,7 +258,7 @@ class _Group:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.rows: list[Row] = []
-        self._cache = RowCache(_shape(model))
+        self._cache = RowCache(model.cache_shape)
         self._params: RowParams | None = None
 
     def add(self, rows: Sequence[Row], prompt: PromptCache) -> None:
@@ -290,17 +286,14 @@ class _Group:
         """float32 [B, V] behind the last token of each row."""
         model = self.model
         places = [row.place for row in self.rows]
-        positions = [place.length for place in places]
-        adapters = tuple(row.job.weights.adapter for row in self.rows)
+        adapters = [row.job.weights.adapter for row in self.rows]
         cache = self._cache.decode(places)
         hidden = model.hidden_states(
-            PackedBatch(
-                input_ids=torch.tensor(
-                    [row.continuation.tokens[-1] for row in self.rows], device=model.device
-                ),
-                position_ids=torch.tensor(positions, device=model.device),
-                lengths=(1,) * len(places),
+            pack(
+                [row.continuation.tokens[-1:] for row in self.rows],
                 adapters=adapters,
+                device=model.device,
+                starts=[place.length for place in places],
                 cache=cache,
             )
         )
@@ -338,13 +331,3 @@ def _row_params(rows: Sequence[Row], model: LoadedModel) -> RowParams:
 def _logits(job: RunningJob) -> torch.Tensor:
     assert job.logits is not None
     return job.logits
-
-
-def _shape(model: LoadedModel) -> CacheShape:
-    return CacheShape(
-        num_layers=model.facts.num_layers,
-        num_kv_heads=model.facts.num_kv_heads,
-        head_dim=model.facts.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-    )

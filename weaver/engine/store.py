@@ -11,8 +11,6 @@ import torch
 from weaver.engine.models import LoadedModel, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from weaver.engine.catalog import Catalog
 
 SMALL_MODEL = 20_000_000
@@ -43,7 +41,7 @@ class ModelStore:
             )
         return self._models[name]
 
-    def own(self, name: str, *, weights: Mapping[str, torch.Tensor] | None = None) -> LoadedModel:
+    def own(self, name: str) -> LoadedModel:
         """A trainable model of one run's own, in float32 whatever the base's dtype."""
         return load_model(
             self.catalog.facts(name),
@@ -51,7 +49,6 @@ class ModelStore:
             device=self.device,
             dtype=torch.float32,
             trainable=True,
-            weights=weights,
         )
 
     def use_threads(self, model: LoadedModel) -> None:

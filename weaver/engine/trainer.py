@@ -20,7 +20,7 @@ from weaver.engine.models import check_finite
 from weaver.engine.objective import Objective
 from weaver.engine.packing import pack
 from weaver.engine.passes import plan_passes
-from weaver.engine.runs import Run
+from weaver.engine.runs import Run, added
 from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
@@ -181,11 +181,7 @@ class _Task:
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.run.parameters(), parts, strict=True)
         ]
-        if self.gradient is None:
-            self.gradient = dense
-        else:
-            for total, part in zip(self.gradient, dense, strict=True):
-                total.add_(part)
+        self.gradient = added(self.gradient, dense)
 
     def fail(self, what: str, *, field: str) -> None:
         self.error = NonFiniteError(
@@ -208,7 +204,7 @@ class _Task:
         if self.error is not None:
             return self.error
         if self.gradient is not None:
-            self.run.accumulate(self.gradient)
+            self.run.gradient = added(self.run.gradient, self.gradient)
         return ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))

@@ -43,6 +43,7 @@ class FakeEngine:
         hook: Callable[[str, object], None] = lambda name, argument: None,
     ) -> None:
         self.hook = hook
+        self.description = "fake engine"
         self._models = {
             name: ModelInfo(
                 name=name,
@@ -53,21 +54,9 @@ class FakeEngine:
             )
             for name in models
         }
-        self._trainer = FakeTrainer(self)
-        self._sampler = FakeSampler(self, slots=slots)
+        self.trainer = FakeTrainer(self)
+        self.sampler = FakeSampler(self, slots=slots)
         self._calling = threading.Lock()
-
-    @property
-    def trainer(self) -> FakeTrainer:
-        return self._trainer
-
-    @property
-    def sampler(self) -> FakeSampler:
-        return self._sampler
-
-    @property
-    def description(self) -> str:
-        return "fake engine"
 
     def list_models(self) -> Sequence[ModelInfo]:
         return list(self._models.values())

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from weaver.errors import CheckpointCorruptError, CheckpointMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from pathlib import Path
 
 Floats = npt.NDArray[np.float64]
@@ -68,43 +68,29 @@ def read_weights(folder: Path, base_model: str) -> tuple[Floats, int]:
     return weights, state["step"]
 
 
-def decode(tokens: Iterable[int]) -> str:
-    """The text of the tokens so far; bytes of an unfinished character are left out."""
-    return bytes(token for token in tokens if token < EOS).decode(errors="ignore")
+class ByteTokenizer:
+    """Token b is the byte b."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return bytes(token for token in token_ids if token < EOS).decode(errors="replace")
 
 
 def tokenizer_files() -> dict[str, bytes]:
     """A byte tokenizer in the format of the `tokenizers` library: token b is the byte b."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     names = {byte: chr(byte) for byte in printable}
     names |= {byte: chr(256 + i) for i, byte in enumerate(others)}  # GPT-2's names of bytes
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": EOS,
-                "content": "<eos>",
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "trim_offsets": True},
-        "post_processor": None,
-        "decoder": {**byte_level, "trim_offsets": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {**{names[byte]: byte for byte in range(256)}, "<eos>": EOS},
-            "merges": [],
-        },
-    }
+    vocab = {name: byte for byte, name in names.items()} | {"<eos>": EOS}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<eos>",
@@ -113,6 +99,6 @@ def tokenizer_files() -> dict[str, bytes]:
         "chat_template": CHAT_TEMPLATE,
     }
     return {
-        "tokenizer.json": json.dumps(tokenizer).encode(),
+        "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
     }

@@ -17,12 +17,13 @@ from weaver.engine.fake.model import (
     BASE,
     EOS,
     VOCAB,
+    ByteTokenizer,
     Floats,
-    decode,
     log_softmax,
     logits,
     read_weights,
 )
+from weaver.engine.stops import Continuation
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import SampleJob, WeightSnapshot
     from weaver.engine.fake import FakeEngine
-    from weaver.types import StopReason
 
 
 @dataclass(slots=True, eq=False)
@@ -42,55 +42,37 @@ class _Row:
     weights: Floats
     index: int
     rng: random.Random
-    tokens: list[int] = field(default_factory=list)
+    continuation: Continuation
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
-    emitted: int = 0
-    """Characters that went out in deltas."""
-    stop_reason: StopReason | None = None
-
-    def text(self) -> str:
-        """The decoded tokens up to a stop string."""
-        text = decode(self.tokens)
-        ends = [at for stop in self.job.params.stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
+    delta: SampleDelta | None = None
+    """Of the newest token."""
 
     def push(self, token: int, logprob: float, sampling_logprob: float) -> None:
-        self.tokens.append(token)
+        text = self.continuation.push(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
-        params = self.job.params
-        if token == EOS or token in params.stop_token_ids:
-            self.stop_reason = "stop"
-        elif params.stop and len(self.text()) < len(decode(self.tokens)):
-            self.stop_reason = "stop"
-        elif len(self.tokens) == params.max_tokens:
-            self.stop_reason = "length"
+        if self.job.stream:
+            self.delta = SampleDelta(
+                index=self.index,
+                tokens=(token,),
+                text=text,
+                logprobs=(logprob,),
+                stop_reason=self.continuation.stop_reason,
+            )
 
-    def delta(self) -> SampleDelta:
-        """The newest token, and the text that no later token can turn into a stop string."""
-        text = self.text()
-        end = len(text)
-        if self.stop_reason is None:
-            stops = self.job.params.stop
-            end -= max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
-        piece, self.emitted = text[self.emitted : end], max(self.emitted, end)
-        return SampleDelta(
-            index=self.index,
-            tokens=(self.tokens[-1],),
-            text=piece,
-            logprobs=(self.logprobs[-1],),
-            stop_reason=self.stop_reason,
-        )
+    @property
+    def ended(self) -> bool:
+        return self.continuation.stop_reason is not None
 
     def sequence(self, version: int) -> SampledSequence:
-        assert self.stop_reason is not None
+        assert self.continuation.stop_reason is not None
         return SampledSequence(
-            tokens=tuple(self.tokens),
-            text=self.text(),
+            tokens=tuple(self.continuation.tokens),
+            text=self.continuation.text,
             logprobs=tuple(self.logprobs),
             sampling_logprobs=tuple(self.sampling_logprobs),
-            stop_reason=self.stop_reason,
+            stop_reason=self.continuation.stop_reason,
             weights_version=version,
         )
 
@@ -140,7 +122,8 @@ class FakeSampler:
             seed = self._count if job.params.seed is None else job.params.seed
             weights, version = self._weights[job.weights_id]
             rows = [
-                _Row(job, weights, i, random.Random(f"{seed}/{i}")) for i in range(job.num_samples)
+                _Row(job, weights, i, random.Random(f"{seed}/{i}"), _continuation(job))
+                for i in range(job.num_samples)
             ]
             self._jobs[job.job_id] = _Job(job, weights, version, rows)
             self._rows += rows
@@ -162,15 +145,15 @@ class FakeSampler:
                 by_weights.setdefault(id(row.weights), []).append(row)
             for rows in by_weights.values():
                 _draw(rows)
-            self._rows = [row for row in self._rows if row.stop_reason is None]
+            self._rows = [row for row in self._rows if not row.ended]
             deltas: dict[str, list[SampleDelta]] = {}
             for row in running:
-                if row.job.stream:
-                    deltas.setdefault(row.job.job_id, []).append(row.delta())
+                if row.delta is not None:
+                    deltas.setdefault(row.job.job_id, []).append(row.delta)
             results = {
                 job_id: _result(job)
                 for job_id, job in self._jobs.items()
-                if all(row.stop_reason is not None for row in job.rows)
+                if all(row.ended for row in job.rows)
             }
             for job_id in results:
                 del self._jobs[job_id]
@@ -182,9 +165,19 @@ class FakeSampler:
             ]
 
 
+def _continuation(job: SampleJob) -> Continuation:
+    return Continuation(
+        ByteTokenizer(),
+        length=job.params.max_tokens,
+        stop=job.params.stop,
+        stop_token_ids=frozenset({EOS, *job.params.stop_token_ids}),
+        stream=job.stream,
+    )
+
+
 def _draw(rows: list[_Row]) -> None:
     """The next token of rows [B] that share their weights, by the inverse of the distribution."""
-    last = np.array([row.tokens[-1] if row.tokens else row.job.prompt[-1] for row in rows])
+    last = np.array([(*row.job.prompt[-1:], *row.continuation.tokens[-1:])[-1] for row in rows])
     row_logits, _ = logits(rows[0].weights, last)
     temperatures = np.array([row.job.params.temperature for row in rows])
     greedy = temperatures == 0
