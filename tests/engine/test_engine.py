@@ -177,8 +177,8 @@ def test_a_head_that_is_not_known_is_refused(
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
 
 
-def test_text_and_chats_are_encoded(model_folder: Callable[[str], Path]) -> None:
-    engine = TorchEngine({"bare": model_folder("qwen3")})
+def test_text_and_chats_are_encoded(tmp_path: Path) -> None:
+    engine = TorchEngine({"bare": write_config(tmp_path, transformers.LlamaConfig(**SIZES))})
     tokens = engine.encode("weaver-nano", "rev:abc=")
     chat = engine.encode("weaver-nano", [Message(role="user", content="rev:abc=")])
     assert len(chat) > len(tokens) > 0
