@@ -240,19 +240,18 @@ def test_two_checkpoints_answer_side_by_side(site: Site) -> None:
     async def ask() -> list[list[str]]:
         async with HttpService(site.address, api_key=site.alice) as service:
             caller = await Caller.open(service)
-            params = SamplingParams(max_tokens=6, seed=7)
-            return [
-                [
-                    sequence.text
-                    for sequence in (
-                        await caller.do(
-                            Sample(sampler_id=path, prompt="hello", params=params, num_samples=2),
-                            Sampled,
-                        )
-                    ).output.sequences
-                ]
-                for path in (first, last)
-            ]
+            sample = Sample(
+                sampler_id="",
+                prompt="hello",
+                params=SamplingParams(max_tokens=6, seed=7),
+                num_samples=2,
+            )
+            texts = []
+            for path in (first, last):
+                asked = sample.model_copy(update={"sampler_id": path})
+                output = (await caller.do(asked, Sampled)).output
+                texts.append([sequence.text for sequence in output.sequences])
+            return texts
 
     assert shown == anyio.run(ask)
     shades = "new Set([...document.querySelectorAll('.token')].map(e => e.style.cssText)).size"
@@ -294,7 +293,6 @@ def test_load_is_for_administrators_and_others_runs_are_not_found(site: Site) ->
     assert browser.value("document.querySelector('#load-link').hidden")
     for place in ("#/runs/run-000000000000", "#/nowhere"):
         site.visit(place).see("Go to the runs")
-    assert "no run is called" not in browser.text().lower()
 
 
 def test_every_page_fits_narrow_screens_and_both_schemes(site: Site) -> None:
