@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from weaver_rl.types import Group
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver_rl.types import Group
-
+Groups = tuple[Group, ...]
 ZeroVariance = Literal["keep", "drop", "resample"]
 """keep: they count in the denominator; drop: they do not; resample: others take their place."""
 
@@ -24,8 +25,8 @@ ZeroVariance = Literal["keep", "drop", "resample"]
 class Filtered:
     """`Filtered(kept=(g1, g3), dropped=(g2,), zero_variance=1)`"""
 
-    kept: tuple[Group, ...]
-    dropped: tuple[Group, ...] = ()
+    kept: Groups
+    dropped: Groups = ()
     zero_variance: int = 0
     """Groups whose rewards are all equal, whether kept or dropped; groups of one are among them."""
     empty: int = 0

@@ -16,7 +16,6 @@ GAP_LIMIT = 1e-3
 """Nats. The engine keeps 1e-4; ten times that is a defect, not rounding."""
 KL_LIMIT = 0.5
 """Nats per token between the policy and the one that sampled: far outside any trust region."""
-TRUNCATED_LIMIT = 0.9
 COLLAPSE = 0.02
 """The share of its first entropy below which a policy has stopped exploring."""
 
@@ -29,47 +28,52 @@ class Hint:
     text: str
 
 
+ABOVE = (
+    (
+        "rollout/failed_fraction",
+        0.0,
+        "failures",
+        "{:.0%} of the rollouts failed and are left out of training. The first traceback is in the "
+        "log; try the reward with weaver_rl.check(reward, tasks).",
+    ),
+    (
+        "gap/max",
+        GAP_LIMIT,
+        "gap",
+        f"Trainer and sampler disagree by up to {{:.2g}} nats on a token (bound {GAP_LIMIT:g}). "
+        "Check that both use the same weights, dtype and temperature.",
+    ),
+    (
+        "train/kl_k3",
+        KL_LIMIT,
+        "kl",
+        "The policy moved {:.2g} nats per token away from the one that sampled. "
+        "Lower the learning rate, take fewer passes, or use a clipped loss (ppo).",
+    ),
+    (
+        "rollout/truncated_fraction",
+        0.9,
+        "truncated",
+        "{:.0%} of the replies were cut off by max_tokens. "
+        "Raise it, or give a stop string, such as a newline.",
+    ),
+)
+"""Metric, the most that is normal, the hint's name and text."""
+
+
 def find_hints(history: Sequence[Mapping[str, float]]) -> list[Hint]:
     """What looks wrong at the last step of `history`, oldest step first. [] is good news."""
     if not history:
         return []
     last = history[-1]
     first = next((row for row in history if "policy/surprise" in row), last)
-    found = (_failures(last), _gap(last), _kl(last), _loss(last), _truncated(last))
-    return [hint for hint in (*found, _equal(last), _collapse(first, last)) if hint is not None]
-
-
-def _failures(row: Mapping[str, float]) -> Hint | None:
-    share = row.get("rollout/failed_fraction", 0.0)
-    if share <= 0:
-        return None
-    return Hint(
-        "failures",
-        f"{share:.0%} of the rollouts failed and are left out of training. "
-        "The first traceback is in the log; try the reward with weaver_rl.check(reward, tasks).",
-    )
-
-
-def _gap(row: Mapping[str, float]) -> Hint | None:
-    gap = row.get("gap/max", 0.0)
-    if gap <= GAP_LIMIT:
-        return None
-    return Hint(
-        "gap",
-        f"Trainer and sampler disagree by up to {gap:.2g} nats on a token (bound {GAP_LIMIT:g}). "
-        "Check that both use the same weights, dtype and temperature.",
-    )
-
-
-def _kl(row: Mapping[str, float]) -> Hint | None:
-    kl = row.get("train/kl_k3", 0.0)
-    if kl <= KL_LIMIT:
-        return None
-    return Hint(
-        "kl",
-        f"The policy moved {kl:.2g} nats per token away from the one that sampled. "
-        "Lower the learning rate, take fewer passes, or use a clipped loss (ppo).",
-    )
+    found = [
+        Hint(name, text.format(last[metric]))
+        for metric, limit, name, text in ABOVE
+        if last.get(metric, 0.0) > limit
+    ]
+    found += [hint for hint in (_loss(last), _equal(last), _collapse(first, last)) if hint]
+    return found
 
 
 def _loss(row: Mapping[str, float]) -> Hint | None:
@@ -80,17 +84,6 @@ def _loss(row: Mapping[str, float]) -> Hint | None:
         "loss_zero",
         "The loss and its gradient are exactly 0: nothing is learned. "
         "Look at the advantages (all rewards equal?) and at the weights (all masked?).",
-    )
-
-
-def _truncated(row: Mapping[str, float]) -> Hint | None:
-    share = row.get("rollout/truncated_fraction", 0.0)
-    if share < TRUNCATED_LIMIT:
-        return None
-    return Hint(
-        "truncated",
-        f"{'All' if share == 1 else f'{share:.0%} of the'} replies were cut off by max_tokens. "
-        "Raise it, or give a stop string, such as a newline.",
     )
 
 

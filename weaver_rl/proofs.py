@@ -68,12 +68,12 @@ class Proof:
 
 
 async def importance_sampling(service: AsyncServiceClient, seed: int) -> Outcome:
-    learned = await _policy(service, _plan(seed))
-    best = max(learned.curve[:40])
+    sampler, curve = await _learn(service, _plan(seed))
+    greedy, best = await _held_out(sampler), max(curve[:40])
     return Outcome(
-        value=learned.greedy,
-        passed=best >= 0.90 and learned.greedy >= 0.95,
-        curve=learned.curve,
+        value=greedy,
+        passed=best >= 0.90 and greedy >= 0.95,
+        curve=curve,
         note=f"best mean reward within 40 steps {best:.3f}",
     )
 
@@ -88,14 +88,9 @@ def held_out_after(
 
     async def run(service: AsyncServiceClient, seed: int) -> Outcome:
         plan = replace(_plan(seed), objective=objective, advantage=advantage)
-        plan = replace(plan, passes=passes, minibatches=passes)
-        learned = await _policy(service, plan)
-        return Outcome(
-            value=learned.greedy,
-            passed=learned.greedy >= 0.90,
-            curve=learned.curve,
-            note=f"sampled {learned.sampled:.3f}",
-        )
+        sampler, curve = await _learn(service, replace(plan, passes=passes, minibatches=passes))
+        greedy = await _held_out(sampler)
+        return Outcome(value=greedy, passed=greedy >= 0.90, curve=curve)
 
     return run
 
@@ -110,7 +105,7 @@ async def rejection_sampling(service: AsyncServiceClient, seed: int) -> Outcome:
         keep=Keep(threshold=1.0, unique=False),
         run=Run(loggers=Loggers(curve)),
     )
-    greedy = await _greedy(done.sampler)
+    greedy = await _held_out(done.sampler)
     return Outcome(value=greedy, passed=greedy >= 0.97, curve=curve.values)
 
 
@@ -119,37 +114,39 @@ async def supervised_tuning(service: AsyncServiceClient, seed: int) -> Outcome:
     examples = [{"prompt": one["prompt"], "completion": one["answer"]} for one in TRAIN]
     plan = SupervisedPlan(epochs=10, batch_tokens=2048, learning_rate=2e-3, seed=seed)
     done = await supervised(trainer, examples, plan, run=Run(loggers=Loggers(curve)))
-    greedy = await _greedy(done.sampler)
+    greedy = await _held_out(done.sampler)
     return Outcome(value=greedy, passed=greedy >= 0.99, curve=curve.values)
 
 
 async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
-    tasks = guess_number_tasks(7)
+    tasks, played = guess_number_tasks(7), each(guess_number)
     plan = replace(_plan(seed), groups_per_step=7 * 4)
-    learned = await _policy(
-        service, plan, environment=each(guess_number), tasks=tasks * 4, held_out=tasks
-    )
-    won = learned.scores["won"]
-    return Outcome(value=won, passed=won == 1.0, curve=learned.curve)
+    sampler, curve = await _learn(service, plan, environment=played, tasks=tasks * 4)
+    greedy = SAMPLING.model_copy(update={"temperature": 0.0})
+    found = await evaluate(sampler, tasks, environment=played, sampling=greedy)
+    won = float(np.mean([group.rollouts[0].metrics["won"] for group in found.groups]))
+    return Outcome(value=won, passed=won == 1.0, curve=curve)
 
 
 async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
     """The held-out difference of PPO's ratio and no correction, mean of three seeds."""
-    ends: dict[str, list[float]] = {"ratio": [], "none": []}
-    curve: tuple[float, ...] = ()
+    means: list[float] = []
+    curves: list[tuple[float, ...]] = []
     for objective in (
         Objective(loss_fn="ppo", correction="ratio"),
         Objective(loss_fn="cross_entropy", correction="none"),
     ):
+        ends = []
         for one in range(seed, seed + 3):
             plan = replace(_plan(one), objective=objective, max_staleness=8)
-            learned = await _policy(service, plan)
-            ends[str(objective.correction)].append(learned.greedy)
-            curve = curve or learned.curve
-    means = {name: float(np.mean(values)) for name, values in ends.items()}
-    value = means["ratio"] - means["none"]
-    note = f"with correction {means['ratio']:.3f}, without {means['none']:.3f}"
-    return Outcome(value=value, passed=value >= 0.4, curve=curve, note=note)
+            sampler, curve = await _learn(service, plan)
+            ends.append(await _held_out(sampler))
+            curves.append(curve)
+        means.append(float(np.mean(ends)))
+    corrected, plain = means
+    note = f"with correction {corrected:.3f}, without {plain:.3f}"
+    value = corrected - plain
+    return Outcome(value=value, passed=value >= 0.4, curve=curves[0], note=note)
 
 
 async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
@@ -158,27 +155,28 @@ async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
     def thrown(task: Task, reply: Reply) -> float:
         return float(dice.random() < 0.5)
 
-    learned = await _policy(service, _plan(seed), environment=single_turn(thrown))
-    return Outcome(value=learned.sampled, passed=learned.sampled <= 0.30, curve=learned.curve)
+    sampler, curve = await _learn(service, _plan(seed), environment=single_turn(thrown))
+    sampled = await _held_out(sampler, samples=4)
+    return Outcome(value=sampled, passed=sampled <= 0.30, curve=curve)
 
 
 async def flipped_advantage(service: AsyncServiceClient, seed: int) -> Outcome:
     def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
         return -group_centred(rewards_P_G, valid_P_G)
 
-    learned = await _policy(service, replace(_plan(seed), advantage=flipped))
-    return Outcome(value=learned.sampled, passed=learned.sampled <= 0.05, curve=learned.curve)
+    sampler, curve = await _learn(service, replace(_plan(seed), advantage=flipped))
+    sampled = await _held_out(sampler, samples=4)
+    return Outcome(value=sampled, passed=sampled <= 0.05, curve=curve)
 
 
 async def zero_learning_rate(service: AsyncServiceClient, seed: int) -> Outcome:
     """The largest change of a log-probability, which must be exactly 0."""
     trainer = await service.create_model(MODEL, LORA, seed=seed)
     before = await _logprobs(trainer)
-    learned = await _policy(
-        service, replace(_plan(seed), steps=5, learning_rate=0.0), trainer=trainer
-    )
+    plan = replace(_plan(seed), steps=5, learning_rate=0.0)
+    _, curve = await _learn(service, plan, trainer=trainer)
     value = float(np.abs(await _logprobs(trainer) - before).max())
-    return Outcome(value=value, passed=value == 0.0, curve=learned.curve)
+    return Outcome(value=value, passed=value == 0.0, curve=curve)
 
 
 PROOFS: tuple[Proof, ...] = (
@@ -276,68 +274,30 @@ class Curve:
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Learned:
-    curve: tuple[float, ...]
-    greedy: float
-    """Mean greedy reward of the held-out tasks."""
-    sampled: float
-    """The same at temperature 1, four samples a task."""
-    scores: dict[str, float]
-    """Mean greedy metrics of the environment."""
-
-
 def _plan(seed: int) -> Plan:
     return Plan(steps=60, sampling=SAMPLING, seed=seed, max_failure_rate=0.0)
 
 
-async def _policy(
+async def _learn(
     service: AsyncServiceClient,
     plan: Plan,
     *,
     environment: GroupEnvironment | None = None,
     tasks: Sequence[Task] = TRAIN,
-    held_out: Sequence[Task] = HELD_OUT,
     trainer: AsyncTrainingClient | None = None,
-) -> _Learned:
+) -> tuple[AsyncSamplingClient, tuple[float, ...]]:
+    """The final weights, and the mean reward by step."""
     trainer = trainer or await service.create_model(MODEL, LORA, seed=plan.seed)
-    curve = Curve("reward/mean")
-    done = await off_policy(
-        trainer,
-        tasks,
-        environment or single_turn(exact),
-        plan,
-        run=Run(loggers=Loggers(curve)),
-    )
-    judged = environment if environment is not None and tasks is not TRAIN else single_turn(exact)
-    greedy = await evaluate(
-        done.sampler,
-        held_out,
-        environment=judged,
-        sampling=plan.sampling.model_copy(update={"temperature": 0.0}),
-    )
-    sampled = await evaluate(
-        done.sampler, held_out, environment=judged, sampling=plan.sampling, num_samples=4
-    )
-    assert greedy.mean is not None
-    assert sampled.mean is not None
-    rollouts = [rollout for group in greedy.groups for rollout in group.rollouts]
-    scores = {
-        name: float(np.mean([rollout.metrics[name] for rollout in rollouts]))
-        for name in rollouts[0].metrics
-    }
-    return _Learned(
-        curve=curve.values, greedy=greedy.mean.value, sampled=sampled.mean.value, scores=scores
-    )
+    run, curve = Run(), Curve("reward/mean")
+    run.loggers = Loggers(curve)
+    done = await off_policy(trainer, tasks, environment or single_turn(exact), plan, run=run)
+    return done.sampler, curve.values
 
 
-async def _greedy(sampler: AsyncSamplingClient) -> float:
-    found = await evaluate(
-        sampler,
-        HELD_OUT,
-        reward=exact,
-        sampling=SAMPLING.model_copy(update={"temperature": 0.0}),
-    )
+async def _held_out(sampler: AsyncSamplingClient, *, samples: int = 1) -> float:
+    """The mean reward of words that were never trained on: greedy, or sampled at temperature 1."""
+    sampling = SAMPLING.model_copy(update={"temperature": float(samples > 1)})
+    found = await evaluate(sampler, HELD_OUT, reward=exact, sampling=sampling, num_samples=samples)
     assert found.mean is not None
     return found.mean.value
 

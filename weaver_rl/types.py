@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from weaver.types import StopReason
+from weaver import types
 
+StopReason = types.StopReason
 Task = Mapping[str, Any]
 """One problem: `{"prompt": "rev:abc=", "answer": "cba"}`; an environment decides what it needs.
 

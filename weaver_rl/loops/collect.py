@@ -6,21 +6,21 @@ No state passes from step to step: which tasks are played and every sampling see
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
 
 from weaver_rl import filters
 from weaver_rl.data import TaskStream
+from weaver_rl.filters import Filtered
 from weaver_rl.rollouts import FailureWatch, sample_groups
 from weaver_rl.seeds import derive_seed
-from weaver_rl.types import Failure, Group, Rollout, Segment, Trajectory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weaver import AsyncSamplingClient
     from weaver_rl.environments import GroupEnvironment
-    from weaver_rl.filters import Filtered
     from weaver_rl.plan import Plan
     from weaver_rl.types import Task
 
@@ -52,7 +52,7 @@ async def collect(
         RolloutsFailedError: too many failed.
         WeaverError: the service failed.
     """
-    done = filters.Filtered(kept=())
+    done = Filtered(kept=())
     for number in range(MAX_ROUNDS if plan.zero_variance == "resample" else 1):
         # Whole steps are drawn, so that what is drawn does not depend on how many are missing.
         drawn = tasks_of_step(
@@ -73,42 +73,15 @@ async def collect(
     return done
 
 
+FILTERED: TypeAdapter[Filtered] = TypeAdapter(Filtered)
+
+
 def to_json(done: Filtered) -> dict[str, Any]:
     """Rollouts that a checkpoint must keep, since the weights that sampled them will be gone."""
-    return asdict(done)
+    data: dict[str, Any] = FILTERED.dump_python(done, mode="json")
+    return data
 
 
 def from_json(data: Mapping[str, Any]) -> Filtered:
     """What `to_json` made, after a journey through JSON."""
-    return filters.Filtered(
-        kept=tuple(map(_group, data["kept"])),
-        dropped=tuple(map(_group, data["dropped"])),
-        zero_variance=data["zero_variance"],
-        empty=data["empty"],
-    )
-
-
-def _group(data: Mapping[str, Any]) -> Group:
-    return Group(task=data["task"], rollouts=tuple(map(_rollout, data["rollouts"])))
-
-
-def _rollout(data: Mapping[str, Any]) -> Rollout:
-    trajectory = data["trajectory"]
-    segments = tuple(
-        Segment(**{name: tuple(values) for name, values in segment.items()})
-        for segment in trajectory["segments"]
-    )
-    failure = None if data["failure"] is None else Failure(**data["failure"])
-    return Rollout(
-        task=data["task"],
-        trajectory=Trajectory(
-            segments=segments,
-            messages=tuple(trajectory["messages"]),
-            stop_reason=trajectory["stop_reason"],
-            turns=trajectory["turns"],
-        ),
-        reward=data["reward"],
-        metrics=data["metrics"],
-        failure=failure,
-        seconds=data["seconds"],
-    )
+    return FILTERED.validate_python(data)

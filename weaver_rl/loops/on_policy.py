@@ -11,10 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
-from weaver_rl.loops.collect import collect
-from weaver_rl.loops.policy import Result, check_inputs, policy_loop
+from weaver_rl.loops.policy import Result, lockstep
 from weaver_rl.loops.run import Run
-from weaver_rl.rollouts import FailureWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from weaver import AsyncSamplingClient, AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
-    from weaver_rl.filters import Filtered
     from weaver_rl.plan import Plan
     from weaver_rl.types import Task
 
@@ -52,18 +49,12 @@ async def on_policy(
     """
     if plan.max_staleness:
         raise ConfigError("is above 0.", field="max_staleness", hint="Use off_policy.")
-    played = check_inputs(tasks, environment, plan, reference)
-    run, watch = run or Run(), FailureWatch(plan.max_failure_rate)
-
-    async def play(step: int, sampler: AsyncSamplingClient) -> Filtered:
-        return await collect(sampler, tasks, played, plan, step=step, watch=watch)
-
-    return await policy_loop(
+    return await lockstep(
         trainer,
+        tasks,
+        environment,
         plan,
-        run=run,
-        done=await run.restore(trainer),
-        play=play,
+        run=run or Run(),
         reference=reference,
         evaluate=evaluate,
     )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from weaver.errors import ConfigError
 from weaver_rl.data import check_tasks
 from weaver_rl.environments import as_group_environment
+from weaver_rl.loops.collect import collect
 from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
+from weaver_rl.rollouts import FailureWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -56,6 +58,36 @@ class Chosen:
 def all_kept(found: Filtered) -> Chosen:
     """What the filter kept."""
     return Chosen(groups=found.kept, rejected=found.dropped, metrics=found.metrics)
+
+
+async def lockstep(
+    trainer: AsyncTrainingClient,
+    tasks: Sequence[Task],
+    environment: Environment | GroupEnvironment,
+    plan: Plan,
+    *,
+    run: Run,
+    choose: Callable[[Filtered], Chosen] = all_kept,
+    reference: AsyncSamplingClient | None = None,
+    evaluate: Evaluate | None = None,
+) -> Result:
+    """The steps of `plan`, each on rollouts of the weights before it."""
+    played = check_inputs(tasks, environment, plan, reference)
+    watch = FailureWatch(plan.max_failure_rate)
+
+    async def play(step: int, sampler: AsyncSamplingClient) -> Filtered:
+        return await collect(sampler, tasks, played, plan, step=step, watch=watch)
+
+    return await policy_loop(
+        trainer,
+        plan,
+        run=run,
+        done=await run.restore(trainer),
+        play=play,
+        choose=choose,
+        reference=reference,
+        evaluate=evaluate,
+    )
 
 
 async def policy_loop(

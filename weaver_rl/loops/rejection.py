@@ -13,15 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
-from weaver_rl.loops.collect import collect
-from weaver_rl.loops.policy import Chosen, Result, check_inputs, policy_loop
+from weaver_rl.loops.policy import Chosen, Result, lockstep
 from weaver_rl.loops.run import Run
-from weaver_rl.rollouts import FailureWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver import AsyncSamplingClient, AsyncTrainingClient
+    from weaver import AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
     from weaver_rl.filters import Filtered
@@ -63,18 +61,12 @@ async def rejection(
     plan = replace(
         plan, objective="cross_entropy", advantage=_ones, zero_variance="keep", max_staleness=0
     )
-    played = check_inputs(tasks, environment, plan, None)
-    run, watch = run or Run(), FailureWatch(plan.max_failure_rate)
-
-    async def play(step: int, sampler: AsyncSamplingClient) -> Filtered:
-        return await collect(sampler, tasks, played, plan, step=step, watch=watch)
-
-    return await policy_loop(
+    return await lockstep(
         trainer,
+        tasks,
+        environment,
         plan,
-        run=run,
-        done=await run.restore(trainer),
-        play=play,
+        run=run or Run(),
         choose=partial(select, keep=keep),
         evaluate=evaluate,
     )
