@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from tests.contracts.caller import GRADIENT, STEP, Caller
 from weaver import AsyncServiceClient, Datum, ModelInput
+from weaver.client.http import HttpService
 from weaver.server.database import open_database
+from weaver.server.http.run import GRACE_S
 from weaver.server.keys import Keys
 
 if TYPE_CHECKING:
@@ -93,6 +96,13 @@ class Server:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def stop(self) -> float:
+        """As an operator does; answers how many seconds it took."""
+        began = time.monotonic()
+        self._process.terminate()
+        assert self._process.wait(60) == 0
+        return time.monotonic() - began
 
     def restart(self) -> None:
         self.kill()
@@ -174,6 +184,21 @@ async def check(home: Path, *, engine: str, model: str, steps: int, kills: int, 
 
 async def test_a_killed_server_is_a_pause(tmp_path: Path) -> None:
     await check(tmp_path, engine=FAKE, model="fake", steps=40, kills=3, seed=0)
+
+
+async def test_a_server_that_is_stopped_leaves_in_time_and_goes_on_later(tmp_path: Path) -> None:
+    with running(tmp_path, FAKE.replace("0.004", "0.2")) as server:
+        async with HttpService(server.url, api_key=server.keys[0]) as service:
+            caller = await Caller.open(service)
+            run = await caller.create()
+            steps = [caller.stamp(operation, run) for operation in (GRADIENT, STEP) * 8]
+            ids = await caller.send(*steps)
+            await caller.result(ids[2])
+            assert await anyio.to_thread.run_sync(server.stop) < GRACE_S + 5
+            await anyio.to_thread.run_sync(server.start)
+            for submission_id in ids:  # an outcome that comes twice is an error there
+                await caller.result(submission_id)
+            assert (await service.get_run(run)).step == 8
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Called by the executor and, for what never begins, by the service.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from weaver.server.store import Store
     from weaver.types import TrainingRun
 
+logger = logging.getLogger(__name__)
 DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
 """How long finished work waits for the database, and how often it is tried."""
 
@@ -77,6 +79,7 @@ class Ledger:
                     outcomes = await self._undo(tickets, outcomes, failure)
                 for ticket, outcome in zip(tickets, outcomes, strict=True):
                     ticket.session.show(ticket, outcome)
+                    _log(ticket, outcome)
                     self._activity.note(ticket, outcome, step=self._step(ticket))
 
     async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
@@ -117,3 +120,20 @@ class Ledger:
             lost_gradient=ticket.number is None and ticket.discards_gradient,
             answer=answer_of(ticket, outcome, step=self._step(ticket)),
         )
+
+
+def _log(ticket: Ticket, outcome: Outcome) -> None:
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    submission = ticket.submission
+    kind = submission.operation.kind if submission.operation else "withdrawn"
+    how = outcome.error.code if outcome.error else "done"
+    fields = {
+        "operation_id": submission.id,
+        "operation": kind,
+        "outcome": how,
+        "session_id": ticket.session.session_id,
+        "run_id": submission.run_id,
+        "seq": submission.seq,
+    }
+    logger.info("%s %s: %s", kind, submission.id, how, extra={"fields": fields})

@@ -99,6 +99,7 @@ class Edge:
             "status": status,
             "milliseconds": round(1000 * seconds, 1),
             "project": caller.project if caller else None,
+            **scope["state"].get("logged", {}),
         }
         level = logging.WARNING if status >= 500 else logging.INFO
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})

@@ -110,6 +110,7 @@ async def submit(session_id: str, request: Request, front: Fronted, service: Sco
     submissions = await wire.beside(len(data), read)
     if len(submissions) > (limit := front.service.limits.submissions):
         raise TooLargeError(f"{len(submissions)} submissions in a request, the limit is {limit}.")
+    request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
     await service.submit(session_id, submissions)
     front.metrics.submitted(submissions)
     return Accepted(accepted=len(submissions))

@@ -1,0 +1,48 @@
+"""Log lines as JSON: which operations a request brought, and what became of each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.contracts.caller import BAD_GRADIENT, GRADIENT, Caller
+from tests.server.http.helpers import running
+from weaver import wire
+from weaver.server.http.front import MEDIA_TYPE
+from weaver.server.http.logs import JsonFormatter, _add_request_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_lines_name_requests_and_operations(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.setFormatter(JsonFormatter())
+    caplog.handler.addFilter(_add_request_id)
+    async with running(home, auth=True) as server:
+        key = server.keys.create("mine")[1]
+        async with server.client(key) as service, server.http(key) as http:
+            caller = await Caller.open(service)
+            run = await caller.create()
+            sent = [caller.stamp(operation, run) for operation in (GRADIENT, BAD_GRADIENT)]
+            headers = {"Content-Type": MEDIA_TYPE, "X-Request-ID": "req-1"}
+            path = f"/v1/sessions/{caller.session_id}/submissions"
+            await http.post(path, content=wire.encode(sent), headers=headers)
+            for submission in sent:
+                await caller.outcome(submission.id)
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    ids = [submission.id for submission in sent]
+    [request] = [line for line in lines if line["request_id"] == "req-1" and "path" in line]
+    assert (request["path"], request["status"], request["operation_ids"]) == (path, 202, ids)
+    assert request["project"] == "mine"
+    ended = {line["operation_id"]: line for line in lines if "operation_id" in line}
+    assert [ended[id]["outcome"] for id in ids] == ["done", "token_out_of_range"]
+    assert [(ended[id]["run_id"], ended[id]["seq"]) for id in ids] == [(run, 1), (run, 2)]
+    assert key not in caplog.text
