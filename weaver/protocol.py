@@ -255,6 +255,7 @@ class SessionState(Value):
     """An open session, in a list of them."""
 
     session_id: str
+    project: str
     pending: int
     """Operations without an outcome."""
     unnamed_samplers: int

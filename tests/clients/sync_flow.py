@@ -115,6 +115,9 @@ folder = service.download_weights(artifact, "adapter")
 assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
 assert (folder / "adapter_model.safetensors").is_file()
 trainer.export_weights(ttl_seconds=60)
+whole = service.download_weights(trainer.export_weights(merge_adapter=True), "whole")
+assert (whole / "model.safetensors").is_file() and (whole / "tokenizer.json").is_file()
+assert not (whole / "adapter_config.json").exists()
 assert service.download_weights(saved.path, "again", kind="hf_adapter").is_dir()
 
 # what runs there are

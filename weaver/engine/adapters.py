@@ -43,7 +43,7 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
 def write_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], *, config: LoraConfig, base: str
 ) -> None:
-    """`tensors` by PEFT's names; `base` is a folder or Hugging Face id for PEFT to find."""
+    """`tensors` by PEFT's names; `base` is what they call the model below."""
     leaves = {name.rsplit(".", 3)[1] for name in tensors}
     settings = {
         "peft_type": "LORA",

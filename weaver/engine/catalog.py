@@ -39,6 +39,8 @@ class ModelFacts:
     info: ModelInfo
     source: str
     """A folder, or a Hugging Face id."""
+    public_name: str
+    """What an adapter calls its base: its source, but never a folder of a server."""
     config: Any
     """A transformers `PreTrainedConfig`."""
     targets: Mapping[str, Target]
@@ -82,7 +84,9 @@ class Catalog:
         """
         if name not in self._facts:
             source = self._source(name)
-            self._facts[name] = read_facts(name, source, config=self._config(name, source))
+            told = source if self._allow_paths or not Path(source).is_dir() else name
+            config = self._config(name, source)
+            self._facts[name] = read_facts(name, source, config=config, public_name=told)
         return self._facts[name]
 
     def tokenizer(self, name: str) -> Any:
@@ -143,7 +147,7 @@ class Catalog:
         )
 
 
-def read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
+def read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:
     """Builds the model without storage to see its layers.
 
     Raises:
@@ -169,6 +173,7 @@ def read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
     return ModelFacts(
         info=info,
         source=source,
+        public_name=public_name,
         config=config,
         targets=find_targets(model, head),
         fused_experts=has_fused_experts(model),

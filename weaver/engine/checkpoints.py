@@ -79,9 +79,9 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
     check_finite(run.named_parameters())
     try:
         if run.lora_config is not None:
-            source = run.model.facts.source
+            base = run.model.facts.public_name
             tensors = run.named_parameters()
-            write_adapter(folder, tensors, config=run.lora_config, base=source)
+            write_adapter(folder, tensors, config=run.lora_config, base=base)
         else:
             with without_progress_bars():
                 run.model.module.save_pretrained(folder)

@@ -2,46 +2,53 @@
 
 That is the checkpoint's own folder without what only Weaver reads (PEFT's layout, or transformers'
 after full fine-tuning), or a whole model merged from the base and the adapter. Such a model is made
-at first need, kept for a day beside the checkpoints, and goes with its checkpoint. All functions
-block.
+at first need and goes with its checkpoint; the newest few are kept for a day. All functions block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyio import CapacityLimiter
+
 from weaver.errors import CheckpointNotFoundError, NotFoundError
 from weaver.protocol import Export, ExportedFile
 from weaver.server.attempt import attempt
-from weaver.server.checkpoints import Location, read_digests
+from weaver.server.checkpoints import Checkpoints, Location, read_digests
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from datetime import datetime
 
     from weaver.engine.base import Engine
-    from weaver.server.checkpoints import Checkpoints
     from weaver.types import CheckpointInfo
 
 INTERNAL = ("weaver_state.json", "optimizer.safetensors")
 CHUNK_BYTES = 8 * 2**20
-MERGED_KEPT_S = 24 * 3600
+MERGED_KEPT, MERGED_KEPT_S = 8, 24 * 3600
 
 
 class Exports:
-    """`merged` is where merged models are kept, each at the place of its checkpoint."""
+    """Merged models are kept below `home`, each at the place of its checkpoint."""
 
-    def __init__(self, engine: Engine, checkpoints: Checkpoints, *, merged: Checkpoints) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        *,
+        home: Path,
+        now: Callable[[], datetime],
+    ) -> None:
+        self.merging = CapacityLimiter(1)
+        """For calls of `describe` with `merge`: a resend finds what the first one made, and those
+        that wait do not hold the threads of others."""
         self._engine = engine
         self._checkpoints = checkpoints
-        self._merged = merged
-        self._merging = threading.Lock()
-        """One at a time, for its memory; and a resend finds what the first one made."""
+        self._merged = Checkpoints(home, folder="merged", now=now)
 
     def describe(self, path: str, *, merge: bool) -> Export:
         """Its files.
@@ -54,8 +61,7 @@ class Exports:
         info = self._checkpoints.get(path)
         folder = Path(info.folder or "")
         if merge and info.training_mode == "lora":
-            with self._merging:
-                folder = Path(self._merge(info, folder).folder or "")
+            folder = Path(self._merge(info, folder).folder or "")
         files = tuple(
             ExportedFile(name=name, size_bytes=(folder / name).stat().st_size, sha256=sha256)
             for name, sha256 in _public(folder).items()
@@ -93,6 +99,9 @@ class Exports:
         def describe(now: datetime) -> CheckpointInfo:
             return info.model_copy(update={"created_at": now, "ttl_seconds": MERGED_KEPT_S})
 
+        others = [other for other in self._merged.list() if other.path != info.path]
+        for oldest in others[: max(0, len(others) - MERGED_KEPT + 1)]:
+            self._merged.delete(oldest.path)
         content = json.dumps(read_digests(folder), sort_keys=True).encode()
         return self._merged.write(
             Location.parse(info.path),

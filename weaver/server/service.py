@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
-from anyio import CancelScope, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from weaver.errors import (
     ClosedError,
@@ -107,8 +107,7 @@ class LocalService:
         self._checkpoints = Checkpoints(home.expanduser(), now=now)
         self._live = Checkpoints(home.expanduser(), folder="live", now=now)
         kept = self._live if self._store.keeps_sessions else None
-        merged = Checkpoints(home.expanduser(), folder="merged", now=now)
-        self._exports = Exports(engine, self._checkpoints, merged=merged)
+        self._exports = Exports(engine, self._checkpoints, home=home.expanduser(), now=now)
         self._runs: dict[str, Run] = {}
         self.owners: dict[str, str] = {}
         """The project of each run, of deleted ones too."""
@@ -354,13 +353,13 @@ class LocalService:
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
         if merge:  # with a name that the engine knows, it merges beside its other work
             await self.get_model((await self.get_checkpoint(path)).base_model)
-        return await self._disk(partial(self._exports.describe, path, merge=merge))
+        describe = partial(self._exports.describe, path, merge=merge)
+        return await self._disk(describe, self._exports.merging if merge else None)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
-        read = partial(self._exports.read, path, name, merge=merge, offset=offset)
-        return await self._disk(read)
+        return await self._disk(partial(self._exports.read, path, name, merge=merge, offset=offset))
 
     # --- helpers --------------------------------------------------------------------------------
 
@@ -394,6 +393,6 @@ class LocalService:
         self._check_open()
         return or_raise(await self._executor.call(partial(attempt, work)))
 
-    async def _disk(self, work: Callable[[], T]) -> T:
+    async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
         self._check_open()
-        return or_raise(await to_thread.run_sync(partial(attempt, work)))
+        return or_raise(await to_thread.run_sync(partial(attempt, work), limiter=limiter))

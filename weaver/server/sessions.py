@@ -245,6 +245,7 @@ class Session:
     def describe(self) -> SessionState:
         return SessionState(
             session_id=self.session_id,
+            project=self.caller.project,
             pending=len(self.tickets),
             unnamed_samplers=len(self.unnamed_samplers),
         )
