@@ -45,7 +45,8 @@ def test_the_unit_is_one_and_is_hardened(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_its_variables_are_options_of_the_server(name: str) -> None:
     serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
-    known = {parameter.envvar for parameter in serve.params}
+    envvars = [parameter.envvar for parameter in serve.params]
+    known = {name for one in envvars for name in (one if isinstance(one, list) else [one])}
     used = set(re.findall(r"\b(WEAVER_[A-Z_]+)", (DEPLOY / name).read_text()))
     assert used <= known
     assert used

@@ -79,6 +79,17 @@ def serve(
         int | None, _option("MAX_STORED_BYTES", "Checkpoints of a project.", least=0)
     ] = None,
     auth: Annotated[bool, _option("AUTH", "Ask for API keys; off only on loopback.")] = True,
+    otel_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar=[
+                "WEAVER_OTEL_ENDPOINT",
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+            ],
+            help="Of a collector of OpenTelemetry traces, such as http://127.0.0.1:4318.",
+        ),
+    ] = None,
     log_json: Annotated[bool, _option("LOG_JSON", "Log lines of JSON.")] = False,
 ) -> None:
     """Serve models to many clients, until Ctrl-C or SIGTERM."""
@@ -118,6 +129,7 @@ def serve(
         database_url=database_url,
         auth=auth,
         deterministic=deterministic,
+        otel_endpoint=otel_endpoint,
         durability=Durability(
             snapshot_every_s=snapshot_every,
             snapshot_every_steps=snapshot_every_steps,

@@ -30,7 +30,7 @@ from weaver.server.store import Answer
 from weaver.types import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Outcome, Result
     from weaver.server.sessions import Session, Ticket
@@ -69,6 +69,7 @@ class Activity:
         self.trained_tokens = 0
         """Tokens that went through `forward_backward` and `forward`."""
         self.sampled_tokens = 0
+        self.on_end: Callable[[Ticket, Outcome], None] | None = None
 
     def pending(self) -> Iterator[Ticket]:
         """What has no outcome yet, in the order of submission within a session."""
@@ -90,6 +91,8 @@ class Activity:
 
     def note(self, ticket: Ticket, outcome: Outcome, *, step: int | None) -> None:
         """Takes down that an operation has ended; `step` is where its run then stands."""
+        if self.on_end is not None:
+            self.on_end(ticket, outcome)
         run_id, metrics = run_of(ticket), numbers(outcome.result)
         match outcome.result:
             case GradientsDone():

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -53,6 +54,8 @@ class Ticket:
     """Counts what its run has executed; set when it was."""
     behind_gap: bool = False
     """It failed because an earlier operation never came."""
+    context: Context = field(default_factory=copy_context, repr=False)
+    """Of the request that brought it, for traces."""
 
     @property
     def job_id(self) -> str:

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -21,6 +22,9 @@ from weaver.server.http.errors import error_response
 from weaver.server.scoped import ScopedService
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from opentelemetry.trace import Span
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from weaver.server.http.front import Front
@@ -62,7 +66,11 @@ class Edge:
                 MutableHeaders(scope=message)["X-Request-ID"] = current
             await send(message)
 
-        with self._front.metrics.running.track_inprogress():
+        tracing, method = self._front.tracing, scope["method"]
+        span: AbstractContextManager[Span | None] = nullcontext()
+        if tracing is not None:
+            span = tracing.request(headers, method=method, request_id=current)
+        with self._front.metrics.running.track_inprogress(), span as traced:
             try:
                 await self._admit(scope, headers)
                 limit = self._front.body_bytes(headers.get("Content-Type", ""), scope["path"])
@@ -72,7 +80,11 @@ class Edge:
             else:
                 await self._app(scope, receive_some, send_and_note)
             finally:
-                self._note(scope, status, time.perf_counter() - began)
+                route = self._note(scope, status, time.perf_counter() - began)
+                if traced is not None:
+                    traced.update_name(f"{method} {route}")
+                    traced.set_attribute("http.route", route)
+                    traced.set_attribute("http.response.status_code", status)
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
@@ -86,7 +98,8 @@ class Edge:
         scope["state"]["caller"] = caller
         scope["state"]["service"] = ScopedService(self._front.service, caller)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, status: int, seconds: float) -> str:
+        """Answers the route."""
         method, path = scope["method"], scope["path"]
         route = getattr(scope.get("route"), "path", "none")
         if path.startswith(OPEN_FOLDERS):  # an address of a download is a right to it
@@ -103,6 +116,7 @@ class Edge:
         }
         level = logging.WARNING if status >= 500 else logging.INFO
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
+        return str(route)
 
 
 def _check_local(headers: Headers) -> None:

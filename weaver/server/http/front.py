@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import Headers
 
     from weaver.server.compat.weaver_rest_operations import Desk
+    from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
     from weaver.server.service import LocalService
 
@@ -44,6 +45,7 @@ class Front:
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
+    tracing: Tracing | None = None
     folder: Path | None = None
     """Where tokenizers are kept for clients on this machine; None: they are not."""
     desks: dict[Caller, Desk] = field(default_factory=dict)

@@ -47,6 +47,8 @@ class ServerSettings:
     deterministic: bool = False
     durability: Durability = DURABILITY
     limits: Limits = SERVED
+    otel_endpoint: str | None = None
+    """Of a collector that traces are sent to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,12 @@ async def run_server(
                 keys=Keys(database) if settings.auth else None,
                 folder=settings.home,
             )
+            if settings.otel_endpoint:
+                from weaver.server.http.tracing import Tracing, to_collector
+
+                front.tracing = Tracing(to_collector(settings.otel_endpoint))
+                stack.callback(front.tracing.close)
+                service.activity.on_end = front.tracing.operation
             await _serve(front, listener, started)
 
 
