@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.test_service import Recorder
+from weaver.engine.engine import TorchEngine
 from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     ConfigError,
@@ -261,6 +262,53 @@ async def test_an_idle_run_leaves_the_engine_and_comes_back(home: Path) -> None:
         assert step.output.metrics["step"] == 3
         assert record.count("create_run") > 1
     database.dispose()
+
+
+async def test_an_idle_run_goes_on_bit_by_bit_on_torch(home: Path) -> None:
+    """With its optimizer's moments, and the gradients of a batch that was not stepped yet."""
+    engine = TorchEngine(threads=1, deterministic=True)
+    expected = await _nano(home / "whole", engine, unload=False)
+    assert await _nano(home / "idle", engine, unload=True) == expected
+    engine.close()
+
+
+async def _nano(home: Path, engine: TorchEngine, *, unload: bool) -> tuple[object, ...]:
+    """The metrics of the last step, and the bytes of the checkpoint after it."""
+    database = open_database(home)
+    after_s = 0.0 if unload else 1e9
+    async with LocalService(
+        engine,
+        home=home,
+        store=SqlStore(database),
+        deterministic=True,
+        sweep_every_s=0.02,
+        durability=Durability(unload_after_s=after_s, snapshot_every_steps=2, snapshot_every_s=0.0),
+    ) as service:
+        caller = await Caller.open(service)
+        run = await caller.create("weaver-nano")
+        await train(caller, run, steps=3)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+
+        async def unloaded() -> bool:
+            try:
+                engine.trainer.step(run)
+            except RunNotFoundError:
+                return True
+            return False
+
+        if unload:
+            await until(unloaded)
+        step = await caller.do(STEP, StepDone, run_id=run)
+        path = await caller.save(run, name="end")
+        folder = home / "runs" / run / "weights" / path.rpartition("/")[2]
+        files = {
+            file.name: file.read_bytes()
+            for file in folder.rglob("*")
+            if file.suffix == ".safetensors"
+        }
+    database.dispose()
+    assert any("optim" in name for name in files), files.keys()
+    return dict(step.output.metrics), files
 
 
 # --- faults -------------------------------------------------------------------------------------
