@@ -1,4 +1,7 @@
-"""`Intake`: the way of submissions from a session into the lanes. Called by `LocalService`."""
+"""`Intake`: the way of submissions from a session into the lanes, and the end of sessions.
+
+Called by `LocalService`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from weaver.errors import (
     OperationError,
     WeaverError,
 )
-from weaver.protocol import ReleaseSampler
+from weaver.protocol import ReleaseSampler, Sample
+from weaver.server.attempt import attempt_async
 from weaver.server.tenancy import Reach
 from weaver.server.validation import refusal
 
@@ -40,7 +44,7 @@ class Intake:
     runs: Mapping[str, Run]
     owners: Mapping[str, str]
     """The project of each run."""
-    sessions: Mapping[str, Session]
+    sessions: dict[str, Session]
     limits: Limits
     gap_timeout_s: float
     now: Callable[[], datetime]
@@ -117,6 +121,27 @@ class Intake:
             )
             await self.executor.settle((ticket, error))
             self.executor.enqueue(ticket, lane)
+
+    async def close(self, session_id: str) -> None:
+        """Ends a session; what its runs have accepted is carried out."""
+        session = self.sessions.pop(session_id, None)
+        if session is None:
+            return
+        for ticket in list(session.tickets.values()):
+            if isinstance(ticket.submission.operation, Sample):
+                await self.executor.cancel(ticket)
+        for run in list(self.runs.values()):
+            await self.give_up(run.lane, session)
+            run.lane.forget(session_id)
+        self.executor.release(session.unnamed_samplers)
+        session.close()
+        await self.store.close_session(session_id)
+
+    async def close_silent(self) -> None:
+        """Ends the sessions of clients that are not heard of any more."""
+        for session in list(self.sessions.values()):
+            if session.silent_for(self.limits.session_timeout_s):
+                await attempt_async(partial(self.close, session.session_id))
 
     def _pending(self, session: Session) -> int:
         project = session.caller.project

@@ -20,9 +20,9 @@ from weaver.errors import (
     NotFoundError,
     RunNotFoundError,
 )
-from weaver.protocol import Sample, SessionInfo
+from weaver.protocol import SessionInfo
 from weaver.server.activity import Activity
-from weaver.server.attempt import attempt, attempt_async, or_raise
+from weaver.server.attempt import attempt, or_raise
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
@@ -224,9 +224,7 @@ class LocalService:
             for disk in (self._checkpoints, self._live, self._exports):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
-            for session in list(self._sessions.values()):
-                if session.silent_for(self.limits.session_timeout_s):
-                    await attempt_async(partial(self.close_session, session.session_id))
+            await self._intake.close_silent()
             self._executor.unload_idle(self._now())
 
     # --- sessions and operations ----------------------------------------------------------------
@@ -249,18 +247,7 @@ class LocalService:
         return self._session_info(session_id=session.session_id)
 
     async def close_session(self, session_id: str) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is None:
-            return
-        for ticket in list(session.tickets.values()):
-            if isinstance(ticket.submission.operation, Sample):
-                await self._executor.cancel(ticket)
-        for run in list(self._runs.values()):
-            await self._intake.give_up(run.lane, session)
-            run.lane.forget(session_id)
-        self._executor.release(session.unnamed_samplers)
-        session.close()
-        await self._store.close_session(session_id)
+        await self._intake.close(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
         return [session.describe() for session in self._sessions.values()]
