@@ -8,6 +8,7 @@ beside it, only CPU time and the ratio to requests that do nothing say anything.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from tests.test_wire import batch_of
 from weaver import AsyncServiceClient, types, wire
 from weaver.client.http import HttpService
 from weaver.protocol import CreateModel, ModelCreated
+from weaver.server.database import open_database
+from weaver.server.keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +38,7 @@ SERVER = """
 import asyncio, pathlib, sys
 from weaver.engine.fake import FakeEngine
 from weaver.server.http.run import ServerSettings, run_server
-settings = ServerSettings(home=pathlib.Path(sys.argv[1]), port=0, auth=False)
+settings = ServerSettings(home=pathlib.Path(sys.argv[1]), port=0)
 started = lambda running: print(running.address, flush=True)
 asyncio.run(run_server(FakeEngine(context_length=2**20), settings, started=started))
 """
@@ -45,6 +48,9 @@ asyncio.run(run_server(FakeEngine(context_length=2**20), settings, started=start
 def server() -> Iterator[tuple[str, int]]:
     """The address and the process id of a server."""
     with tempfile.TemporaryDirectory() as home:
+        database = open_database(Path(home))
+        os.environ["WEAVER_API_KEY"] = Keys(database).create("benchmark")[1]
+        database.dispose()
         command = [sys.executable, "-c", SERVER, home]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -54,9 +60,13 @@ def server() -> Iterator[tuple[str, int]]:
                 process.terminate()
 
 
+def connect(address: str) -> HttpService:
+    return HttpService(address, api_key=os.environ["WEAVER_API_KEY"])
+
+
 async def operations(address: str, pid: int) -> tuple[float, float, float]:
     """Seconds from call to result at the median, one after the other; CPU seconds of each side."""
-    async with HttpService(address) as service:
+    async with connect(address) as service:
         caller = await Caller.open(service)
         run = await caller.create()
         spent = []
@@ -105,7 +115,7 @@ async def many_clients(address: str) -> float:
 
 
 async def _one_client(address: str) -> None:
-    async with HttpService(address) as service:
+    async with connect(address) as service:
         caller = await Caller.open(service)
         created = await caller.do(CreateModel(base_model="fake"), ModelCreated)
         for operation in (GRADIENT, STEP):
@@ -117,7 +127,7 @@ async def uploads(address: str) -> tuple[float, float, float]:
     """Seconds to encode, seconds until acknowledged, bytes a token; 16 x 4096 tokens."""
     batch = batch_of(16, 4096)
     encoding, sending = [], []
-    async with HttpService(address) as service:
+    async with connect(address) as service:
         caller = await Caller.open(service)
         for n in range(UPLOADS):
             start = time.perf_counter()

@@ -80,7 +80,7 @@ class Keys:
             return [_info(row) for row in connection.execute(query)]
 
     def revoke(self, key_id: str) -> KeyInfo:
-        """Ends a key, given by its id or the beginning of it; takes effect with the next request.
+        """Ends a key, given by its id or the beginning of it; takes effect within a second.
 
         Raises:
             NotFoundError: no key, or more than one, begins so.

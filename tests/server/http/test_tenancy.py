@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 import sqlalchemy as sa
 
@@ -28,6 +29,7 @@ from weaver.protocol import (
     Submission,
 )
 from weaver.server.database import open_database
+from weaver.server.http import front
 from weaver.server.keys import Keys
 from weaver.server.sql_store import SqlStore
 from weaver.server.tenancy import Caller as Rights
@@ -77,6 +79,18 @@ class Tenant:
         self.path = await self.caller.save(self.run, "sampler", name="x")
         await service.log_metrics(self.run, [MetricPoint(name="loss", value=1)])
         return self
+
+
+async def test_a_revoked_key_is_good_for_a_moment_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "KEY_S", 0.2)
+    info, secret = server.keys.create("alice")
+    async with server.http(secret) as client:
+        assert (await client.get("/v1/runs")).status_code == 200
+        server.keys.revoke(info.id)
+        await anyio.sleep(0.25)
+        assert (await client.get("/v1/runs")).status_code == 401
 
 
 async def test_without_a_valid_key_nothing_is_answered(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ JSON_BODY_BYTES = 4 * 2**20
 REST_JSON_BYTES = 64 * 2**20
 """There, JSON carries training data: a million tokens."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
+KEY_S = 1.0
+"""A key that was good is not looked up again for so long: two queries an operation, each a tenth of
+what the operation costs."""
 LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
 
@@ -68,6 +72,7 @@ class Front:
             return self.message_limits.message_bytes
         return min(self.service.limits.body_bytes, REST_JSON_BYTES if rest else JSON_BODY_BYTES)
 
+    _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
     _waits: set[anyio.CancelScope] = field(default_factory=set)
 
     def stop(self) -> None:
@@ -102,4 +107,11 @@ class Front:
                 "the request has no API key.",
                 hint="Set WEAVER_API_KEY; on the server, `weaver keys create` makes one.",
             )
-        return await anyio.to_thread.run_sync(self.keys.authenticate, secret)
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+        caller, good_until = self._good_keys.get(digest, (None, 0.0))
+        now = anyio.current_time()
+        if caller is None or now > good_until:
+            caller = await anyio.to_thread.run_sync(self.keys.authenticate, secret)
+            good = {key: known for key, known in self._good_keys.items() if now <= known[1]}
+            self._good_keys = good | {digest: (caller, now + KEY_S)}
+        return caller
