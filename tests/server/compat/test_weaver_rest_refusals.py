@@ -43,6 +43,7 @@ REFUSED: list[tuple[str, str, object, int, str]] = [
     # sessions and models
     ("POST", "/sessions", [], 400, "invalid_request"),
     ("POST", "/sessions", {"labels": {"a": 1}}, 400, "invalid_request"),
+    ("POST", "/sessions", {"scheduling_policy": {"mode": "fifo"}}, 422, "unsupported"),
     ("GET", "/sessions/nobody", None, 404, "not_found"),
     ("POST", "/sessions/nobody/heartbeat", None, 404, "not_found"),
     ("POST", "/sessions/nobody/models", {"base_model": "fake"}, 404, "not_found"),

@@ -1,7 +1,7 @@
 """Checkpoints of the Weaver REST interface and their Hugging Face artifacts, to be downloaded.
 
 An artifact is a checkpoint seen from outside: its adapter, or a whole model (merged at first need).
-It lives as long as its checkpoint. A download's address carries its own right, for one file
+It lives as long as its checkpoint. A download's address carries its own right, for its files
 and a limited time.
 """
 

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections import defaultdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -52,6 +52,7 @@ class SessionBody(Body):
     tags: tuple[str, ...] = ()
     labels: dict[str, str] = Field(default_factory=dict)
     user_metadata: JsonDict | None = None
+    scheduling_policy: Any = None
 
 
 class ModelBody(Body):
@@ -92,6 +93,12 @@ SessionId = Annotated[str, Depends(known_session)]
 @router.post("/sessions", status_code=201)
 async def open_session(request: Request) -> Response:
     body, _ = await read_body(request, SessionBody)
+    if body.scheduling_policy is not None:  # the client expects it to be obeyed
+        raise UnsupportedError(
+            "is not for clients to choose: operations run in fair turns.",
+            field="scheduling_policy",
+            hint="Leave it out.",
+        )
     described = body.model_dump(exclude_none=True)
     return JsonResponse({"id": str(uuid.uuid4()), **described}, status_code=201)
 
