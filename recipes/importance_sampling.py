@@ -10,8 +10,8 @@ Each step:
 2. Score every reply. Its advantage A is its reward minus the mean reward of its group.
 3. Minimise the mean of −r·A over all sampled tokens, by one step of AdamW on the LoRA adapter. r is
    a token's probability now over the one it was sampled with: 1 here, where the weights are the
-   same, so this is REINFORCE with a baseline. With `--max-staleness 4 --correction ratio` sampling
-   runs up to four steps ahead, while the engine trains, and r makes up for it.
+   same, so this is REINFORCE with a baseline (Williams, 1992). With `--max-staleness 4 --correction
+   ratio` sampling runs up to four steps ahead, while the engine trains, and r makes up for it.
 
 Every tenth step held-out prompts are answered greedily.
 
