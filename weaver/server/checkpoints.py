@@ -106,6 +106,8 @@ class Checkpoints:
         self.root = home / folder
         self._now = now
         self._changing = threading.RLock()
+        self._drafts: set[Path] = set()
+        """Of this process."""
 
     def write(
         self,
@@ -143,10 +145,11 @@ class Checkpoints:
         draft = self._folder(location).parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             with _storage_errors(f"saving {location}"):
+                self._drafts.add(draft)
                 draft.mkdir(parents=True)
                 fill(draft)
         except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
+            self._drop(draft)
             raise
         return draft
 
@@ -179,8 +182,12 @@ class Checkpoints:
                 with self._changing:
                     _swap(draft, place)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            self._drop(draft)
         return info.model_copy(update={"folder": str(place)})
+
+    def _drop(self, draft: Path) -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        self._drafts.discard(draft)
 
     def author(self, path: str) -> str:
         """Whose submission wrote it.
@@ -257,7 +264,7 @@ class Checkpoints:
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
-        for draft in self.root.glob(f"*/*/{DRAFT}*"):
+        for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts:
             if time.time() - draft.stat().st_mtime > ABANDONED_AFTER_S:
                 shutil.rmtree(draft, ignore_errors=True)
 
