@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,10 @@ from tests.rl.scripted import (
 )
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
+from weaver_rl import datums
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
+from weaver_rl.objectives import Behaviour
+from weaver_rl.types import Group, Rollout
 
 if TYPE_CHECKING:
     from weaver_rl.types import Segment, Trajectory
@@ -69,6 +73,23 @@ def check_exact(trajectory: Trajectory, sampler: ScriptedSampler, replies: list[
     assert trajectory.num_sampled == sum(map(len, replies))
     for segment in trajectory.segments:
         check_shape(segment)
+    assert trained_tokens(trajectory) == [token for reply in replies for token in reply]
+
+
+def trained_tokens(trajectory: Trajectory) -> list[int]:
+    """The targets that have a weight in the datums that a step would send."""
+    group = Group(task={}, rollouts=(Rollout(task={}, trajectory=trajectory, reward=1.0),))
+    made = datums.examples(
+        [group], np.ones((1, 1)), behaviour=Behaviour(True, 1.0), aggregate="token"
+    )
+    return [
+        int(token)
+        for inputs in (datums.to_datum(e, "importance_sampling").loss_fn_inputs for e in made)
+        for token, weight in zip(
+            inputs["target_tokens"].tolist(), inputs["weights"].tolist(), strict=True
+        )
+        if weight
+    ]
 
 
 def check_shape(segment: Segment) -> None:

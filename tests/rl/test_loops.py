@@ -12,14 +12,16 @@ from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.environments import single_turn
+from weaver_rl.gather import task_group
 from weaver_rl.loggers import Loggers
-from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.off_policy import Pipeline, off_policy
 from weaver_rl.loops.on_policy import on_policy
+from weaver_rl.loops.policy import policy_loop
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import LogprobGapError
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
-from weaver_rl.resume import manifests
+from weaver_rl.resume import Manifest, manifests
 from weaver_rl.rollouts import RolloutsFailedError
 from weaver_rl.run_folder import open_run_folder
 from weaver_rl.transcripts import read_transcripts
@@ -139,7 +141,13 @@ async def test_staleness_zero_is_the_synchronous_loop(tmp_path: Path) -> None:
         trainer = await service.create_model(base_model="fake")
         await on_policy(trainer, TASKS, single_turn(vowels), PLAN)
         synchronous = await weights(trainer)
-    asynchronous, _ = await trained(tmp_path / "2", PLAN)
+    async with fake_service(tmp_path / "2") as service, task_group() as group:
+        trainer = await service.create_model(base_model="fake")
+        pipeline = Pipeline(TASKS, single_turn(vowels), PLAN, group=group, ready={})
+        done = Manifest(step=0)
+        await policy_loop(trainer, PLAN, run=Run(), done=done, play=pipeline.play)
+        assert await weights(trainer) == synchronous  # the pipeline itself, without a detour
+    asynchronous, _ = await trained(tmp_path / "3", PLAN)
     assert asynchronous == synchronous
 
 
