@@ -7,7 +7,7 @@ turn continues them, unless the chat template rewrote history, where a new segme
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weaver.types import ModelInput
@@ -44,40 +44,16 @@ class BudgetExceeded(Exception):
     """
 
 
-@dataclass(slots=True)
-class _Recorder:
-    """The segment that is being written."""
+Row = tuple[int, int, float, float, int]
+"""A token, and its place in each of the other fields of a `Segment`."""
 
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
-    def read(self, tokens: Sequence[int]) -> None:
-        self.tokens += tokens
-        self.mask += [0] * len(tokens)
-        self.logprobs += [0.0] * len(tokens)
-        self.sampling_logprobs += [0.0] * len(tokens)
-        self.versions += [-1] * len(tokens)
-
-    def wrote(self, sequence: SampledSequence) -> None:
-        self.tokens += sequence.tokens
-        self.mask += [1] * len(sequence.tokens)
-        self.logprobs += sequence.logprobs
-        self.sampling_logprobs += sequence.sampling_logprobs
-        self.versions += [sequence.weights_version] * len(sequence.tokens)
-
-    def segment(self) -> Segment:
-        """Up to the last sampled token: what was only read behind it teaches nothing."""
-        end = max((i + 1 for i, sampled in enumerate(self.mask) if sampled), default=0)
-        return Segment(
-            tokens=tuple(self.tokens[:end]),
-            mask=tuple(self.mask[:end]),
-            logprobs=tuple(self.logprobs[:end]),
-            sampling_logprobs=tuple(self.sampling_logprobs[:end]),
-            versions=tuple(self.versions[:end]),
-        )
+def _segment(rows: Sequence[Row]) -> Segment:
+    """Up to the last sampled token: what was only read behind it teaches nothing."""
+    end = max((i + 1 for i, row in enumerate(rows) if row[1]), default=0)
+    names = ("tokens", "mask", "logprobs", "sampling_logprobs", "versions")
+    columns: dict[str, Any] = dict(zip(names, zip(*rows[:end], strict=True), strict=False))
+    return Segment(**{name: columns.get(name, ()) for name in names})
 
 
 class Agent:
@@ -102,7 +78,7 @@ class Agent:
         self._seed = seed
         self._budget = budget or Budget()
         self._context = Context()
-        self._recorder = _Recorder()
+        self._rows: list[Row] = []
         self._done: list[Segment] = []
         self._messages: list[Mapping[str, str]] = []
         self._tools: Sequence[Mapping[str, Any]] = ()
@@ -148,7 +124,7 @@ class Agent:
     @property
     def trajectory(self) -> Trajectory:
         """What was read and written so far."""
-        segments = (*self._done, self._recorder.segment())
+        segments = (*self._done, _segment(self._rows))
         return Trajectory(
             segments=tuple(segment for segment in segments if segment.tokens),
             messages=self.messages,
@@ -168,9 +144,10 @@ class Agent:
                 self.tokenizer, before, self._messages, tools=self._tools
             )
         if not continues and before.tokens:
-            self._done.append(self._recorder.segment())
-            self._recorder = _Recorder()
-        self._recorder.read(self._context.tokens[len(self._recorder.tokens) :])
+            self._done.append(_segment(self._rows))
+            self._rows = []
+        new = self._context.tokens[len(self._rows) :]
+        self._rows += [(token, 0, 0.0, 0.0, -1) for token in new]
 
     def _write(self, sequence: SampledSequence) -> Reply:
         reply = Reply(
@@ -183,7 +160,11 @@ class Agent:
             prompt_tokens=self._context.tokens,
         )
         self._context = write(self.tokenizer, self._context, sequence.tokens)
-        self._recorder.wrote(sequence)
+        columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
+        self._rows += [
+            (token, 1, logprob, drawn, sequence.weights_version)
+            for token, logprob, drawn in zip(*columns, strict=True)
+        ]
         stopped = sequence.stop_reason == "stop"
         said = reply_content(self.tokenizer, sequence.tokens, stopped=stopped)
         self._messages.append({"role": "assistant", "content": said})

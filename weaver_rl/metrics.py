@@ -1,28 +1,8 @@
 """What is measured in a step, and under which name; loops call it, loggers and reports read it.
 
 Pure functions of groups and of the engine's metrics. A number that cannot be computed (the mean
-reward when every rollout failed) is left out, so that no metric is ever NaN.
-
-| name | meaning |
-|---|---|
-| `reward/mean`, `/std`, `/min`, `/max` | over the rollouts that did not fail |
-| `reward/pass_rate` | fraction of them with a reward of at least `passing` |
-| `reward/pass_any` | fraction of groups with at least one such rollout |
-| `score/<name>` | mean of a number that the reward or environment reported |
-| `rollout/count`, `/failed`, `/failed_fraction` | rollouts, and those without a reward |
-| `rollout/truncated_fraction` | fraction cut off by max_tokens |
-| `rollout/turns_mean` | replies in a rollout |
-| `groups/count` | groups that were sampled |
-| `groups/zero_variance`, `/zero_variance_fraction` | those of equal rewards, which teach nothing |
-| `tokens/sampled`, `/mean`, `/min`, `/max` | sampled tokens of a step, and of a rollout |
-| `tokens/per_second` | sampled tokens over the seconds of the step |
-| `policy/surprise` | mean −log-probability of the sampled tokens, nats: estimates the entropy |
-| `staleness/mean`, `/max` | optimizer steps between sampling a token and training on it |
-| `gap/max` | largest difference between trainer and sampler on a token, same weights, nats |
-| `train/loss` | sum of the losses over sum of the weights, whatever the number of passes |
-| `train/<name>` | any other metric of the engine: `kl_k3`, `entropy`, `ratio_max`, `grad_norm` |
-| `time/<name>_s` | seconds of a part of the step: `rollout`, `train`, `step` |
-| `eval/<name>` | see `weaver_rl.evaluation` |
+reward when every rollout failed) is left out, so that no metric is ever NaN. The names and their
+meanings are listed in docs/logging.md.
 """
 
 from __future__ import annotations

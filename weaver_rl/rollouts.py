@@ -16,7 +16,7 @@ from weaver.errors import ConfigError, WeaverError
 from weaver_rl.agent import Agent
 from weaver_rl.gather import gather
 from weaver_rl.seeds import derive_seed
-from weaver_rl.types import Failure, Group, Rollout
+from weaver_rl.types import Failure, Group, Rollout, Score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from weaver import AsyncSamplingClient
     from weaver.types import SamplingParams
     from weaver_rl.environments import GroupEnvironment
-    from weaver_rl.types import Score, Task
+    from weaver_rl.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -93,24 +93,21 @@ async def _play(
     begin = time.monotonic()
     outcomes = await environment.play(agents, task)
     seconds = time.monotonic() - begin
-    rollouts = [
-        _rollout(task, agent, outcome, seconds)
-        for agent, outcome in zip(agents, outcomes, strict=True)
-    ]
+    rollouts = []
+    for agent, outcome in zip(agents, outcomes, strict=True):
+        failure = outcome if isinstance(outcome, Failure) else None
+        score = Score(0.0) if isinstance(outcome, Failure) else outcome
+        rollouts.append(
+            Rollout(
+                task=task,
+                trajectory=agent.trajectory,
+                reward=score.reward,
+                metrics=score.metrics,
+                failure=failure,
+                seconds=seconds,
+            )
+        )
     return Group(task=task, rollouts=tuple(rollouts))
-
-
-def _rollout(task: Task, agent: Agent, outcome: Score | Failure, seconds: float) -> Rollout:
-    trajectory = agent.trajectory
-    if isinstance(outcome, Failure):
-        return Rollout(task=task, trajectory=trajectory, failure=outcome, seconds=seconds)
-    return Rollout(
-        task=task,
-        trajectory=trajectory,
-        reward=outcome.reward,
-        metrics=outcome.metrics,
-        seconds=seconds,
-    )
 
 
 @dataclass(slots=True)
