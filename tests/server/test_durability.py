@@ -437,28 +437,29 @@ async def test_an_outcome_that_cannot_be_written_never_happened(home: Path) -> N
         assert (await service.get_run(run)).step == 3
 
 
-class Away(SqlStore):
-    """Out of reach for a number of times."""
-
-    times = 0
-
-    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
-        self.times -= 1
-        if self.times >= 0:
-            raise ServiceConnectionError("the database cannot be reached")
-        await super().settle(settled, runs=runs)
-
-
-async def test_finished_work_waits_for_a_database_that_is_away(home: Path) -> None:
-    database = open_database(home)
-    store = Away(database)
-    async with LocalService(FakeEngine(), home=home, store=store) as service:
+@pytest.mark.parametrize("what", ["settle", "put_run", "run"])
+async def test_work_waits_for_a_database_that_is_away(
+    home: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server(home) as service:
         caller = await Caller.open(service)
-        run = await caller.create()
-        store.times = 2
-        await train(caller, run, steps=2)
-        assert store.times < 0
-    database.dispose()
+        first = await caller.create()
+        await train(caller, first, steps=1)
+    really, times = getattr(SqlStore, what), 2
+
+    async def away(*args: object, **options: object) -> object:
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise ServiceConnectionError("the database cannot be reached")
+        return await really(*args, **options)
+
+    monkeypatch.setattr(SqlStore, what, away)
+    async with server(home) as service:
+        caller.service = service
+        for run in (first, await caller.create()):
+            await train(caller, run, steps=2)
+    assert times < 0
 
 
 async def test_a_checkpoint_is_not_written_twice(home: Path) -> None:

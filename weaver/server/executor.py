@@ -266,7 +266,7 @@ class Executor:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
         if lane.run is None or lane.run.loaded:
             return True
-        failure = await attempt_async(partial(self._recovery.load, lane.run, self.call))
+        failure = await self._ledger.patiently(partial(self._recovery.load, lane.run, self.call))
         if failure is not None:
             await self.settle((ticket, failure))
         return failure is None
@@ -275,7 +275,8 @@ class Executor:
         """Writes down a new run; one that cannot be written down is none."""
         run = self._operations.runs[created.run.run_id]
         put = partial(self._store.put_run, created.run, model=created.model, seed=run.seed)
-        failure = await attempt_async(partial(self._recovery.hold, run)) or await attempt_async(put)
+        hold = partial(self._recovery.hold, run)
+        failure = await attempt_async(hold) or await self._ledger.patiently(put)
         if failure is None:
             return created
         del self._operations.runs[run.run_id]

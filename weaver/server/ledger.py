@@ -72,7 +72,7 @@ class Ledger:
                 tickets = [ticket for ticket, _ in fresh]
                 outcomes = [ticket.session.outcome(ticket, value) for ticket, value in fresh]
                 settled = [*self._unwritten, *map(self._settled, tickets, outcomes)]
-                failure = await self._write(partial(self._store.settle, settled, runs=runs))
+                failure = await self.patiently(partial(self._store.settle, settled, runs=runs))
                 if failure is None:
                     self._unwritten.clear()
                 else:
@@ -82,11 +82,11 @@ class Ledger:
                     _log(ticket, outcome)
                     self._activity.note(ticket, outcome, step=self._step(ticket))
 
-    async def _write(self, write: Callable[[], Awaitable[None]]) -> WeaverError | None:
-        """Waits for a database that is out of reach, for a while; answers why it failed."""
+    async def patiently(self, work: Callable[[], Awaitable[None]]) -> WeaverError | None:
+        """Waits for a database that is out of reach, for a while; answers why `work` failed."""
         end = anyio.current_time() + DATABASE_AWAY_S
         while True:
-            failure = await attempt_async(write)
+            failure = await attempt_async(work)
             away = isinstance(failure, ServiceConnectionError)
             if not away or self._stopped or anyio.current_time() > end:
                 return failure
