@@ -28,7 +28,8 @@ def anyio_backend() -> str:
 
 async def test_operations_outlive_the_server(tmp_path: Path) -> None:
     with running(tmp_path, SLOW_STEPS) as server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        key = {"X-WEAVER-API-KEY": server.keys[0]}
+        async with httpx.AsyncClient(base_url=server.url, headers=key, timeout=60) as http:
             api = Rest(http)
             model_id = await api.model()
             passing = f"/models/{model_id}/forward-backward-passes"
