@@ -175,14 +175,14 @@ def open_run(
         config = {**config, "task_set": digest(tasks)}
         folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
         loggers.append(JsonlLogger(folder.metrics))
-    if display:
-        shown = Display(steps=steps)
-        run.waiting_for = shown.waiting_for
-        loggers.append(shown)
     if wandb_project is not None:
         newest = next(manifests(folder), None) if folder is not None else None
         state = newest.loggers.get("wandb") if newest is not None else None
         loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
+    if display:  # the last, since it takes the terminal until it is closed
+        shown = Display(steps=steps)
+        run.waiting_for = shown.waiting_for
+        loggers.append(shown)
     run.folder, run.loggers = folder, Loggers(*loggers)
     try:
         yield run
