@@ -144,7 +144,7 @@ class Executor:
     def unload_idle(self, now: datetime) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
         after = timedelta(seconds=self._recovery.durability.unload_after_s)
-        for run in self._operations.runs.values():
+        for run in list(self._operations.runs.values()):  # the engine's thread may add one
             idle = now - run.last_request_at > after and not run.lane.busy
             if self._store.durable and run.loaded and idle:
                 self._idle.append(run)

@@ -114,7 +114,8 @@ class Operations:
 
     def _create_model(self, operation: CreateModel, work: Work) -> ModelCreated:
         run_id = f"run-{work.token}"
-        self.limits.check_runs(sum(run.project == work.project for run in self.runs.values()))
+        mine = [run for run in list(self.runs.values()) if run.project == work.project]
+        self.limits.check_runs(len(mine))
         model = self.engine.get_model(operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
@@ -226,7 +227,7 @@ class Operations:
         if self.limits.stored_bytes is None:
             return
         stored = 0
-        for run_id in [run_id for run_id, owner in self.owners.items() if owner == project]:
+        for run_id in [run_id for run_id, owner in list(self.owners.items()) if owner == project]:
             unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
             kept = [info for info in unnamed if info.kind == "sampler"]
             stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
