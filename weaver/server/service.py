@@ -297,7 +297,7 @@ class LocalService:
         return await self._engine_call(partial(self._engine.tokenizer_files, base_model))
 
     async def list_runs(self) -> Sequence[TrainingRun]:
-        return [run.describe() for run in self._runs.values()]
+        return [run.describe() for run in list(self._runs.values())]
 
     async def get_run(self, run_id: str) -> TrainingRun:
         return (await self._run(run_id)).describe()
