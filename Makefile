@@ -47,7 +47,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow --timeout 1200
+	$(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist worksteal
 
 # Other projects' clients, each as it was published, in an environment of their own.
 .venv-clients/.installed: constraints.txt

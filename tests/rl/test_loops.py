@@ -175,7 +175,7 @@ async def test_a_resumed_run_is_exact(staleness: int, stop: int, tmp_path: Path)
         pass
 
     class Bomb(Run):
-        def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        async def log(self, metrics: Mapping[str, float], *, step: int) -> None:
             if step > stop:
                 raise Killed
 

@@ -50,19 +50,20 @@ async def test_every_evaluation_is_logged_once(loop: str, tmp_path: Path) -> Non
     folder = open_run_folder(tmp_path / "run", {})
     given = {} if loop == "supervised" else {"environment": single_turn(vowels)}
 
-    async def run() -> tuple[float, list[dict[str, Any]]]:
+    async def run() -> tuple[float, list[dict[str, Any]], dict[int | None, float]]:
         async with fake_service(tmp_path / "home") as service:
             trainer = await service.create_model(base_model="fake")
             loggers = Loggers(JsonlLogger(folder.metrics))
             one = Run(folder=folder, loggers=loggers, checkpoint_every=3)
             result = await LOOPS[loop](trainer, run=one, evaluate=version, **given)
-        return result.metrics["eval/mean"], read_lines(folder.metrics)
+            kept = {p.step: p.value for p in await trainer.read_metrics("eval/mean")}
+        return result.metrics["eval/mean"], read_lines(folder.metrics), kept
 
-    last, rows = await run()
+    last, rows, kept = await run()
     assert last == 6
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     evaluated = {row["step"]: row["eval/mean"] for row in rows if "eval/mean" in row}
-    assert evaluated == {0: 0, 4: 4, 6: 6}
+    assert evaluated == kept == {0: 0, 4: 4, 6: 6}
     assert report_data(folder)["metrics"]["eval/mean"][-1] == 6
     # Where no step is left it answers the same, and logs nothing twice.
-    assert await run() == (last, rows)
+    assert await run() == (last, rows, {})

@@ -144,7 +144,7 @@ async def policy_loop(
         if evaluate is not None and plan.evaluates(step + 1, steps=plan.steps):
             run.waiting_for(f"the evaluation behind step {step + 1}")
             metrics |= await evaluate(sampler)
-        run.log(metrics, step=step + 1)
+        await run.log(metrics, step=step + 1)
         if run.is_due(step + 1, plan.steps):
             await run.checkpoint(
                 trainer,

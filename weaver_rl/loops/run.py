@@ -7,6 +7,7 @@ With a folder: transcripts of each step, and checkpoints from which a killed run
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,12 @@ class Run:
     """`service.delete_checkpoint`, to free the weights of forgotten checkpoints."""
     waiting_for: Callable[[str], None] = lambda what: None
     """Told what the loop waits for; the display shows it."""
+    _trainer: AsyncTrainingClient | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
 
     async def restore(self, trainer: AsyncTrainingClient) -> Manifest:
         """Loads the last checkpoint, if there is one, and says where to go on."""
+        self._trainer = trainer
         if self.folder is None:
             return Manifest(step=0)
         self._tokenizer = await trainer.get_tokenizer()
@@ -66,9 +69,12 @@ class Run:
         log.info("Going on behind step %d of %s.", found.step, self.folder.path)
         return found
 
-    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """The numbers of a step, from 1."""
+    async def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """The numbers of a step, from 1; the service keeps those that are finite with its run."""
         self.loggers.log(metrics, step)
+        if self._trainer is not None:
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            await self._trainer.log_metrics(finite, step=step)
 
     async def evaluate_first(
         self,
@@ -87,7 +93,7 @@ class Run:
             return {}
         metrics = dict(await measure())
         if done == 0 and metrics:
-            self.log(metrics, step=0)
+            await self.log(metrics, step=0)
         return metrics
 
     def log_rollouts(

@@ -111,7 +111,7 @@ async def supervised(
         metrics["time/step_s"] = time.monotonic() - begin
         metrics |= await measure() if evaluates else {}
         begin = time.monotonic()
-        run.log(metrics, step=step + 1)
+        await run.log(metrics, step=step + 1)
         if run.is_due(step + 1, len(steps)):
             await run.checkpoint(trainer, step=step + 1, version=version)
     sampler = await trainer.save_weights_and_get_sampling_client()

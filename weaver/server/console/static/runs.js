@@ -3,7 +3,7 @@ import { get } from "./api.js";
 import { chart, reread } from "./chart.js";
 import { bytes, facts, h, link, morph, number, span, table, when } from "./dom.js";
 
-const FIRST = ["reward", "loss", "accuracy", "grad_norm", "learning_rate"];
+const FIRST = ["reward", "reward/mean", "eval/mean", "loss", "accuracy", "grad_norm", "learning_rate"];
 const SHOWN = 6;
 const LISTED = 8;
 
