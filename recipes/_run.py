@@ -17,10 +17,9 @@ from weaver.errors import ConfigError, WeaverError
 from weaver.types import LoraConfig, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from weaver import AsyncSamplingClient, AsyncServiceClient
-
+    from weaver import AsyncServiceClient
 TRIES = 4
 """Replies that a dry run scores."""
 
@@ -99,16 +98,9 @@ def opened(
         yield run
 
 
-def greedily(
-    flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward
-) -> Callable[[AsyncSamplingClient], Awaitable[Mapping[str, float]]]:
-    """An evaluation that loops call: the mean reward of one greedy reply to each task."""
-    sampling = SamplingParams(max_tokens=flags.max_tokens, temperature=0.0)
-
-    async def evaluated(sampler: AsyncSamplingClient) -> Mapping[str, float]:
-        return (await rl.evaluate(sampler, tasks, reward=reward, sampling=sampling)).metrics
-
-    return evaluated
+def evaluator(flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward) -> rl.Evaluate:
+    """The mean reward of one greedy reply to each task."""
+    return rl.evaluator(tasks, reward=reward, sampling=SamplingParams(max_tokens=flags.max_tokens))
 
 
 async def dry_run(

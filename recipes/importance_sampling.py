@@ -83,16 +83,15 @@ async def train(flags: Flags) -> Mapping[str, float]:
     async with AsyncServiceClient(flags.base_url, deterministic=ahead) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
-        with _run.opened(
-            service, flags, "importance-sampling", tasks=tasks, plan=plan.as_config()
-        ) as run:
+        planned = {"reward": exact, **plan.as_config()}
+        with _run.opened(service, flags, "importance-sampling", tasks=tasks, plan=planned) as run:
             result = await rl.off_policy(  # the synchronous on_policy where staleness is 0
                 await service.create_model(flags.model, flags.lora, seed=flags.seed),
                 tasks,
                 rl.single_turn(exact),
                 plan,
                 run=run,
-                evaluate=_run.greedily(flags, held_out, exact),
+                evaluate=_run.evaluator(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 

@@ -70,7 +70,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         evaluate_every=10,
         seed=flags.seed,
     )
-    planned = {"keep": asdict(keep), **plan.as_config()}
+    planned = {"keep": asdict(keep), "reward": exact, **plan.as_config()}
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             return await _run.dry_run(service, flags, tasks, exact)
@@ -82,7 +82,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
                 plan,
                 keep=keep,
                 run=run,
-                evaluate=_run.greedily(flags, held_out, exact),
+                evaluate=_run.evaluator(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 

@@ -79,7 +79,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
                 plan,
                 held_out=tests,
                 run=run,
-                evaluate=_run.greedily(flags, held_out, exact),
+                evaluate=_run.evaluator(flags, held_out, exact),
             )
         return _run.finished(run, result.metrics)
 

@@ -11,7 +11,7 @@ from weaver_rl.checks import check
 from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
 from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
-from weaver_rl.evaluation import Evaluation, evaluate, evaluator
+from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
 from weaver_rl.judges import judge
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from weaver_rl.loops.off_policy import off_policy
@@ -39,6 +39,7 @@ __all__ = [
     "BudgetExceeded",
     "Display",
     "Environment",
+    "Evaluate",
     "Evaluation",
     "Failure",
     "Group",

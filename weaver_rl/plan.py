@@ -53,6 +53,7 @@ class Steps:
     def as_config(self) -> dict[str, Any]:
         """For `config.json`: a function by its name, a schedule by its first two rates as well."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["adam"] = self.adam.model_dump(exclude={"learning_rate"})
         if callable(self.learning_rate):  # two lambdas have the same name
             rate = self.learning_rate
             values["learning_rate"] = [name_of(rate), rate(0), rate(1)]

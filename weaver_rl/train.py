@@ -21,7 +21,6 @@ from weaver_rl.loops.off_policy import off_policy
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
-from weaver_rl.rewards import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -111,7 +110,7 @@ def train(
         {
             "model": model,
             "lora_config": lora,
-            "reward": name_of(reward or environment),
+            "reward": reward or environment,
             **plan.as_config(),
         },
         tasks=tasks,

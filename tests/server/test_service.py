@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -301,9 +300,8 @@ async def test_closing_ends_every_wait(home: Path) -> None:
             tasks.start_soon(wait, read)
             tasks.start_soon(wait, collect)
             await anyio.sleep(0.02)
-            start = time.perf_counter()
-            await service.aclose()
-            assert time.perf_counter() - start < 0.2
+            with anyio.fail_after(10):  # the readers would wait for a minute
+                await service.aclose()
         assert len(errors) == 2
         await service.aclose()
         for call in (service.list_models, service.open_session, service.list_checkpoints):
@@ -315,17 +313,16 @@ async def test_closing_ends_every_wait(home: Path) -> None:
 @pytest.mark.parametrize("name", ["forward_backward", "step"])
 async def test_closing_does_not_wait_for_a_long_engine_call(home: Path, name: str) -> None:
     record = Recorder()
-    async with LocalService(FakeEngine(hook=record), home=home) as service:
-        caller = await Caller.open(service)
-        run = await caller.create()
-        record.hold = name
-        if name == "step":
-            await caller.start(SHORT)
-        else:
-            await caller.start(GRADIENT, run)
-        await record.until_held()
-        start = time.perf_counter()
-    assert time.perf_counter() - start < 0.2
+    with anyio.fail_after(30):  # the call is held until it is let go below
+        async with LocalService(FakeEngine(hook=record), home=home) as service:
+            caller = await Caller.open(service)
+            run = await caller.create()
+            record.hold = name
+            if name == "step":
+                await caller.start(SHORT)
+            else:
+                await caller.start(GRADIENT, run)
+            await record.until_held()
     count = len(record.calls)
     record.go_on.set()
     await anyio.sleep(0.02)

@@ -61,12 +61,14 @@ def check_name(name: str | None) -> str | None:
 
 def check_ttl(ttl_seconds: int | None) -> None:
     if ttl_seconds is not None and (
-        not isinstance(ttl_seconds, int) or isinstance(ttl_seconds, bool) or ttl_seconds < 1
+        not isinstance(ttl_seconds, int)
+        or isinstance(ttl_seconds, bool)
+        or not 1 <= ttl_seconds <= 2**31
     ):
         raise InvalidParamsError(
             f"is {ttl_seconds!r}.",
             field="ttl_seconds",
-            hint="Give whole seconds, at least 1, or None to keep it.",
+            hint="Give whole seconds, 1 to 2**31, or None to keep it.",
         )
 
 

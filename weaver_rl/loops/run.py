@@ -17,6 +17,7 @@ from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
 from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
+from weaver_rl.rewards import name_of
 from weaver_rl.run_folder import open_run_folder
 from weaver_rl.transcripts import write_transcripts
 
@@ -160,8 +161,9 @@ def open_run(
 
     Args:
         path: of the folder; None: nothing is kept.
-        config: everything that decides the results; goes into `config.json`, with a digest of
-            the tasks as `task_set`. In a run that goes on only the names of MAY_DIFFER may.
+        config: everything that decides the results; goes into `config.json`, a function by its
+            name, with a digest of the tasks as `task_set`. In a run that goes on only the names of
+            MAY_DIFFER may be others.
         tasks: those that are trained on.
         steps: of the loop, for the display.
 
@@ -177,8 +179,9 @@ def open_run(
     folder = None
     loggers: list[Logger] = []
     run = Run(checkpoint_every=checkpoint_every)
+    config = {k: name_of(v) if callable(v) else v for k, v in config.items()}
     if path is not None:
-        config = {**config, "task_set": digest(tasks)}
+        config["task_set"] = digest(tasks)
         folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
         loggers.append(JsonlLogger(folder.metrics))
     if wandb_project is not None:
