@@ -42,11 +42,12 @@ The class is for `except`, the stable `code` is for programs and for the wire::
 from __future__ import annotations
 
 import difflib
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 CODES: dict[str, type[WeaverError]] = {}
 """The classes of this module by their codes."""
@@ -194,3 +195,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
+
+
+@contextmanager
+def requiring(what: str, extra: str) -> Iterator[None]:
+    """Around the imports that `what` needs, all of which an extra of the package installs.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{what} needs {error.name}.",
+            hint=f'Run: pip install "weaver-post-training[{extra}]"',
+        ) from error

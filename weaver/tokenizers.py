@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import anyio
 import anyio.to_thread
 
-from weaver.errors import InvalidNameError, MissingDependencyError
+from weaver.errors import InvalidNameError, requiring
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,13 +56,8 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokeni
         MissingDependencyError: transformers is not installed.
         InvalidNameError: a file name that leads elsewhere.
     """
-    try:
+    with requiring("a tokenizer", "engine"):
         from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingDependencyError(
-            "a tokenizer needs transformers.",
-            hint='Run: pip install "weaver-post-training[engine]"',
-        ) from None
     return AutoTokenizer.from_pretrained(
         store_tokenizer(files, folder), local_files_only=True, trust_remote_code=False
     )

@@ -8,37 +8,66 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from tests.contracts.caller import Caller
+from weaver.cli import app
 from weaver.client.http import HttpService
+from weaver.engine.engine import TorchEngine
 from weaver.engine.fake import FakeEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
+from weaver.server.http import logs
 from weaver.server.http.run import ServerSettings, run_server
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[str]
+    address: str
+    log: list[str]
+    """Its lines; whole once the process has ended."""
+
 
 WEAVER = [sys.executable, "-c", "from weaver.cli import main; main()"]
 
 
-def serve(home: Path, *arguments: str, **settings: str) -> tuple[subprocess.Popen[str], str]:
-    """A running server and its address."""
+@contextmanager
+def serve(home: Path, *arguments: str, **settings: str) -> Iterator[Server]:
+    """A server process, and all that it says: its pipe is read to the end, so it never fills."""
     environment = {**os.environ, "WEAVER_HOME": str(home), "WEAVER_PORT": "0", **settings}
-    server = subprocess.Popen(
+    process = subprocess.Popen(
         [*WEAVER, "serve", *arguments], stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert server.stderr is not None
-    for line in server.stderr:
+    assert process.stderr is not None
+    log: list[str] = []
+    for line in process.stderr:
+        log.append(line)
         if line.startswith("Weaver at "):
-            return server, line.split()[2]
-    raise AssertionError(f"the server ended with {server.wait()}")
+            break
+    reader = threading.Thread(target=log.extend, args=[process.stderr])
+    reader.start()
+    try:
+        assert log and log[-1].startswith("Weaver at "), f"it ended with {process.wait()}: {log}"
+        yield Server(process, log[-1].split()[2], log)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
 
 
 @pytest.mark.slow
@@ -50,13 +79,11 @@ def test_a_server_starts_answers_and_leaves(home: Path) -> None:
         check=True,
     )
     secret = made.stdout.strip()
-    server, address = serve(home, "--log-json", WEAVER_THREADS="1")
-    assert server.stderr is not None
-    try:
-        assert httpx.get(f"{address}/v1/models").status_code == 401
+    with serve(home, "--log-json", WEAVER_THREADS="1") as server:
+        assert httpx.get(f"{server.address}/v1/models").status_code == 401
 
         async def use() -> None:
-            async with HttpService(address, api_key=secret) as service:
+            async with HttpService(server.address, api_key=secret) as service:
                 assert [m.name for m in await service.list_models()] == ["weaver-nano"]
                 caller = await Caller.open(service)
                 await caller.do(OpenSampler(base_model="weaver-nano"), SamplerOpened)
@@ -73,22 +100,29 @@ def test_a_server_starts_answers_and_leaves(home: Path) -> None:
 
         async def stop_while_polled() -> None:
             await anyio.sleep(0.3)
-            server.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
 
         began = time.monotonic()
         anyio.run(use)
-        assert server.wait(15) == 0
+        assert server.process.wait(15) == 0
         assert time.monotonic() - began < 60
-    finally:
-        server.kill()
-        log = server.stderr.read()
-        server.wait()
-        server.stderr.close()
+    log = "".join(server.log)
     assert secret not in log and "Traceback" not in log
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in server.log if line.startswith("{")]
     asked = [line for line in lines if line.get("path") == "/v1/models"]
     assert [line["status"] for line in asked] == [401, 200]
     assert all(len(line["request_id"]) == 32 for line in asked)
+
+
+def test_the_engine_is_closed_however_the_server_ends(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[TorchEngine] = []
+    monkeypatch.setattr(TorchEngine, "close", lambda engine: closed.append(engine))
+    monkeypatch.setattr(logs, "configure_logs", lambda *, as_json: None)  # of this whole process
+    result = CliRunner().invoke(app, ["serve", "--no-auth", "--host=0.0.0.0", f"--home={home}"])
+    assert isinstance(result.exception, ConfigError)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

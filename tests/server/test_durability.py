@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
-from weaver.server.tables import keys_table, metadata, operations_table, schema_table
+from weaver.server.tables import keys_table, metadata, operations_table, runs_table, schema_table
 from weaver.server.tenancy import Caller as Rights
 from weaver.types import ModelInput, SamplingParams
 
@@ -338,6 +339,38 @@ async def test_a_run_that_was_deleted_stays_deleted(home: Path, durability: Dura
             query = sa.select(sa.func.count()).where(operations_table.c.run_id == run)
             assert connection.scalar(query) == 0
         database.dispose()
+
+
+@pytest.mark.parametrize("store", [SqlStore, StepStore])
+async def test_the_files_of_a_deleted_run_go_at_the_next_start(
+    home: Path, store: type[SqlStore], tmp_path: Path
+) -> None:
+    live, kept = home / "live", tmp_path / "kept"
+    async with server(home, durability=ALWAYS, store=store) as service:
+        caller = await Caller.open(service)
+        run, other, damaged = [await caller.create() for _ in range(3)]
+        for each in (run, other, damaged):
+            await train(caller, each, steps=1)
+            await service.stop_run(each)
+        await until(lambda: _written(live, run, other, damaged))
+        shutil.copytree(live / run, kept)
+        await service.delete_run(run)
+    kept.rename(live / run)  # as if the process had ended before it removed them
+    shutil.copytree(live / other, live / "run-of-another-database")
+    database = open_database(home)
+    with database.begin() as connection:
+        damage = runs_table.update().where(runs_table.c.run_id == damaged)
+        connection.execute(damage.values(description=b"damaged"))
+    database.dispose()
+    async with server(home, store=store) as service:
+        assert not (live / run).exists()
+        for there in (other, damaged, "run-of-another-database"):
+            assert list((live / there).glob("weights/*/manifest.json"))
+        await train(await Caller.open(service), other, steps=1)
+
+
+async def _written(live: Path, *runs: str) -> bool:
+    return all(list((live / run).glob("weights/*/manifest.json")) for run in runs)
 
 
 async def test_a_run_that_another_process_has_is_not_deleted(home: Path) -> None:

@@ -65,16 +65,11 @@ def _installation(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _memory(settings: Settings, model: str) -> tuple[bool, str]:
     """Whether it fits, in words; before it is loaded, which might take the machine down."""
-    from weaver.errors import MissingDependencyError
+    from weaver.errors import requiring
 
-    try:
+    with requiring("the embedded engine", "engine"):
         from weaver.engine.catalog import Catalog
         from weaver.engine.memory import free_bytes, needs_of
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the embedded engine needs {error.name}.",
-            hint='Run: pip install "weaver-post-training[engine]"',
-        ) from error
     needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
     return needs.against(free_bytes(settings.device))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from weaver.errors import MissingDependencyError
+from weaver.errors import requiring
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,11 +49,9 @@ async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
 @asynccontextmanager
 async def _database(settings: Settings) -> AsyncIterator[Store]:
     """Where runs are kept, so that another process can go on with them."""
-    try:
+    with requiring("the embedded engine", "engine"):
         from weaver.server.database import open_database
         from weaver.server.step_store import StepStore
-    except ImportError as error:
-        raise _missing(error) from error
     open_it = partial(open_database, settings.home, file="embedded.db")
     database = await anyio.to_thread.run_sync(open_it)
     try:
@@ -63,20 +61,11 @@ async def _database(settings: Settings) -> AsyncIterator[Store]:
 
 
 def _torch_engine(settings: Settings) -> Engine:
-    try:
+    with requiring("the embedded engine", "engine"):
         from weaver.engine.engine import TorchEngine
-    except ImportError as error:
-        raise _missing(error) from error
     return TorchEngine(
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
         deterministic=settings.deterministic,
-    )
-
-
-def _missing(error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"the embedded engine needs {error.name}.",
-        hint='Run: pip install "weaver-post-training[engine]"',
     )

@@ -119,7 +119,7 @@ class Recovery:
                 await self.store.delete_run(run.run_id)
                 if run.loaded:
                     await self.unload(run, call)
-                await to_thread.run_sync(self._forget_files, run)
+                await to_thread.run_sync(forget_files, self.live.root / run.run_id)
         finally:
             release(run)
         return gone
@@ -129,13 +129,6 @@ class Recovery:
         for path in paths:
             self.checkpoints.delete(path)
         return paths
-
-    def _forget_files(self, run: Run) -> None:
-        folder = self.live.root / run.run_id
-        shutil.rmtree(folder / "weights", ignore_errors=True)
-        (folder / "lock").unlink(missing_ok=True)
-        with suppress(OSError):  # samplers without a name stay with their sessions
-            folder.rmdir()
 
     async def hold(self, run: Run) -> None:
         """Takes the run's lock, unless nothing outlives this process anyway.
@@ -261,6 +254,14 @@ class Recovery:
                 )
                 return None
         return reason
+
+
+def forget_files(folder: Path) -> None:
+    """Of a deleted run; samplers without a name stay with their sessions."""
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    (folder / "lock").unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def release(run: Run) -> None:

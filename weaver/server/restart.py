@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
 from weaver.errors import OperationError, WeaverError
 from weaver.protocol import Outcome, Submission
+from weaver.server.attempt import attempt_async
+from weaver.server.recovery import forget_files
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket
 from weaver.server.tenancy import Caller
@@ -39,6 +42,7 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
     """
     restored = Restored(runs={record.run.run_id: Run.of(record) for record in await store.runs()})
     restored.owners = await store.owners()
+    await _finish_deletions(store, live, restored)
     if not store.keeps_sessions:
         return restored
     records = await store.sessions()
@@ -60,6 +64,18 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
     restored.tickets = _tickets(entries, restored, sessions=sessions, next_seqs=next_seqs)
     await to_thread.run_sync(_take_up_samplers, live, restored.sessions)
     return restored
+
+
+async def _finish_deletions(store: Store, live: Checkpoints, restored: Restored) -> None:
+    """Removes the files of runs that were deleted by a process that ended before it did so.
+
+    Other databases may have runs in this home, so only what this one has known is looked at.
+    """
+    folders = await to_thread.run_sync(lambda: list(live.root.glob("*/")))
+    for folder in folders:
+        deleted = folder.name in restored.owners and folder.name not in restored.runs
+        if deleted and await attempt_async(partial(store.run, folder.name)) is None:  # not damaged
+            await to_thread.run_sync(forget_files, folder)
 
 
 def _next_seqs(entries: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
