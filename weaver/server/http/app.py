@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -12,6 +12,7 @@ from weaver.server.compat import weaver_rest
 from weaver.server.console import routes as console
 from weaver.server.http.edge import Edge
 from weaver.server.http.errors import ErrorAnswer, add_error_handlers
+from weaver.server.http.exchange import add_exchange
 from weaver.server.http.routes import Fronted, router
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ def _routes() -> FastAPI:
     )
     add_error_handlers(app)
     refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
+    refusals: dict[int | str, dict[str, Any]] = {"4XX": refusal, "5XX": refusal}
+    add_exchange(app, responses=refusals)
     for native in (router, console.router):
-        app.include_router(native, responses={"4XX": refusal, "5XX": refusal})
+        app.include_router(native, responses=refusals)
     app.include_router(weaver_rest.router)
     for path, page in (("/", console.console_page), ("/docs", console.docs_page)):
         app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)

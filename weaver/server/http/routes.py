@@ -5,18 +5,16 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import Field, TypeAdapter
-from starlette.exceptions import HTTPException
+from pydantic import Field
 
 from weaver import wire
-from weaver.errors import TooLargeError
-from weaver.protocol import Export, Outcome, Service, SessionInfo, SessionState, Submission
-from weaver.server.http.front import LONGEST_POLL_S, MEDIA_TYPE, Front
+from weaver.protocol import Export, Service, SessionInfo, SessionState
+from weaver.server.http.exchange import BINARY
+from weaver.server.http.front import MEDIA_TYPE, Front
 from weaver.server.http.replies import OnceRoute
 from weaver.server.http.streaming import EventStream
 from weaver.types import (
@@ -28,23 +26,11 @@ from weaver.types import (
     Value,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
-BINARY: dict[str, Any] = {
-    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
-}
-
 FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
 
 class SessionRequest(Value):
     user_metadata: JsonDict = Field(default_factory=dict)
-
-
-class Accepted(Value):
-    accepted: int
 
 
 class CancelRequest(Value):
@@ -94,43 +80,6 @@ async def list_sessions(service: Scoped) -> list[SessionState]:
 @router.delete("/sessions/{session_id}", status_code=204)
 async def close_session(session_id: str, service: Scoped) -> None:
     await service.close_session(session_id)
-
-
-@router.post(
-    "/sessions/{session_id}/submissions",
-    response_model=Accepted,
-    status_code=202,
-    openapi_extra={"requestBody": {**BINARY, "required": True}},
-)
-async def submit(session_id: str, request: Request, front: Fronted, service: Scoped) -> Accepted:
-    if request.headers.get("Content-Type") != MEDIA_TYPE:
-        raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
-    data = await request.body()
-    read = partial(wire.decode, data, SUBMISSIONS, limits=front.message_limits)
-    submissions = await wire.beside(len(data), read)
-    if len(submissions) > (limit := front.service.limits.submissions):
-        raise TooLargeError(f"{len(submissions)} submissions in a request, the limit is {limit}.")
-    request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
-    await service.submit(session_id, submissions)
-    front.metrics.submitted(submissions)
-    return Accepted(accepted=len(submissions))
-
-
-@router.get("/sessions/{session_id}/outcomes", response_class=Response, responses={200: BINARY})
-async def collect(
-    session_id: str,
-    front: Fronted,
-    service: Scoped,
-    after: Annotated[int, Query(ge=0, le=2**63)] = 0,
-    timeout: Annotated[float, Query(ge=0, le=LONGEST_POLL_S)] = 0.0,
-) -> Response:
-    outcomes: Sequence[Outcome] = ()
-    with front.until_it_stops():
-        outcomes = await service.collect(session_id, after=after, timeout_s=timeout)
-    outcomes = next(wire.portions(outcomes), [])  # the cursor of the next poll asks for the rest
-    front.metrics.collected(outcomes)
-    data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
-    return Response(data, media_type=MEDIA_TYPE)
 
 
 @router.post("/sessions/{session_id}/cancel", status_code=204)
