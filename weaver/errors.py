@@ -49,6 +49,44 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+__all__ = [
+    "AuthenticationError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "ClosedError",
+    "ConfigError",
+    "ConflictError",
+    "ContextLengthError",
+    "EngineError",
+    "GradientsDiscardedError",
+    "InvalidDatumError",
+    "InvalidLossConfigError",
+    "InvalidNameError",
+    "InvalidParamsError",
+    "InvalidRequestError",
+    "MissingDependencyError",
+    "NameTakenError",
+    "NoGradientsError",
+    "NonFiniteError",
+    "NotFoundError",
+    "OperationCancelledError",
+    "OperationError",
+    "PermissionDeniedError",
+    "QuotaExceededError",
+    "RunNotFoundError",
+    "ServiceConnectionError",
+    "StorageError",
+    "TokenOutOfRangeError",
+    "TooLargeError",
+    "UnknownLossError",
+    "UnknownModelError",
+    "UnsupportedError",
+    "WaitTimeoutError",
+    "WeaverError",
+]
+
 CODES: dict[str, type[WeaverError]] = {}
 """The classes of this module by their codes."""
 

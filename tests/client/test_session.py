@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -38,7 +39,7 @@ STEP = answer(StepDone, lambda result: result.output)
 @asynccontextmanager
 async def session_on(service: ScriptedService) -> AsyncIterator[Session]:
     with anyio.fail_after(5):
-        async with open_session(service) as session:
+        async with open_session(service, Path()) as session:
             yield session
 
 
@@ -186,9 +187,8 @@ async def test_a_withdrawn_gradient_pass_says_so() -> None:
 
 
 @pytest.mark.parametrize("part", ["submit", "collect"])
-@pytest.mark.parametrize("error", [ServiceConnectionError("refused"), RuntimeError("a defect")])
-async def test_a_service_that_dies_fails_every_handle(part: str, error: Exception) -> None:
-    service = ScriptedService()
+async def test_a_service_that_dies_fails_every_handle(part: str) -> None:
+    service, error = ScriptedService(), ServiceConnectionError("refused")
     async with session_on(service) as session:
         first = step(session)
         await anyio.wait_all_tasks_blocked()
@@ -204,6 +204,26 @@ async def test_a_service_that_dies_fails_every_handle(part: str, error: Exceptio
                 await handle
         with pytest.raises(ServiceConnectionError):
             step(session)
+
+
+@pytest.mark.parametrize("part", ["submit", "collect"])
+async def test_a_defect_of_the_service_fails_every_handle_and_goes_on(part: str) -> None:
+    service, error = ScriptedService(), RuntimeError("a defect")
+    handles = []
+    with pytest.raises(ExceptionGroup) as raised:
+        async with session_on(service) as session:
+            handles.append(step(session))
+            await anyio.wait_all_tasks_blocked()
+            if part == "submit":
+                service.submit_error = error
+                handles.append(step(session))
+            else:
+                service.break_collect(error)
+            await anyio.sleep_forever()
+    assert raised.group_contains(RuntimeError, match="a defect")
+    for handle in handles:
+        with pytest.raises(ServiceConnectionError, match="RuntimeError: a defect"):
+            await handle
 
 
 async def test_closing_sends_what_is_queued_and_fails_what_is_pending() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weaver.client.checks import Prompt, Prompts
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
-    from weaver.tokenizers import PreTrainedTokenizer, TokenizerCache
+    from weaver.tokenizers import PreTrainedTokenizer
     from weaver.types import ModelInfo, SampleDelta, SampleResult
 
 SAMPLED = answer(Sampled, lambda result: result.output)
@@ -39,7 +39,6 @@ class AsyncSamplingClient:
         self,
         session: Session,
         opened: SamplerOpened,
-        tokenizers: TokenizerCache,
         *,
         owned: bool,
     ) -> None:
@@ -49,7 +48,6 @@ class AsyncSamplingClient:
         self._unneeded.atexit = False
         if not owned:
             self._unneeded.detach()
-        self._tokenizers = tokenizers
         self.sampler_id = opened.sampler_id
         self.model_info: ModelInfo = opened.model
         self.weights_version = opened.weights_version
@@ -167,7 +165,7 @@ class AsyncSamplingClient:
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
-        return await self._tokenizers.get(self.base_model)
+        return await self._session.tokenizers.get(self.base_model)
 
     def _operation(
         self,
@@ -195,15 +193,11 @@ class AsyncSamplingClient:
 
 def open_sampler(
     session: Session,
-    tokenizers: TokenizerCache,
     *,
     model_path: str | None,
     base_model: str | None,
     owned: bool = False,
 ) -> OperationHandle[AsyncSamplingClient]:
     """Queues an `OpenSampler` whose result is a client; with `owned` the weights go with it."""
-    reply = answer(
-        SamplerOpened,
-        lambda opened: AsyncSamplingClient(session, opened, tokenizers, owned=owned),
-    )
+    reply = answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, owned=owned))
     return session.submit(OpenSampler(base_model=base_model, model_path=model_path), reply)

@@ -19,7 +19,6 @@ from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
 from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError
 from weaver.protocol import CreateModel, ModelCreated
-from weaver.tokenizers import TokenizerCache
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -94,9 +93,8 @@ class AsyncServiceClient:
             if service is None:
                 service = await stack.enter_async_context(_service(self._settings))
             self._open = await stack.enter_async_context(
-                open_session(service, user_metadata=self._user_metadata)
+                open_session(service, self._settings.home, user_metadata=self._user_metadata)
             )
-            self._tokenizers = TokenizerCache(service, self._settings.home / "tokenizers")
             self._stack = stack.pop_all()
         return self
 
@@ -155,10 +153,8 @@ class AsyncServiceClient:
             seed=seed,
             user_metadata=user_metadata or {},
         )
-        tokenizers = self._tokenizers
         reply = answer(
-            ModelCreated,
-            lambda made: AsyncTrainingClient(session, made.run, made.model, tokenizers),
+            ModelCreated, lambda made: AsyncTrainingClient(session, made.run, made.model)
         )
         return session.submit(operation, reply)
 
@@ -173,7 +169,7 @@ class AsyncServiceClient:
         session = self._session
         run = await session.service.get_run(model_id)
         model = await session.service.get_model(run.base_model)
-        return AsyncTrainingClient(session, run, model, self._tokenizers)
+        return AsyncTrainingClient(session, run, model)
 
     def create_sampling_client(
         self,
@@ -201,7 +197,6 @@ class AsyncServiceClient:
             _check_model_name(base_model)
         return open_sampler(
             self._session,
-            self._tokenizers,
             model_path=None if model_path is None else as_path(model_path, field="model_path"),
             base_model=base_model,
         )

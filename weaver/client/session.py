@@ -7,6 +7,7 @@ request, another collects outcomes and settles handles. Opened by `AsyncServiceC
 from __future__ import annotations
 
 import itertools
+import sys
 import uuid
 from collections import deque
 from contextlib import aclosing, asynccontextmanager
@@ -27,12 +28,14 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ForwardBackward, ReleaseSampler, SamplerReleased, Submission
+from weaver.tokenizers import TokenizerCache
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from pathlib import Path
 
-    from weaver.protocol import Operation, Outcome, Service
+    from weaver.protocol import Operation, Outcome, Service, SessionInfo
     from weaver.types import JsonDict, SampleDelta
 
 T = TypeVar("T")
@@ -83,10 +86,11 @@ class Session:
 
     _tasks: anyio.abc.TaskGroup
 
-    def __init__(self, service: Service, session_id: str, *, deterministic: bool = False) -> None:
-        self.service = service
-        self.id = session_id
-        self.deterministic = deterministic
+    def __init__(self, service: Service, info: SessionInfo, *, tokenizers: TokenizerCache) -> None:
+        self.id = info.session_id
+        self.deterministic = info.deterministic
+        self.tokenizers = tokenizers
+        self._service = service
         self._prefix = uuid.uuid4().hex
         self._ids = itertools.count(1)
         self._seqs: dict[str, int] = {}
@@ -101,6 +105,12 @@ class Session:
         self._ended: WeaverError | None = None
 
     # --- what the clients call ---
+
+    @property
+    def service(self) -> Service:
+        """For what has no place in an order; raises the error that ended the session, if any."""
+        self.check_open()
+        return self._service
 
     def submit(
         self, operation: Operation, reply: Answer[T], *, run_id: str | None = None
@@ -159,11 +169,10 @@ class Session:
 
     async def stream(self, operation: Operation, *, of: object) -> AsyncIterator[SampleDelta]:
         """Submits a sample and yields its pieces; leaving early cancels it. Keeps `of` alive."""
-        self.check_open()
         submission = Submission(id=self._new_id(), operation=operation)
         await self.service.submit(self.id, [submission])
         deltas = cast(
-            "AsyncGenerator[SampleDelta, None]", self.service.stream(self.id, submission.id)
+            "AsyncGenerator[SampleDelta, None]", self._service.stream(self.id, submission.id)
         )
         finished = False
         try:
@@ -216,7 +225,7 @@ class Session:
                 self._to_send.set()  # what is unneeded
             try:
                 wait_s = POLL_S if self._sent else 0.0
-                outcomes = await self.service.collect(self.id, after=cursor, timeout_s=wait_s)
+                outcomes = await self._service.collect(self.id, after=cursor, timeout_s=wait_s)
             except ServiceConnectionError:
                 if self._sent:
                     raise
@@ -227,22 +236,26 @@ class Session:
                     self._settle(ticket, outcome)
 
     async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Runs a task whose failure ends the session by name, so that no handle hangs."""
+        """Runs a task whose failure ends the session by name, so that no handle hangs.
+
+        A defect of the service goes on to whoever opened the client.
+        """
         try:
             await task()
         except WeaverError as error:
             self._end(error)
-        except Exception as error:  # the executor of operations: the service may be broken
-            self._end(
-                ServiceConnectionError(
-                    f"the service failed with {type(error).__name__}: {error}",
-                    hint="Open a new client.",
+        finally:
+            if isinstance(defect := sys.exception(), Exception):
+                self._end(
+                    ServiceConnectionError(
+                        f"the service failed with {type(defect).__name__}: {defect}",
+                        hint="Open a new client.",
+                    )
                 )
-            )
 
     async def _say_goodbye(self) -> None:
         await self._flush()
-        await self.service.close_session(self.id)
+        await self._service.close_session(self.id)
 
     async def _submit(self, batch: list[Ticket[Any]]) -> None:
         """Sends a request. Where it is refused, what is at fault in it fails alone.
@@ -250,7 +263,7 @@ class Session:
         The place of what failed in a run's order is taken by a tombstone.
         """
         try:
-            await self.service.submit(self.id, [_submission(ticket) for ticket in batch])
+            await self._service.submit(self.id, [_submission(ticket) for ticket in batch])
         except InvalidRequestError as error:
             if len(batch) > 1:
                 await self._submit(batch[: len(batch) // 2])
@@ -282,7 +295,7 @@ class Session:
                 await self._submit(part)
             if self._cancels:
                 cancels, self._cancels = self._cancels, []
-                await self.service.cancel(self.id, cancels)
+                await self._service.cancel(self.id, cancels)
 
     async def _finish(
         self,
@@ -349,11 +362,11 @@ class Session:
 
 @asynccontextmanager
 async def open_session(
-    service: Service, *, user_metadata: JsonDict | None = None
+    service: Service, home: Path, *, user_metadata: JsonDict | None = None
 ) -> AsyncIterator[Session]:
-    """A session with a service, closed on leaving."""
+    """A session with a service, closed on leaving; tokenizers are kept below `home`."""
     info = await service.open_session(user_metadata=user_metadata)
-    session = Session(service, info.session_id, deterministic=info.deterministic)
+    session = Session(service, info, tokenizers=TokenizerCache(service, home / "tokenizers"))
     async with anyio.create_task_group() as tasks:
         await tasks.start(session.run)
         try:

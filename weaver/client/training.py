@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
     from weaver.loss_specs import LossConfig
-    from weaver.tokenizers import PreTrainedTokenizer, TokenizerCache
+    from weaver.tokenizers import PreTrainedTokenizer
     from weaver.types import (
         CheckpointInfo,
         Datum,
@@ -56,11 +56,8 @@ LOADED = answer(CheckpointLoaded, lambda result: result.checkpoint)
 class AsyncTrainingClient:
     """Trains one run; several clients of one service client may share a run and its order."""
 
-    def __init__(
-        self, session: Session, run: TrainingRun, model: ModelInfo, tokenizers: TokenizerCache
-    ) -> None:
+    def __init__(self, session: Session, run: TrainingRun, model: ModelInfo) -> None:
         self._session = session
-        self._tokenizers = tokenizers
         self.model_id = run.run_id
         self.model_info = model
         self.deterministic = session.deterministic
@@ -72,11 +69,10 @@ class AsyncTrainingClient:
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
-        return await self._tokenizers.get(self.base_model)
+        return await self._session.tokenizers.get(self.base_model)
 
     async def get_info(self) -> TrainingRun:
         """The run as the service knows it: its step, status and metadata."""
-        self._session.check_open()
         return await self._session.service.get_run(self.model_id)
 
     # --- gradients and steps ---
@@ -219,11 +215,7 @@ class AsyncTrainingClient:
         async def finish() -> AsyncSamplingClient:
             path = (await saved).path
             opened = open_sampler(
-                self._session,
-                self._tokenizers,
-                model_path=path,
-                base_model=None,
-                owned=name is None,
+                self._session, model_path=path, base_model=None, owned=name is None
             )
             parts.append(opened)
             return await opened
@@ -246,7 +238,6 @@ class AsyncTrainingClient:
 
     async def list_checkpoints(self) -> list[CheckpointInfo]:
         """This run's checkpoints, oldest first."""
-        self._session.check_open()
         return list(await self._session.service.list_checkpoints(self.model_id))
 
     # --- metrics ---
@@ -262,12 +253,10 @@ class AsyncTrainingClient:
                 f"is a {type(metrics).__name__}.", field="metrics", hint='Pass {"reward": 0.5}.'
             )
         points = [MetricPoint(name=name, value=value, step=step) for name, value in metrics.items()]
-        self._session.check_open()
         await self._session.service.log_metrics(self.model_id, points)
 
     async def read_metrics(self, name: str | None = None) -> list[MetricPoint]:
         """The numbers logged so far, oldest first; of one name where it is given."""
-        self._session.check_open()
         return list(await self._session.service.read_metrics(self.model_id, name=name))
 
     # --- shared ---

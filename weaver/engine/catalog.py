@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """What a configuration tells about a model that can run here."""
 
@@ -61,15 +62,37 @@ class ModelFacts:
         wide: int = self.config.hidden_size // self.config.num_attention_heads
         return getattr(self.config, "head_dim", None) or wide
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer.
+
+        Raises:
+            UnsupportedError: the model has none that can be read.
+        """
+        name, folder = self.info.name, Path(self.source)
+        if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+            raise _no_tokenizer(name, f"{folder} has none of {', '.join(TOKENIZER_FILES)}")
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.source, trust_remote_code=False, local_files_only=only_here(self.source)
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _no_tokenizer(name, _first_line(error)) from error
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """File names and contents, as `save_pretrained` writes them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+
 
 class Catalog:
-    """Facts and tokenizers by name, each read once."""
+    """Facts by name, each read once."""
 
     def __init__(self, models: Mapping[str, str | Path], *, allow_paths: bool) -> None:
         self._sources = {"weaver-nano": NANO, **models}
         self._allow_paths = allow_paths
         self._facts: dict[str, ModelFacts] = {}
-        self._tokenizers: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         """The configured models that are there."""
@@ -88,31 +111,6 @@ class Catalog:
             config = self._config(name, source)
             self._facts[name] = read_facts(name, source, config=config, public_name=told)
         return self._facts[name]
-
-    def tokenizer(self, name: str) -> Any:
-        """The model's transformers tokenizer.
-
-        Raises:
-            UnsupportedError: the model has none that can be read.
-        """
-        if name not in self._tokenizers:
-            source = self.facts(name).source
-            folder = Path(source)
-            if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
-                raise _no_tokenizer(name, f"{source} has none of {', '.join(TOKENIZER_FILES)}")
-            try:
-                self._tokenizers[name] = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=only_here(source)
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise _no_tokenizer(name, _first_line(error)) from error
-        return self._tokenizers[name]
-
-    def tokenizer_files(self, name: str) -> dict[str, bytes]:
-        """File names and contents, as `save_pretrained` writes them."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer(name).save_pretrained(folder)
-            return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
 
     def _source(self, name: str) -> str:
         if name in self._sources:

@@ -193,7 +193,7 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 def _write_tokenizer(run: Run, folder: Path) -> None:
     try:
-        tokenizer = run.model.tokenizer
+        tokenizer = run.model.facts.tokenizer
     except UnsupportedError:
         return  # the base model has none either
     tokenizer.save_pretrained(folder)

@@ -72,7 +72,7 @@ class TorchEngine:
         return self._catalog.facts(base_model).info
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
-        tokenizer = self._catalog.tokenizer(base_model)
+        tokenizer = self._catalog.facts(base_model).tokenizer
         if isinstance(prompt, str):
             return list(tokenizer.encode(prompt))
         if not tokenizer.chat_template:
@@ -91,7 +91,7 @@ class TorchEngine:
         )
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return self._catalog.tokenizer_files(base_model)
+        return self._catalog.facts(base_model).tokenizer_files()
 
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         merge_adapter(self._catalog.facts(base_model), adapter, folder)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from weaver.engine.catalog import Catalog, ModelFacts
+    from weaver.engine.catalog import ModelFacts
     from weaver.engine.lora import Adapter
     from weaver.engine.packing import PackedBatch
 
@@ -44,9 +44,7 @@ class LoadedModel:
     Calls are serialized by the service. A trainable model has plain linear layers and no adapters.
     """
 
-    def __init__(
-        self, facts: ModelFacts, module: Any, *, catalog: Catalog, trainable: bool
-    ) -> None:
+    def __init__(self, facts: ModelFacts, module: Any, *, trainable: bool) -> None:
         self.facts = facts
         self.info = facts.info
         self.module = module
@@ -54,7 +52,6 @@ class LoadedModel:
         self.dtype: torch.dtype = module.dtype
         self.trainable = trainable
         self.routing = Routing()
-        self._catalog = catalog
         self.cache_shape = CacheShape(
             num_layers=facts.num_layers,
             num_kv_heads=facts.num_kv_heads,
@@ -69,10 +66,6 @@ class LoadedModel:
             self._freeze()
         self.head = head_of(module.get_submodule(path), path=path, config=facts.config)
         self._check()
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._catalog.tokenizer(self.info.name)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -106,13 +99,7 @@ class LoadedModel:
         Raises:
             CheckpointMismatchError: names or shapes differ from the model's.
         """
-        return load_model(
-            self.facts,
-            catalog=self._catalog,
-            device=self.device,
-            dtype=self.dtype,
-            weights=tensors,
-        )
+        return load_model(self.facts, device=self.device, dtype=self.dtype, weights=tensors)
 
     def _freeze(self) -> None:
         for path, layer in list(self.module.named_modules()):
@@ -148,7 +135,6 @@ class LoadedModel:
 def load_model(
     facts: ModelFacts,
     *,
-    catalog: Catalog,
     device: torch.device,
     dtype: torch.dtype,
     trainable: bool = False,
@@ -173,7 +159,7 @@ def load_model(
         parameters = dict(module.named_parameters())
         check_weights(parameters, weights)
         set_weights(parameters, weights)
-    return LoadedModel(facts, module, catalog=catalog, trainable=trainable)
+    return LoadedModel(facts, module, trainable=trainable)
 
 
 def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:

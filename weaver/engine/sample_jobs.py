@@ -61,7 +61,7 @@ class RunningJob:
         self.prompt_logprobs: list[float | None] = [None]
         self.error: WeaverError | None = None
         self._sequences: dict[int, SampledSequence] = {}
-        self._tokenizer = weights.model.tokenizer if job.num_samples else None
+        self._tokenizer = weights.model.facts.tokenizer if job.num_samples else None
         self._stop_token_ids = weights.model.eos_token_ids | set(job.params.stop_token_ids)
         seed = job.params.seed
         self._keys = stream_keys(

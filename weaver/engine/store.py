@@ -36,20 +36,14 @@ class ModelStore:
             UnknownModelError, UnsupportedError, EngineError: see `load_model`.
         """
         if name not in self._models:
-            self._models[name] = load_model(
-                self.catalog.facts(name), catalog=self.catalog, device=self.device, dtype=self.dtype
-            )
+            facts = self.catalog.facts(name)
+            self._models[name] = load_model(facts, device=self.device, dtype=self.dtype)
         return self._models[name]
 
     def own(self, name: str) -> LoadedModel:
         """A trainable model of one run's own, in float32 whatever the base's dtype."""
-        return load_model(
-            self.catalog.facts(name),
-            catalog=self.catalog,
-            device=self.device,
-            dtype=torch.float32,
-            trainable=True,
-        )
+        facts = self.catalog.facts(name)
+        return load_model(facts, device=self.device, dtype=torch.float32, trainable=True)
 
     def use_threads(self, model: LoadedModel) -> None:
         """Sets torch's threads for the coming call: as configured, or by the model's size."""
