@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from weaver.protocol import CheckpointLoaded, CheckpointSaved
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
     from weaver.server.service import LocalService
@@ -52,22 +52,25 @@ class ScopedService:
         self._reach.check_session(session_id)
         await self._service.submit(session_id, submissions)
 
-    async def collect(
-        self, session_id: str, *, after: int, timeout_s: float, forget: int | None = None
-    ) -> Sequence[Outcome]:
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
         self._reach.check_session(session_id)
-        outcomes = await self._service.collect(
-            session_id, after=after, timeout_s=timeout_s, forget=forget
-        )
+        outcomes = await self._service.collect(session_id, after=after, timeout_s=timeout_s)
         return [_told(outcome) for outcome in outcomes]
 
     def lasting_session(self) -> str | None:
         """That which an earlier process has opened for the same caller."""
         return self._reach.lasting_session()
 
-    async def standing(self, session_id: str) -> tuple[Sequence[Submission], Mapping[str, int]]:
+    def forget(self, session_id: str, cursor: int) -> None:
         self._reach.check_session(session_id)
-        return await self._service.standing(session_id)
+        self._service.forget(session_id, cursor)
+
+    def follow(
+        self, session_id: str, follower: Callable[[Outcome], None]
+    ) -> tuple[Sequence[Submission], Mapping[str, int]]:
+        """With folders of this machine in the outcomes, which are not for the caller."""
+        self._reach.check_session(session_id)
+        return self._service.follow(session_id, follower)
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
         self._reach.check_session(session_id)

@@ -256,16 +256,21 @@ class LocalService:
         session = self._session(session_id)
         await self._intake.take(session, submissions)
 
-    async def collect(
-        self, session_id: str, *, after: int, timeout_s: float, forget: int | None = None
-    ) -> Sequence[Outcome]:
-        """Forgets the outcomes up to `forget`, which is `after` if nothing is to be kept."""
-        session, seen = self._session(session_id), after if forget is None else forget
-        self._store.acknowledge(session_id, session.acknowledge(seen))
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+        session = self._session(session_id)
+        self.forget(session_id, after)
         return await session.collect(after=after, timeout_s=timeout_s)
 
-    async def standing(self, session_id: str) -> tuple[Sequence[Submission], Mapping[str, int]]:
-        return self._session(session_id).standing()
+    def forget(self, session_id: str, cursor: int) -> None:
+        """Lets go of the outcomes up to a cursor."""
+        forgotten = self._session(session_id).acknowledge(cursor)
+        self._store.acknowledge(session_id, forgotten)
+
+    def follow(
+        self, session_id: str, follower: Callable[[Outcome], None]
+    ) -> tuple[Sequence[Submission], Mapping[str, int]]:
+        """See `Session.follow`."""
+        return self._session(session_id).follow(follower)
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
         self._executor.hold(self._session(session_id), sampler_id, hold=hold)

@@ -26,7 +26,7 @@ from weaver.tensors import TensorData
 from weaver.types import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Result, Submission
     from weaver.server.store import Entry
@@ -85,6 +85,7 @@ class Session:
     streams: dict[str, SampleStream] = field(default_factory=dict)
     unnamed_samplers: list[str] = field(default_factory=list)
     closed: bool = False
+    _follower: Callable[[Outcome], None] | None = None
     _heard_at: float = field(default_factory=time.monotonic)
     _polls: int = 0
     _prints: dict[str, bytes] = field(default_factory=dict)
@@ -174,6 +175,8 @@ class Session:
         """Makes it collectable; to be called in the order of `outcome`."""
         del self.tickets[ticket.submission.id]
         self._outcomes.append(outcome)
+        if self._follower is not None:
+            self._follower(outcome)
         if ticket.stream is not None:
             ticket.stream.finish(outcome.error.to_error() if outcome.error else None)
         self._notify()
@@ -229,8 +232,16 @@ class Session:
         newest_first = takewhile(lambda outcome: outcome.cursor > after, reversed(self._outcomes))
         return list(newest_first)[::-1]
 
-    def standing(self) -> tuple[list[Submission], dict[str, int]]:
-        """What has no outcome yet; and of each run the last seq that was taken."""
+    def follow(
+        self, follower: Callable[[Outcome], None]
+    ) -> tuple[list[Submission], dict[str, int]]:
+        """Tells `follower` of each outcome: now of those that are kept, then as they come.
+
+        Answers what has no outcome yet; and of each run the last seq that was taken.
+        """
+        for outcome in self._outcomes:
+            follower(outcome)
+        self._follower = follower
         seqs: dict[str, int] = {}
         for run_id, seq in self._places:
             seqs[run_id] = max(seq, seqs.get(run_id, 0))

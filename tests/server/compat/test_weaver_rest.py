@@ -14,6 +14,8 @@ import pytest
 from tests.server.compat.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.engine.fake import FakeEngine
+from weaver.server.compat.weaver_rest_ids import session_of
+from weaver.server.limits import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,6 +191,32 @@ async def test_an_equal_request_of_another_call_is_no_resend(home: Path) -> None
         replies = [await api.call("POST", path, body, **TRACE) for _ in range(2)]
         assert replies[0]["id"] == replies[1]["id"]
         assert (await api.call("POST", path, body))["id"] != replies[0]["id"]
+
+
+async def test_a_resend_of_what_is_refused_is_refused_too(home: Path) -> None:
+    """Also where it comes while the first is on its way to the journal."""
+    async with running(home, limits=Limits(pending_operations=0)) as server, server.http() as http:
+        path = f"/api/v1/sampling-sessions/{session_of('base:fake')}/samples"
+        replies: list[Any] = []
+
+        async def sample() -> None:
+            replies.append(await http.post(path, json={"prompt": CHUNKS}, headers=TRACE))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(sample)
+        refusals = [(reply.status_code, reply.json()["error"]) for reply in replies]
+        assert refusals == [(429, "quota_exceeded")] * 3
+
+
+async def test_a_closed_session_is_followed_by_another(home: Path) -> None:
+    async with rest(home) as api:
+        model_id = await api.model()
+        [session] = (await api.http.get("/v1/sessions")).json()
+        await api.http.delete(f"/v1/sessions/{session['session_id']}")
+        operation = await api.backward(model_id)
+        assert operation["status"] == "done"
+        assert await api.call("GET", f"/operations/{operation['id']}") == operation
 
 
 async def test_a_skipped_seq_id_is_not_waited_for(home: Path) -> None:

@@ -37,6 +37,8 @@ async def test_lines_name_requests_and_operations(
             await http.post(path, content=wire.encode(sent), headers=headers)
             for submission in sent:
                 await caller.outcome(submission.id)
+            for path_polled in ("/v1/runs", f"/v1/runs/{run}/curves", "/v1/runs/nobody"):
+                await http.get(path_polled)
     lines = [json.loads(line) for line in caplog.text.splitlines()]
     ids = [submission.id for submission in sent]
     [request] = [line for line in lines if line["request_id"] == "req-1" and "path" in line]
@@ -46,3 +48,5 @@ async def test_lines_name_requests_and_operations(
     assert [ended[id]["outcome"] for id in ids] == ["done", "token_out_of_range"]
     assert [(ended[id]["run_id"], ended[id]["seq"]) for id in ids] == [(run, 1), (run, 2)]
     assert key not in caplog.text
+    read = [line["path"] for line in lines if line.get("method") == "GET"]
+    assert read == ["/v1/runs/nobody"]  # polls are quiet, refusals are not

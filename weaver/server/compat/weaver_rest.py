@@ -34,7 +34,7 @@ router = APIRouter(prefix=PREFIX, include_in_schema=False)
 
 @router.get("/operations/{operation_id}")
 async def get_operation(operation_id: str, desk: Desked) -> Response:
-    return await answered(desk, await desk.find(operation_id), hold_s=POLL_S)
+    return await answered(desk, desk.find(operation_id), hold_s=POLL_S)
 
 
 @router.post("/checkpoints/{checkpoint_id}/deployments")

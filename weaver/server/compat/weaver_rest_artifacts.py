@@ -62,7 +62,7 @@ async def list_checkpoints(model_id: str, desk: Desked) -> Response:
 
 @router.patch("/models/{model_id}/checkpoints/ttl")
 async def set_ttl(model_id: str, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, TtlBody)
+    body = await read_body(request, TtlBody)
     info = await desk.service.set_checkpoint_ttl(native_path(body.path), body.ttl_seconds)
     return JsonResponse(checkpoint_json(info))
 
@@ -76,7 +76,7 @@ async def export_model(model_id: str, request: Request, desk: Desked) -> Respons
 
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(checkpoint_id: str, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, ExportBody)
+    body = await read_body(request, ExportBody)
     info = by_id(await _exportable(desk), checkpoint_id)
     if not body.merge_adapter:
         return JsonResponse(artifact_json(info, artifact_kind(info)))

@@ -92,7 +92,7 @@ SessionId = Annotated[str, Depends(known_session)]
 
 @router.post("/sessions", status_code=201)
 async def open_session(request: Request) -> Response:
-    body, _ = await read_body(request, SessionBody)
+    body = await read_body(request, SessionBody)
     if body.scheduling_policy is not None:  # the client expects it to be obeyed
         raise UnsupportedError(
             "is not for clients to choose: operations run in fair turns.",
@@ -115,7 +115,7 @@ async def heartbeat(session: SessionId) -> None:
 
 @router.post("/sessions/{session}/metrics", status_code=202)
 async def log_metrics(session: SessionId, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, MetricsBody)
+    body = await read_body(request, MetricsBody)
     by_run: defaultdict[str, list[MetricPoint]] = defaultdict(list)
     for point in body.metrics:
         by_run[point.model_id].append(MetricPoint(**point.model_dump(exclude={"model_id"})))
@@ -129,7 +129,7 @@ async def log_metrics(session: SessionId, request: Request, desk: Desked) -> Res
 
 @router.post("/sessions/{session}/models", status_code=201)
 async def create_model(session: SessionId, request: Request, desk: Desked) -> Response:
-    body, data = await read_body(request, ModelBody)
+    body = await read_body(request, ModelBody)
     models = {model.name for model in await desk.service.list_models()}
     name = body.base_model
     operation = CreateModel(
@@ -138,7 +138,7 @@ async def create_model(session: SessionId, request: Request, desk: Desked) -> Re
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
-    entry = await desk.submit(operation, Note(key=resend_key(request, data)))
+    entry = await desk.submit(operation, Note(key=await resend_key(request)))
     await desk.wait(entry, POLL_S)
     match entry.outcome:
         case Outcome(result=ModelCreated(run=run)):
@@ -155,7 +155,7 @@ async def create_model(session: SessionId, request: Request, desk: Desked) -> Re
 @router.get("/models")
 @router.get("/training-runs")
 async def list_runs(desk: Desked, limit: Limit = 25, offset: Offset = 0) -> Response:
-    seqs, runs = await desk.last_seqs(), await desk.service.list_runs()
+    seqs, runs = desk.last_seqs(), await desk.service.list_runs()
     described = [run_json(run, last_seq=seqs.get(run.run_id, 0)) for run in runs]
     return JsonResponse(_page(described, limit, offset))
 
@@ -193,7 +193,7 @@ async def model_catalog(desk: Desked, limit: Limit = 100, offset: Offset = 0) ->
 
 async def _described(desk: Desk, model_id: str) -> JsonDict:
     run = await desk.service.get_run(model_id)
-    return run_json(run, last_seq=(await desk.last_seqs()).get(model_id, 0))
+    return run_json(run, last_seq=desk.last_seqs().get(model_id, 0))
 
 
 async def tokenizer_path(request: Request, base_model: str) -> str | None:

@@ -95,7 +95,7 @@ SamplerId = Annotated[str, Depends(sampler_in)]
 
 @router.post("/sessions/{session}/sampling-sessions", status_code=201)
 async def open_session(session: str, request: Request, desk: Desked) -> Response:
-    body, data = await read_body(request, SessionBody)
+    body = await read_body(request, SessionBody)
     if body.model_path is not None:
         path = (await find_checkpoint(desk.service, body.model_path)).path
         operation, sampler_id = OpenSampler(model_path=path), path
@@ -104,7 +104,7 @@ async def open_session(session: str, request: Request, desk: Desked) -> Response
         operation, sampler_id = OpenSampler(base_model=base_model), f"{BASE}{base_model}"
     else:
         raise InvalidRequestError("needs base_model or model_path.", field="body")
-    entry = await desk.submit(operation, Note(key=resend_key(request, data)))
+    entry = await desk.submit(operation, Note(key=await resend_key(request)))
     await desk.wait(entry, POLL_S)
     if entry.outcome is not None and entry.outcome.error is not None:
         raise entry.outcome.error.to_error()
@@ -127,7 +127,7 @@ async def delete_session(sampler_id: SamplerId) -> None:
 
 @router.post("/sampling-sessions/{sampling_session}/samples")
 async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Response:
-    body, data = await read_body(request, SampleBody)
+    body = await read_body(request, SampleBody)
     for name in UNSUPPORTED:
         if getattr(body, name):
             raise _unsupported(name)
@@ -139,7 +139,7 @@ async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Respo
         include_prompt_logprobs=body.prompt_logprobs,
     )
     note = Note(
-        key=resend_key(request, data),
+        key=await resend_key(request),
         sampler_id=sampler_id,
         samples=body.num_samples,
         old_logprobs=body.return_old_logprob,
@@ -149,7 +149,7 @@ async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Respo
 
 @router.post("/sampling-sessions/{sampling_session}/logprobs")
 async def logprobs(sampler_id: SamplerId, request: Request, desk: Desked) -> Response:
-    body, data = await read_body(request, LogprobsBody)
+    body = await read_body(request, LogprobsBody)
     if body.return_rollout_token_expert:
         raise _unsupported("return_rollout_token_expert")
     if body.loss_fn_config.get("temperature", 1) != 1:
@@ -160,13 +160,13 @@ async def logprobs(sampler_id: SamplerId, request: Request, desk: Desked) -> Res
         num_samples=0,
         include_prompt_logprobs=True,
     )
-    note = Note(key=resend_key(request, data), sampler_id=sampler_id)
+    note = Note(key=await resend_key(request), sampler_id=sampler_id)
     return await answered(desk, await desk.submit(operation, note))
 
 
 @router.post("/sampling-sessions/{sampling_session}/pause-generation")
 async def pause(sampler_id: SamplerId, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, PauseBody)
+    body = await read_body(request, PauseBody)
     await desk.pause(sampler_id, abort=body.mode == "abort")
     return JsonResponse({"ok": True, "status": "paused", "mode": body.mode})
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import zstandard
-from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from weaver import wire
 from weaver.errors import InvalidRequestError, TooLargeError
 from weaver.types import EncodedTextChunk, ModelInput
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     B = TypeVar("B", bound="Body")
 
 DECODED_BYTES = 512 * 2**20
-LARGE_BYTES = 32 * 1024
-"""Above this, a body is parsed in a thread, beside the event loop."""
 DTYPES = {"int64": "<i8", "int32": "<i4", "float32": "<f4", "float64": "<f8"}
 
 
@@ -82,8 +81,8 @@ class Reference(Body):
     size_bytes: int = Field(ge=0)
 
 
-async def read_body(request: Request, kind: type[B]) -> tuple[B, bytes]:
-    """The request's body as a `kind`, with its tensors as numpy arrays; and its bytes.
+async def read_body(request: Request, kind: type[B]) -> B:
+    """The request's body as a `kind`, with its tensors as numpy arrays.
 
     Raises:
         InvalidRequestError: it is not what it should be, with the field at fault.
@@ -91,9 +90,7 @@ async def read_body(request: Request, kind: type[B]) -> tuple[B, bytes]:
     """
     data = await request.body()
     media_type = request.headers.get("Content-Type", "")
-    if len(data) <= LARGE_BYTES:
-        return parse(data, media_type, kind), data
-    return await to_thread.run_sync(parse, data, media_type, kind), data
+    return await wire.beside(len(data), partial(parse, data, media_type, kind))
 
 
 def parse(data: bytes, media_type: str, kind: type[B]) -> B:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasPath, Field
 
@@ -17,13 +17,13 @@ from weaver.server.compat.weaver_rest_answers import Note
 from weaver.server.compat.weaver_rest_ids import find_checkpoint
 from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered, resend_key
 from weaver.server.compat.weaver_rest_tensors import (
-    LARGE_BYTES,
     Body,
     Prompt,
     TtlSeconds,
     read_body,
 )
 from weaver.types import AdamParams, Datum
+from weaver.wire import beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,7 @@ VERBS = (
 
 @router.post("/models/{model_id}/load")
 async def load(model_id: str, request: Request, desk: Desked) -> Response:
-    body, _ = await read_body(request, LoadBody)
+    body = await read_body(request, LoadBody)
     path = (await find_checkpoint(desk.service, body.path)).path
     operation = LoadCheckpoint(path=path, include_optimizer=body.include_optimizer)
     verb = Verb("load", LoadBody, lambda _: operation, numbered=False)
@@ -168,14 +168,12 @@ async def ordered(
     """Submits an operation of a run in the order in which its request began to arrive."""
     await desk.service.get_run(model_id)
     async with desk.turn(model_id):
-        body, data = await read_body(request, verb.body)
-        if len(data) <= LARGE_BYTES:
-            operation = verb.make(body)
-        else:
-            operation = await to_thread.run_sync(verb.make, body)
+        body = await read_body(request, verb.body)
+        size_bytes = len(await request.body())
+        operation = await beside(size_bytes, partial(verb.make, body))
         ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
         note = Note(
-            key=resend_key(request, data, numbered=verb.numbered),
+            key=await resend_key(request, numbered=verb.numbered),
             artifact=artifact,
             datum_ids=tuple(ids) if any(ids) else (),
         )

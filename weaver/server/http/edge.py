@@ -115,6 +115,8 @@ class Edge:
             **scope["state"].get("logged", {}),
         }
         level = logging.WARNING if status >= 500 else logging.INFO
+        if method == "GET" and status < 400:  # clients, pages and probes poll; all are counted
+            level = logging.DEBUG
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
         return str(route)
 

@@ -85,6 +85,8 @@ class Front:
     def until_it_stops(self) -> Iterator[None]:
         """What waits inside is left when the server stops."""
         with anyio.CancelScope() as scope:
+            if self.stopping.is_set():
+                scope.cancel()
             self._waits.add(scope)
             try:
                 yield
