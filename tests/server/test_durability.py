@@ -32,6 +32,7 @@ from weaver.protocol import (
     SaveCheckpoint,
     StepDone,
 )
+from weaver.server import ledger
 from weaver.server.database import open_database
 from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
@@ -470,6 +471,42 @@ async def test_an_outcome_that_cannot_be_written_never_happened(home: Path) -> N
         assert (await service.get_run(run)).step == 3
 
 
+@pytest.mark.parametrize("room_again", [False, True])
+async def test_nothing_is_told_that_is_not_in_the_journal(
+    home: Path, room_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "DATABASE_AWAY_S", 0.1)
+    monkeypatch.setattr(ledger, "DATABASE_PAUSE_S", 0.01)
+    recorder = Recorder()
+    store = FullDisk(open_database(home))
+    async with LocalService(
+        FakeEngine(hook=recorder), home=home, store=store, durability=NEVER, sweep_every_s=0.05
+    ) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=2)
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        store.full = (StepDone, type(None))  # not even that it failed can be written
+        step = await caller.start(STEP, run)
+        await until(lambda: _called(recorder, "optim_step", 3))
+        assert not await service.collect(caller.session_id, after=caller.cursor, timeout_s=0.3)
+        if room_again:  # and nobody asks for anything
+            store.full = ()
+            assert (outcome := await caller.outcome(step)).error is not None
+            assert outcome.error.code == "storage_error"
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+    async with server(home, engine=FakeEngine(hook=recorder)) as service:
+        caller.service = service
+        if not room_again:  # its client knows of no failure, so it is carried out
+            assert isinstance(await caller.result(step), StepDone)
+        await train(caller, run, steps=1)
+        assert (await service.get_run(run)).step == 3 + (not room_again)
+
+
+async def _called(recorder: Recorder, name: str, times: int) -> bool:
+    return recorder.count(name) >= times
+
+
 @pytest.mark.parametrize("what", ["settle", "put_run", "run"])
 async def test_work_waits_for_a_database_that_is_away(
     home: Path, what: str, monkeypatch: pytest.MonkeyPatch
@@ -495,18 +532,24 @@ async def test_work_waits_for_a_database_that_is_away(
     assert times < 0
 
 
-async def test_a_checkpoint_is_not_written_twice(home: Path) -> None:
+async def test_a_checkpoint_is_not_written_twice(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "DATABASE_AWAY_S", 0.0)
     database = open_database(home)
     store = FullDisk(database)
-    store.full = (CheckpointSaved,)
     async with LocalService(FakeEngine(), home=home, store=store) as service:
         caller = await Caller.open(service)
         run = await caller.create()
         named = caller.stamp(SaveCheckpoint(purpose="state", name="x"), run)
         nameless = caller.stamp(SaveCheckpoint(purpose="state"), run)
+        store.full = (CheckpointSaved, type(None))
         await caller.send(named, nameless)
-        for submission in (named, nameless):
-            await caller.outcome(submission.id)
+
+        async def saved() -> bool:
+            return len(await service.list_checkpoints()) == 2
+
+        await until(saved)
         before = await service.list_checkpoints()
     database.dispose()
     async with server(home) as service:  # the journal knows nothing of the end of these two

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,19 +45,24 @@ ADAM = {"learning_rate": 0.1}
 
 @asynccontextmanager
 async def service_on(
-    home: Path, database: Path, *, now: Callable[[], datetime] = now_utc, **options: float
+    home: Path,
+    database: Path,
+    *,
+    engine: FakeEngine | None = None,
+    now: Callable[[], datetime] = now_utc,
+    **options: float,
 ) -> AsyncIterator[LocalService]:
-    engine = open_database(database)
+    opened = open_database(database)
     async with LocalService(
-        FakeEngine(context_length=2**20),
+        engine or FakeEngine(context_length=2**20),
         home=home,
-        store=SqlStore(engine),
+        store=SqlStore(opened),
         durability=Durability(snapshot_every_s=0.0),
         now=now,
         **options,  # type: ignore[arg-type]
     ) as service:
         yield service
-    engine.dispose()
+    opened.dispose()
 
 
 # --- a full disk --------------------------------------------------------------------------------
@@ -107,6 +113,36 @@ async def test_a_submission_that_a_full_disk_cannot_take_may_be_sent_again(
         caller.service = service
         assert (await service.get_run(run)).step == 3
         assert await weights(caller, run) == expected
+
+
+@pytest.mark.parametrize("room_again", [False, True])
+async def test_an_operation_of_which_a_failure_was_told_is_not_carried_out_later(
+    small_disk: Path, tmp_path: Path, home: Path, room_again: bool
+) -> None:
+    fillers: list[Path] = []
+
+    def take_all_room(name: str, argument: object) -> None:
+        if name == "optim_step":
+            fillers.append(fill(small_disk))
+
+    async with service_on(home, small_disk, engine=FakeEngine(hook=take_all_room)) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        step = await caller.start(STEP, run)
+        assert not await service.collect(caller.session_id, after=caller.cursor, timeout_s=0.5)
+        assert fillers
+        if room_again:
+            fillers[0].unlink()
+            assert (told := await caller.outcome(step)).error is not None
+            assert told.error.code == "storage_error"
+        killed = shutil.copytree(small_disk, tmp_path / "killed")  # as a kill would leave it
+    async with service_on(home, killed) as service:
+        caller.service = service
+        if not room_again:
+            assert isinstance(await caller.result(step), StepDone)
+        await train(caller, run, steps=1)
+        assert (await service.get_run(run)).step == 1 + (not room_again)
 
 
 async def test_checkpoints_and_snapshots_wait_for_room(small_disk: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from weaver.protocol import (
 )
 from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
-from weaver.server.ledger import Ledger
+from weaver.server.ledger import Ended, Ledger
 from weaver.server.operations import Work
 from weaver.server.scheduler import FairShare, Head, Turns, plan
 
@@ -310,9 +310,7 @@ class Executor:
         )
         for job_id in self._added:
             self._samples[job_id].began_at = time.time()
-        ended: list[tuple[Ticket, Result | WeaverError]] = [
-            (ticket, SamplerReleased()) for ticket in self._ending
-        ]
+        ended: list[Ended] = [(ticket, SamplerReleased()) for ticket in self._ending]
         self._released, self._cancelled, self._added, self._ending = [], [], {}, []
         for progress in await self.call(turn):
             ticket = self._samples.get(progress.job_id)

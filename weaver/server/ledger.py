@@ -13,7 +13,6 @@ import anyio
 from anyio import CancelScope
 
 from weaver.errors import ServiceConnectionError, WeaverError
-from weaver.protocol import ErrorInfo
 from weaver.server.activity import answer_of
 from weaver.server.attempt import attempt_async
 from weaver.server.store import Settled
@@ -30,11 +29,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
-"""How long finished work waits for the database, and how often it is tried."""
+"""How long finished work waits for the journal, and how often it is tried."""
+Ended = tuple["Ticket", "Result | WeaverError"]
 
 
 class Ledger:
-    """`unload` takes a run out of the engine, so that it comes back as the journal knows it."""
+    """Nothing is shown that is not in the journal: it would be carried out again after a restart.
+
+    `unload` takes a run out of the engine, so that it comes back as the journal knows it.
+    """
 
     def __init__(
         self,
@@ -50,62 +53,83 @@ class Ledger:
         self._unload = unload
         self._settling = anyio.Lock(fast_acquire=True)
         self._stopped = False
-        self._unwritten: list[Settled] = []
-        """Outcomes that were shown though the journal could not be written: they follow later."""
+        self._unwritten: list[Ended] = []
+        """Failures that could not be journaled, so that their clients do not know of them yet."""
 
     def stop(self) -> None:
-        """Waits no longer for a database that is away."""
+        """Waits no longer for the journal."""
         self._stopped = True
 
-    async def settle(
-        self, *ended: tuple[Ticket, Result | WeaverError], runs: Sequence[TrainingRun] = ()
-    ) -> None:
-        """Journals outcomes together, then shows them; the first one of a ticket counts."""
+    async def settle(self, *ended: Ended, runs: Sequence[TrainingRun] = ()) -> None:
+        """Journals outcomes together, then shows them; the first one of a ticket counts.
+
+        Those that cannot be journaled fail. Where not even that can be journaled, it is tried again
+        with later ones; without any, only that is done.
+        """
         fresh = [(ticket, value) for ticket, value in ended if not ticket.settled]
         for ticket, value in fresh:
             ticket.settled = True
             ticket.error = value if isinstance(value, WeaverError) else None
-        if not fresh:
+        if not (fresh or self._unwritten):
             return
         with CancelScope(shield=True):  # what is settled gets shown
             async with self._settling:
-                tickets = [ticket for ticket, _ in fresh]
-                outcomes = [ticket.session.outcome(ticket, value) for ticket, value in fresh]
-                settled = [*self._unwritten, *map(self._settled, tickets, outcomes)]
-                failure = await self.patiently(partial(self._store.settle, settled, runs=runs))
-                if failure is None:
-                    self._unwritten.clear()
-                else:
-                    outcomes = await self._undo(tickets, outcomes, failure)
-                for ticket, outcome in zip(tickets, outcomes, strict=True):
-                    ticket.session.show(ticket, outcome)
-                    _log(ticket, outcome)
-                    self._activity.note(ticket, outcome, step=self._step(ticket))
+                before, self._unwritten = self._unwritten, []
+                failure = await self._tell(fresh, runs=runs) if fresh else None
+                if failure is not None:
+                    undone = await self._undo(fresh, failure)
+                    if await self._tell(undone, waits_for=(WeaverError,)) is not None:
+                        self._unwritten += undone
+                for one in before:
+                    if await self._tell([one], waits_for=()) is not None:
+                        self._unwritten.append(one)
 
-    async def patiently(self, work: Callable[[], Awaitable[None]]) -> WeaverError | None:
-        """Waits for a database that is out of reach, for a while; answers why `work` failed."""
+    async def _tell(
+        self,
+        ended: Sequence[Ended],
+        *,
+        runs: Sequence[TrainingRun] = (),
+        waits_for: tuple[type[WeaverError], ...] = (ServiceConnectionError,),
+    ) -> WeaverError | None:
+        """Shows outcomes, unless they cannot be journaled; answers why."""
+        told = [(ticket, ticket.session.outcome(ticket, value)) for ticket, value in ended]
+        settled = [self._settled(ticket, outcome) for ticket, outcome in told]
+        write = partial(self._store.settle, settled, runs=runs)
+        failure = await self.patiently(write, waits_for=waits_for)
+        for ticket, outcome in told:
+            if failure is not None:
+                ticket.session.withdraw(outcome)
+                continue
+            ticket.session.show(ticket, outcome)
+            _log(ticket, outcome)
+            self._activity.note(ticket, outcome, step=self._step(ticket))
+        return failure
+
+    async def patiently(
+        self,
+        work: Callable[[], Awaitable[None]],
+        *,
+        waits_for: tuple[type[WeaverError], ...] = (ServiceConnectionError,),
+    ) -> WeaverError | None:
+        """Tries again for a while what such an error ends; answers why `work` failed."""
         end = anyio.current_time() + DATABASE_AWAY_S
         while True:
             failure = await attempt_async(work)
-            away = isinstance(failure, ServiceConnectionError)
-            if not away or self._stopped or anyio.current_time() > end:
+            over = self._stopped or anyio.current_time() > end
+            if not isinstance(failure, waits_for) or over:
                 return failure
             await anyio.sleep(DATABASE_PAUSE_S)
 
-    async def _undo(
-        self, tickets: Sequence[Ticket], outcomes: Sequence[Outcome], failure: WeaverError
-    ) -> list[Outcome]:
-        """Makes failures of outcomes that cannot be journaled; their runs go back to before."""
-        undone = []
-        for ticket, outcome in zip(tickets, outcomes, strict=True):
+    async def _undo(self, ended: Sequence[Ended], failure: WeaverError) -> list[Ended]:
+        """Failures in place of what cannot be journaled; their runs go back to before."""
+        undone: list[Ended] = []
+        for ticket, _ in ended:
             run = self._runs.get(ticket.submission.run_id or "")
             executed = self._store.durable and ticket.number is not None
             if run is not None and run.loaded and executed:
                 await self._unload(run)
             ticket.number, ticket.error = None, ticket.error or failure
-            error = outcome.error or ErrorInfo.of(failure)
-            undone.append(outcome.model_copy(update={"result": None, "error": error}))
-            self._unwritten.append(self._settled(ticket, undone[-1]))
+            undone.append((ticket, ticket.error))
         return undone
 
     def _step(self, ticket: Ticket) -> int | None:

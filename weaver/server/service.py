@@ -225,6 +225,7 @@ class LocalService:
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
             await self._intake.close_silent()
+            await self._executor.settle()  # what could not be journaled before
             self._executor.unload_idle(self._now())
 
     # --- sessions and operations ----------------------------------------------------------------

@@ -171,6 +171,10 @@ class Session:
             note=ticket.submission.note,
         )
 
+    def withdraw(self, outcome: Outcome) -> None:
+        """Gives its cursor to another outcome, as it could not be journaled."""
+        self._cursor = min(self._cursor, outcome.cursor - 1)
+
     def show(self, ticket: Ticket, outcome: Outcome) -> None:
         """Makes it collectable; to be called in the order of `outcome`."""
         del self.tickets[ticket.submission.id]
