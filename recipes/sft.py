@@ -29,6 +29,7 @@ import tyro
 import weaver_rl as rl
 from recipes import _run
 from weaver import AsyncServiceClient
+from weaver_rl.loops.supervised import to_datums
 from weaver_rl.tasks.words import exact, pig_latin_tasks
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ async def train(flags: Flags) -> Mapping[str, float]:
     )
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
+            sampler = await service.create_sampling_client(base_model=flags.model)
+            await to_datums(sampler, examples, plan)
+            await to_datums(sampler, tests, plan, source="held_out")
             return await _run.dry_run(service, flags, tasks, exact)
         with _run.opened(service, flags, "sft", tasks=tasks, plan=plan.as_config()) as run:
             result = await rl.supervised(

@@ -14,9 +14,7 @@ from weaver_rl.environments import Environment, GroupEnvironment, each, single_t
 from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
 from weaver_rl.judges import judge
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
-from weaver_rl.loops.off_policy import off_policy
-from weaver_rl.loops.on_policy import on_policy
-from weaver_rl.loops.policy import Result
+from weaver_rl.loops.policy import Result, off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.loops.step import LogprobGapError

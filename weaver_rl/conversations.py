@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weaver.errors import ConfigError, InvalidRequestError
+from weaver.loss_specs import check_tokens
 from weaver.types import Datum, ModelInput
 from weaver_rl.rendering import render
 
@@ -32,12 +33,14 @@ def to_datum(
     *,
     roles: Collection[str] = ("assistant",),
     max_length: int | None = None,
+    context_length: int | None = None,
     where: str = "example",
 ) -> Datum:
     """A `cross_entropy` datum; weights are 1 where the target is learned.
 
     Raises:
         InvalidRequestError: not an example, nothing to learn, or longer than `max_length` tokens.
+        ContextLengthError: longer than the model's context.
         ConfigError: a chat template is missing, or rewrites earlier messages.
     """
     tokens: list[int] = []
@@ -57,6 +60,7 @@ def to_datum(
             field=where,
             hint="Shorten it, leave it out, or raise max_length.",
         )
+    check_tokens(tokens[:-1], field=where, context_length=context_length)
     return Datum(
         model_input=ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": learned[1:]},

@@ -6,7 +6,7 @@ dynamic sampling of DAPO (Yu et al., arXiv:2503.14476, section 3.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -23,31 +23,12 @@ ZeroVariance = Literal["keep", "drop", "resample"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filtered:
-    """`Filtered(kept=(g1, g3), dropped=(g2,), zero_variance=1)`"""
+    """`Filtered(kept=(g1, g3), dropped=(g2,), metrics={"groups/kept": 2.0, ...})`"""
 
     kept: Groups
+    """What is learned; a task that has nothing is not among them."""
     dropped: Groups = ()
-    zero_variance: int = 0
-    """Groups whose rewards are all equal, whether kept or dropped; groups of one are among them."""
-    empty: int = 0
-    """Groups in which every rollout failed; never kept."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {
-            "groups/kept": float(len(self.kept)),
-            "groups/dropped": float(len(self.dropped)),
-            "groups/empty": float(self.empty),
-        }
-
-    def plus(self, more: Filtered) -> Filtered:
-        """Both together, as after a round of resampling."""
-        return Filtered(
-            kept=self.kept + more.kept,
-            dropped=self.dropped + more.dropped,
-            zero_variance=self.zero_variance + more.zero_variance,
-            empty=self.empty + more.empty,
-        )
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def is_zero_variance(group: Group) -> bool:
@@ -57,16 +38,18 @@ def is_zero_variance(group: Group) -> bool:
 
 
 def apply(groups: Sequence[Group], zero_variance: ZeroVariance = "keep") -> Filtered:
-    """Sorts groups into kept and dropped. Resampling is the loop's: here it means to drop."""
+    """Sorts groups into kept and dropped; one in which every rollout failed is never kept.
+
+    Resampling is the loop's: here it means to drop.
+    """
     kept: list[Group] = []
     dropped: list[Group] = []
     for group in groups:
         wanted = bool(group.rewards) and (zero_variance == "keep" or not is_zero_variance(group))
         (kept if wanted else dropped).append(group)
-    empty = sum(not group.rewards for group in groups)
-    return Filtered(
-        kept=tuple(kept),
-        dropped=tuple(dropped),
-        zero_variance=sum(map(is_zero_variance, groups)) - empty,
-        empty=empty,
-    )
+    metrics = {
+        "groups/kept": float(len(kept)),
+        "groups/dropped": float(len(dropped)),
+        "groups/empty": float(sum(not group.rewards for group in groups)),
+    }
+    return Filtered(kept=tuple(kept), dropped=tuple(dropped), metrics=metrics)

@@ -18,7 +18,7 @@ from weaver_rl.advantages import group_centred
 from weaver_rl.environments import each, single_turn
 from weaver_rl.evaluation import evaluate
 from weaver_rl.loggers import Loggers
-from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.policy import off_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.supervised import SupervisedPlan, supervised

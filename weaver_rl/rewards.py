@@ -22,10 +22,11 @@ import anyio
 import anyio.from_thread
 import anyio.to_process
 import numpy as np
-from anyio.lowlevel import current_token
+from anyio.lowlevel import RunVar, current_token
 
 from weaver.errors import ConfigError
 from weaver_rl.boundary import attempt, attempt_async
+from weaver_rl.gather import gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
 Value = float | Score
@@ -102,18 +103,23 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
         raise ConfigError("an async reward has no use for processes.", field="processes")
     if processes:
         _check_importable(function)
-    limiter = anyio.CapacityLimiter(processes or 4 * (os.cpu_count() or 1))
-    inner = anyio.CapacityLimiter(max(processes, 1))
+    places = processes or 4 * (os.cpu_count() or 1)
+    # Of each event loop its own: one of asyncio cannot serve trio.
+    limiters: RunVar[anyio.CapacityLimiter] = RunVar("weaver-reward-places")
 
     async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
         if asynchronous:
             return await attempt_async(partial(function, task, argument), "reward")
         if processes:
             call = partial(attempt, partial(function, dict(task), argument), "reward")
-            return await anyio.to_process.run_sync(call, cancellable=True, limiter=inner)
+            limiter = anyio.CapacityLimiter(1)  # `timed` counts the places
+            return await anyio.to_process.run_sync(call, cancellable=True, limiter=limiter)
         return await in_daemon_thread(partial(attempt, partial(function, task, argument), "reward"))
 
     async def timed(task: Task, argument: Reply | Sequence[Reply]) -> Any:
+        limiter = limiters.get(None)
+        if limiter is None:
+            limiters.set(limiter := anyio.CapacityLimiter(places))
         async with limiter:  # the time runs from when it has a place
             with anyio.move_on_after(timeout_s):
                 return await run(task, argument)
@@ -123,15 +129,8 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
     async def score(task: Task, replies: Sequence[Reply]) -> list[Score | Failure]:
         if grouped:
             return _as_list(await timed(task, replies), len(replies), name_of(function))
-        results: list[Score | Failure] = [Score(0.0)] * len(replies)
-
-        async def one(index: int) -> None:
-            results[index] = checked(await timed(task, replies[index]), name_of(function))
-
-        async with anyio.create_task_group() as tasks:
-            for index in range(len(replies)):
-                tasks.start_soon(one, index)
-        return results
+        values = await gather([partial(timed, task, reply) for reply in replies])
+        return [checked(value, name_of(function)) for value in values]
 
     return score
 

@@ -17,7 +17,7 @@ from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
 from weaver_rl.environments import played_by
 from weaver_rl.evaluation import evaluator
-from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.policy import off_policy
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,13 @@ import pytest
 
 from recipes import importance_sampling, rejection_sampling, sft
 from tests.rl.test_loggers import settled_history, wandb_files
-from weaver.errors import ConfigError, ConflictError, InvalidParamsError, InvalidRequestError
+from weaver.errors import (
+    ConfigError,
+    ConflictError,
+    ContextLengthError,
+    InvalidParamsError,
+    InvalidRequestError,
+)
 from weaver_rl.storage import read_lines
 
 if TYPE_CHECKING:
@@ -55,6 +62,12 @@ def test_a_dry_run_refuses_what_a_run_would(recipe: ModuleType) -> None:
         recipe.main(recipe.Flags(dry_run=True, tasks="tasks.jsonl", held_out=0))
     with pytest.raises(ConfigError, match="--out"):
         recipe.main(recipe.Flags(dry_run=True, resume=True))
+    if recipe is sft:
+        long = {"prompt": "English: x", "answer": "x" * 2000}
+        Path("tasks.jsonl").write_text(f"{json.dumps(long)}\n")
+        for dry in (True, False):
+            with pytest.raises(ContextLengthError, match=r"examples\[0\].* context is 1024"):
+                sft.main(sft.Flags(dry_run=dry, tasks="tasks.jsonl", held_out=0, out=Path("no")))
     for wrong in ({"rank": 0}, {"learning_rate": -1.0}):
         with pytest.raises(InvalidParamsError, match=next(iter(wrong))):
             recipe.main(recipe.Flags(dry_run=True, **wrong))

@@ -18,7 +18,7 @@ from weaver.errors import ConfigError, EngineError, InvalidRequestError, Storage
 from weaver_rl.environments import single_turn
 from weaver_rl.evaluation import evaluate
 from weaver_rl.loggers import JsonlLogger, Loggers
-from weaver_rl.loops.off_policy import off_policy
+from weaver_rl.loops.policy import off_policy
 from weaver_rl.loops.run import Run
 from weaver_rl.resume import manifests
 from weaver_rl.rollouts import RolloutsFailedError

@@ -138,7 +138,7 @@ def test_select() -> None:
     found = apply([one, Group(task={}, rollouts=(rollout(0.1),))])
 
     def kept(keep: Keep) -> list[float]:
-        return [r.reward for g in select(found, keep).groups for r in g.rollouts]
+        return [r.reward for g in select(found, keep).kept for r in g.rollouts]
 
     assert kept(Keep(threshold=0.5)) == [1.0, 0.9, 0.5]
     assert kept(Keep(threshold=0.5, unique=False)) == [1.0, 1.0, 0.9, 0.5]
@@ -152,7 +152,7 @@ def test_select() -> None:
         "rejection/tasks_kept": 0.5,
         "rejection/reward_kept": pytest.approx(0.8),
     }
-    count = sum(len(g.rollouts) for g in (*got.groups, *got.rejected))
+    count = sum(len(g.rollouts) for g in (*got.kept, *got.dropped))
     assert count == 7
     with pytest.raises(ConfigError, match="top_k"):
         Keep(top_k=0)

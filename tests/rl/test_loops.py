@@ -11,19 +11,18 @@ import pytest
 from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, SamplingParams
+from weaver_rl.data import TaskStream
 from weaver_rl.environments import single_turn
-from weaver_rl.gather import task_group
 from weaver_rl.loggers import Loggers
-from weaver_rl.loops.off_policy import Pipeline, off_policy
-from weaver_rl.loops.on_policy import on_policy
-from weaver_rl.loops.policy import policy_loop
+from weaver_rl.loops.policy import off_policy, on_policy
 from weaver_rl.loops.run import Run
-from weaver_rl.loops.step import LogprobGapError
+from weaver_rl.loops.step import LogprobGapError, policy_step
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
-from weaver_rl.resume import Manifest, manifests
-from weaver_rl.rollouts import RolloutsFailedError
+from weaver_rl.resume import manifests
+from weaver_rl.rollouts import RolloutsFailedError, sample_groups
 from weaver_rl.run_folder import open_run_folder
+from weaver_rl.seeds import derive_seed
 from weaver_rl.transcripts import read_transcripts
 
 if TYPE_CHECKING:
@@ -139,16 +138,23 @@ def test_every_variant_learns(name: str, tmp_path: Path) -> None:
 async def test_staleness_zero_is_the_synchronous_loop(tmp_path: Path) -> None:
     async with fake_service(tmp_path) as service:
         trainer = await service.create_model(base_model="fake")
-        await on_policy(trainer, TASKS, single_turn(vowels), PLAN)
+        stream = TaskStream(TASKS, seed=PLAN.seed)
+        for step in range(PLAN.steps):  # written out: play with the weights of now, then train
+            groups = await sample_groups(
+                await trainer.save_weights_and_get_sampling_client(),
+                stream.take(PLAN.groups_per_step),
+                single_turn(vowels),
+                group_size=PLAN.group_size,
+                sampling=PLAN.sampling,
+                seed=derive_seed(PLAN.seed, step, 0),
+            )
+            await policy_step(trainer, groups, PLAN, step=step, version=step)
         synchronous = await weights(trainer)
-    async with fake_service(tmp_path / "2") as service, task_group() as group:
-        trainer = await service.create_model(base_model="fake")
-        pipeline = Pipeline(TASKS, single_turn(vowels), PLAN, group=group, ready={})
-        done = Manifest(step=0)
-        await policy_loop(trainer, PLAN, run=Run(), done=done, play=pipeline.play)
-        assert await weights(trainer) == synchronous  # the pipeline itself, without a detour
-    asynchronous, _ = await trained(tmp_path / "3", PLAN)
-    assert asynchronous == synchronous
+    for loop in (on_policy, off_policy):
+        async with fake_service(tmp_path / loop.__name__) as service:
+            trainer = await service.create_model(base_model="fake")
+            await loop(trainer, TASKS, single_turn(vowels), PLAN)
+            assert await weights(trainer) == synchronous
 
 
 @pytest.mark.anyio

@@ -12,8 +12,7 @@ from tests.rl.fake import fake_service, vowels
 from tests.rl.test_loops import PLAN, RATIO, TASKS
 from weaver_rl.environments import single_turn
 from weaver_rl.loggers import JsonlLogger, Loggers
-from weaver_rl.loops.off_policy import off_policy
-from weaver_rl.loops.on_policy import on_policy
+from weaver_rl.loops.policy import off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.supervised import SupervisedPlan, supervised

@@ -79,6 +79,15 @@ async def test_every_kind_of_callable(reward: Reward) -> None:
     assert [score.reward for score in scores if isinstance(score, Score)] == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("reward", [exact, async_exact, best])
+def test_one_scorer_serves_one_event_loop_after_another(reward: Reward) -> None:
+    score = scorer(reward)
+    for backend in ("asyncio", "trio", "asyncio"):
+        (right, _) = anyio.run(score, TASK, REPLIES, backend=backend)
+        assert isinstance(right, Score)
+        assert right.reward == 1.0
+
+
 def raising(task: Task, reply: Reply) -> float:
     raise KeyError("gold")
 

@@ -1,6 +1,10 @@
-"""`policy_loop`: the steps that `on_policy`, `off_policy` and `rejection` share.
+"""`on_policy` and `off_policy`: reinforcement learning. `rl.train` and recipes call them.
 
-They differ in which rollouts a step has, and in which of them it learns.
+Each step: 1. publish the weights; 2. play P tasks G times with them, or take what older weights
+have played (`Pipeline`); 3. drop failed rollouts, and groups that teach nothing if so planned;
+4. advantages, datums, passes of forward_backward and optim_step (`policy_step`); 5. metrics,
+transcripts, checkpoint. Importance sampling with group-centred advantages is the default: at the
+first pass r = 1, and the gradient is that of REINFORCE with a baseline.
 """
 
 from __future__ import annotations
@@ -8,27 +12,26 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
 from weaver_rl.data import check_tasks
 from weaver_rl.environments import as_group_environment
-from weaver_rl.loops.collect import collect
+from weaver_rl.gather import task_group
+from weaver_rl.loops.pipeline import Pipeline
+from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
-from weaver_rl.rollouts import FailureWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weaver import AsyncSamplingClient, AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
     from weaver_rl.filters import Filtered
-    from weaver_rl.loops.run import Run
     from weaver_rl.plan import Plan
-    from weaver_rl.resume import Manifest
-    from weaver_rl.types import Group, Task
+    from weaver_rl.types import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,121 +48,108 @@ class Result:
     """Of the last step, and of the final evaluation."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """`Chosen(groups=(...), rejected=(...), metrics={"rejection/accept_rate": 0.4, ...})`"""
-
-    groups: tuple[Group, ...]
-    """Of what is learned; a task that has nothing is not among them."""
-    rejected: tuple[Group, ...]
-    metrics: dict[str, float]
-
-
-def all_kept(found: Filtered) -> Chosen:
-    """What the filter kept."""
-    return Chosen(groups=found.kept, rejected=found.dropped, metrics=found.metrics)
-
-
-async def lockstep(
+async def on_policy(
     trainer: AsyncTrainingClient,
     tasks: Sequence[Task],
     environment: Environment | GroupEnvironment,
     plan: Plan,
     *,
-    run: Run,
-    choose: Callable[[Filtered], Chosen] = all_kept,
+    run: Run | None = None,
     reference: AsyncSamplingClient | None = None,
     evaluate: Evaluate | None = None,
 ) -> Result:
-    """The steps of `plan`, each on rollouts of the weights before it."""
-    played = check_inputs(tasks, environment, plan, reference)
-    watch = FailureWatch(plan.max_failure_rate)
+    """Trains for `plan.steps` steps, or what is left of them in a run that goes on.
 
-    async def play(step: int, sampler: AsyncSamplingClient) -> Filtered:
-        return await collect(sampler, tasks, played, plan, step=step, watch=watch)
+    Args:
+        environment: an async function of (agent, task), or `single_turn(reward)`.
+        reference: the model of the objective's KL penalties.
+        evaluate: called with the weights before the first step, behind every
+            `plan.evaluate_every` steps and at the end; its numbers are logged as they are.
 
-    return await policy_loop(
-        trainer,
-        plan,
-        run=run,
-        done=await run.restore(trainer),
-        play=play,
-        choose=choose,
-        reference=reference,
-        evaluate=evaluate,
+    Raises:
+        ConfigError: the plan is asynchronous, or lacks its reference.
+        InvalidRequestError: no tasks, or one without a field that the environment needs.
+        RolloutsFailedError, LogprobGapError: see `Plan`.
+    """
+    if plan.max_staleness:
+        raise ConfigError("is above 0.", field="max_staleness", hint="Use off_policy.")
+    return await off_policy(
+        trainer, tasks, environment, plan, run=run, reference=reference, evaluate=evaluate
     )
 
 
-async def policy_loop(
+async def off_policy(
     trainer: AsyncTrainingClient,
+    tasks: Sequence[Task],
+    environment: Environment | GroupEnvironment,
     plan: Plan,
     *,
-    run: Run,
-    done: Manifest,
-    play: Callable[[int, AsyncSamplingClient], Awaitable[Filtered]],
-    choose: Callable[[Filtered], Chosen] = all_kept,
-    pending: Callable[[int], Awaitable[Mapping[str, Any]]] | None = None,
+    run: Run | None = None,
     reference: AsyncSamplingClient | None = None,
     evaluate: Evaluate | None = None,
+    choose: Callable[[Filtered], Filtered] = lambda found: found,
 ) -> Result:
-    """Plays, learns, evaluates, records: the steps of `plan` that are not `done`.
+    """`on_policy` with rollouts up to `plan.max_staleness` steps old; at 0 it is `on_policy`.
 
     Args:
-        play: the rollouts of a step, from 0; it is given a sampler of the weights before it.
-        pending: what a checkpoint behind a step must keep besides.
+        choose: what of a step's rollouts is learned, and the metrics of that; all by default.
+
+    Other arguments and errors are those of `on_policy`.
+
+    Raises:
+        ConfigError: the run has a folder, `run.exact` is on, rollouts overlap training, and the
+            engine is not deterministic.
     """
-    version = await first_version(trainer, done)
+    run = run or Run()
+    played = _check_inputs(trainer, tasks, environment, plan, run, reference)
+    done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
     metrics: dict[str, float] = {}
     if evaluate is not None:
         measure = partial(evaluate, sampler)
         metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
-    for step in range(done.step, plan.steps):
-        begin = time.monotonic()
-        run.waiting_for(f"rollouts of step {step + 1}")
-        found = await play(step, sampler)
-        chosen, collected = choose(found), time.monotonic()
-        run.waiting_for(f"training of step {step + 1}")
-        stepped = await policy_step(
-            trainer, chosen.groups, plan, step=step, version=version, reference=reference
-        )
-        now = time.monotonic()
-        sampled = [*found.kept, *found.dropped]
-        metrics = rollout_metrics(sampled, weights_version=version, seconds=now - begin)
-        metrics |= chosen.metrics | stepped.metrics
-        metrics |= {
-            "time/rollout_s": collected - begin,
-            "time/train_s": now - collected,
-            "time/step_s": now - begin,
-        }
-        version = stepped.version
-        run.log_rollouts(
-            chosen.groups,
-            step=step + 1,
-            dropped=chosen.rejected,
-            advantages_P_G=stepped.advantages_P_G,
-            trained=stepped.trained,
-        )
-        sampler = await trainer.save_weights_and_get_sampling_client()
-        if evaluate is not None and plan.evaluates(step + 1, steps=plan.steps):
-            run.waiting_for(f"the evaluation behind step {step + 1}")
-            metrics |= await evaluate(sampler)
-        await run.log(metrics, step=step + 1)
-        if run.is_due(step + 1, plan.steps):
-            await run.checkpoint(
-                trainer,
-                step=step + 1,
-                version=version,
-                position=(step + 1) * plan.groups_per_step,
-                extra=await pending(step) if pending is not None else {},
+    async with task_group() as group:
+        pipeline = Pipeline(tasks, played, plan, group=group, ready=done.extra.get("pending", {}))
+        for step in range(done.step, plan.steps):
+            begin = time.monotonic()
+            run.waiting_for(f"rollouts of step {step + 1}")
+            found = await pipeline.play(step, sampler)
+            chosen, collected = choose(found), time.monotonic()
+            run.waiting_for(f"training of step {step + 1}")
+            stepped = await policy_step(
+                trainer, chosen.kept, plan, step=step, version=version, reference=reference
             )
+            now = time.monotonic()
+            sampled = [*found.kept, *found.dropped]
+            metrics = rollout_metrics(sampled, weights_version=version, seconds=now - begin)
+            metrics |= chosen.metrics | stepped.metrics
+            metrics |= {
+                "time/rollout_s": collected - begin,
+                "time/train_s": now - collected,
+                "time/step_s": now - begin,
+            }
+            version = stepped.version
+            run.log_rollouts(chosen, stepped, step=step + 1)
+            sampler = await trainer.save_weights_and_get_sampling_client()
+            if evaluate is not None and plan.evaluates(step + 1, steps=plan.steps):
+                run.waiting_for(f"the evaluation behind step {step + 1}")
+                metrics |= await evaluate(sampler)
+            await run.log(metrics, step=step + 1)
+            if run.is_due(step + 1, plan.steps):
+                position = (step + 1) * plan.groups_per_step
+                extra = {"pending": await pipeline.drain()}
+                await run.checkpoint(
+                    trainer, step=step + 1, version=version, position=position, extra=extra
+                )
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
 
 
-def check_inputs(
+def _check_inputs(
+    trainer: AsyncTrainingClient,
     tasks: Sequence[Task],
     environment: Environment | GroupEnvironment,
     plan: Plan,
+    run: Run,
     reference: AsyncSamplingClient | None,
 ) -> GroupEnvironment:
     """Raises what is wrong before anything is sampled; see `on_policy`."""
@@ -171,10 +161,12 @@ def check_inputs(
         )
     environment = as_group_environment(environment)
     check_tasks(tasks, fields=environment.fields)
+    exact = run.folder is None or not run.exact or trainer.deterministic
+    if plan.max_staleness and not exact:
+        raise ConfigError(
+            "is above 0: on this engine a run that was killed would not go on exactly.",
+            field="max_staleness",
+            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
+            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
+        )
     return environment
-
-
-async def first_version(trainer: AsyncTrainingClient, done: Manifest) -> int:
-    """Optimizer steps before the first step of this loop."""
-    known = done.extra.get("version")
-    return int(known) if isinstance(known, int) else (await trainer.get_info()).step

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
-from weaver_rl.loops.policy import Chosen, Result, lockstep
-from weaver_rl.loops.run import Run
+from weaver_rl.filters import Filtered
+from weaver_rl.loops.policy import Result, off_policy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weaver import AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
-    from weaver_rl.filters import Filtered
+    from weaver_rl.loops.run import Run
     from weaver_rl.plan import Plan
     from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
 
@@ -61,19 +61,14 @@ async def rejection(
     plan = replace(
         plan, objective="cross_entropy", advantage=_ones, zero_variance="keep", max_staleness=0
     )
-    return await lockstep(
-        trainer,
-        tasks,
-        environment,
-        plan,
-        run=run or Run(),
-        choose=partial(select, keep=keep),
-        evaluate=evaluate,
+    choose = partial(select, keep=keep)
+    return await off_policy(
+        trainer, tasks, environment, plan, run=run, evaluate=evaluate, choose=choose
     )
 
 
-def select(found: Filtered, keep: Keep) -> Chosen:
-    """What of a round is learned, and the shares of it."""
+def select(found: Filtered, keep: Keep) -> Filtered:
+    """What of a round is learned, and the shares of it; groups are cut in two."""
     groups: list[Group] = []
     rejected: list[Group] = []
     duplicates = 0
@@ -95,7 +90,7 @@ def select(found: Filtered, keep: Keep) -> Chosen:
     }
     if rewards:
         metrics["rejection/reward_kept"] = sum(rewards) / len(rewards)
-    return Chosen(groups=tuple(groups), rejected=(*rejected, *found.dropped), metrics=metrics)
+    return Filtered(kept=tuple(groups), dropped=(*rejected, *found.dropped), metrics=metrics)
 
 
 def _choose(group: Group, keep: Keep) -> tuple[tuple[Rollout, ...], int]:

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from weaver import AsyncTrainingClient
-    from weaver_rl.datums import Example, FloatN
+    from weaver_rl.filters import Filtered
+    from weaver_rl.loops.step import Stepped
     from weaver_rl.plan import Steps
     from weaver_rl.run_folder import RunFolder
-    from weaver_rl.types import FloatPG, Group, Task
+    from weaver_rl.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +59,17 @@ class Run:
     _trainer: AsyncTrainingClient | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
 
-    async def restore(self, trainer: AsyncTrainingClient) -> Manifest:
-        """Loads the last checkpoint, if there is one, and says where to go on."""
+    async def restore(self, trainer: AsyncTrainingClient) -> tuple[Manifest, int]:
+        """Loads the last checkpoint, if there is one; where to go on, and the weights' version."""
         self._trainer = trainer
-        if self.folder is None:
-            return Manifest(step=0)
-        self._tokenizer = await trainer.get_tokenizer()
-        found = await restore(self.folder, trainer)
-        if found is None:
-            return Manifest(step=0)
-        log.info("Going on behind step %d of %s.", found.step, self.folder.path)
-        return found
+        done = Manifest(step=0)
+        if self.folder is not None:
+            self._tokenizer = await trainer.get_tokenizer()
+            done = await restore(self.folder, trainer) or done
+            if done.step:
+                log.info("Going on behind step %d of %s.", done.step, self.folder.path)
+        known = done.extra.get("version")
+        return done, known if isinstance(known, int) else (await trainer.get_info()).step
 
     async def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """The numbers of a step, from 1; the service keeps those that are finite with its run."""
@@ -97,27 +98,19 @@ class Run:
             await self.log(metrics, step=0)
         return metrics
 
-    def log_rollouts(
-        self,
-        groups: Sequence[Group],
-        *,
-        step: int,
-        dropped: Sequence[Group] = (),
-        advantages_P_G: FloatPG | None = None,
-        trained: Sequence[tuple[Example, FloatN]] = (),
-    ) -> None:
-        """The groups of a step, from 1; arguments as of `write_transcripts`."""
+    def log_rollouts(self, chosen: Filtered, stepped: Stepped, *, step: int) -> None:
+        """The groups of a step, from 1, and what it made of them."""
         if step % max(1, self.samples_every) == 0 or step == 1:
-            self.loggers.log_samples(groups, step)
+            self.loggers.log_samples(chosen.kept, step)
         if self.folder is not None and self._tokenizer is not None:
             tokenizer = self._tokenizer
             write_transcripts(
                 self.folder.transcripts,
                 step,
-                groups=groups,
-                advantages_P_G=advantages_P_G,
-                trained=trained,
-                dropped=dropped,
+                groups=chosen.kept,
+                dropped=chosen.dropped,
+                advantages_P_G=stepped.advantages_P_G,
+                trained=stepped.trained,
                 decode=lambda tokens: str(tokenizer.decode(list(tokens))),
             )
 

@@ -17,7 +17,7 @@ import numpy as np
 from weaver.errors import ConfigError
 from weaver_rl.conversations import to_datum
 from weaver_rl.data import check_tasks
-from weaver_rl.loops.policy import Result, first_version
+from weaver_rl.loops.policy import Result
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
 from weaver_rl.plan import Steps
@@ -25,7 +25,7 @@ from weaver_rl.plan import Steps
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weaver import AsyncTrainingClient, OperationHandle
+    from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
     from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
     from weaver_rl.evaluation import Evaluate
 
@@ -75,16 +75,8 @@ async def supervised(
     """
     check_tasks(examples, fields=(), source="examples")
     run = run or Run()
-    tokenizer = await trainer.get_tokenizer()
-    data, tests = (
-        [
-            to_datum(
-                tokenizer, one, roles=plan.roles, max_length=plan.max_length, where=f"{name}[{i}]"
-            )
-            for i, one in enumerate(rows)
-        ]
-        for name, rows in (("examples", examples), ("held_out", held_out))
-    )
+    data = await to_datums(trainer, examples, plan)
+    tests = await to_datums(trainer, held_out, plan, source="held_out")
     lengths = [datum.model_input.length for datum in data]
     planned = (
         batch
@@ -92,8 +84,7 @@ async def supervised(
         for batch in batches(lengths, plan.batch_tokens, seed=plan.seed, epoch=epoch)
     )
     steps = list(islice(planned, plan.steps))
-    done = await run.restore(trainer)
-    version = await first_version(trainer, done)
+    done, version = await run.restore(trainer)
     measure = partial(_measure, trainer, tests, evaluate)
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(steps))
     ahead: Handles | None = None
@@ -116,6 +107,33 @@ async def supervised(
             await run.checkpoint(trainer, step=step + 1, version=version)
     sampler = await trainer.save_weights_and_get_sampling_client()
     return Result(sampler=sampler, steps=len(steps), version=version, metrics=metrics)
+
+
+async def to_datums(
+    client: AsyncTrainingClient | AsyncSamplingClient,
+    examples: Sequence[Mapping[str, Any]],
+    plan: SupervisedPlan,
+    *,
+    source: str = "examples",
+) -> list[Datum]:
+    """What the model of `client` would learn from each example; dry runs call it too.
+
+    Raises:
+        InvalidRequestError: one cannot be learned, or is longer than the plan or the model's
+            context allow; names it.
+    """
+    tokenizer = await client.get_tokenizer()
+    return [
+        to_datum(
+            tokenizer,
+            example,
+            roles=plan.roles,
+            max_length=plan.max_length,
+            context_length=client.model_info.context_length,
+            where=f"{source}[{i}]",
+        )
+        for i, example in enumerate(examples)
+    ]
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:
