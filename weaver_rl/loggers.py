@@ -156,7 +156,7 @@ class WandbLogger:
         self._run: Any = wandb.init(
             project=project,
             config=plain(config or {}),
-            dir=folder,
+            dir=folder and folder.absolute(),  # wandb's own process keeps its first directory
             id=run_id,
             # Offline there is nobody to ask whether the run exists.
             resume="allow" if run_id and not offline else None,
