@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import anyio
@@ -15,7 +17,7 @@ import anyio.lowlevel
 from weaver.errors import InvalidParamsError, OperationCancelledError, WaitTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
 
 T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -33,7 +35,7 @@ class OperationHandle(Generic[T]):
     leaves the operation alone; `cancel()` is what withdraws it.
     """
 
-    __slots__ = ("_cancel", "_error", "_finished", "_sent", "_value", "label")
+    __slots__ = ("_cancel", "_finished", "_sent", "label", "outcome")
 
     def __init__(self, label: str, *, cancel: Callable[[], bool]) -> None:
         self.label = label
@@ -41,8 +43,8 @@ class OperationHandle(Generic[T]):
         self._cancel = cancel
         self._finished = anyio.Event()
         self._sent = False
-        self._value: T | None = None
-        self._error: BaseException | None = None
+        self.outcome: Future[T] = Future()
+        """For other threads, which may wait for it."""
 
     def __await__(self) -> Generator[Any, Any, T]:
         return self.result().__await__()
@@ -55,19 +57,40 @@ class OperationHandle(Generic[T]):
             OperationCancelledError: it was cancelled.
             WeaverError: whatever made the operation fail.
         """
+        if not self.done():
+            await anyio.lowlevel.checkpoint()  # so that polling with timeout 0 lets others run
+        for wait_s in self.waits(timeout):
+            with anyio.move_on_after(wait_s):
+                await self._finished.wait()
+        return self.outcome.result()
+
+    def waits(self, timeout: float | None) -> Iterator[float]:
+        """Seconds to wait next, again and again until it has finished; long waits are logged.
+
+        Raises:
+            InvalidParamsError: `timeout` is not a number of seconds.
+            WaitTimeoutError: so many seconds have passed.
+        """
         if timeout is not None and not timeout >= 0:
             raise InvalidParamsError(
                 f"is {timeout!r}.", field="timeout", hint="Give seconds, at least 0, or None."
             )
-        if not self._finished.is_set():
-            await self._wait(math.inf if timeout is None else timeout)
-        if self._error is not None:
-            raise self._error
-        return self._value  # type: ignore[return-value]  # set by settle, of type T
+        timeout_s = math.inf if timeout is None else timeout
+        start = time.monotonic()
+        while not self.done():
+            waited = time.monotonic() - start
+            if waited >= timeout_s:
+                raise WaitTimeoutError(
+                    f"{self.label} has not finished in {timeout_s:g} s; it goes on.",
+                    hint="Wait again, or cancel it.",
+                )
+            if waited >= LOG_WAIT_S:
+                logger.warning("waiting for %s for %.0f s (%s)", self.label, waited, self.status)
+            yield min(LOG_WAIT_S, timeout_s - waited)
 
     def done(self) -> bool:
         """Whether there is a result or an error."""
-        return self._finished.is_set()
+        return self.outcome.done()
 
     def cancel(self) -> bool:
         """Asks to withdraw the operation; False if it has already finished.
@@ -83,27 +106,13 @@ class OperationHandle(Generic[T]):
         """As known here: an operation is "running" from when it was sent to the service."""
         if not self.done():
             return "running" if self._sent else "queued"
-        if self._error is None:
+        error = self.outcome.exception()
+        if error is None:
             return "done"
-        return "cancelled" if isinstance(self._error, OperationCancelledError) else "failed"
+        return "cancelled" if isinstance(error, OperationCancelledError) else "failed"
 
     def __repr__(self) -> str:
         return f"<OperationHandle {self.label}: {self.status}>"
-
-    async def _wait(self, timeout_s: float) -> None:
-        start = anyio.current_time()
-        await anyio.lowlevel.checkpoint()  # so that polling with timeout 0 lets others run
-        while not self.done():
-            waited = anyio.current_time() - start
-            if waited >= timeout_s:
-                raise WaitTimeoutError(
-                    f"{self.label} has not finished in {timeout_s:g} s; it goes on.",
-                    hint="Wait again, or cancel it.",
-                )
-            if waited >= LOG_WAIT_S:
-                logger.warning("waiting for %s for %.0f s (%s)", self.label, waited, self.status)
-            with anyio.move_on_after(min(LOG_WAIT_S, timeout_s - waited)):
-                await self._finished.wait()
 
     # The session calls the rest; each handle is settled once, later calls change nothing.
 
@@ -112,10 +121,10 @@ class OperationHandle(Generic[T]):
 
     def settle(self, value: T) -> None:
         if not self.done():
-            self._value = value
+            self.outcome.set_result(value)
             self._finished.set()
 
     def fail(self, error: BaseException) -> None:
         if not self.done():
-            self._error = error
+            self.outcome.set_exception(error)
             self._finished.set()

@@ -1,15 +1,21 @@
-"""An event loop in a thread, in which the sync clients run the async ones; and their `Handle`."""
+"""How the sync clients reach the async ones: an event loop in a thread, and methods that cross.
+
+`weaver.client.sync` is written with them. A made method has its async twin's name, docstring and
+signature, for the type checker too.
+"""
 
 from __future__ import annotations
 
 import atexit
+import inspect
 import threading
 import weakref
-from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from contextlib import ExitStack, suppress
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from anyio.from_thread import start_blocking_portal
+from anyio.from_thread import run_sync, start_blocking_portal
+from anyio.lowlevel import current_token
 
 from weaver.errors import ClosedError
 
@@ -19,7 +25,10 @@ if TYPE_CHECKING:
     from weaver.client.handle import OperationHandle, Status
     from weaver.client.service import AsyncServiceClient
 
+A = TypeVar("A")
+P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 class Handle(Generic[T]):
@@ -37,7 +46,10 @@ class Handle(Generic[T]):
             OperationCancelledError: it was cancelled.
             WeaverError: whatever made the operation fail.
         """
-        return self._portal.call(partial(self._inner.result, timeout))
+        for wait_s in self._inner.waits(timeout):
+            with suppress(TimeoutError):
+                self._inner.outcome.exception(wait_s)
+        return self._inner.outcome.result()
 
     def done(self) -> bool:
         """Whether there is a result or an error."""
@@ -45,7 +57,7 @@ class Handle(Generic[T]):
 
     def cancel(self) -> bool:
         """Asks to withdraw the operation; see `OperationHandle.cancel`."""
-        return not self.done() and self._portal.call_soon(self._inner.cancel)
+        return not self.done() and self._portal.run(self._inner.cancel)
 
     @property
     def status(self) -> Status:
@@ -61,6 +73,7 @@ class Portal:
     def __init__(self, client: AsyncServiceClient) -> None:
         with ExitStack() as stack:
             self._loop = stack.enter_context(start_blocking_portal(name="weaver"))
+            self._token = self._loop.call(current_token)
             stack.enter_context(self._loop.wrap_async_context_manager(client))
             self._stack = stack.pop_all()
         self._collected = weakref.finalize(self, _close_elsewhere, self._stack)
@@ -77,21 +90,82 @@ class Portal:
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Runs an async function and waits; an interrupted wait cancels only the waiting."""
-        if not self._collected.alive:
-            raise ClosedError("the client was closed.", hint="Make a new ServiceClient.")
+        self._check_open()
         future = self._loop.start_task_soon(function)
         try:
             return future.result()
         finally:
             future.cancel()  # what is done cannot be cancelled
 
-    def call_soon(self, function: Callable[[], T]) -> T:
-        """Runs a plain function in the loop's thread; its result is not awaited."""
+    def run(self, function: Callable[[], T]) -> T:
+        """Runs a plain function in the loop's thread: half the time of a task there."""
+        self._check_open()
+        return run_sync(function, token=self._token)
 
-        async def run() -> T:
-            return function()
+    def _check_open(self) -> None:
+        if not self._collected.alive:
+            raise ClosedError("the client was closed.", hint="Make a new ServiceClient.")
 
-        return self.call(run)
+
+class Twin(Generic[A]):
+    """A sync client: its async twin `A`, and the portal to the event loop in which that lives."""
+
+    def __init__(self, inner: A, portal: Portal) -> None:
+        self._inner = inner
+        self._portal = portal
+
+
+def blocking(
+    method: Callable[Concatenate[A, P], Awaitable[T]],
+) -> Callable[Concatenate[Twin[A], P], T]:
+    """A method that waits for the result."""
+
+    @wraps(method)
+    def call(self: Twin[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._portal.call(partial(method, self._inner, *args, **kwargs))
+
+    return call
+
+
+def making(
+    method: Callable[Concatenate[A, P], Awaitable[T]], cls: Callable[[T, Portal], C]
+) -> Callable[Concatenate[Twin[A], P], C]:
+    """A method that waits for an async client and answers its sync twin, a `cls`."""
+    wait = blocking(method)
+
+    @wraps(method)
+    def call(self: Twin[A], /, *args: P.args, **kwargs: P.kwargs) -> C:
+        return cls(wait(self, *args, **kwargs), self._portal)
+
+    return call
+
+
+def queued(
+    method: Callable[..., OperationHandle[Any]], *, wait: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method with one more keyword, `wait`: True gives the result, False a `Handle` at once.
+
+    It replaces the decorated function, which only stands behind the overloads: a ParamSpec cannot
+    add a keyword, nor make the type of the answer depend on it.
+    """
+    default = wait
+
+    @wraps(method)
+    def call(self: Twin[Any], /, *args: Any, wait: bool = default, **kwargs: Any) -> Any:
+        queue = partial(method, self._inner, *args, **kwargs)
+        handle = Handle(self._portal.run(queue), self._portal)
+        return handle.result() if wait else handle
+
+    theirs = inspect.signature(method)
+    last = inspect.Parameter("wait", inspect.Parameter.KEYWORD_ONLY, default=default)
+    signature = theirs.replace(parameters=[*theirs.parameters.values(), last])
+    vars(call)["__signature__"] = signature
+
+    def replace(placeholder: Callable[..., Any]) -> Callable[..., Any]:
+        call.__module__, call.__qualname__ = placeholder.__module__, placeholder.__qualname__
+        return call
+
+    return replace
 
 
 def _close_elsewhere(stack: ExitStack) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weaver.client.portal import Handle, Portal
+from weaver.client.portal import Handle, Portal, Twin, blocking, making, queued
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
 from weaver.client.training import AsyncTrainingClient
-from weaver.client.twins import Twin, blocking, making, queued
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
