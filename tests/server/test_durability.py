@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from contextlib import asynccontextmanager
+import sqlite3
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
 
 import anyio
@@ -31,6 +32,7 @@ from weaver.protocol import (
     Sampled,
     SaveCheckpoint,
     StepDone,
+    Submission,
 )
 from weaver.server import ledger
 from weaver.server.database import open_database
@@ -39,6 +41,7 @@ from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
 from weaver.server.tables import keys_table, metadata, operations_table, runs_table, schema_table
+from weaver.server.tenancy import OWNER
 from weaver.server.tenancy import Caller as Rights
 from weaver.types import ModelInput, SamplingParams
 
@@ -664,6 +667,21 @@ async def test_tables_of_version_1_are_brought_up_to_date(home: Path) -> None:
     assert await store.owners() == {run: "a"}
     record = await store.run(run)
     assert record is not None and record.project == "a"
+    database.dispose()
+
+
+async def test_a_write_that_waits_for_another_process_stops_nothing_else(home: Path) -> None:
+    database = open_database(home)
+    store = SqlStore(database)
+    await store.open_session("a", OWNER)
+    with closing(sqlite3.connect(home / "server.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(store.append, "a", [Submission(id="x", operation=None)])
+            tasks.start_soon(store.append, "a", [Submission(id="y", operation=None)])
+            await anyio.sleep(0.1)
+            other.rollback()  # it waits for five seconds, so on the event loop this would be late
+    assert [entry.submission_id for entry in await store.entries()] == ["x", "y"]
     database.dispose()
 
 

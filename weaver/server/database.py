@@ -62,11 +62,14 @@ LOCK = 0x57454156
 DISK_FULL = "53100"
 """PostgreSQL's code."""
 CONNECT_S = 5
+BUSY_MS = 5000
 
 
 @contextmanager
-def transaction(database: sa.Engine) -> Iterator[sa.Connection]:
+def transaction(database: sa.Engine, *, busy_ms: int = BUSY_MS) -> Iterator[sa.Connection]:
     """A connection whose changes are kept together, or not at all.
+
+    `busy_ms` is how long a write to SQLite waits for that of another process.
 
     Raises:
         ServiceConnectionError: the database is away; it may be waited for.
@@ -74,6 +77,8 @@ def transaction(database: sa.Engine) -> Iterator[sa.Connection]:
     """
     try:
         with database.begin() as connection:
+            if database.dialect.name == "sqlite":
+                _set_busy(connection, busy_ms)
             yield connection
     except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:  # drivers raise such too
         cause = getattr(error, "orig", None) or error
@@ -147,6 +152,11 @@ def upgrade(connection: sa.Connection) -> None:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.execute("PRAGMA busy_timeout=5000")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _set_busy(connection: sa.Connection, busy_ms: int) -> None:
+    if connection.info.get("busy_ms") != busy_ms:
+        connection.connection.cursor().execute(f"PRAGMA busy_timeout={busy_ms}")
+        connection.info["busy_ms"] = busy_ms

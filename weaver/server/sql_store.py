@@ -1,14 +1,14 @@
 """`SqlStore`: the `Store` in a database; opened by `weaver serve`.
 
 Writes that wait for each other are committed together, one transaction at a time, in a worker
-thread unless they are small.
+thread unless they are small and SQLite is free to take them at once.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -17,7 +17,7 @@ from anyio import CancelScope, to_thread
 
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
-from weaver.server.database import transaction
+from weaver.server.database import BUSY_MS, transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
@@ -106,7 +106,7 @@ class _Write:
     """A change on its way into the database."""
 
     make: Callable[[], Statements]
-    """Called in the thread that commits."""
+    """Called in the thread that commits; it answers the same when it is called again."""
     size_bytes: int
     """About; little for a file is there before a thread has begun."""
     done: bool = False
@@ -284,45 +284,37 @@ class SqlStore:
         self, make: Callable[[], Statements], *, size_bytes: int = wire.LARGE_BYTES + 1
     ) -> None:
         """Durable when it returns. Who finds the database free commits what all others wait for."""
-        write = _Write(make, size_bytes=size_bytes)
+        write = _Write(cache(make), size_bytes=size_bytes)
         self._writes.append(write)
         with CancelScope(shield=True):
             async with self._writing:
                 if not write.done:
                     batch, self._writes = self._writes, []
-                    size_bytes = sum(waiting.size_bytes for waiting in batch)
-                    if self._database.dialect.name == "sqlite":
-                        await wire.beside(size_bytes, partial(self._commit, batch))
-                    else:
+                    small = sum(waiting.size_bytes for waiting in batch) <= wire.LARGE_BYTES
+                    quick = small and self._database.dialect.name == "sqlite"
+                    if not (quick and self._execute(batch, busy_ms=0)):
                         await to_thread.run_sync(self._commit, batch)
         if write.error is not None:
             raise write.error
 
     def _commit(self, batch: Sequence[_Write]) -> None:
-        made: list[tuple[_Write, Statements]] = []
-        for write in batch:
-            write.done = True
-            try:
-                made.append((write, write.make()))
-            except WeaverError as error:
-                write.error = error
-        if not self._execute(made):
-            for one in made:  # the fault of one is not that of the others
-                self._execute([one])
+        if not self._execute(batch):
+            for write in batch:  # the fault of one is not that of the others
+                self._execute([write])
 
-    def _execute(self, writes: Sequence[tuple[_Write, Statements]]) -> bool:
+    def _execute(self, writes: Sequence[_Write], *, busy_ms: int = BUSY_MS) -> bool:
         """All in one transaction; False if it failed, which each of them is told."""
         failure = None
         try:
-            with transaction(self._database) as connection:
-                for _, statements in writes:
-                    for statement, rows in statements:
-                        if rows:
-                            connection.execute(statement, rows)
+            made = [statement for write in writes for statement in write.make()]
+            with transaction(self._database, busy_ms=busy_ms) as connection:
+                for statement, rows in made:
+                    if rows:
+                        connection.execute(statement, rows)
         except WeaverError as error:
             failure = error
-        for write, _ in writes:
-            write.error = failure
+        for write in writes:
+            write.done, write.error = True, failure
         return failure is None
 
     async def _read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
