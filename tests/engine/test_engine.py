@@ -171,7 +171,7 @@ def test_a_model_whose_tokens_see_other_sequences_is_refused(
 def test_a_head_that_is_not_known_is_refused(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weaver.engine.head.Head.finish", lambda self, z: 2 * z)
+    monkeypatch.setattr("weaver.engine.models.Head.finish", lambda self, z: 2 * z)
     engine = TorchEngine({"tiny": model_folder("llama")})
     with pytest.raises(UnsupportedError, match="transforms its logits"):
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)

@@ -79,7 +79,9 @@ def test_rows_join_leave_and_grow_through_arenas() -> None:
             sequence = Sequence(step, length + 140)
             prompt = PromptCache(SHAPE, length=length)
             feed(PrefillPass([(prompt, length)]), [(sequence, 0, length)])
-            running += [(sequence, row) for row in cache.add(prompt, count=rng.choice([1, 3]))]
+            rows = [CachedRow() for _ in range(rng.choice([1, 3]))]
+            cache.add(rows, prompt)
+            running += [(sequence, row) for row in rows]
         if running and rng.random() < 0.12:
             _, row = running.pop(rng.randrange(len(running)))
             row.arena.kv[:, :, row.slot] = torch.nan
@@ -99,7 +101,7 @@ def test_a_row_occupies_at_most_twice_its_length() -> None:
     token_bytes = 2 * LAYERS * HKV * D * 4
     prompt = PromptCache(SHAPE, length=3 * SMALLEST_ARENA)
     prompt.filled = 3 * SMALLEST_ARENA
-    cache.add(prompt, count=10)
+    cache.add([CachedRow() for _ in range(10)], prompt)
     size_bytes = sum(arena.kv.nbytes for arena in cache._arenas.values())
     assert 0 < size_bytes <= 2 * 10 * prompt.filled * token_bytes
 
@@ -114,7 +116,9 @@ def test_other_dtypes_take_the_fused_attention(dtype: torch.dtype) -> None:
     prompt.kv[:, 0] = sequence.kv[:, 0, :, :8].to(dtype)
     prompt.filled = 8
     cache = Rows(shape)
-    step = cache.decode(cache.add(prompt, count=1))
+    row = CachedRow()
+    cache.add([row], prompt)
+    step = cache.decode([row])
     k, v = sequence.kv[:, 0, None, :, 8:].to(dtype)
     q = sequence.q[0, None, :, 8:].to(dtype)
     output = step.attend(0, Heads(q, k, v, SCALING, None))

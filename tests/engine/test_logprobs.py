@@ -14,7 +14,7 @@ from weaver.engine.lora import Adapter, LoraPair
 from weaver.engine.packing import pack
 
 if TYPE_CHECKING:
-    from weaver.engine.head import Head
+    from weaver.engine.models import Head
     from weaver.engine.packing import PackedBatch
     from weaver.engine.store import ModelStore
 

@@ -1,4 +1,4 @@
-"""`Admission`: which sample jobs may run within so many rows and tokens of cache, in their order.
+"""Which sample jobs may run: `in_turn` orders them, `Admission` counts rows and tokens of cache.
 
 A place is a row and cache for the longest sample that it may hold. A job gets its first place with
 its prompt and keeps at least one until its last sample begins, so every admitted job can end and
@@ -7,12 +7,15 @@ nothing waits in a circle.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from weaver.engine.sample_jobs import RunningJob
+
+T = TypeVar("T")
 
 
 class Admission:
@@ -73,3 +76,24 @@ class Admission:
     def _fitting(self, job: RunningJob, rows: int, used_tokens: int) -> int:
         """Places of the job for which there is room."""
         return max(0, min(rows, (self._kv_tokens - used_tokens) // job.row_tokens))
+
+
+def in_turn(
+    items: Iterable[T], tenant: Callable[[T], str], *, held: Callable[[T], int] = lambda item: 0
+) -> list[T]:
+    """One item of each tenant after the other, that of the tenant who holds least first.
+
+    Each tenant's items stay in their order, whatever others have.
+    """
+    order = [(item, tenant(item)) for item in items]
+    counts: Counter[str] = Counter()
+    holds: Counter[str] = Counter()
+    places = []
+    for item, name in order:
+        places.append(counts[name])
+        counts[name] += 1
+        holds[name] += held(item)
+    if len(counts) < 2:
+        return [item for item, _ in order]
+    ranks = sorted(range(len(order)), key=lambda i: (places[i], holds[order[i][1]]))
+    return [order[i][0] for i in ranks]

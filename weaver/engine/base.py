@@ -51,8 +51,8 @@ class WeightSnapshot:
     """
 
     base_model: str
-    training_mode: TrainingMode
     lora_config: LoraConfig | None
+    """None after full fine-tuning."""
     version: int
     """The run's optimizer step."""
     tensors: Mapping[str, Any] = field(repr=False)

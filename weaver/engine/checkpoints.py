@@ -133,7 +133,6 @@ def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
     )
     return WeightSnapshot(
         base_model=facts.info.name,
-        training_mode="lora" if config else "full_ft",
         lora_config=config,
         version=version,
         tensors=tensors,
@@ -155,11 +154,11 @@ def read_state(folder: Path) -> State:
 def _state_of(run: Run) -> State:
     info = run.model.info
     return State(
-        base_model=run.base_model,
+        base_model=info.name,
         architecture=info.architecture,
         vocab_size=info.vocab_size,
         num_parameters=info.num_parameters,
-        training_mode=run.training_mode,
+        training_mode="lora" if run.lora_config else "full_ft",
         lora_config=run.lora_config,
         step=run.step,
     )

@@ -10,7 +10,7 @@ Axes: L layers, Hq query heads, Hkv key heads, D head size, N slots, T tokens of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,11 +99,11 @@ class PrefillPass:
 
 @dataclass(slots=True, eq=False)
 class CachedRow:
-    """A running row's place; only its cache changes it."""
+    """A running row's place, from `RowCache.add` on; only its cache changes it."""
 
-    arena: _Arena
-    slot: int
-    length: int
+    arena: _Arena = field(init=False)
+    slot: int = field(init=False)
+    length: int = field(init=False)
 
 
 class RowCache:
@@ -113,9 +113,9 @@ class RowCache:
         self._shape = shape
         self._arenas: dict[int, _Arena] = {}
 
-    def add(self, prompt: PromptCache, *, count: int) -> list[CachedRow]:
-        """`count` rows that begin with a copy of the prompt."""
-        return self._arena(prompt.filled + 1).put(prompt.kv, count=count)
+    def add(self, rows: Sequence[CachedRow], prompt: PromptCache) -> None:
+        """Takes in rows that begin with a copy of the prompt."""
+        self._arena(prompt.filled + 1).put(rows, prompt.kv)
 
     def remove(self, row: CachedRow) -> None:
         row.arena.drop(row)
@@ -128,9 +128,7 @@ class RowCache:
             if row.length == row.arena.capacity:
                 kv = row.arena.kv[:, :, row.slot].clone()
                 self.remove(row)
-                (moved,) = self._arena(row.length + 1).put(kv, count=1)
-                row.arena, row.slot = moved.arena, moved.slot
-                row.arena.rows[row.slot] = row
+                self._arena(row.length + 1).put([row], kv)
         return DecodePass(list(self._arenas.values()), rows)
 
     def _arena(self, length: int) -> _Arena:
@@ -155,16 +153,16 @@ class _Arena:
         self._shape = shape
         self.kv = shape.allocate(0, shape.num_kv_heads, capacity)
 
-    def put(self, kv: torch.Tensor, *, count: int) -> list[CachedRow]:
-        """`count` new rows with the tokens of kv [2, L, Hkv, length, D]."""
+    def put(self, rows: Sequence[CachedRow], kv: torch.Tensor) -> None:
+        """Gives each row a slot with the tokens of kv [2, L, Hkv, length, D]."""
         first, length = len(self.rows), kv.shape[3]
-        slots = slice(first, first + count)
+        slots = slice(first, first + len(rows))
         self._grow(slots.stop)
         self.kv[:, :, slots, :, :length] = kv[:, :, None]
         self.kv[:, :, slots, :, length:] = 0
-        rows = [CachedRow(self, first + i, length) for i in range(count)]
+        for slot, row in enumerate(rows, first):
+            row.arena, row.slot, row.length = self, slot, length
         self.rows += rows
-        return rows
 
     def drop(self, row: CachedRow) -> None:
         last = self.rows.pop()

@@ -16,8 +16,7 @@ from weaver.engine.linear import FrozenLinear
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from weaver.engine.head import Head
-    from weaver.engine.models import LoadedModel
+    from weaver.engine.models import Head, LoadedModel
     from weaver.engine.packing import PackedBatch
 
 CHUNK_ELEMENTS = 2**23

@@ -17,6 +17,7 @@ from weaver.errors import EngineError, InvalidParamsError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from weaver.engine.catalog import ModelFacts
     from weaver.types import LoraConfig
 
 Role = Literal["attn", "mlp", "unembed"]
@@ -121,31 +122,30 @@ def has_fused_experts(model: torch.nn.Module) -> bool:
     return any(p.ndim == 3 and "experts" in name for name, p in model.named_parameters())
 
 
-def choose_targets(
-    targets: Mapping[str, Target], config: LoraConfig, *, model: str, fused_experts: bool
-) -> list[Target]:
-    """The layers that `config` asks to train on the model called `model`.
+def roles(config: LoraConfig) -> dict[Role, bool]:
+    """Which of them `config` trains."""
+    return {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
+
+
+def choose_targets(facts: ModelFacts, config: LoraConfig) -> list[Target]:
+    """The layers of a model that `config` asks to train.
 
     Raises:
         UnsupportedError: a group has no linear layers, or its experts are fused.
         InvalidParamsError: no group is asked, or the rank exceeds a layer's smaller side.
     """
-    asked: dict[Role, bool] = {
-        "attn": config.train_attn,
-        "mlp": config.train_mlp,
-        "unembed": config.train_unembed,
-    }
+    asked, model = roles(config), facts.info.name
     if not any(asked.values()):
         raise InvalidParamsError(
             "trains nothing.", field="lora_config", hint="Leave one of train_* on."
         )
-    if config.train_mlp and fused_experts:
+    if config.train_mlp and facts.fused_experts:
         raise UnsupportedError(
             f"{model} keeps its experts as fused tensors, which LoRA does not adapt here.",
             field="lora_config.train_mlp",
             hint="Set train_mlp=False.",
         )
-    chosen = [target for target in targets.values() if asked[target.role]]
+    chosen = [target for target in facts.targets.values() if asked[target.role]]
     for role, wanted in asked.items():
         if wanted and not any(target.role == role for target in chosen):
             raise UnsupportedError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.engine.engine import DTYPES
+from weaver.engine.lora import roles
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Needs:
 def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
     """Without activations, which grow with the tokens of a pass."""
     lora = LoraConfig()
-    chosen = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    chosen = roles(lora)
     sides = (t.in_features + t.out_features for t in facts.targets.values() if chosen[t.role])
     tokens = min(CACHED_TOKENS, facts.info.context_length)
     values = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * tokens

@@ -6,6 +6,7 @@ T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers.utils import logging
 
 from weaver.engine.attention import register
 from weaver.engine.catalog import only_here
-from weaver.engine.head import head_of
 from weaver.engine.kv_cache import CacheShape
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
@@ -36,6 +36,35 @@ if TYPE_CHECKING:
     from weaver.engine.packing import PackedBatch
 
 TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """From hidden states to logits, with what some architectures do behind the last projection."""
+
+    linear: FrozenLinear | torch.nn.Linear
+    path: str
+    """Of the projection in the model: `lm_head`."""
+    scale: float
+    """Granite divides its logits by `logits_scaling`, Cohere multiplies by `logit_scale`."""
+    softcap: float | None
+    """c of c·tanh(z / c): Gemma's `final_logit_softcapping`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> float32 [N, V], differentiable, with the adapters of the current routing."""
+        return self.finish(self.linear(hidden).float())
+
+    def finish(self, z: torch.Tensor) -> torch.Tensor:
+        """Scale and soft cap."""
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+    def finish_back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Turns d/d logits into d/d z, in place, where `logits = finish(z)`."""
+        if self.softcap is not None:
+            gradient.mul_(1 - (logits / self.softcap) ** 2)
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 class LoadedModel:
@@ -64,7 +93,7 @@ class LoadedModel:
         path = next(name for name, m in module.named_modules() if m is linear)
         if not trainable:
             self._freeze()
-        self.head = head_of(module.get_submodule(path), path=path, config=facts.config)
+        self.head = _head(module.get_submodule(path), path=path, config=facts.config)
         self._check()
 
     @property
@@ -92,14 +121,6 @@ class LoadedModel:
         """float32 [N, V] of hidden states [N, H]; `adapters` has one entry a row."""
         with self.routing.of([1] * len(adapters), adapters):
             return self.head.logits(hidden)
-
-    def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> LoadedModel:
-        """A frozen model of its own with a copy of these weights, by the model's parameter names.
-
-        Raises:
-            CheckpointMismatchError: names or shapes differ from the model's.
-        """
-        return load_model(self.facts, device=self.device, dtype=self.dtype, weights=tensors)
 
     def _freeze(self) -> None:
         for path, layer in list(self.module.named_modules()):
@@ -261,3 +282,10 @@ def set_weights(
     """Copies `weights`, which were checked, into the parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+
+
+def _head(linear: FrozenLinear | torch.nn.Linear, *, path: str, config: Any) -> Head:
+    """The head of a model with this transformers configuration."""
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    factor = getattr(config, "logit_scale", None) or 1.0
+    return Head(linear, path, factor / divisor, getattr(config, "final_logit_softcapping", None))

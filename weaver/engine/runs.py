@@ -13,7 +13,7 @@ from weaver.errors import NoGradientsError, NonFiniteError
 if TYPE_CHECKING:
     from weaver.engine.lora import Adapter
     from weaver.engine.models import LoadedModel
-    from weaver.types import AdamParams, LoraConfig, TrainingMode
+    from weaver.types import AdamParams, LoraConfig
 
 
 @dataclass(slots=True, eq=False)
@@ -21,11 +21,9 @@ class Run:
     """Parameters are float32. A LoRA run shares `model`; a full fine-tuning run owns it."""
 
     run_id: str
-    base_model: str
-    training_mode: TrainingMode
-    lora_config: LoraConfig | None
     model: LoadedModel
-    adapter: Adapter | None
+    lora_config: LoraConfig | None = None
+    adapter: Adapter | None = None
     step: int = 0
     gradient: list[torch.Tensor] | None = None
     """Accumulated over calls, one for each parameter; None before the first."""
@@ -83,8 +81,7 @@ class Run:
     def snapshot(self) -> WeightSnapshot:
         """A copy that no later step changes."""
         return WeightSnapshot(
-            base_model=self.base_model,
-            training_mode=self.training_mode,
+            base_model=self.model.info.name,
             lora_config=self.lora_config,
             version=self.step,
             tensors={n: p.detach().clone() for n, p in self.named_parameters().items()},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.kv_cache import CachedRow
 from weaver.engine.sampling import stream_keys
 from weaver.engine.stops import Continuation
 from weaver.errors import ContextLengthError, NonFiniteError
@@ -16,8 +17,8 @@ from weaver.types import SampleDelta, SampledSequence, SampleResult
 
 if TYPE_CHECKING:
     from weaver.engine.base import SampleJob
-    from weaver.engine.kv_cache import CachedRow, PromptCache
-    from weaver.engine.weights import PublishedWeights
+    from weaver.engine.kv_cache import PromptCache
+    from weaver.engine.store import PublishedWeights
     from weaver.errors import WeaverError
 
 
@@ -159,8 +160,8 @@ class RunningJob:
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """One sample while it runs."""
+class Row(CachedRow):
+    """One sample while it runs; it has a place in the cache from its first token on."""
 
     job: RunningJob
     index: int
@@ -169,19 +170,12 @@ class Row:
     continuation: Continuation
     seen: torch.Tensor | None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
-    cached: CachedRow | None = None
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
         return self.continuation.stop_reason is not None
-
-    @property
-    def place(self) -> CachedRow:
-        """In the cache; a row has one from its first token on."""
-        assert self.cached is not None
-        return self.cached
 
 
 def _not_finite(where: str) -> NonFiniteError:

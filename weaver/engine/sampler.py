@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from weaver.engine.admission import Admission
+from weaver.engine.admission import Admission, in_turn
 from weaver.engine.base import SampleProgress
 from weaver.engine.checkpoints import read_snapshot
-from weaver.engine.fairness import in_turn
 from weaver.engine.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.packing import pack
 from weaver.engine.sample_jobs import RunningJob
 from weaver.engine.sampling import draw_uniforms, row_params, sample
-from weaver.engine.weights import PublishedWeights, publish_snapshot
+from weaver.engine.store import ModelStore, PublishedWeights
 from weaver.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from weaver.engine.models import LoadedModel
     from weaver.engine.sample_jobs import Row
     from weaver.engine.sampling import RowParams
-    from weaver.engine.store import ModelStore
 
 MAX_ROWS = 64
 KV_TOKENS = 2**15
@@ -69,7 +67,7 @@ class TorchSampler:
         self._just_read = False
 
     def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
-        self._weights[weights_id] = publish_snapshot(snapshot, store=self._store)
+        self._weights[weights_id] = self._store.publish(snapshot)
 
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
         if folder is None:
@@ -262,8 +260,7 @@ class _Group:
         self._params: RowParams | None = None
 
     def add(self, rows: Sequence[Row], prompt: PromptCache) -> None:
-        for row, cached in zip(rows, self._cache.add(prompt, count=len(rows)), strict=True):
-            row.cached = cached
+        self._cache.add(rows, prompt)
         self.rows = sorted([*self.rows, *rows], key=lambda row: id(row.job.weights))
         self._params = None
 
@@ -271,7 +268,7 @@ class _Group:
         if not rows:
             return
         for row in rows:
-            self._cache.remove(row.place)
+            self._cache.remove(row)
         gone = set(rows)
         self.rows = [row for row in self.rows if row not in gone]
         self._params = None
@@ -285,15 +282,14 @@ class _Group:
     def forward(self) -> torch.Tensor:
         """float32 [B, V] behind the last token of each row."""
         model = self.model
-        places = [row.place for row in self.rows]
         adapters = [row.job.weights.adapter for row in self.rows]
-        cache = self._cache.decode(places)
+        cache = self._cache.decode(self.rows)
         hidden = model.hidden_states(
             pack(
                 [row.continuation.tokens[-1:] for row in self.rows],
                 adapters=adapters,
                 device=model.device,
-                starts=[place.length for place in places],
+                starts=[row.length for row in self.rows],
                 cache=cache,
             )
         )

@@ -18,8 +18,7 @@ from weaver.engine.logprobs import Queries, target_scores
 from weaver.engine.lora import choose_targets, new_adapter
 from weaver.engine.models import check_finite
 from weaver.engine.objective import Objective
-from weaver.engine.packing import pack
-from weaver.engine.passes import plan_passes
+from weaver.engine.packing import pack, plan_passes
 from weaver.engine.runs import Run, added
 from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import GradientJob, WeightSnapshot
     from weaver.engine.logprobs import Scores
-    from weaver.engine.passes import Share
+    from weaver.engine.packing import Share
     from weaver.engine.store import ModelStore
     from weaver.errors import WeaverError
     from weaver.types import AdamParams, TrainingMode
@@ -70,22 +69,13 @@ class TorchTrainer:
             UnknownModelError, UnsupportedError, InvalidParamsError, EngineError
         """
         if training_mode == "full_ft":
-            model = self._store.own(base_model)
-            self._runs[run_id] = Run(run_id, base_model, training_mode, None, model, None)
+            self._runs[run_id] = Run(run_id, self._store.own(base_model))
             return
         config = lora_config or LoraConfig()
-        facts = self._store.catalog.facts(base_model)
-        targets = choose_targets(
-            facts.targets, config, model=base_model, fused_experts=facts.fused_experts
-        )
-        adapter = new_adapter(
-            targets,
-            config,
-            seed=seed if config.seed is None else config.seed,
-            device=self._store.device,
-        )
-        model = self._store.base(base_model)
-        self._runs[run_id] = Run(run_id, base_model, training_mode, config, model, adapter)
+        targets = choose_targets(self._store.catalog.facts(base_model), config)
+        seed = seed if config.seed is None else config.seed
+        adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
+        self._runs[run_id] = Run(run_id, self._store.base(base_model), config, adapter)
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weaver.engine.admission import in_turn
 from weaver.engine.base import SampleProgress
-from weaver.engine.fairness import in_turn
 from weaver.engine.fake.model import (
     BASE,
     EOS,

@@ -170,7 +170,6 @@ class FakeTrainer:
             run = self._runs[run_id]
             return WeightSnapshot(
                 base_model=run.base_model,
-                training_mode=run.training_mode,
                 lora_config=run.lora_config,
                 version=run.step,
                 tensors={"weight": run.weights},  # optim_step replaces it, never writes into it
