@@ -22,21 +22,22 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 import weaver_rl as rl
 from weaver import ServiceClient, types
+from weaver_rl.conversations import from_pieces
 from weaver_rl.tasks.words import pig_latin, reverse_tasks
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def fine_tune(flags: Flags, console: Console) -> bool:
     with ServiceClient(flags.base_url) as service:
         trainer = service.create_model(flags.base_model, {"rank": flags.rank}, seed=flags.seed)
         before = answers(service.create_sampling_client(base_model=flags.base_model))
-        losses = train(trainer, flags, console)
+        losses = train(trainer, flags)
         checkpoint = trainer.save_state("pig-latin")
         after = answers(trainer.save_weights_and_get_sampling_client())
     console.print(comparison(before, after))
@@ -122,39 +123,24 @@ def backwards(task: rl.Task, reply: rl.Reply) -> float:
     return float(reply.text == task["answer"])
 
 
-def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float]:
+def train(trainer: TrainingClient, flags: Flags) -> list[float]:
     """The training loop; answers the loss of every step, in nats per answer token."""
     tokenizer = trainer.get_tokenizer()
     rng = Random(flags.seed)
     adam = types.AdamParams(learning_rate=flags.learning_rate)
     losses: list[float] = []
-    columns = ("Fine-tuning", BarColumn(), "{task.completed}/{task.total}", "{task.fields[loss]}")
-    texts = [TextColumn(c) if isinstance(c, str) else c for c in columns]
-    with Progress(*texts, TimeElapsedColumn(), console=console) as progress:
-        shown = progress.add_task("", total=flags.steps, loss="")
+    with closing(rl.Display(steps=flags.steps)) as display:
         for step in range(flags.steps):
             phrases = [" ".join(rng.sample(WORDS, 2)) for _ in range(flags.batch_size)]
-            gradients = trainer.forward_backward(
-                [to_datum(phrase, tokenizer) for phrase in phrases], "cross_entropy"
-            )
+            datums = [
+                from_pieces(tokenizer, [(prompt_of(one), False), (f" {pig_latin(one)}\n\n", True)])
+                for one in phrases
+            ]
+            gradients = trainer.forward_backward(datums, "cross_entropy")
             trainer.optim_step(adam)
             losses.append(gradients.result().metrics["loss"])
-            progress.update(shown, advance=1, loss=f"loss {losses[-1]:.3f}")
-            if step % 10 == 0:
-                progress.console.print(f"step {step:3d}  loss {losses[-1]:.3f}")
+            display.log({"train/loss": losses[-1]}, step + 1)
     return losses
-
-
-def to_datum(phrase: str, tokenizer: Any) -> types.Datum:
-    """Prompt and answer as one sequence; weight 1 on the tokens of the answer."""
-    prompt = tokenizer.encode(prompt_of(phrase), add_special_tokens=True)
-    answer = tokenizer.encode(f" {pig_latin(phrase)}\n\n", add_special_tokens=False)
-    tokens = prompt + answer
-    weights = [0.0] * len(prompt) + [1.0] * len(answer)
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
-    )
 
 
 def prompt_of(phrase: str) -> str:

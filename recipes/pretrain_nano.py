@@ -34,6 +34,7 @@ import tyro
 
 from recipes import _curriculum, _skills
 from weaver import ServiceClient, types
+from weaver_rl.conversations import from_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,7 +102,9 @@ def train(trainer: TrainingClient, flags: Flags) -> list[float]:
     pending = None
     for step in range(flags.steps):
         noisy = step >= flags.noisy_from * flags.steps
-        datums = [to_datum(item, tokenizer) for item in _curriculum.batch(rng, noisy=noisy)]
+        datums = [
+            from_pieces(tokenizer, item.pieces) for item in _curriculum.batch(rng, noisy=noisy)
+        ]
         gradients = trainer.forward_backward(datums, "cross_entropy")
         trainer.optim_step(
             types.AdamParams(
@@ -123,20 +126,6 @@ def learning_rate(step: int, flags: Flags) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / flags.steps))
     warmup = min(1.0, (step + 1) / flags.warmup_steps)
     return flags.learning_rate * warmup * (0.05 + 0.95 * cosine)
-
-
-def to_datum(example: _curriculum.Example, tokenizer: Any) -> types.Datum:
-    """Weight 1 on the tokens of answers, 0 on those of prompts."""
-    tokens: list[int] = []
-    weights: list[float] = []
-    for text, learned in example.pieces:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        tokens += ids
-        weights += [float(learned)] * len(ids)
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
-    )
 
 
 def write_random_model(folder: Path, flags: Flags) -> None:

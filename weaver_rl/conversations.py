@@ -43,24 +43,38 @@ def to_datum(
         ContextLengthError: longer than the model's context.
         ConfigError: a chat template is missing, or rewrites earlier messages.
     """
-    tokens: list[int] = []
-    learned: list[float] = []
-    for text, wanted in pieces(tokenizer, example, roles=roles, where=where):
-        special = not tokens and "messages" not in example  # templates write their own BOS
-        new = tokenizer.encode(text, add_special_tokens=special)
-        tokens += new
-        learned += [float(wanted)] * len(new)
-    if not any(learned[1:]):
+    parts = pieces(tokenizer, example, roles=roles, where=where)
+    special = "messages" not in example  # templates write their own BOS
+    datum = from_pieces(tokenizer, parts, special=special)
+    if not datum.loss_fn_inputs["weights"].to_numpy().any():
         raise InvalidRequestError(
             "has nothing to learn.", field=where, hint=f"The learned roles are {tuple(roles)}."
         )
-    if max_length is not None and len(tokens) > max_length:
+    length = datum.model_input.length + 1
+    if max_length is not None and length > max_length:
         raise InvalidRequestError(
-            f"has {len(tokens)} tokens, more than {max_length}.",
+            f"has {length} tokens, more than {max_length}.",
             field=where,
             hint="Shorten it, leave it out, or raise max_length.",
         )
-    check_tokens(tokens[:-1], field=where, context_length=context_length)
+    check_tokens(datum.model_input.to_ints(), field=where, context_length=context_length)
+    return datum
+
+
+def from_pieces(
+    tokenizer: PreTrainedTokenizerBase, parts: Sequence[Piece], *, special: bool = True
+) -> Datum:
+    """Texts as one sequence, each encoded on its own; weight 1 on the tokens of the learned ones.
+
+    Args:
+        special: whether the tokenizer's special tokens (BOS) come first.
+    """
+    tokens: list[int] = []
+    learned: list[float] = []
+    for text, wanted in parts:
+        new = tokenizer.encode(text, add_special_tokens=special and not tokens)
+        tokens += new
+        learned += [float(wanted)] * len(new)
     return Datum(
         model_input=ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": learned[1:]},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundError
+from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundError, requiring
 from weaver_rl.storage import encode, plain
 
 if TYPE_CHECKING:
@@ -172,10 +172,8 @@ def _read_jsonl(path: Path) -> list[Task]:
 
 
 def _read_parquet(path: Path) -> list[Task]:
-    try:
+    with requiring("Parquet", "rl"):
         from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise _missing("pyarrow", "weaver-post-training[rl]") from None
     try:
         rows: list[Task] = parquet.read_table(path).to_pylist()
     except ArrowException as error:
@@ -189,7 +187,9 @@ def _read_dataset(path: Path) -> list[Task]:
     try:
         from datasets import Dataset, load_from_disk
     except ImportError:
-        raise _missing("datasets", "datasets") from None
+        raise MissingDependencyError(
+            "datasets is not installed.", field=str(path), hint="pip install datasets"
+        ) from None
     try:
         dataset: Any = load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
@@ -204,9 +204,3 @@ def _read_dataset(path: Path) -> list[Task]:
         )
     rows: Iterable[Task] = dataset
     return list(rows)
-
-
-def _missing(package: str, install: str) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"{package} is not installed.", hint=f"pip install '{install}' and try again."
-    )

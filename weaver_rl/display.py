@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from weaver.errors import MissingDependencyError
+from weaver.errors import requiring
 from weaver_rl.hints import find_hints
-from weaver_rl.loggers import prompt_text
+from weaver_rl.loggers import Logger, prompt_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ CURVES = ("reward/mean", "train/loss")
 WIDTH, HEIGHT = 64, 6
 
 
-class Display:
+class Display(Logger):
     """A logger for people: `Display(steps=60)`. Close it to leave the terminal as it was."""
 
     name = "console"
@@ -86,9 +86,6 @@ class Display:
         else:
             self._live.console.print(text, markup=False, highlight=False)
 
-    def state(self) -> Mapping[str, str]:
-        return {}
-
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
@@ -103,13 +100,9 @@ class Display:
             self._live.update(self._picture())
 
     def _open_live(self) -> Any:
-        try:
+        with requiring("Display", "rl"):
             from rich.console import Console
             from rich.live import Live
-        except ImportError:
-            raise MissingDependencyError(
-                "rich is not installed.", hint="pip install 'weaver-post-training[rl]'."
-            ) from None
         live = Live(console=Console(file=self._stream), refresh_per_second=8)
         live.start()
         return live

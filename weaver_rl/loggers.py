@@ -12,7 +12,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from weaver.errors import MissingDependencyError, WeaverError
+from weaver.errors import WeaverError, requiring
 from weaver_rl.boundary import attempt
 from weaver_rl.storage import append_line, plain
 
@@ -36,13 +36,17 @@ class Logger(Protocol):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
-    def log_samples(self, groups: Sequence[Group], step: int) -> None: ...
+    def log_samples(self, groups: Sequence[Group], step: int) -> None:
+        """The groups of some steps; a logger that does not say otherwise leaves them out."""
+        return
 
     def state(self) -> Mapping[str, str]:
         """What it needs to go on with the same run; {} for nothing."""
+        return {}
 
     def close(self) -> None:
         """Writes what is left; called once, also after an error of the run."""
+        return
 
 
 class Loggers:
@@ -92,7 +96,7 @@ class Loggers:
             raise raised[0]
 
 
-class JsonlLogger:
+class JsonlLogger(Logger):
     """`metrics.jsonl`: a line a step, `{"step": 3, "time": 1730000000.1, "reward/mean": 0.5}`."""
 
     name = "jsonl"
@@ -104,17 +108,8 @@ class JsonlLogger:
         """Raises StorageError: the file cannot be written."""
         append_line(self._path, {"step": step, "time": round(time.time(), 3), **metrics})
 
-    def log_samples(self, groups: Sequence[Group], step: int) -> None:
-        """Nothing: transcripts hold every sample."""
 
-    def state(self) -> Mapping[str, str]:
-        return {}
-
-    def close(self) -> None:
-        """Nothing: every line is already on the disk."""
-
-
-class WandbLogger:
+class WandbLogger(Logger):
     """Weights & Biases, online or offline; samples as a media table.
 
     A resumed run goes on under the same id. Online, wandb itself ignores steps that it has; an
@@ -143,10 +138,8 @@ class WandbLogger:
         Raises:
             MissingDependencyError: wandb is not installed.
         """
-        try:
+        with requiring("WandbLogger", "wandb"):
             import wandb
-        except ImportError:
-            raise _missing("wandb") from None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         run_id = (state or {}).get("run_id")
@@ -181,7 +174,7 @@ class WandbLogger:
         self._run.finish()
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """TensorBoard event files, without TensorFlow or torch; samples as a text table."""
 
     name = "tensorboard"
@@ -194,13 +187,11 @@ class TensorBoardLogger:
         Raises:
             MissingDependencyError: tensorboard is not installed.
         """
-        try:
+        with requiring("TensorBoardLogger", "tensorboard"):
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.plugins.scalar.summary import scalar_pb
             from tensorboard.plugins.text.summary import text_pb
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
         self._event, self._scalar, self._text = Event, scalar_pb, text_pb
         self._writer: Any = EventFileWriter(str(folder))
         # A second start in a folder makes TensorBoard forget the steps from there on.
@@ -215,9 +206,6 @@ class TensorBoardLogger:
         rows = [SAMPLE_COLUMNS, ("---",) * len(SAMPLE_COLUMNS), *sample_rows(groups, step)]
         lines = ["|".join(_cell(value) for value in row) for row in rows]
         self._add(step, summary=self._text("samples", "\n".join(lines)))
-
-    def state(self) -> Mapping[str, str]:
-        return {}
 
     def close(self) -> None:
         self._writer.close()
@@ -258,10 +246,3 @@ def _row(rollout: Rollout, step: int) -> SampleRow:
 def _cell(value: object) -> str:
     """One cell of a Markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _missing(package: str) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"{package} is not installed.",
-        hint=f"pip install 'weaver-post-training[{package}]' and try again.",
-    )

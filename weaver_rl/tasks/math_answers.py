@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weaver.errors import MissingDependencyError
+from weaver.errors import requiring
 
 if TYPE_CHECKING:
     from weaver_rl.types import Reply, Task
@@ -26,12 +26,8 @@ def math_answer(task: Task, reply: Reply) -> float:
         MissingDependencyError: math-verify is not installed.
         ValueError: the task's own answer cannot be read.
     """
-    try:
+    with requiring("math_answer", "tasks"):
         from math_verify import parse, verify
-    except ImportError:
-        raise MissingDependencyError(
-            "math-verify is not installed.", hint="pip install 'weaver-post-training[tasks]'"
-        ) from None
     answer = str(task["answer"])
     gold = parse(
         answer if "\\" not in answer or "$" in answer else f"${answer}$", parsing_timeout=None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weaver.errors import ConfigError, MissingDependencyError, nearest
+from weaver.errors import ConfigError, nearest, requiring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,10 +72,6 @@ def _check(name: str) -> None:
 
 
 def _package() -> Any:
-    try:
+    with requiring("these tasks", "tasks"):
         import reasoning_gym
-    except ImportError:
-        raise MissingDependencyError(
-            "reasoning-gym is not installed.", hint="pip install 'weaver-post-training[tasks]'"
-        ) from None
     return reasoning_gym
