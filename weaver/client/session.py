@@ -7,7 +7,6 @@ request, another collects outcomes and settles handles. Opened by `AsyncServiceC
 from __future__ import annotations
 
 import itertools
-import sys
 import uuid
 from collections import deque
 from contextlib import aclosing, asynccontextmanager
@@ -236,22 +235,20 @@ class Session:
                     self._settle(ticket, outcome)
 
     async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Runs a task whose failure ends the session by name, so that no handle hangs.
-
-        A defect of the service goes on to whoever opened the client.
-        """
+        """Runs a task whose failure ends the session by name, so that no handle hangs."""
         try:
             await task()
         except WeaverError as error:
             self._end(error)
-        finally:
-            if isinstance(defect := sys.exception(), Exception):
-                self._end(
-                    ServiceConnectionError(
-                        f"the service failed with {type(defect).__name__}: {defect}",
-                        hint="Open a new client.",
-                    )
-                )
+        except (
+            Exception
+        ) as defect:  # of a service, which may be anybody's: it ends nobody's program
+            end = ServiceConnectionError(
+                f"the service failed with {type(defect).__name__}: {defect}",
+                hint="Open a new client.",
+            )
+            end.__cause__ = defect
+            self._end(end)
 
     async def _say_goodbye(self) -> None:
         await self._flush()

@@ -79,6 +79,7 @@ class Ledger:
                 if failure is not None:
                     undone = await self._undo(fresh, failure)
                     if await self._tell(undone, waits_for=(WeaverError,)) is not None:
+                        logger.error("not told of, until there is room for it: %s", failure)
                         self._unwritten += undone
                 for one in before:
                     if await self._tell([one], waits_for=()) is not None:
