@@ -260,6 +260,8 @@ class SessionState(Value):
     """Operations without an outcome."""
     unnamed_samplers: int
     """Samplers that live as long as the session."""
+    user_metadata: JsonDict = Field(default_factory=dict)
+    """What its client gave when it opened it."""
 
 
 class ExportedFile(Value):

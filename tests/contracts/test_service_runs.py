@@ -302,13 +302,16 @@ async def test_a_run_that_was_deleted_is_as_if_it_had_never_been(
 
 
 async def test_sessions_are_listed_until_they_end(caller: Caller, service: Service) -> None:
-    other = await Caller.open(service)
+    about = {"who": "me", "$": [1, None, {"x": "é"}]}
+    other = Caller(service, (await service.open_session(user_metadata=about)).session_id)
     run = await caller.create()
     await caller.save(run, "sampler")
     listed = {s.session_id: s for s in await service.list_sessions()}
     assert listed.keys() == {caller.session_id, other.session_id}
     assert listed[caller.session_id].unnamed_samplers == 1
     assert listed[caller.session_id].pending == listed[other.session_id].unnamed_samplers == 0
+    assert listed[other.session_id].user_metadata == about
+    assert listed[caller.session_id].user_metadata == {}
     await service.close_session(other.session_id)
     assert [s.session_id for s in await service.list_sessions()] == [caller.session_id]
 

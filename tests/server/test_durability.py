@@ -109,7 +109,8 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 @pytest.mark.parametrize("durability", [ALWAYS, NEVER])
 async def test_a_client_goes_on_where_it_was(home: Path, durability: Durability) -> None:
     async with server(home, durability=durability) as service:
-        caller = await Caller.open(service)
+        about = {"who": "me", "$": [1, {"x": "é"}]}
+        caller = Caller(service, (await service.open_session(user_metadata=about)).session_id)
         run = await caller.create()
         await train(caller, run, steps=3)
         await caller.do(GRADIENT, GradientsDone, run_id=run)
@@ -119,6 +120,7 @@ async def test_a_client_goes_on_where_it_was(home: Path, durability: Durability)
         expected = await weights(caller, run)
     async with server(home, durability=durability) as service:
         caller.service = service
+        assert [one.user_metadata for one in await service.list_sessions()] == [about]
         assert (await service.get_run(run)).step == 3
         assert await weights(caller, run) == expected
         resent = caller.stamp(STEP, run)
@@ -627,13 +629,21 @@ def test_tables_of_the_time_before_versions_are_taken_over(home: Path) -> None:
         open_database(home)
 
 
-def test_a_database_without_answers_gets_their_table(home: Path) -> None:
+async def test_tables_of_version_2_get_what_was_added_since(home: Path) -> None:
     database = open_database(home)
+    await SqlStore(database).open_session("a", OWNER)
     with database.begin() as connection:
         metadata.tables["answers"].drop(connection)
+        connection.exec_driver_sql("ALTER TABLE sessions DROP COLUMN user_metadata")
         connection.execute(schema_table.update().values(version=2))
     database.dispose()
     database = open_database(home)
+    store = SqlStore(database)
+    await store.open_session("b", OWNER, user_metadata={"who": "me"})
+    assert [(s.session_id, s.user_metadata) for s in await store.sessions()] == [
+        ("a", {}),
+        ("b", {"who": "me"}),
+    ]
     assert set(sa.inspect(database).get_table_names()) == set(metadata.tables)
     database.dispose()
 
@@ -681,7 +691,7 @@ async def test_a_write_that_waits_for_another_process_stops_nothing_else(home: P
             tasks.start_soon(store.append, "a", [Submission(id="y", operation=None)])
             await anyio.sleep(0.1)
             other.rollback()  # it waits for five seconds, so on the event loop this would be late
-    assert [entry.submission_id for entry in await store.entries()] == ["x", "y"]
+    assert {entry.submission_id for entry in await store.entries()} == {"x", "y"}
     database.dispose()
 
 

@@ -21,12 +21,8 @@ RunId = Annotated[str, typer.Argument(help="The id, or its beginning, with or wi
 def list_runs(as_json: Json = False) -> None:
     """List the runs that the service has."""
     runs = ask(lambda service: service.list_runs())
-    rows = [
-        run.model_dump(mode="json", exclude={"lora_config", "user_metadata"})
-        if not as_json
-        else run.model_dump(mode="json")
-        for run in runs
-    ]
+    hidden = None if as_json else {"lora_config", "user_metadata"}
+    rows = [run.model_dump(mode="json", exclude=hidden) for run in runs]
     show(rows, as_json=as_json, empty="No runs.")
 
 

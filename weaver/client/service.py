@@ -50,7 +50,7 @@ class AsyncServiceClient:
         api_key: the key sent to it; WEAVER_API_KEY by default.
         deterministic: in this process, no number depends on what else is computed, or on when;
             WEAVER_DETERMINISTIC=1 does the same. A server is started so.
-        user_metadata: kept with the session.
+        user_metadata: kept with the session, which the service lists with it.
         service: an open service of this event loop to use instead; it is not closed.
 
     Raises:

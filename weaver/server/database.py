@@ -54,7 +54,17 @@ def _to_version_2(connection: sa.Connection) -> None:
     connection.execute(owners_table.delete().where(sa.not_(OF_RUNS)))
 
 
-UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (_to_version_2, answers_table.create)
+def _to_version_4(connection: sa.Connection) -> None:
+    """Sessions keep their metadata; those of before have none."""
+    kind = sa.LargeBinary().compile(connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE sessions ADD COLUMN user_metadata {kind}")
+
+
+UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (
+    _to_version_2,
+    answers_table.create,
+    _to_version_4,
+)
 """The n-th brings the tables from version n to n + 1, from 1; without a version they are made."""
 VERSION = len(UPGRADES) + 1
 LOCK = 0x57454156

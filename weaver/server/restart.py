@@ -47,7 +47,13 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
         return restored
     records = await store.sessions()
     sessions = {
-        r.session_id: Session(r.session_id, r.caller, lasting=r.lasting, closed=r.closed)
+        r.session_id: Session(
+            r.session_id,
+            r.caller,
+            lasting=r.lasting,
+            user_metadata=r.user_metadata,
+            closed=r.closed,
+        )
         for r in records
     }
     restored.sessions = {id: session for id, session in sessions.items() if not session.closed}

@@ -15,7 +15,7 @@ from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Outcome, Submission
 from weaver.server.sessions import fingerprint
 from weaver.server.store import Entry, Executed, RunRecord, Settled
-from weaver.types import MetricPoint, ModelInfo, TrainingRun
+from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -25,6 +25,7 @@ LIMITS = wire.WireLimits(header_bytes=2**30, array_bytes=2**34)
 """Entries were checked when they came in."""
 SUBMISSION, OUTCOME = TypeAdapter(Submission), TypeAdapter(Outcome)
 RUN, MODEL = TypeAdapter(TrainingRun), TypeAdapter(ModelInfo)
+METADATA = TypeAdapter(JsonDict)
 
 
 def executed_row(submission: Submission, settled: Settled) -> dict[str, Any]:
@@ -103,6 +104,12 @@ def run_record_of(row: sa.Row[Any]) -> RunRecord:
         snapshot=row.snapshot,
         executed=max(row.newest or 0, row.snapshot),
     )
+
+
+def metadata_of(row: sa.Row[Any]) -> JsonDict:
+    """Of a session, which does without where it is damaged."""
+    metadata = _try_decode(row.user_metadata, METADATA, row.session_id)
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def metric_row(run_id: str, point: MetricPoint) -> dict[str, Any]:

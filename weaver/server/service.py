@@ -10,7 +10,7 @@ import os
 import secrets
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
@@ -242,8 +242,9 @@ class LocalService:
     ) -> SessionInfo:
         """Its operations have the rights of `caller`; a `lasting` one is never silent for long."""
         self._check_open()
-        session = Session(f"session-{secrets.token_hex(6)}", caller, lasting=lasting)
-        await self._store.open_session(session.session_id, caller, lasting=lasting)
+        about: dict[str, Any] = {"lasting": lasting, "user_metadata": user_metadata or {}}
+        session = Session(f"session-{secrets.token_hex(6)}", caller, **about)
+        await self._store.open_session(session.session_id, caller, **about)
         self._sessions[session.session_id] = session
         return self._session_info(session_id=session.session_id)
 

@@ -23,7 +23,7 @@ from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, Session
 from weaver.server.streams import SampleStream
 from weaver.server.tenancy import OWNER, Caller
 from weaver.tensors import TensorData
-from weaver.types import Value
+from weaver.types import JsonDict, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +78,7 @@ class Session:
     """Whose rights its operations have."""
     lasting: bool = False
     """It does not end by itself, however long nothing is heard of it."""
+    user_metadata: JsonDict = field(default_factory=dict)
     submitting: anyio.Lock = field(default_factory=anyio.Lock)
     """Held while a request is journaled, so that its resend is not acknowledged before it."""
     tickets: dict[str, Ticket] = field(default_factory=dict)
@@ -266,6 +267,7 @@ class Session:
             project=self.caller.project,
             pending=len(self.tickets),
             unnamed_samplers=len(self.unnamed_samplers),
+            user_metadata=self.user_metadata,
         )
 
     def close(self) -> None:

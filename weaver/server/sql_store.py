@@ -21,6 +21,7 @@ from weaver.server.database import BUSY_MS, transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
+    metadata_of,
     metric_row,
     new_row,
     point_of,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Submission
     from weaver.server.store import Entry, Executed, RunRecord, Settled
-    from weaver.types import MetricPoint, ModelInfo, TrainingRun
+    from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -126,9 +127,21 @@ class SqlStore:
         self._writing = anyio.Lock()
         self._acknowledged: list[dict[str, Any]] = []
 
-    async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
+    async def open_session(
+        self,
+        session_id: str,
+        caller: Caller,
+        *,
+        lasting: bool = False,
+        user_metadata: JsonDict | None = None,
+    ) -> None:
         row = {"session_id": session_id, "lasting": lasting, "closed": False, **asdict(caller)}
-        await self._write(lambda: [(sessions_table.insert(), [row])])
+
+        def make() -> Statements:
+            about = wire.encode(user_metadata) if user_metadata else None
+            return [(sessions_table.insert(), [{**row, "user_metadata": about}])]
+
+        await self._write(make)
 
     async def close_session(self, session_id: str) -> None:
         unneeded = operations_table.delete().where(
@@ -174,6 +187,7 @@ class SqlStore:
                 caller=Caller(row.project, admin=row.admin, local=row.local),
                 lasting=row.lasting,
                 closed=row.closed,
+                user_metadata=metadata_of(row),
             )
             for row in await self._read(sa.select(sessions_table))
         ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weaver.errors import WeaverError
     from weaver.protocol import Operation, Outcome, Submission
     from weaver.server.tenancy import Caller
-    from weaver.types import MetricPoint, ModelInfo, TrainingRun
+    from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,7 @@ class SessionRecord:
     caller: Caller
     lasting: bool
     closed: bool
+    user_metadata: JsonDict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,12 @@ class Store(Protocol):
         """Whether clients outlive this process, so that their sessions must."""
 
     async def open_session(
-        self, session_id: str, caller: Caller, *, lasting: bool = False
+        self,
+        session_id: str,
+        caller: Caller,
+        *,
+        lasting: bool = False,
+        user_metadata: JsonDict | None = None,
     ) -> None: ...
 
     async def close_session(self, session_id: str) -> None:
@@ -168,7 +174,14 @@ class MemoryStore:
         self._metrics: dict[str, list[MetricPoint]] = {}
         self._answers: dict[str, list[Answer]] = {}
 
-    async def open_session(self, session_id: str, caller: Caller, *, lasting: bool = False) -> None:
+    async def open_session(
+        self,
+        session_id: str,
+        caller: Caller,
+        *,
+        lasting: bool = False,
+        user_metadata: JsonDict | None = None,
+    ) -> None:
         pass
 
     async def close_session(self, session_id: str) -> None:

@@ -55,6 +55,7 @@ sessions_table = sa.Table(
     sa.Column("local", sa.Boolean, nullable=False),
     sa.Column("lasting", sa.Boolean, nullable=False),
     sa.Column("closed", sa.Boolean, nullable=False),
+    sa.Column("user_metadata", sa.LargeBinary),
 )
 """sql_store.py; the open ones, and closed ones with pending work; with their callers' rights."""
 
