@@ -113,7 +113,7 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
     message = _unpack(tree, reader)
     if reader.used != raw_size:
         raise _malformed(f"{raw_size - reader.used} bytes of its arrays belong to nothing")
-    return validate(message, adapter)
+    return validate(message, adapter.validate_python)
 
 
 def about_bytes(message: object) -> int:
@@ -152,16 +152,19 @@ async def beside(size_bytes: int, work: Callable[[], T]) -> T:
     return await to_thread.run_sync(work) if size_bytes > LARGE_BYTES else work()
 
 
-def validate(message: object, adapter: TypeAdapter[T]) -> T:
-    """`message` as the adapter's type; the first problem is raised as an `InvalidRequestError`."""
+def validate(message: object, read: Callable[[object], T], *, name: str = "message") -> T:
+    """What pydantic's `read` makes of it; the first problem is raised as an `InvalidRequestError`.
+
+    `name` is what the error calls the message as a whole.
+    """
     try:
-        return adapter.validate_python(message)
+        return read(message)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequestError):
         raise cause
-    field = ".".join(str(part) for part in problem["loc"]) or "message"
+    field = ".".join(str(part) for part in problem["loc"]) or name
     raise InvalidRequestError(f"{problem['msg']}.", field=field)
 
 

@@ -30,7 +30,7 @@ async def test_sessions_are_ids_without_rights(home: Path) -> None:
         session = (await api.call("POST", "/sessions", body, status=201))["id"]
         assert (await api.call("GET", f"/sessions/{session}")) == {"id": session}
         await api.call("POST", f"/sessions/{session}/heartbeat", status=204)
-        await api.call("GET", "/sessions/nobody", status=404)
+        await api.call("GET", "/sessions/nobody", status=422)
 
 
 async def test_a_model_is_made_listed_and_left(home: Path) -> None:

@@ -15,21 +15,25 @@ from weaver.server.compat import (
     weaver_rest_sampling,
     weaver_rest_training,
 )
-from weaver.server.compat.weaver_rest_errors import PREFIX
-from weaver.server.compat.weaver_rest_operations import POLL_S, Desked, answered
+from weaver.server.compat.weaver_rest_ids import PREFIX
+from weaver.server.compat.weaver_rest_operations import POLL_S, Desked, JsonResponse, answered
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+DEPLOYMENTS = "Sample from a checkpoint, or export it."
+DATA_SETS = "Send the tokens of each datum."
 ABSENT = {
     "organizations": "Projects come with API keys: `weaver keys create --project NAME`.",
     "scope": "Projects come with API keys: leave organization and project out.",
     "quota": "Nothing is billed here.",
     "scheduling": "Operations run in fair turns: leave scheduling_policy out.",
-    "managed-datasets": "Send the tokens of each datum.",
-    "deployments": "Sample from a checkpoint, or export it.",
+    "managed-datasets": DATA_SETS,
+    "models/{model_id}/managed-dataset-sample-lengths": DATA_SETS,
+    "deployments": DEPLOYMENTS,
+    "checkpoints/{checkpoint_id}/deployments": DEPLOYMENTS,
 }
-"""First part of a path, and what to do instead."""
+"""Beginnings of paths, and what to do instead."""
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = APIRouter(prefix=PREFIX, include_in_schema=False, default_response_class=JsonResponse)
 
 
 @router.get("/operations/{operation_id}")
@@ -37,25 +41,16 @@ async def get_operation(operation_id: str, desk: Desked) -> Response:
     return await answered(desk, desk.find(operation_id), hold_s=POLL_S)
 
 
-@router.post("/checkpoints/{checkpoint_id}/deployments")
-@router.post("/models/{model_id}/managed-dataset-sample-lengths")
-async def absent_part() -> None:
-    raise UnsupportedError(
-        "this server has no deployments and no managed datasets.",
-        hint="See docs/weaver-rest.md for what it has.",
-    )
-
-
-def _refuse(noun: str, hint: str) -> None:
+def _refuse(path: str, hint: str) -> None:
     async def absent() -> None:
-        raise UnsupportedError(f"this server has no {noun}.", hint=hint)
+        raise UnsupportedError(f"this server has no {path.rpartition('/')[2]}.", hint=hint)
 
-    for path in (f"/{noun}", f"/{noun}/{{rest:path}}"):
-        router.add_api_route(path, absent, methods=METHODS)
+    for ending in ("", "/{rest:path}"):
+        router.add_api_route(f"/{path}{ending}", absent, methods=METHODS)
 
 
-for _noun, _hint in ABSENT.items():
-    _refuse(_noun, _hint)
+for _path, _hint in ABSENT.items():
+    _refuse(_path, _hint)
 for _part in (
     weaver_rest_models,
     weaver_rest_training,

@@ -12,19 +12,19 @@ from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,
     GradientsDone,
-    ModelCreated,
     Sampled,
-    SamplerOpened,
     StepDone,
 )
 from weaver.server.compat.weaver_rest_ids import rest_path, session_of, uuid_of
 from weaver.server.compat.weaver_rest_tensors import Body
+from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from weaver.protocol import ErrorInfo, Outcome, Result
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, SampleResult, TrainingRun
 
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
+ARTIFACTS = ("hf_adapter", "hf_model")
 MERGED = "export-merged-"
 """How the names of checkpoints begin that were made to be downloaded as whole models."""
 PRICED = (
@@ -64,23 +64,16 @@ def envelope(operation_id: str, outcome: Outcome | None, note: Note) -> JsonDict
 
 
 def checkpoint_json(info: CheckpointInfo) -> JsonDict:
-    lora, kind = info.lora_config, KINDS.get(info.kind, "sampling")
+    lora, kind = info.lora_config or LoraConfig(), KINDS.get(info.kind, "sampling")
     return {
+        **info.model_dump(mode="json", exclude={"run_id", "kind", "lora_config", "folder"}),
+        **lora.model_dump(include={"train_attn", "train_mlp", "train_unembed"}),
         "id": uuid_of(info.path),
         "model_id": info.run_id,
         "path": rest_path(info.path),
-        "name": info.name,
         "type": kind,
         "checkpoint_type": kind,
         "status": "completed",
-        "train_attn": lora is None or lora.train_attn,
-        "train_mlp": lora is None or lora.train_mlp,
-        "train_unembed": lora is None or lora.train_unembed,
-        "step": info.step,
-        "size_bytes": info.size_bytes,
-        "ttl_seconds": info.ttl_seconds,
-        "created_at": info.created_at.isoformat(),
-        "expires_at": info.expires_at.isoformat() if info.expires_at else None,
     }
 
 
@@ -105,18 +98,13 @@ def artifact_json(info: CheckpointInfo, kind: str) -> JsonDict:
 
 
 def run_json(run: TrainingRun, *, last_seq: int) -> JsonDict:
+    described = run.model_dump(mode="json", exclude={"run_id", "project"})
     return {
+        **described,
         "id": run.run_id,
-        "base_model": run.base_model,
-        "training_mode": run.training_mode,
-        "lora_config": run.lora_config.model_dump() if run.lora_config else None,
         "status": "stopped" if run.status == "stopped" else "ready",
-        "step": run.step,
         "last_seq_id": last_seq,
-        "user_metadata": run.user_metadata,
-        "created_at": run.created_at.isoformat(),
-        "updated_at": run.last_request_at.isoformat(),
-        "last_request_at": run.last_request_at.isoformat(),
+        "updated_at": described["last_request_at"],
     }
 
 
@@ -157,11 +145,7 @@ def _answer(result: Result, note: Note) -> JsonDict:
             return checkpoint_json(info) | (sampler if info.kind == "sampler" else {})
         case Sampled(output=sampled):
             return {"result": _sampled(sampled, old_logprobs=note.old_logprobs)}
-        case ModelCreated(run=run):
-            return {"id": run.run_id}
-        case SamplerOpened(sampler_id=sampler_id, weights_version=version):
-            return {"id": session_of(sampler_id), "weight_version": version}
-    raise AssertionError(result.kind)
+    return {}  # of an operation that its route answered for itself
 
 
 def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
@@ -170,10 +154,7 @@ def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
         return prompt
     sequences = [
         {
-            "tokens": sequence.tokens,
-            "text": sequence.text,
-            "logprobs": sequence.logprobs,
-            "stop_reason": sequence.stop_reason,
+            **sequence.model_dump(include={"tokens", "text", "logprobs", "stop_reason"}),
             "weight_version": sequence.weights_version,
             **({"old_logprobs": sequence.logprobs} if old_logprobs else {}),
         }

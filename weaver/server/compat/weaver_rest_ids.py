@@ -18,10 +18,16 @@ from typing import TYPE_CHECKING
 from weaver.errors import CheckpointNotFoundError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import TypeVar
 
     from weaver.protocol import Service
     from weaver.types import CheckpointInfo
+
+    T = TypeVar("T")
+
+PREFIX = "/api/v1"
+"""With which the paths of the interface begin."""
 
 
 def native_path(path: str) -> str:
@@ -59,20 +65,19 @@ async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
     """
     if "://" in reference:
         return await service.get_checkpoint(native_path(reference))
-    return by_id(await service.list_checkpoints(), reference)
+    return by_id(identified(await service.list_checkpoints()), reference)
 
 
-def by_id(
-    checkpoints: Sequence[CheckpointInfo],
-    wanted: str,
-    *,
-    id_of: Callable[[CheckpointInfo], str] = lambda info: uuid_of(info.path),
-) -> CheckpointInfo:
-    for info in checkpoints:
-        if id_of(info) == wanted:
-            return info
-    raise CheckpointNotFoundError(
-        f"no checkpoint or artifact has the id {wanted[:80]!r}.",
-        field="id",
-        hint="GET /models/{model_id}/checkpoints lists them.",
-    )
+def identified(checkpoints: Sequence[CheckpointInfo]) -> dict[str, CheckpointInfo]:
+    return {uuid_of(info.path): info for info in checkpoints}
+
+
+def by_id(known: Mapping[str, T], wanted: str) -> T:
+    """Raises CheckpointNotFoundError."""
+    if wanted not in known:
+        raise CheckpointNotFoundError(
+            f"no checkpoint or artifact has the id {wanted[:80]!r}.",
+            field="id",
+            hint="GET /models/{model_id}/checkpoints lists them.",
+        )
+    return known[wanted]

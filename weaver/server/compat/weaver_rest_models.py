@@ -5,33 +5,26 @@ A session has no meaning here: it is an id that a client was given, and gives no
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import uuid
 from collections import defaultdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID, uuid4
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import Field
+from fastapi import APIRouter, Query, Request
+from pydantic import ConfigDict, Field
 
-from weaver.errors import NotFoundError, ServiceConnectionError, UnsupportedError
-from weaver.protocol import CreateModel, ErrorInfo, ModelCreated, Outcome
+from weaver.errors import InvalidRequestError, UnsupportedError
+from weaver.protocol import CreateModel, ModelCreated
 from weaver.server.compat.weaver_rest_answers import (
     Note,
     catalog_json,
     checkpoint_json,
     run_json,
 )
-from weaver.server.compat.weaver_rest_operations import (
-    POLL_S,
-    Desk,
-    Desked,
-    JsonResponse,
-    resend_key,
-)
-from weaver.server.compat.weaver_rest_tensors import Body, read_body
+from weaver.server.compat.weaver_rest_operations import Desked, resend_key
+from weaver.server.compat.weaver_rest_tensors import Body
+from weaver.server.http.edge import is_loopback
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, LoraConfig, MetricPoint, TrainingMode
 
@@ -62,74 +55,58 @@ class ModelBody(Body):
     user_metadata: JsonDict | None = None
 
 
-class Point(Body):
+class Point(MetricPoint):
+    model_config = ConfigDict(extra="ignore")
+    _error = InvalidRequestError
     model_id: str
-    name: str
-    value: float
-    step: int | None = None
-    occurred_at: datetime | None = None
 
 
 class MetricsBody(Body):
     metrics: tuple[Point, ...] = Field(max_length=10_000)
 
 
-async def known_session(session: str) -> str:
-    """Raises NotFoundError for what was never a session's id."""
-    try:
-        return str(uuid.UUID(session))
-    except ValueError:
-        raise NotFoundError(
-            f"no session is called {session[:80]!r}.", field="session_id", hint="Open one."
-        ) from None
-
-
-SessionId = Annotated[str, Depends(known_session)]
-
-
 # --- sessions -----------------------------------------------------------------------------------
 
 
 @router.post("/sessions", status_code=201)
-async def open_session(request: Request) -> Response:
-    body = await read_body(request, SessionBody)
+async def open_session(request: Request) -> JsonDict:
+    body = await SessionBody.read(request)
     if body.scheduling_policy is not None:  # the client expects it to be obeyed
         raise UnsupportedError(
             "is not for clients to choose: operations run in fair turns.",
             field="scheduling_policy",
             hint="Leave it out.",
         )
-    described = body.model_dump(exclude_none=True)
-    return JsonResponse({"id": str(uuid.uuid4()), **described}, status_code=201)
+    return {"id": uuid4(), **body.model_dump(exclude_none=True)}
 
 
 @router.get("/sessions/{session}")
-async def get_session(session: SessionId) -> Response:
-    return JsonResponse({"id": session})
+async def get_session(session: UUID) -> JsonDict:
+    return {"id": session}
 
 
 @router.post("/sessions/{session}/heartbeat", status_code=204)
-async def heartbeat(session: SessionId) -> None:
+async def heartbeat(session: UUID) -> None:
     """Nothing ends for want of one."""
 
 
 @router.post("/sessions/{session}/metrics", status_code=202)
-async def log_metrics(session: SessionId, request: Request, desk: Desked) -> Response:
-    body = await read_body(request, MetricsBody)
+async def log_metrics(session: UUID, request: Request, desk: Desked) -> JsonDict:
+    body = await MetricsBody.read(request)
     by_run: defaultdict[str, list[MetricPoint]] = defaultdict(list)
     for point in body.metrics:
         by_run[point.model_id].append(MetricPoint(**point.model_dump(exclude={"model_id"})))
     for run_id, points in by_run.items():
         await desk.service.log_metrics(run_id, points)
-    return JsonResponse({"accepted": len(body.metrics)}, status_code=202)
+    return {"accepted": len(body.metrics)}
 
 
 # --- models -------------------------------------------------------------------------------------
 
 
 @router.post("/sessions/{session}/models", status_code=201)
-async def create_model(session: SessionId, request: Request, desk: Desked) -> Response:
-    body = await read_body(request, ModelBody)
+async def create_model(session: UUID, request: Request, desk: Desked) -> JsonDict:
+    body = await ModelBody.read(request)
     models = {model.name for model in await desk.service.list_models()}
     name = body.base_model
     operation = CreateModel(
@@ -138,62 +115,46 @@ async def create_model(session: SessionId, request: Request, desk: Desked) -> Re
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
-    entry = await desk.submit(operation, Note(key=await resend_key(request)))
-    await desk.wait(entry, POLL_S)
-    match entry.outcome:
-        case Outcome(result=ModelCreated(run=run)):
-            pass
-        case Outcome(error=ErrorInfo() as error):
-            raise error.to_error()
-        case _:
-            raise ServiceConnectionError("the model is still being made.", hint="Ask again.")
-    path = await tokenizer_path(request, run.base_model)
-    reply = {**run_json(run, last_seq=0), "session_id": session, "tokenizer_path": path}
-    return JsonResponse(reply, status_code=201)
+    created = await desk.carry_out(operation, Note(key=await resend_key(request)))
+    assert isinstance(created, ModelCreated)
+    path = await tokenizer_path(request, created.run.base_model)
+    return {**run_json(created.run, last_seq=0), "session_id": session, "tokenizer_path": path}
 
 
 @router.get("/models")
 @router.get("/training-runs")
-async def list_runs(desk: Desked, limit: Limit = 25, offset: Offset = 0) -> Response:
+async def list_runs(desk: Desked, limit: Limit = 25, offset: Offset = 0) -> JsonDict:
     seqs, runs = desk.last_seqs(), await desk.service.list_runs()
     described = [run_json(run, last_seq=seqs.get(run.run_id, 0)) for run in runs]
-    return JsonResponse(_page(described, limit, offset))
+    return _page(described, limit, offset)
 
 
 @router.get("/models/{model_id}")
-async def get_model(model_id: str, desk: Desked) -> Response:
-    return JsonResponse(await _described(desk, model_id))
+@router.post("/models/{model_id}/terminate")
+async def get_model(model_id: str, desk: Desked) -> JsonDict:
+    """Terminating leaves the run as it is: closing a client destroys no state."""
+    run = await desk.service.get_run(model_id)
+    return run_json(run, last_seq=desk.last_seqs().get(model_id, 0))
 
 
 @router.get("/training-runs/{model_id}")
-async def get_run(model_id: str, desk: Desked) -> Response:
-    run = await _described(desk, model_id)
+async def get_run(model_id: str, desk: Desked) -> JsonDict:
     checkpoints = await desk.service.list_checkpoints(model_id)
-    return JsonResponse({**run, "checkpoints": [checkpoint_json(info) for info in checkpoints]})
-
-
-@router.post("/models/{model_id}/terminate")
-async def terminate(model_id: str, desk: Desked) -> Response:
-    """Leaves the run as it is: closing a client destroys no state."""
-    return JsonResponse(await _described(desk, model_id))
+    listed = [checkpoint_json(info) for info in checkpoints]
+    return {**await get_model(model_id, desk), "checkpoints": listed}
 
 
 @router.get("/supported-models")
-async def supported_models(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> Response:
+async def supported_models(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
     names = [model.name for model in await desk.service.list_models()]
     models = [{"id": name, "name": name, "status": "healthy"} for name in names]
-    return JsonResponse(_page(models, limit, offset))
+    return _page(models, limit, offset)
 
 
 @router.get("/model-catalog")
-async def model_catalog(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> Response:
+async def model_catalog(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
     models = [catalog_json(model) for model in await desk.service.list_models()]
-    return JsonResponse(_page(models, limit, offset))
-
-
-async def _described(desk: Desk, model_id: str) -> JsonDict:
-    run = await desk.service.get_run(model_id)
-    return run_json(run, last_seq=desk.last_seqs().get(model_id, 0))
+    return _page(models, limit, offset)
 
 
 async def tokenizer_path(request: Request, base_model: str) -> str | None:
@@ -202,20 +163,13 @@ async def tokenizer_path(request: Request, base_model: str) -> str | None:
     Those take it from where `base_model` says, or the native client fetches it.
     """
     front, service = request.state.front, request.state.service
-    if front.folder is None or request.client is None or not _is_local(request.client.host):
+    if front.folder is None or request.client is None or not is_loopback(request.client.host):
         return None
     try:
         files = await service.tokenizer_files(base_model)
     except UnsupportedError:  # it has none
         return None
     return str(await to_thread.run_sync(store_tokenizer, files, front.folder / "tokenizers"))
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _page(items: Sequence[JsonDict], limit: int, offset: int) -> JsonDict:

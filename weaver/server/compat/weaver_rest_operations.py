@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import anyio
@@ -20,17 +21,16 @@ from fastapi import Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
-from weaver.errors import NotFoundError
+from weaver.errors import NotFoundError, ServiceConnectionError
 from weaver.protocol import Submission
 from weaver.server.compat.weaver_rest_answers import Note, envelope
 
 if TYPE_CHECKING:
     from fastapi import Response
 
-    from weaver.protocol import Operation, Outcome
+    from weaver.protocol import Operation, Outcome, Result
     from weaver.server.http.front import Front
     from weaver.server.scoped import ScopedService
-    from weaver.types import JsonDict
 
 HOLD_S = 1.0
 """How long a submission is held for an outcome: below it, a client never polls."""
@@ -49,9 +49,6 @@ class Entry:
     ended: anyio.Event = field(default_factory=anyio.Event)
     ended_at: float = 0.0
 
-    def envelope(self) -> JsonDict:
-        return envelope(self.id, self.outcome, self.note)
-
 
 class Desk:
     """`front` says when the server stops: waits then end with what there is."""
@@ -60,11 +57,13 @@ class Desk:
         self.service = service
         self.merged: set[str] = set()
         """Paths of adapters that were exported as whole models, for the list of artifacts."""
+        self.turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
+        """Of each run: held from before a request is read until it is submitted, so that requests
+        keep the order in which they began to arrive, however long their bodies are."""
         self._front = front
         self._session_id: str | None = None
         self._opening = anyio.Lock()
         self._submitting = anyio.Lock()
-        self._turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         self._seqs: defaultdict[str, int] = defaultdict(int)
         self._entries: dict[str, Entry] = {}
         self._by_key: dict[str | None, Entry] = {}
@@ -72,18 +71,11 @@ class Desk:
         """Of `_entries`, those with an outcome, in the order of their cursors."""
         self._paused: set[str] = set()
 
-    def turn(self, run_id: str) -> anyio.Lock:
-        """Held from before a run's request is read until it is submitted.
-
-        It keeps the order in which requests began to arrive, however long their bodies are.
-        """
-        return self._turns[run_id]
-
     async def submit(self, operation: Operation, note: Note, *, run_id: str | None = None) -> Entry:
         """Hands the operation to the service; a resend gets the entry of the first request.
 
         Args:
-            run_id: the run whose `turn` the caller holds.
+            run_id: the run whose turn the caller holds.
         """
         async with self._submitting:  # a resend waits for what becomes of the first
             await self._forget_old()
@@ -102,6 +94,21 @@ class Desk:
                 if run_id:
                     self._seqs[run_id] += 1
             return self._entry(submission.id, submission.note)
+
+    async def carry_out(self, operation: Operation, note: Note) -> Result:
+        """The result of an operation that its route answers for itself.
+
+        Raises:
+            WeaverError: why it failed.
+            ServiceConnectionError: it goes on; a resend of the request waits for it again.
+        """
+        entry = await self.submit(operation, note)
+        await self.wait(entry, POLL_S)
+        if entry.outcome is not None and entry.outcome.error is not None:
+            raise entry.outcome.error.to_error()
+        if entry.outcome is None or entry.outcome.result is None:
+            raise ServiceConnectionError("it takes longer than usual.", hint="Ask again.")
+        return entry.outcome.result
 
     async def wait(self, entry: Entry, timeout_s: float) -> None:
         """Until the entry has an outcome, at most `timeout_s`."""
@@ -208,23 +215,25 @@ async def desk_of(request: Request) -> Desk:
 Desked = Annotated[Desk, Depends(desk_of)]
 
 
-async def resend_key(request: Request, *, numbered: bool = False) -> str | None:
+async def resend_key(request: Request) -> str | None:
     """What all attempts of one call share, and no other call has.
 
-    The client sends one `traceparent` with all attempts of a call. Without it only a body that is
-    `numbered` (has a seq_id) can be told from an equal one.
+    The client sends one `traceparent` with all attempts of a call. Without it only a body that has
+    a seq_id can be told from an equal one.
     """
-    trace = request.headers.get("traceparent", "")
-    if not trace and not numbered:
+    trace, body = request.headers.get("traceparent", ""), await request.body()
+    if not trace and b'"seq_id"' not in body:
         return None
-    head = f"{trace}\n{request.url.path}\n".encode()
-    return hashlib.blake2b(head + await request.body(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{trace}\n{request.url.path}\n".encode(), digest_size=16)
+    digest.update(body)
+    return digest.hexdigest()
 
 
 async def answered(desk: Desk, entry: Entry, *, hold_s: float = HOLD_S) -> Response:
     """The operation's envelope, with its outcome if that comes within `hold_s`."""
     await desk.wait(entry, hold_s)
-    return JsonResponse(await to_thread.run_sync(entry.envelope))
+    told = partial(envelope, entry.id, entry.outcome, entry.note)
+    return JsonResponse(await to_thread.run_sync(told))
 
 
 class JsonResponse(JSONResponse):

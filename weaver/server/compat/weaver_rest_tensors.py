@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, TooLargeError
-from weaver.types import EncodedTextChunk, ModelInput
 
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import Self, TypeVar
 
     import numpy.typing as npt
-    from starlette.requests import Request
+    from fastapi import Request
 
     B = TypeVar("B", bound="Body")
 
 DECODED_BYTES = 512 * 2**20
-DTYPES = {"int64": "<i8", "int32": "<i4", "float32": "<f4", "float64": "<f8"}
 
 
 class Body(BaseModel):
@@ -43,20 +41,20 @@ class Body(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        """The request's body as this, with its tensors as numpy arrays; a dependency of routes.
+
+        Raises:
+            InvalidRequestError: it is not what it should be, with the field at fault.
+            TooLargeError: its tensors have more than `DECODED_BYTES`.
+        """
+        data = await request.body()
+        media_type = request.headers.get("Content-Type", "")
+        return await wire.beside(len(data), partial(parse, data, media_type, cls))
+
 
 TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
-
-
-class Chunk(Body):
-    type: Literal["encoded_text"] = "encoded_text"
-    tokens: Any
-
-
-class Prompt(Body):
-    chunks: tuple[Chunk, ...]
-
-    def to_model_input(self) -> ModelInput:
-        return ModelInput(chunks=tuple(EncodedTextChunk(tokens=c.tokens) for c in self.chunks))
 
 
 class PackInfo(Body):
@@ -81,38 +79,14 @@ class Reference(Body):
     size_bytes: int = Field(ge=0)
 
 
-async def read_body(request: Request, kind: type[B]) -> B:
-    """The request's body as a `kind`, with its tensors as numpy arrays.
-
-    Raises:
-        InvalidRequestError: it is not what it should be, with the field at fault.
-        TooLargeError: its tensors have more than `DECODED_BYTES`.
-    """
-    data = await request.body()
-    media_type = request.headers.get("Content-Type", "")
-    return await wire.beside(len(data), partial(parse, data, media_type, kind))
-
-
 def parse(data: bytes, media_type: str, kind: type[B]) -> B:
-    """See `read_body`."""
+    """See `Body.read`."""
     if not media_type.startswith("multipart/form-data"):
-        return as_body(kind, _json(data or b"{}"))
+        return wire.validate(_json(data or b"{}"), kind.model_validate, name="body")
     head, pack = _parts(data, media_type)
-    manifest = as_body(Manifest, _json(head))
-    return as_body(kind, _filled(manifest.request, _unpacked(pack, manifest.tensor_pack)))
-
-
-def as_body(kind: type[B], tree: object) -> B:
-    """Raises InvalidRequestError with the first field at fault."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidRequestError):
-        raise cause
-    field = ".".join(str(part) for part in problem["loc"]) or "body"
-    raise InvalidRequestError(f"{problem['msg']}.", field=field)
+    manifest = wire.validate(_json(head), Manifest.model_validate, name="manifest")
+    request = _filled(manifest.request, _unpacked(pack, manifest.tensor_pack))
+    return wire.validate(request, kind.model_validate, name="request")
 
 
 def _json(data: bytes) -> Any:
@@ -172,12 +146,13 @@ def _filled(node: Any, pack: memoryview) -> Any:
     if not isinstance(node, dict):
         return node
     if "$tensor" in node:
-        return _array(as_body(Reference, node["$tensor"]), pack)
+        reference = wire.validate(node["$tensor"], Reference.model_validate, name="$tensor")
+        return _array(reference, pack)
     return {key: _filled(value, pack) for key, value in node.items()}
 
 
 def _array(reference: Reference, pack: memoryview) -> npt.NDArray[Any]:
-    dtype = np.dtype(DTYPES[reference.dtype])
+    dtype = np.dtype(reference.dtype).newbyteorder("<")
     start, end = reference.offset, reference.offset + reference.size_bytes
     shape = reference.shape
     if (

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasPath, Field
@@ -16,19 +15,16 @@ from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep, SaveChec
 from weaver.server.compat.weaver_rest_answers import Note
 from weaver.server.compat.weaver_rest_ids import find_checkpoint
 from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered, resend_key
-from weaver.server.compat.weaver_rest_tensors import (
-    Body,
-    Prompt,
-    TtlSeconds,
-    read_body,
-)
-from weaver.types import AdamParams, Datum
+from weaver.server.compat.weaver_rest_tensors import Body, TtlSeconds
+from weaver.types import AdamParams, Datum, ModelInput
 from weaver.wire import beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weaver.protocol import Operation
+
+B = TypeVar("B", bound=Body)
 
 SAMPLER_TTL_S = 3600
 """Of an exported sampler whose request names none, as the client's own default."""
@@ -47,19 +43,18 @@ router = APIRouter()
 class RestDatum(Body):
     kind: str = "datum"
     datum_id: str | None = None
-    model_input: Prompt = Prompt(chunks=())
+    model_input: ModelInput = ModelInput()
     loss_fn_inputs: Mapping[str, Any] = Field(default_factory=dict)
 
     def to_native(self, loss_fn: str) -> Datum:
-        model_input = self.model_input.to_model_input()
         inputs = {
             name: value.get("data") if isinstance(value, Mapping) else value
             for name, value in self.loss_fn_inputs.items()
             if name in INPUTS_KEPT.get(loss_fn, (name,))
         }
         if loss_fn == "forward_logprob":
-            inputs.setdefault("target_tokens", model_input.to_ints())
-        return Datum(model_input=model_input, loss_fn_inputs=inputs)
+            inputs.setdefault("target_tokens", self.model_input.to_ints())
+        return Datum(model_input=self.model_input, loss_fn_inputs=inputs)
 
 
 class PassInput(Body):
@@ -96,18 +91,8 @@ class LoadBody(Body):
     include_optimizer: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One of the ordered operations of a run: `POST /models/{model_id}/<path>`."""
-
-    path: str
-    body: type[Body]
-    make: Callable[[Any], Operation]
-    numbered: bool = True
-    """Its requests carry a seq_id."""
-
-
-def _pass(given: PassInput, *, backward: bool) -> ForwardBackward:
+def _pass(body: ForwardBody | BackwardBody) -> ForwardBackward:
+    given = body.given
     if any(datum.kind == "sample_ref" for datum in given.data):
         raise UnsupportedError(
             "refers to a managed dataset, of which this server has none.",
@@ -123,7 +108,7 @@ def _pass(given: PassInput, *, backward: bool) -> ForwardBackward:
         datums=tuple(datum.to_native(given.loss_fn) for datum in given.data),
         loss_fn=LOSSES.get(given.loss_fn, given.loss_fn),
         loss_fn_config=options,
-        backward=backward,
+        backward=isinstance(body, BackwardBody),
     )
 
 
@@ -144,36 +129,41 @@ def _save(body: SaveBody) -> SaveCheckpoint:
     )
 
 
-VERBS = (
-    Verb("forward-passes", ForwardBody, lambda body: _pass(body.given, backward=False)),
-    Verb("forward-backward-passes", BackwardBody, lambda body: _pass(body.given, backward=True)),
-    Verb("optimizer-steps", StepBody, lambda body: OptimStep(params=body.adam_params)),
-    Verb("export-sampler", ExportBody, lambda body: _sampler(body.path, body.ttl_seconds)),
-    Verb("checkpoints", SaveBody, _save, numbered=False),
-)
+VERBS: dict[str, tuple[type[Body], Callable[[Any], Operation]]] = {
+    "forward-passes": (ForwardBody, _pass),
+    "forward-backward-passes": (BackwardBody, _pass),
+    "optimizer-steps": (StepBody, lambda body: OptimStep(params=body.adam_params)),
+    "export-sampler": (ExportBody, lambda body: _sampler(body.path, body.ttl_seconds)),
+    "checkpoints": (SaveBody, _save),
+}
+"""What is posted below /models/{model_id}, and the operation that is made of it."""
 
 
 @router.post("/models/{model_id}/load")
 async def load(model_id: str, request: Request, desk: Desked) -> Response:
-    body = await read_body(request, LoadBody)
+    body = await LoadBody.read(request)
     path = (await find_checkpoint(desk.service, body.path)).path
     operation = LoadCheckpoint(path=path, include_optimizer=body.include_optimizer)
-    verb = Verb("load", LoadBody, lambda _: operation, numbered=False)
-    return await ordered(request, desk, model_id, verb=verb)
+    return await ordered(request, desk, model_id, kind=LoadBody, make=lambda _: operation)
 
 
 async def ordered(
-    request: Request, desk: Desk, model_id: str, *, verb: Verb, artifact: bool = False
+    request: Request,
+    desk: Desk,
+    model_id: str,
+    *,
+    kind: type[B],
+    make: Callable[[B], Operation],
+    artifact: bool = False,
 ) -> Response:
     """Submits an operation of a run in the order in which its request began to arrive."""
     await desk.service.get_run(model_id)
-    async with desk.turn(model_id):
-        body = await read_body(request, verb.body)
-        size_bytes = len(await request.body())
-        operation = await beside(size_bytes, partial(verb.make, body))
+    async with desk.turns[model_id]:
+        body = await kind.read(request)
+        operation = await beside(len(await request.body()), partial(make, body))
         ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
         note = Note(
-            key=await resend_key(request, numbered=verb.numbered),
+            key=await resend_key(request),
             artifact=artifact,
             datum_ids=tuple(ids) if any(ids) else (),
         )
@@ -181,12 +171,12 @@ async def ordered(
     return await answered(desk, entry)
 
 
-def _add(verb: Verb) -> None:
+def _add(path: str, kind: type[Body], make: Callable[[Any], Operation]) -> None:
     async def submit(model_id: str, request: Request, desk: Desked) -> Response:
-        return await ordered(request, desk, model_id, verb=verb)
+        return await ordered(request, desk, model_id, kind=kind, make=make)
 
-    router.add_api_route(f"/models/{{model_id}}/{verb.path}", submit, methods=["POST"])
+    router.add_api_route(f"/models/{{model_id}}/{path}", submit, methods=["POST"])
 
 
-for _verb in VERBS:
-    _add(_verb)
+for _path, (_kind, _make) in VERBS.items():
+    _add(_path, _kind, _make)

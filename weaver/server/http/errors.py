@@ -16,7 +16,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ErrorInfo
-from weaver.server.compat.weaver_rest_errors import PREFIX, error_envelope
+from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ STATUS = {
     "storage_error": 507,
 }
 """By code; any other invalid request is 422, anything else 500."""
-RETRY_AFTER_S = {429: 1, 503: 1}
+RETRY_AFTER_S = {429: 1, 503: 1, 504: 1}
 """Sent where trying again can help."""
 
 
@@ -67,7 +67,13 @@ def error_response(error: WeaverError, scope: Scope, *, status: int | None = Non
         headers["WWW-Authenticate"] = "Bearer"
     request_id = scope["state"]["request_id"]
     if scope["path"].startswith(PREFIX):
-        content = error_envelope(error, request_id, status=status)
+        content = {
+            "error": error.code,
+            "message": str(error),
+            "retryable": status in RETRY_AFTER_S,
+            "request_id": request_id,
+            "details": {"field": error.field, "hint": error.hint},
+        }
     else:
         info = ErrorInfo.of(error).model_dump()
         content = ErrorAnswer(error=ErrorDetail(**info, request_id=request_id)).model_dump()

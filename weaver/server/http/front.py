@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from weaver.errors import AuthenticationError
-from weaver.server.compat.weaver_rest_errors import PREFIX
+from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
 from weaver.server.tenancy import Caller
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.datastructures import Headers
 
+    from weaver.server.compat.weaver_rest_artifacts import Grant
     from weaver.server.compat.weaver_rest_operations import Desk
     from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
@@ -54,8 +54,8 @@ class Front:
     """Where tokenizers are kept for clients on this machine; None: they are not."""
     desks: dict[Caller, Desk] = field(default_factory=dict)
     """Of callers of the Weaver REST interface."""
-    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
-    """Signs addresses of downloads, which end with the process."""
+    downloads: dict[str, Grant] = field(default_factory=dict, repr=False)
+    """By the secret in its address."""
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.service.activity)

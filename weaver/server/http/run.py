@@ -7,7 +7,6 @@ come back, requests that run are waited for, then the service is closed.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import threading
@@ -20,6 +19,7 @@ import uvicorn
 from weaver.errors import ConfigError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
+from weaver.server.http.edge import is_loopback
 from weaver.server.http.front import Front
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
@@ -67,7 +67,7 @@ async def run_server(
     Raises:
         ConfigError: it cannot listen there, or would be open to others without keys.
     """
-    if not settings.auth and not _is_loopback(settings.host):
+    if not settings.auth and not is_loopback(settings.host):
         raise ConfigError(
             f"is {settings.host!r}, which others can reach, and keys are off.",
             field="host",
@@ -151,10 +151,3 @@ def _listen(host: str, port: int) -> socket.socket:
     # each reply waits 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
