@@ -18,6 +18,7 @@ import pytest
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.server.http.helpers import serving
 from tests.server.test_durability import train, until, weights
+from tests.server.test_service import Recorder
 from weaver import AsyncServiceClient
 from weaver.client.http import HttpService
 from weaver.engine.fake import FakeEngine
@@ -174,11 +175,17 @@ async def test_a_clock_that_jumps_moves_only_times_to_live(
     home: Path, jump: timedelta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offset = timedelta()
+    recorder = Recorder()
     async with service_on(
-        home, home, now=lambda: now_utc() + offset, gap_timeout_s=0.4, sweep_every_s=0.02
+        home,
+        home,
+        engine=FakeEngine(hook=recorder),
+        now=lambda: now_utc() + offset,
+        gap_timeout_s=0.4,
+        sweep_every_s=0.02,
     ) as service:
         caller = await Caller.open(service)
-        run = await caller.create()
+        run, _ = await caller.create(), await caller.create()
         await train(caller, run, steps=2)
         kept = await caller.save(run, name="kept")
         brief = SaveCheckpoint(purpose="state", name="brief", ttl_seconds=3600)
@@ -191,6 +198,8 @@ async def test_a_clock_that_jumps_moves_only_times_to_live(
         monkeypatch.setattr(time, "time", lambda: real() + jump.total_seconds())
         assert not await service.collect(caller.session_id, after=caller.cursor, timeout_s=0.2)
         assert anyio.current_time() - began >= 0.2
+        assert [0.2 <= one.waited_s < 20 for one in service.activity.pending_of(run)] == [True]
+        assert not recorder.count("delete_run")  # as it would be of a run that is idle for long
         await caller.send(late)
         assert isinstance(await caller.result(behind), StepDone)
         assert await weights(caller, run) != before

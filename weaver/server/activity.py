@@ -119,8 +119,7 @@ class Activity:
 
 
 def describe(ticket: Ticket) -> OperationInfo:
-    now = time.time()
-    began = ticket.began_at or now
+    now = time.monotonic()
     operation = ticket.submission.operation
     return OperationInfo(
         kind=_kind(operation),
@@ -128,8 +127,8 @@ def describe(ticket: Ticket) -> OperationInfo:
         session_id=ticket.session.session_id,
         seq=ticket.submission.seq,
         submitted_at=datetime.fromtimestamp(ticket.submitted_at, UTC),
-        waited_s=max(0.0, began - ticket.submitted_at),
-        ran_s=max(0.0, now - began),
+        waited_s=ticket.waited_s,
+        ran_s=now - (ticket.began_at or now),
     )
 
 

@@ -7,7 +7,6 @@ runs on the event loop. It sleeps until it is woken, it never polls.
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +34,6 @@ from weaver.server.scheduler import FairShare, Head, Turns, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from datetime import datetime
 
     from anyio.abc import TaskStatus
 
@@ -141,11 +139,11 @@ class Executor:
         self._released += sampler_ids
         self._wake.set()
 
-    def unload_idle(self, now: datetime) -> None:
+    def unload_idle(self) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
-        after = timedelta(seconds=self._recovery.durability.unload_after_s)
+        since = time.monotonic() - self._recovery.durability.unload_after_s
         for run in list(self._operations.runs.values()):  # the engine's thread may add one
-            idle = now - run.last_request_at > after and not run.lane.busy
+            idle = run.heard_at < since and not run.lane.busy
             if self._store.durable and run.loaded and idle:
                 self._idle.append(run)
         self._wake.set()
@@ -231,7 +229,7 @@ class Executor:
         chosen = plan([_head(lane, ticket) for lane, ticket in heads], self._merge_tokens)
         batch = [heads[i] for i in chosen]
         for lane, ticket in batch:
-            ticket.running, ticket.began_at = True, time.time()
+            ticket.running, ticket.began_at = True, time.monotonic()
             self._lanes[lane] = self._lanes.pop(lane)  # to the back of the queue
         self._turns.serve({_project(ticket) for _, ticket in batch})
         batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
@@ -309,7 +307,7 @@ class Executor:
             ended=[_sampler_id(ticket) for ticket in self._ending],
         )
         for job_id in self._added:
-            self._samples[job_id].began_at = time.time()
+            self._samples[job_id].began_at = time.monotonic()
         ended: list[Ended] = [(ticket, SamplerReleased()) for ticket in self._ending]
         self._released, self._cancelled, self._added, self._ending = [], [], {}, []
         for progress in await self.call(turn):

@@ -80,7 +80,7 @@ class Intake:
         if isinstance(submission.operation, ReleaseSampler) and error is None:
             error = _forget_sampler(session, submission.operation.sampler_id)
         if run is not None:
-            run.last_request_at, run.stopped = self.now(), False
+            run.heard(self.now())
         if run is None or submission.seq is None:
             if error is None:
                 self.executor.enqueue(ticket, None)

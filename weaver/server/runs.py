@@ -32,6 +32,8 @@ class Run:
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
     loaded: bool = True
     """Whether the engine has it; if not, its next operation brings it back."""
+    heard_at: float = field(default_factory=time.monotonic)
+    """When its last request came, by the clock that durations are taken from."""
     stopped: bool = False
     """Whether it was told to stop, and nothing has come since."""
     seed: int = 0
@@ -65,6 +67,10 @@ class Run:
             loaded=False,
             seed=record.seed,
         )
+
+    def heard(self, now: datetime) -> None:
+        """Notes that a request came."""
+        self.last_request_at, self.heard_at, self.stopped = now, time.monotonic(), False
 
     def describe(self) -> TrainingRun:
         return TrainingRun(

@@ -226,7 +226,7 @@ class LocalService:
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
             await self._intake.close_silent()
             await self._executor.settle()  # what could not be journaled before
-            self._executor.unload_idle(self._now())
+            self._executor.unload_idle()
 
     # --- sessions and operations ----------------------------------------------------------------
 

@@ -47,6 +47,8 @@ class Ticket:
     running: bool = False
     submitted_at: float = field(default_factory=time.time)
     """Seconds since 1970; after a restart, that of the restart."""
+    queued_at: float = field(default_factory=time.monotonic)
+    """The same moment by the clock that durations are taken from, as is the next."""
     began_at: float | None = None
     """When the engine took it up."""
     settled: bool = False
@@ -61,6 +63,10 @@ class Ticket:
     def job_id(self) -> str:
         """Its name in the engine."""
         return f"{self.session.session_id}/{self.submission.id}"
+
+    @property
+    def waited_s(self) -> float:
+        return (self.began_at or time.monotonic()) - self.queued_at
 
     @property
     def discards_gradient(self) -> bool:

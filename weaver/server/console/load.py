@@ -42,7 +42,7 @@ class ServerLoad(Value):
 
 async def load_of(front: Front, admin: Caller) -> ServerLoad:
     """Asks as `admin`, who sees all projects."""
-    service, now = ScopedService(front.service, admin), time.time()
+    service = ScopedService(front.service, admin)
     activity, owners = front.service.activity, front.service.owners
     keys = [] if front.keys is None else await to_thread.run_sync(front.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
@@ -58,12 +58,12 @@ async def load_of(front: Front, admin: Caller) -> ServerLoad:
         project = ticket.session.caller.project
         if ticket.began_at is None:
             waiting[project] += 1
-            longest = max(longest, now - ticket.submitted_at)
+            longest = max(longest, ticket.waited_s)
         else:
             running[project] += 1
     projects |= {project for counted in (runs, waiting, running, stored) for project in counted}
     return ServerLoad(
-        at=now,
+        at=time.time(),
         waiting=waiting.total(),
         running=running.total(),
         longest_wait_s=longest,

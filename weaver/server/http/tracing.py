@@ -6,7 +6,6 @@ the global one of an application in the same process. Spans have ids, never data
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -69,7 +68,7 @@ class Tracing:
             "weaver.session_id": ticket.session.session_id,
             "weaver.submission_id": submission.id,
             "weaver.run_id": submission.run_id or "",
-            "weaver.waited_s": (ticket.began_at or time.time()) - ticket.submitted_at,
+            "weaver.waited_s": ticket.waited_s,
         }
         kind = submission.operation.kind if submission.operation else "withdrawn"
         start = int(ticket.submitted_at * 1e9)
