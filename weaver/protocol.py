@@ -13,61 +13,44 @@ answer; the same (session, run, seq) or id with another body is a `ConflictError
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from weaver.errors import WeaverError, from_code
-from weaver.types import (
-    AdamParams,
-    CheckpointInfo,
-    Datum,
-    ForwardBackwardResult,
-    JsonDict,
-    LoraConfig,
-    Message,
-    MetricPoint,
-    ModelInfo,
-    ModelInput,
-    OptimStepResult,
-    SampleDelta,
-    SampleResult,
-    SamplingParams,
-    TrainingMode,
-    TrainingRun,
-    Value,
-)
+from weaver import types
+from weaver.errors import InvalidNameError, WeaverError, from_code
 
 # --- operations ---------------------------------------------------------------------------------
 
 
-class CreateModel(Value):
+class CreateModel(types.Value):
     kind: Literal["create_model"] = "create_model"
     base_model: str
-    training_mode: TrainingMode = "lora"
-    lora_config: LoraConfig | None = None
+    training_mode: types.TrainingMode = "lora"
+    lora_config: types.LoraConfig | None = None
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Of the adapter's initial values, where `lora_config.seed` is None."""
-    user_metadata: JsonDict = Field(default_factory=dict)
+    user_metadata: types.JsonDict = Field(default_factory=dict)
 
 
-class ForwardBackward(Value):
+class ForwardBackward(types.Value):
     """`backward=False` is the verb `forward`: no gradient is kept."""
 
     kind: Literal["forward_backward"] = "forward_backward"
-    datums: tuple[Datum, ...]
+    datums: tuple[types.Datum, ...]
     loss_fn: str
     loss_fn_config: Mapping[str, float | str] = Field(default_factory=dict)
     backward: bool = True
 
 
-class OptimStep(Value):
+class OptimStep(types.Value):
     kind: Literal["optim_step"] = "optim_step"
-    params: AdamParams
+    params: types.AdamParams
 
 
-class SaveCheckpoint(Value):
+class SaveCheckpoint(types.Value):
     """Saves the run. `purpose` "state" can be loaded again, "sampler" can be sampled from.
 
     Without a name the service makes one; a sampler without a name lives until it is released, or as
@@ -82,14 +65,14 @@ class SaveCheckpoint(Value):
     overwrite: bool = False
 
 
-class LoadCheckpoint(Value):
+class LoadCheckpoint(types.Value):
     kind: Literal["load_checkpoint"] = "load_checkpoint"
     path: str
     """`weaver://...` or a folder that `save_state` wrote."""
     include_optimizer: bool = False
 
 
-class OpenSampler(Value):
+class OpenSampler(types.Value):
     """Makes weights ready to sample; both None is refused."""
 
     kind: Literal["open_sampler"] = "open_sampler"
@@ -98,19 +81,19 @@ class OpenSampler(Value):
     """`weaver://...` or a folder: an adapter in PEFT's layout, or a whole model."""
 
 
-class Sample(Value):
+class Sample(types.Value):
     kind: Literal["sample"] = "sample"
     sampler_id: str
-    prompt: ModelInput | str | tuple[Message, ...]
+    prompt: types.ModelInput | str | tuple[types.Message, ...]
     """Text is encoded with the model's tokenizer; messages with its chat template."""
-    params: SamplingParams = SamplingParams()
+    params: types.SamplingParams = types.SamplingParams()
     num_samples: int = Field(default=1, ge=0, le=4096)
     """0 with `include_prompt_logprobs` only scores the prompt: the verb `compute_logprobs`."""
     include_prompt_logprobs: bool = False
     stream: bool = False
 
 
-class ReleaseSampler(Value):
+class ReleaseSampler(types.Value):
     """Lets go of a sampler without a name that this session made; samples of it that were submitted
     before are finished."""
 
@@ -134,46 +117,46 @@ Operation = Annotated[
 # --- results ------------------------------------------------------------------------------------
 
 
-class ModelCreated(Value):
+class ModelCreated(types.Value):
     kind: Literal["model_created"] = "model_created"
-    run: TrainingRun
-    model: ModelInfo
+    run: types.TrainingRun
+    model: types.ModelInfo
 
 
-class GradientsDone(Value):
+class GradientsDone(types.Value):
     kind: Literal["gradients_done"] = "gradients_done"
-    output: ForwardBackwardResult
+    output: types.ForwardBackwardResult
 
 
-class StepDone(Value):
+class StepDone(types.Value):
     kind: Literal["step_done"] = "step_done"
-    output: OptimStepResult
+    output: types.OptimStepResult
 
 
-class CheckpointSaved(Value):
+class CheckpointSaved(types.Value):
     kind: Literal["checkpoint_saved"] = "checkpoint_saved"
-    checkpoint: CheckpointInfo
+    checkpoint: types.CheckpointInfo
 
 
-class CheckpointLoaded(Value):
+class CheckpointLoaded(types.Value):
     kind: Literal["checkpoint_loaded"] = "checkpoint_loaded"
-    checkpoint: CheckpointInfo
+    checkpoint: types.CheckpointInfo
     """What was loaded; `step` is where the run now stands."""
 
 
-class SamplerOpened(Value):
+class SamplerOpened(types.Value):
     kind: Literal["sampler_opened"] = "sampler_opened"
     sampler_id: str
-    model: ModelInfo
+    model: types.ModelInfo
     weights_version: int
 
 
-class Sampled(Value):
+class Sampled(types.Value):
     kind: Literal["sampled"] = "sampled"
-    output: SampleResult
+    output: types.SampleResult
 
 
-class SamplerReleased(Value):
+class SamplerReleased(types.Value):
     kind: Literal["sampler_released"] = "sampler_released"
 
 
@@ -193,7 +176,7 @@ Result = Annotated[
 # --- envelopes ----------------------------------------------------------------------------------
 
 
-class ErrorInfo(Value):
+class ErrorInfo(types.Value):
     """A `WeaverError` as data."""
 
     code: str
@@ -213,7 +196,7 @@ Name = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
 """What every database can keep."""
 
 
-class Submission(Value):
+class Submission(types.Value):
     """One operation on its way in. `run_id` and `seq` are set for a run's ordered operations.
 
     `operation=None` is a tombstone: the place `seq` of an operation that was withdrawn unsent.
@@ -230,7 +213,7 @@ class Submission(Value):
     """Of the submitter, for itself: the outcome brings it back, also after a restart."""
 
 
-class Outcome(Value):
+class Outcome(types.Value):
     """What became of a submission: a result or an error, never both.
 
     `cursor` grows by one with each outcome of a session.
@@ -243,7 +226,7 @@ class Outcome(Value):
     note: str | None = None
 
 
-class SessionInfo(Value):
+class SessionInfo(types.Value):
     session_id: str
     description: str
     """What answers, for the log: `embedded engine, cpu, float32`."""
@@ -251,7 +234,7 @@ class SessionInfo(Value):
     """No number depends on what else is computed, or on when."""
 
 
-class SessionState(Value):
+class SessionState(types.Value):
     """An open session, in a list of them."""
 
     session_id: str
@@ -260,11 +243,11 @@ class SessionState(Value):
     """Operations without an outcome."""
     unnamed_samplers: int
     """Samplers that live as long as the session."""
-    user_metadata: JsonDict = Field(default_factory=dict)
+    user_metadata: types.JsonDict = Field(default_factory=dict)
     """What its client gave when it opened it."""
 
 
-class ExportedFile(Value):
+class ExportedFile(types.Value):
     """`name` has no folder in it."""
 
     name: str
@@ -272,7 +255,7 @@ class ExportedFile(Value):
     sha256: str
 
 
-class Export(Value):
+class Export(types.Value):
     """What other programs read of a checkpoint."""
 
     files: tuple[ExportedFile, ...]
@@ -280,10 +263,30 @@ class Export(Value):
     """Where they lie on this machine; None when a server keeps them."""
 
 
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+N = TypeVar("N", bound=str | None)
+
+
+def check_name(name: N, *, field: str = "name") -> N:
+    """The name of a checkpoint or run itself, if it is None or safe as a folder's name.
+
+    Raises:
+        InvalidNameError
+    """
+    if name is not None and not (isinstance(name, str) and SAFE_NAME.fullmatch(name)):
+        raise InvalidNameError(
+            f"is {str(name)[:140]!r}.",
+            field=field,
+            hint="Use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit, "
+            "such as 'step-100'.",
+        )
+    return name
+
+
 class Service(Protocol):
     """What a client needs. Every method may raise `WeaverError`; none waits without a bound."""
 
-    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo: ...
+    async def open_session(self, *, user_metadata: types.JsonDict | None = None) -> SessionInfo: ...
 
     async def close_session(self, session_id: str) -> None:
         """Cancels the session's samples and forgets its unnamed samplers; its runs stay."""
@@ -302,21 +305,21 @@ class Service(Protocol):
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         """Asks: what has not begun, and any sample, ends as `cancelled`; ignores unknown ids."""
 
-    def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+    def stream(self, session_id: str, submission_id: str) -> AsyncIterator[types.SampleDelta]:
         """The pieces of a sample submitted with `stream=True`, to its end or its error."""
 
-    async def list_models(self) -> Sequence[ModelInfo]: ...
+    async def list_models(self) -> Sequence[types.ModelInfo]: ...
 
-    async def get_model(self, base_model: str) -> ModelInfo: ...
+    async def get_model(self, base_model: str) -> types.ModelInfo: ...
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         """File names and contents from which transformers can load the tokenizer."""
 
-    async def list_runs(self) -> Sequence[TrainingRun]: ...
+    async def list_runs(self) -> Sequence[types.TrainingRun]: ...
 
-    async def get_run(self, run_id: str) -> TrainingRun: ...
+    async def get_run(self, run_id: str) -> types.TrainingRun: ...
 
-    async def stop_run(self, run_id: str) -> TrainingRun:
+    async def stop_run(self, run_id: str) -> types.TrainingRun:
         """Cancels what waits for a run and takes it out of memory, if it can be brought back.
 
         An operation that has begun ends first. The run's next operation brings it back.
@@ -325,13 +328,17 @@ class Service(Protocol):
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
         """Stops and forgets a run and its metrics; its checkpoints too only if that is asked."""
 
-    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]: ...
+    async def list_checkpoints(
+        self, run_id: str | None = None
+    ) -> Sequence[types.CheckpointInfo]: ...
 
-    async def get_checkpoint(self, path: str) -> CheckpointInfo: ...
+    async def get_checkpoint(self, path: str) -> types.CheckpointInfo: ...
 
     async def delete_checkpoint(self, path: str) -> None: ...
 
-    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo: ...
+    async def set_checkpoint_ttl(
+        self, path: str, ttl_seconds: int | None
+    ) -> types.CheckpointInfo: ...
 
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
         """The files of an adapter in PEFT's layout, or of a whole model in transformers'.
@@ -344,11 +351,11 @@ class Service(Protocol):
     ) -> bytes:
         """The next bytes of a file of `export_checkpoint`; none at its end."""
 
-    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
+    async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None: ...
 
     async def read_metrics(
         self, run_id: str, *, name: str | None = None
-    ) -> Sequence[MetricPoint]: ...
+    ) -> Sequence[types.MetricPoint]: ...
 
     async def aclose(self) -> None:
         """Ends all work within a bounded time; saved state stays."""

@@ -13,7 +13,7 @@ import pytest
 from tests.client.helpers import ScriptedService
 from weaver import wire
 from weaver.client import handle as handle_module
-from weaver.client.session import Session, answer, open_session
+from weaver.client.session import Answer, Session, open_session
 from weaver.errors import (
     ClosedError,
     InvalidParamsError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from weaver.types import OptimStepResult
 
 pytestmark = pytest.mark.anyio
-STEP = answer(StepDone, lambda result: result.output)
+STEP = Answer(StepDone, lambda result: result.output)
 
 
 @asynccontextmanager
@@ -295,10 +295,10 @@ async def test_what_is_too_large_fails_alone() -> None:
     service = ScriptedService(auto=True)
     service.most_tokens = 50
     async with session_on(service) as session:
-        gradient = answer(GradientsDone, lambda result: result.output)
+        gradient = Answer(GradientsDone, lambda result: result.output)
         handles = [session.submit(sized(n), gradient, run_id="run") for n in (9, 20, 60, 30, 2)]
         sample = Sample(sampler_id="base:x", prompt=ModelInput.from_ints([1] * 60))
-        alone = session.submit(sample, answer(Sampled, lambda result: result.output))
+        alone = session.submit(sample, Answer(Sampled, lambda result: result.output))
         for handle in (handles[2], alone):
             with pytest.raises(TooLargeError, match="the limit is 50"):
                 await handle
@@ -329,7 +329,7 @@ async def test_requests_are_of_moderate_size(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(wire, "PORTION", 3)
     service = ScriptedService(auto=True)
     async with session_on(service) as session:
-        gradient = answer(GradientsDone, lambda result: result.output)
+        gradient = Answer(GradientsDone, lambda result: result.output)
         tokens = (100, 100, 900, 100, 1, 1, 1)
         for handle in [session.submit(sized(n), gradient, run_id="run") for n in tokens]:
             await handle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -27,8 +26,6 @@ CheckpointPath = str | os.PathLike[str] | CheckpointInfo
 """A weaver:// path, a folder, or what `save_state` returned."""
 PromptValue = ModelInput | str | tuple[Message, ...]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
 
 def as_value(cls: type[V], given: V | Mapping[str, object], *, field: str) -> V:
     """A parameter object from itself or from a mapping of its fields.
@@ -45,18 +42,6 @@ def as_value(cls: type[V], given: V | Mapping[str, object], *, field: str) -> V:
             hint=f"Pass types.{cls.__name__}(...) or a dict of its fields.",
         )
     return cls(**{str(name): value for name, value in given.items()})
-
-
-def check_name(name: str | None) -> str | None:
-    """The name; raises InvalidNameError unless it is None or can be part of a checkpoint's path."""
-    if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise InvalidNameError(
-            f"is {name!r}.",
-            field="name",
-            hint="Use up to 128 letters, digits, '.', '_' and '-', beginning with one of the "
-            "first two, such as 'step-100'.",
-        )
-    return name
 
 
 def check_ttl(ttl_seconds: int | None) -> None:

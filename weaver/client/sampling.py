@@ -10,11 +10,11 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
+from weaver import types
 from weaver.client.checks import as_prompt, as_value, check_count, is_batch
-from weaver.client.session import RELEASED, answer
+from weaver.client.session import RELEASED, Answer
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
-from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
     from weaver.tokenizers import PreTrainedTokenizer
-    from weaver.types import ModelInfo, SampleDelta, SampleResult
 
-SAMPLED = answer(Sampled, lambda result: result.output)
+SAMPLED = Answer(Sampled, lambda result: result.output)
 
 
 class AsyncSamplingClient:
@@ -49,7 +48,7 @@ class AsyncSamplingClient:
         if not owned:
             self._unneeded.detach()
         self.sampler_id = opened.sampler_id
-        self.model_info: ModelInfo = opened.model
+        self.model_info: types.ModelInfo = opened.model
         self.weights_version = opened.weights_version
         """The optimizer step of the weights; 0 for a base model."""
 
@@ -61,28 +60,28 @@ class AsyncSamplingClient:
     def sample(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = None,
         *,
         num_samples: int = 1,
         include_prompt_logprobs: bool = False,
-    ) -> OperationHandle[SampleResult]: ...
+    ) -> OperationHandle[types.SampleResult]: ...
     @overload
     def sample(
         self,
         prompt: Prompts,
-        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = None,
         *,
         num_samples: int = 1,
         include_prompt_logprobs: bool = False,
-    ) -> OperationHandle[list[SampleResult]]: ...
+    ) -> OperationHandle[list[types.SampleResult]]: ...
     def sample(
         self,
         prompt: Prompt | Prompts,
-        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = None,
         *,
         num_samples: int = 1,
         include_prompt_logprobs: bool = False,
-    ) -> OperationHandle[SampleResult] | OperationHandle[list[SampleResult]]:
+    ) -> OperationHandle[types.SampleResult] | OperationHandle[list[types.SampleResult]]:
         """Draws `num_samples` continuations of a prompt, or of each prompt of a list.
 
         A prompt is a `ModelInput`, token ids, text, or a list of chat messages such as
@@ -114,7 +113,7 @@ class AsyncSamplingClient:
         if not batch:
             return handles[0]
 
-        async def gather() -> list[SampleResult]:
+        async def gather() -> list[types.SampleResult]:
             return [await handle for handle in handles]
 
         return self._session.compose(f"sample of {len(handles)} prompts", [*handles], gather)
@@ -122,10 +121,10 @@ class AsyncSamplingClient:
     def stream(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | Mapping[str, object] | None = None,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = None,
         *,
         num_samples: int = 1,
-    ) -> AsyncIterator[SampleDelta]:
+    ) -> AsyncIterator[types.SampleDelta]:
         """Yields the tokens of `sample` as they come; leaving the loop early cancels the rest.
 
         Each `SampleDelta` says by `index` which sequence it continues; the last one of a sequence
@@ -149,7 +148,7 @@ class AsyncSamplingClient:
         operation = self._operation(
             prompt, {"max_tokens": 1}, num_samples=0, include_prompt_logprobs=True
         )
-        reply = answer(Sampled, lambda result: list(result.output.prompt_logprobs or ()))
+        reply = Answer(Sampled, lambda result: list(result.output.prompt_logprobs or ()))
         return self._session.submit(operation, reply)
 
     async def close(self) -> None:
@@ -170,7 +169,7 @@ class AsyncSamplingClient:
     def _operation(
         self,
         prompt: object,
-        params: SamplingParams | Mapping[str, object] | None,
+        params: types.SamplingParams | Mapping[str, object] | None,
         *,
         num_samples: int,
         include_prompt_logprobs: bool = False,
@@ -179,7 +178,7 @@ class AsyncSamplingClient:
     ) -> Sample:
         if self._closed:
             raise ClosedError("this sampling client was closed.", hint="Make another one.")
-        checked = as_value(SamplingParams, params or {}, field="sampling_params")
+        checked = as_value(types.SamplingParams, params or {}, field="sampling_params")
         max_tokens = checked.max_tokens if num_samples else 0
         return Sample(
             sampler_id=self.sampler_id,
@@ -199,5 +198,5 @@ def open_sampler(
     owned: bool = False,
 ) -> OperationHandle[AsyncSamplingClient]:
     """Queues an `OpenSampler` whose result is a client; with `owned` the weights go with it."""
-    reply = answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, owned=owned))
+    reply = Answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, owned=owned))
     return session.submit(OpenSampler(base_model=base_model, model_path=model_path), reply)

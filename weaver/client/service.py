@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weaver import types
 from weaver.client.checks import as_path, as_value, check_ttl
 from weaver.client.embedded import embedded_service
 from weaver.client.exports import export_to
 from weaver.client.sampling import open_sampler
-from weaver.client.session import answer, open_session
+from weaver.client.session import Answer, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
 from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError
 from weaver.protocol import CreateModel, ModelCreated
-from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from weaver.client.session import Session
     from weaver.config import Settings
     from weaver.protocol import Service
-    from weaver.types import CheckpointInfo, JsonDict, ModelInfo, TrainingMode, TrainingRun
 
 
 class AsyncServiceClient:
@@ -65,7 +64,7 @@ class AsyncServiceClient:
         *,
         home: str | PathLike[str] | None = None,
         deterministic: bool = False,
-        user_metadata: JsonDict | None = None,
+        user_metadata: types.JsonDict | None = None,
         service: Service | None = None,
     ) -> None:
         if base_url is not None and not base_url.startswith(("http://", "https://")):
@@ -117,11 +116,11 @@ class AsyncServiceClient:
     def create_model(
         self,
         base_model: str,
-        lora_config: LoraConfig | Mapping[str, object] | None = None,
+        lora_config: types.LoraConfig | Mapping[str, object] | None = None,
         *,
-        training_mode: TrainingMode = "lora",
+        training_mode: types.TrainingMode = "lora",
         seed: int = 0,
-        user_metadata: JsonDict | None = None,
+        user_metadata: types.JsonDict | None = None,
     ) -> OperationHandle[AsyncTrainingClient]:
         """Starts a run: a new adapter on a base model, or all of its weights with "full_ft".
 
@@ -145,7 +144,7 @@ class AsyncServiceClient:
             )
         lora = None
         if training_mode == "lora":
-            lora = as_value(LoraConfig, lora_config or {}, field="lora_config")
+            lora = as_value(types.LoraConfig, lora_config or {}, field="lora_config")
         operation = CreateModel(
             base_model=base_model,
             training_mode=training_mode,
@@ -153,7 +152,7 @@ class AsyncServiceClient:
             seed=seed,
             user_metadata=user_metadata or {},
         )
-        reply = answer(
+        reply = Answer(
             ModelCreated, lambda made: AsyncTrainingClient(session, made.run, made.model)
         )
         return session.submit(operation, reply)
@@ -203,35 +202,35 @@ class AsyncServiceClient:
 
     # --- what there is ---
 
-    async def list_supported_models(self) -> list[ModelInfo]:
+    async def list_supported_models(self) -> list[types.ModelInfo]:
         """The base models that the service names; an embedded engine takes any other id too."""
         return list(await self._session.service.list_models())
 
-    async def list_training_runs(self) -> list[TrainingRun]:
+    async def list_training_runs(self) -> list[types.TrainingRun]:
         """The runs that the service has, oldest first."""
         return list(await self._session.service.list_runs())
 
-    async def get_training_run(self, model_id: str) -> TrainingRun:
+    async def get_training_run(self, model_id: str) -> types.TrainingRun:
         """Raises RunNotFoundError."""
         return await self._session.service.get_run(model_id)
 
-    async def list_checkpoints(self, model_id: str | None = None) -> list[CheckpointInfo]:
+    async def list_checkpoints(self, model_id: str | None = None) -> list[types.CheckpointInfo]:
         """All checkpoints, or those of one run, oldest first."""
         return list(await self._session.service.list_checkpoints(model_id))
 
-    async def delete_checkpoint(self, path: str | CheckpointInfo) -> None:
+    async def delete_checkpoint(self, path: str | types.CheckpointInfo) -> None:
         """Raises CheckpointNotFoundError."""
         await self._session.service.delete_checkpoint(as_path(path))
 
     async def set_checkpoint_ttl(
-        self, path: str | CheckpointInfo, ttl_seconds: int | None
-    ) -> CheckpointInfo:
+        self, path: str | types.CheckpointInfo, ttl_seconds: int | None
+    ) -> types.CheckpointInfo:
         """Lets a checkpoint expire so many seconds from now; None keeps it for good."""
         check_ttl(ttl_seconds)
         return await self._session.service.set_checkpoint_ttl(as_path(path), ttl_seconds)
 
     async def export_checkpoint(
-        self, path: str | CheckpointInfo, folder: str | PathLike[str], *, merge: bool = False
+        self, path: str | types.CheckpointInfo, folder: str | PathLike[str], *, merge: bool = False
     ) -> Path:
         """Writes what other programs read of a checkpoint into a new folder, and answers it.
 
@@ -253,7 +252,6 @@ class AsyncServiceClient:
             raise ClosedError(
                 "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
             )
-        self._open.check_open()
         return self._open
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from weaver.protocol import Operation, Outcome, Service, SessionInfo
     from weaver.types import JsonDict, SampleDelta
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Value)
+T = TypeVar("T")
 
 POLL_S = 30.0
 """How long the service may hold one `collect` open."""
@@ -49,19 +49,14 @@ CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[T]):
+class Answer(Generic[R, T]):
     """What an operation is answered with: the protocol's class, and the user's value in it."""
 
-    kind: type[Value]
-    read: Callable[[Any], T]
+    kind: type[R]
+    read: Callable[[R], T]
 
 
-def answer(kind: type[R], read: Callable[[R], T]) -> Answer[T]:
-    """An `Answer` whose two halves are checked against each other by the type checker."""
-    return Answer(kind, read)
-
-
-RELEASED = answer(SamplerReleased, lambda result: None)
+RELEASED = Answer(SamplerReleased, lambda result: None)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,13 +66,23 @@ class Ticket(Generic[T]):
     id: str
     run_id: str | None
     seq: int | None
-    answer: Answer[T]
+    answer: Answer[Any, T]
     adds_gradient: bool
     operation: Operation | None = None
     open: bool = True
     """Neither filled nor given up: what comes behind it waits here, not at the service."""
     sent: bool = False
     handle: OperationHandle[T] = field(init=False)
+
+    def submission(self) -> Submission:
+        """A tombstone where the operation was given up."""
+        return Submission(
+            id=self.id,
+            operation=self.operation,
+            run_id=self.run_id,
+            seq=self.seq,
+            lost_gradient=self.operation is None and self.adds_gradient,
+        )
 
 
 class Session:
@@ -92,7 +97,7 @@ class Session:
         self._service = service
         self._prefix = uuid.uuid4().hex
         self._ids = itertools.count(1)
-        self._seqs: dict[str, int] = {}
+        self._seqs: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))
         self._outbox: list[Ticket[Any]] = []
         self._cancels: list[str] = []
         self._unneeded: deque[str] = deque()
@@ -112,7 +117,7 @@ class Session:
         return self._service
 
     def submit(
-        self, operation: Operation, reply: Answer[T], *, run_id: str | None = None
+        self, operation: Operation, reply: Answer[Any, T], *, run_id: str | None = None
     ) -> OperationHandle[T]:
         """Queues an operation; with `run_id` it takes the run's next place.
 
@@ -125,7 +130,7 @@ class Session:
         return ticket.handle
 
     def reserve(
-        self, label: str, reply: Answer[T], *, run_id: str | None, adds_gradient: bool
+        self, label: str, reply: Answer[Any, T], *, run_id: str | None, adds_gradient: bool
     ) -> Ticket[T]:
         """Takes a run's next place for an operation that `fill` will name later.
 
@@ -133,8 +138,9 @@ class Session:
         next step is refused.
         """
         self.check_open()
-        ticket = Ticket(self._new_id(), run_id, self._next_seq(run_id), reply, adds_gradient)
-        where = f" (seq {ticket.seq} of {run_id})" if run_id else ""
+        seq = None if run_id is None else next(self._seqs[run_id])
+        ticket = Ticket(self._new_id(), run_id, seq, reply, adds_gradient)
+        where = f" (seq {seq} of {run_id})" if run_id else ""
         ticket.handle = OperationHandle(label + where, cancel=lambda: self._cancel(ticket))
         self._open.add(ticket.handle)
         self._outbox.append(ticket)
@@ -260,7 +266,7 @@ class Session:
         The place of what failed in a run's order is taken by a tombstone.
         """
         try:
-            await self._service.submit(self.id, [_submission(ticket) for ticket in batch])
+            await self._service.submit(self.id, [ticket.submission() for ticket in batch])
         except InvalidRequestError as error:
             if len(batch) > 1:
                 await self._submit(batch[: len(batch) // 2])
@@ -312,10 +318,9 @@ class Session:
     def _cancel(self, ticket: Ticket[Any]) -> bool:
         if ticket.sent:
             self._cancels.append(ticket.id)
-            self._to_send.set()
-            return True
-        ticket.open = False
-        self._give_up(ticket, OperationCancelledError(f"{ticket.handle.label} was cancelled."))
+        else:
+            ticket.open = False
+            self._give_up(ticket, OperationCancelledError(f"{ticket.handle.label} was cancelled."))
         self._to_send.set()
         return True
 
@@ -350,12 +355,6 @@ class Session:
     def _new_id(self) -> str:
         return f"{self._prefix}-{next(self._ids)}"
 
-    def _next_seq(self, run_id: str | None) -> int | None:
-        if run_id is None:
-            return None
-        self._seqs[run_id] = self._seqs.get(run_id, 0) + 1
-        return self._seqs[run_id]
-
 
 @asynccontextmanager
 async def open_session(
@@ -385,13 +384,3 @@ def _sendable(outbox: list[Ticket[Any]]) -> tuple[list[Ticket[Any]], list[Ticket
         elif ticket.operation is not None or ticket.seq is not None:
             batch.append(ticket)
     return batch, stay
-
-
-def _submission(ticket: Ticket[Any]) -> Submission:
-    return Submission(
-        id=ticket.id,
-        operation=ticket.operation,
-        run_id=ticket.run_id,
-        seq=ticket.seq,
-        lost_gradient=ticket.operation is None and ticket.adds_gradient,
-    )

@@ -20,19 +20,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from weaver import types
     from weaver.client.checks import CheckpointPath, Prompt, Prompts
     from weaver.client.custom_loss import CustomLoss
     from weaver.loss_specs import LossConfig
-    from weaver.types import (
-        AdamParams,
-        CheckpointInfo,
-        Datum,
-        ForwardBackwardResult,
-        JsonDict,
-        OptimStepResult,
-        SampleResult,
-        SamplingParams,
-    )
 
 Now = Literal[True]
 Later = Literal[False]
@@ -53,42 +44,42 @@ class SamplingClient(Twin[AsyncSamplingClient]):
     def sample(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = ...,
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
         wait: Now = ...,
-    ) -> SampleResult: ...
+    ) -> types.SampleResult: ...
     @overload
     def sample(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = ...,
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
         wait: Later,
-    ) -> Handle[SampleResult]: ...
+    ) -> Handle[types.SampleResult]: ...
     @overload
     def sample(
         self,
         prompt: Prompts,
-        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = ...,
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
         wait: Now = ...,
-    ) -> list[SampleResult]: ...
+    ) -> list[types.SampleResult]: ...
     @overload
     def sample(
         self,
         prompt: Prompts,
-        sampling_params: SamplingParams | Mapping[str, object] | None = ...,
+        sampling_params: types.SamplingParams | Mapping[str, object] | None = ...,
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
         wait: Later,
-    ) -> Handle[list[SampleResult]]: ...
+    ) -> Handle[list[types.SampleResult]]: ...
     @queued(AsyncSamplingClient.sample, wait=True)
     def sample(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -119,64 +110,64 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     @overload
     def forward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = ...,
         *,
         loss_fn_config: LossConfig | None = ...,
         wait: Later = ...,
-    ) -> Handle[ForwardBackwardResult]: ...
+    ) -> Handle[types.ForwardBackwardResult]: ...
     @overload
     def forward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = ...,
         *,
         loss_fn_config: LossConfig | None = ...,
         wait: Now,
-    ) -> ForwardBackwardResult: ...
+    ) -> types.ForwardBackwardResult: ...
     @queued(AsyncTrainingClient.forward, wait=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @overload
     def forward_backward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = ...,
         *,
         loss_fn_config: LossConfig | None = ...,
         wait: Later = ...,
-    ) -> Handle[ForwardBackwardResult]: ...
+    ) -> Handle[types.ForwardBackwardResult]: ...
     @overload
     def forward_backward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = ...,
         *,
         loss_fn_config: LossConfig | None = ...,
         wait: Now,
-    ) -> ForwardBackwardResult: ...
+    ) -> types.ForwardBackwardResult: ...
     @queued(AsyncTrainingClient.forward_backward, wait=False)
     def forward_backward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @overload
     def forward_backward_custom(
-        self, datums: Sequence[Datum], loss_fn: CustomLoss, *, wait: Later = ...
-    ) -> Handle[ForwardBackwardResult]: ...
+        self, datums: Sequence[types.Datum], loss_fn: CustomLoss, *, wait: Later = ...
+    ) -> Handle[types.ForwardBackwardResult]: ...
     @overload
     def forward_backward_custom(
-        self, datums: Sequence[Datum], loss_fn: CustomLoss, *, wait: Now
-    ) -> ForwardBackwardResult: ...
+        self, datums: Sequence[types.Datum], loss_fn: CustomLoss, *, wait: Now
+    ) -> types.ForwardBackwardResult: ...
     @queued(AsyncTrainingClient.forward_backward_custom, wait=False)
     def forward_backward_custom(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @overload
     def optim_step(
-        self, adam_params: AdamParams | Mapping[str, object], *, wait: Later = ...
-    ) -> Handle[OptimStepResult]: ...
+        self, adam_params: types.AdamParams | Mapping[str, object], *, wait: Later = ...
+    ) -> Handle[types.OptimStepResult]: ...
     @overload
     def optim_step(
-        self, adam_params: AdamParams | Mapping[str, object], *, wait: Now
-    ) -> OptimStepResult: ...
+        self, adam_params: types.AdamParams | Mapping[str, object], *, wait: Now
+    ) -> types.OptimStepResult: ...
     @queued(AsyncTrainingClient.optim_step, wait=False)
     def optim_step(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -189,7 +180,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
         ttl_seconds: int | None = ...,
         overwrite: bool = ...,
         wait: Now = ...,
-    ) -> CheckpointInfo: ...
+    ) -> types.CheckpointInfo: ...
     @overload
     def save_state(
         self,
@@ -199,18 +190,18 @@ class TrainingClient(Twin[AsyncTrainingClient]):
         ttl_seconds: int | None = ...,
         overwrite: bool = ...,
         wait: Later,
-    ) -> Handle[CheckpointInfo]: ...
+    ) -> Handle[types.CheckpointInfo]: ...
     @queued(AsyncTrainingClient.save_state, wait=True)
     def save_state(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @overload
     def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = ..., overwrite: bool = ..., wait: Now = ...
-    ) -> CheckpointInfo: ...
+    ) -> types.CheckpointInfo: ...
     @overload
     def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = ..., overwrite: bool = ..., wait: Later
-    ) -> Handle[CheckpointInfo]: ...
+    ) -> Handle[types.CheckpointInfo]: ...
     @queued(AsyncTrainingClient.save_weights_for_sampler, wait=True)
     def save_weights_for_sampler(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -219,18 +210,22 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     )
 
     @overload
-    def load_state(self, path: CheckpointPath, *, wait: Later = ...) -> Handle[CheckpointInfo]: ...
+    def load_state(
+        self, path: CheckpointPath, *, wait: Later = ...
+    ) -> Handle[types.CheckpointInfo]: ...
     @overload
-    def load_state(self, path: CheckpointPath, *, wait: Now) -> CheckpointInfo: ...
+    def load_state(self, path: CheckpointPath, *, wait: Now) -> types.CheckpointInfo: ...
     @queued(AsyncTrainingClient.load_state, wait=False)
     def load_state(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @overload
     def load_state_with_optimizer(
         self, path: CheckpointPath, *, wait: Later = ...
-    ) -> Handle[CheckpointInfo]: ...
+    ) -> Handle[types.CheckpointInfo]: ...
     @overload
-    def load_state_with_optimizer(self, path: CheckpointPath, *, wait: Now) -> CheckpointInfo: ...
+    def load_state_with_optimizer(
+        self, path: CheckpointPath, *, wait: Now
+    ) -> types.CheckpointInfo: ...
     @queued(AsyncTrainingClient.load_state_with_optimizer, wait=False)
     def load_state_with_optimizer(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -259,7 +254,7 @@ class ServiceClient(Twin[AsyncServiceClient]):
         *,
         home: str | PathLike[str] | None = None,
         deterministic: bool = False,
-        user_metadata: JsonDict | None = None,
+        user_metadata: types.JsonDict | None = None,
     ) -> None:
         inner = AsyncServiceClient(
             base_url,

@@ -11,23 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
+from weaver import protocol, types
 from weaver.client import custom_loss
-from weaver.client.checks import as_path, as_value, check_name
+from weaver.client.checks import as_path, as_value
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
-from weaver.client.session import answer
+from weaver.client.session import Answer
 from weaver.errors import InvalidRequestError
 from weaver.loss_specs import check_datums
-from weaver.protocol import (
-    CheckpointLoaded,
-    CheckpointSaved,
-    ForwardBackward,
-    GradientsDone,
-    LoadCheckpoint,
-    OptimStep,
-    SaveCheckpoint,
-    StepDone,
-)
-from weaver.types import AdamParams, MetricPoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,25 +28,17 @@ if TYPE_CHECKING:
     from weaver.client.session import Session
     from weaver.loss_specs import LossConfig
     from weaver.tokenizers import PreTrainedTokenizer
-    from weaver.types import (
-        CheckpointInfo,
-        Datum,
-        ForwardBackwardResult,
-        ModelInfo,
-        OptimStepResult,
-        TrainingRun,
-    )
 
-GRADIENTS = answer(GradientsDone, lambda result: result.output)
-STEP = answer(StepDone, lambda result: result.output)
-SAVED = answer(CheckpointSaved, lambda result: result.checkpoint)
-LOADED = answer(CheckpointLoaded, lambda result: result.checkpoint)
+GRADIENTS = Answer(protocol.GradientsDone, lambda result: result.output)
+STEP = Answer(protocol.StepDone, lambda result: result.output)
+SAVED = Answer(protocol.CheckpointSaved, lambda result: result.checkpoint)
+LOADED = Answer(protocol.CheckpointLoaded, lambda result: result.checkpoint)
 
 
 class AsyncTrainingClient:
     """Trains one run; several clients of one service client may share a run and its order."""
 
-    def __init__(self, session: Session, run: TrainingRun, model: ModelInfo) -> None:
+    def __init__(self, session: Session, run: types.TrainingRun, model: types.ModelInfo) -> None:
         self._session = session
         self.model_id = run.run_id
         self.model_info = model
@@ -71,7 +53,7 @@ class AsyncTrainingClient:
         """The model's tokenizer, a transformers one; loaded once per client."""
         return await self._session.tokenizers.get(self.base_model)
 
-    async def get_info(self) -> TrainingRun:
+    async def get_info(self) -> types.TrainingRun:
         """The run as the service knows it: its step, status and metadata."""
         return await self._session.service.get_run(self.model_id)
 
@@ -79,21 +61,21 @@ class AsyncTrainingClient:
 
     def forward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = "cross_entropy",
         *,
         loss_fn_config: LossConfig | None = None,
-    ) -> OperationHandle[ForwardBackwardResult]:
+    ) -> OperationHandle[types.ForwardBackwardResult]:
         """`forward_backward` without a gradient: the loss and the log-probabilities only."""
         return self._gradients(datums, loss_fn, loss_fn_config, backward=False)
 
     def forward_backward(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str = "cross_entropy",
         *,
         loss_fn_config: LossConfig | None = None,
-    ) -> OperationHandle[ForwardBackwardResult]:
+    ) -> OperationHandle[types.ForwardBackwardResult]:
         """Computes a loss and adds its gradient to what the next `optim_step` applies.
 
         Several calls before one step accumulate. The losses, their inputs and options are those of
@@ -111,8 +93,8 @@ class AsyncTrainingClient:
         return self._gradients(datums, loss_fn, loss_fn_config, backward=True)
 
     def forward_backward_custom(
-        self, datums: Sequence[Datum], loss_fn: CustomLoss
-    ) -> OperationHandle[ForwardBackwardResult]:
+        self, datums: Sequence[types.Datum], loss_fn: CustomLoss
+    ) -> OperationHandle[types.ForwardBackwardResult]:
         """`forward_backward` with a loss of your own.
 
         `loss_fn(datums, logprobs)` is called in a worker thread with the datums and, for each, a
@@ -140,19 +122,21 @@ class AsyncTrainingClient:
             "forward_backward_custom", GRADIENTS, run_id=self.model_id, adds_gradient=True
         )
 
-        async def finish() -> ForwardBackwardResult:
+        async def finish() -> types.ForwardBackwardResult:
             surrogate, result = await anyio.to_thread.run_sync(
                 custom_loss.differentiate, datums, await forward, loss_fn, abandon_on_cancel=True
             )
-            self._session.fill(place, ForwardBackward(datums=surrogate, loss_fn="surrogate"))
+            self._session.fill(
+                place, protocol.ForwardBackward(datums=surrogate, loss_fn="surrogate")
+            )
             done = await place.handle
             return result.model_copy(update={"metrics": {**done.metrics, **result.metrics}})
 
         return self._session.compose(place.handle.label, [forward, place.handle], finish)
 
     def optim_step(
-        self, adam_params: AdamParams | Mapping[str, object]
-    ) -> OperationHandle[OptimStepResult]:
+        self, adam_params: types.AdamParams | Mapping[str, object]
+    ) -> OperationHandle[types.OptimStepResult]:
         """Applies the accumulated gradient with AdamW and clears it.
 
         Returns:
@@ -163,8 +147,8 @@ class AsyncTrainingClient:
             NoGradientsError, GradientsDiscardedError, NonFiniteError: from the handle; the weights
                 are as they were.
         """
-        params = as_value(AdamParams, adam_params, field="adam_params")
-        return self._session.submit(OptimStep(params=params), STEP, run_id=self.model_id)
+        params = as_value(types.AdamParams, adam_params, field="adam_params")
+        return self._session.submit(protocol.OptimStep(params=params), STEP, run_id=self.model_id)
 
     # --- checkpoints ---
 
@@ -175,16 +159,16 @@ class AsyncTrainingClient:
         include_optimizer: bool = True,
         ttl_seconds: int | None = None,
         overwrite: bool = False,
-    ) -> OperationHandle[CheckpointInfo]:
+    ) -> OperationHandle[types.CheckpointInfo]:
         """Saves the weights, and the optimizer's state, to continue from; None makes up a name.
 
         Raises:
             InvalidNameError, InvalidParamsError: at the call.
             NameTakenError, StorageError: from the handle.
         """
-        operation = SaveCheckpoint(
+        operation = protocol.SaveCheckpoint(
             purpose="state",
-            name=check_name(name),
+            name=protocol.check_name(name),
             include_optimizer=include_optimizer,
             ttl_seconds=ttl_seconds,
             overwrite=overwrite,
@@ -193,10 +177,13 @@ class AsyncTrainingClient:
 
     def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False
-    ) -> OperationHandle[CheckpointInfo]:
+    ) -> OperationHandle[types.CheckpointInfo]:
         """Saves the weights to sample from, in PEFT's layout; raises as `save_state` does."""
-        operation = SaveCheckpoint(
-            purpose="sampler", name=check_name(name), ttl_seconds=ttl_seconds, overwrite=overwrite
+        operation = protocol.SaveCheckpoint(
+            purpose="sampler",
+            name=protocol.check_name(name),
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
         )
         return self._session.submit(operation, SAVED, run_id=self.model_id)
 
@@ -208,7 +195,7 @@ class AsyncTrainingClient:
         Without a name the weights live as long as the client that is answered, and at most 64 of
         them; with one they are saved.
         """
-        operation = SaveCheckpoint(purpose="sampler", name=check_name(name))
+        operation = protocol.SaveCheckpoint(purpose="sampler", name=protocol.check_name(name))
         saved = self._session.submit(operation, SAVED, run_id=self.model_id)
         parts: list[OperationHandle[Any]] = [saved]
 
@@ -222,7 +209,7 @@ class AsyncTrainingClient:
 
         return self._session.compose(saved.label, parts, finish)
 
-    def load_state(self, path: CheckpointPath) -> OperationHandle[CheckpointInfo]:
+    def load_state(self, path: CheckpointPath) -> OperationHandle[types.CheckpointInfo]:
         """Replaces the weights by saved ones; the optimizer starts anew.
 
         Raises:
@@ -232,11 +219,13 @@ class AsyncTrainingClient:
         """
         return self._load(path, include_optimizer=False)
 
-    def load_state_with_optimizer(self, path: CheckpointPath) -> OperationHandle[CheckpointInfo]:
+    def load_state_with_optimizer(
+        self, path: CheckpointPath
+    ) -> OperationHandle[types.CheckpointInfo]:
         """`load_state` with the optimizer's state, to continue exactly where the save was made."""
         return self._load(path, include_optimizer=True)
 
-    async def list_checkpoints(self) -> list[CheckpointInfo]:
+    async def list_checkpoints(self) -> list[types.CheckpointInfo]:
         """This run's checkpoints, oldest first."""
         return list(await self._session.service.list_checkpoints(self.model_id))
 
@@ -252,10 +241,12 @@ class AsyncTrainingClient:
             raise InvalidRequestError(
                 f"is a {type(metrics).__name__}.", field="metrics", hint='Pass {"reward": 0.5}.'
             )
-        points = [MetricPoint(name=name, value=value, step=step) for name, value in metrics.items()]
+        points = [
+            types.MetricPoint(name=name, value=value, step=step) for name, value in metrics.items()
+        ]
         await self._session.service.log_metrics(self.model_id, points)
 
-    async def read_metrics(self, name: str | None = None) -> list[MetricPoint]:
+    async def read_metrics(self, name: str | None = None) -> list[types.MetricPoint]:
         """The numbers logged so far, oldest first; of one name where it is given."""
         return list(await self._session.service.read_metrics(self.model_id, name=name))
 
@@ -263,12 +254,12 @@ class AsyncTrainingClient:
 
     def _gradients(
         self,
-        datums: Sequence[Datum],
+        datums: Sequence[types.Datum],
         loss_fn: str,
         loss_fn_config: LossConfig | None,
         *,
         backward: bool,
-    ) -> OperationHandle[ForwardBackwardResult]:
+    ) -> OperationHandle[types.ForwardBackwardResult]:
         check_datums(
             datums,
             loss_fn,
@@ -277,13 +268,13 @@ class AsyncTrainingClient:
             context_length=self.model_info.context_length,
         )
         given = {k: v for k, v in (loss_fn_config or {}).items() if v is not None}
-        operation = ForwardBackward(
+        operation = protocol.ForwardBackward(
             datums=tuple(datums), loss_fn=loss_fn, loss_fn_config=given, backward=backward
         )
         return self._session.submit(operation, GRADIENTS, run_id=self.model_id)
 
     def _load(
         self, path: CheckpointPath, *, include_optimizer: bool
-    ) -> OperationHandle[CheckpointInfo]:
-        operation = LoadCheckpoint(path=as_path(path), include_optimizer=include_optimizer)
+    ) -> OperationHandle[types.CheckpointInfo]:
+        operation = protocol.LoadCheckpoint(path=as_path(path), include_optimizer=include_optimizer)
         return self._session.submit(operation, LOADED, run_id=self.model_id)

@@ -14,20 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from weaver import types
     from weaver.errors import WeaverError
-    from weaver.types import (
-        AdamParams,
-        Datum,
-        ForwardBackwardResult,
-        LoraConfig,
-        Message,
-        ModelInfo,
-        OptimStepResult,
-        SampleDelta,
-        SampleResult,
-        SamplingParams,
-        TrainingMode,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +23,7 @@ class GradientJob:
     """One `forward_backward` (or `forward`) of one run; jobs of several runs share a pass."""
 
     run_id: str
-    datums: Sequence[Datum]
+    datums: Sequence[types.Datum]
     loss_fn: str
     loss_fn_config: Mapping[str, float | str]
     """Filled in by `check_loss`."""
@@ -51,7 +39,7 @@ class WeightSnapshot:
     """
 
     base_model: str
-    lora_config: LoraConfig | None
+    lora_config: types.LoraConfig | None
     """None after full fine-tuning."""
     version: int
     """The run's optimizer step."""
@@ -63,7 +51,7 @@ class SampleJob:
     job_id: str
     weights_id: str
     prompt: Sequence[int]
-    params: SamplingParams
+    params: types.SamplingParams
     num_samples: int
     """0: only score the prompt."""
     include_prompt_logprobs: bool = False
@@ -78,8 +66,8 @@ class SampleProgress:
     """What one step of the sampler did for one job; the last one has a result or an error."""
 
     job_id: str
-    deltas: Sequence[SampleDelta] = ()
-    result: SampleResult | None = None
+    deltas: Sequence[types.SampleDelta] = ()
+    result: types.SampleResult | None = None
     error: WeaverError | None = None
 
 
@@ -89,20 +77,20 @@ class Trainer(Protocol):
         run_id: str,
         base_model: str,
         *,
-        training_mode: TrainingMode,
-        lora_config: LoraConfig | None,
+        training_mode: types.TrainingMode,
+        lora_config: types.LoraConfig | None,
         seed: int,
     ) -> None: ...
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]
-    ) -> Sequence[ForwardBackwardResult | WeaverError]:
+    ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
         """Adds each job's gradient to its run. A job that fails adds nothing to any run.
 
         The jobs are of different runs on one base model.
         """
 
-    def optim_step(self, run_id: str, params: AdamParams) -> OptimStepResult:
+    def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
         """One AdamW step on the accumulated gradient, which is then cleared.
 
         Raises:
@@ -184,9 +172,9 @@ class Engine(Protocol):
     def description(self) -> str:
         """For the log: `torch 2.13 on cpu, float32, 2 threads`."""
 
-    def list_models(self) -> Sequence[ModelInfo]: ...
+    def list_models(self) -> Sequence[types.ModelInfo]: ...
 
-    def get_model(self, base_model: str) -> ModelInfo:
+    def get_model(self, base_model: str) -> types.ModelInfo:
         """Reads a model's configuration; cheap, loads no weights.
 
         Raises:
@@ -194,7 +182,7 @@ class Engine(Protocol):
             UnsupportedError: the architecture or format cannot run here, and why.
         """
 
-    def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
         """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
 
         Raises:

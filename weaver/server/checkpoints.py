@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import threading
@@ -30,6 +29,7 @@ from weaver.errors import (
     StorageError,
     WeaverError,
 )
+from weaver.protocol import SAFE_NAME, check_name
 from weaver.types import CheckpointInfo
 
 if TYPE_CHECKING:
@@ -41,28 +41,12 @@ SCHEME = "weaver://"
 GROUPS = ("weights", "sampler")
 MANIFEST = "manifest.json"
 REPLACED, DRAFT = ".replaced-", ".draft-"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ABANDONED_AFTER_S = 24 * 3600.0
 """A half-written folder this old belongs to a process that died."""
 
 
 def now_utc() -> datetime:
     return datetime.now(UTC)
-
-
-def check_name(name: str, *, field: str = "name") -> str:
-    """The name itself, if it is safe as a folder's name.
-
-    Raises:
-        InvalidNameError
-    """
-    if not NAME.fullmatch(name):
-        raise InvalidNameError(
-            f"is {name[:140]!r}.",
-            field=field,
-            hint="Use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
-        )
-    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +285,7 @@ class Checkpoints:
         for folder in self.root.glob(f"{run}/*/*"):
             group, name = folder.parent.name, folder.name.removeprefix(REPLACED)
             crashed = name != folder.name and not (folder.parent / name).is_dir()
-            if group in GROUPS and NAME.fullmatch(name) and (crashed or name == folder.name):
+            if group in GROUPS and SAFE_NAME.fullmatch(name) and (crashed or name == folder.name):
                 yield Location(folder.parts[-3], group, name)
 
 

@@ -12,8 +12,9 @@ from weaver.protocol import (
     OpenSampler,
     OptimStep,
     SaveCheckpoint,
+    check_name,
 )
-from weaver.server.checkpoints import SCHEME, Location, check_name
+from weaver.server.checkpoints import SCHEME, Location
 
 if TYPE_CHECKING:
     from weaver.protocol import Submission
