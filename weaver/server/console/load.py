@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 class TenantLoad(Value):
     project: str
-    runs: int
-    active_runs: int
+    runs: int = 0
+    active_runs: int = 0
     """Those with an operation that waits or runs."""
-    waiting: int
-    running: int
-    stored_bytes: int
+    waiting: int = 0
+    running: int = 0
+    stored_bytes: int = 0
     """Of its checkpoints."""
 
 
@@ -46,38 +46,23 @@ async def load_of(front: Front, admin: Caller) -> ServerLoad:
     activity, owners = front.service.activity, front.service.owners
     keys = [] if front.keys is None else await to_thread.run_sync(front.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
-    runs, active, waiting, running, stored = (Counter[str]() for _ in range(5))
+    loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})
     for run in await service.list_runs():
-        project = run.project
-        runs[project] += 1
-        active[project] += run.status == "active"
+        loads[run.project].update(runs=1, active_runs=run.status == "active")
     for checkpoint in await service.list_checkpoints():
-        stored[owners.get(checkpoint.run_id, "")] += checkpoint.size_bytes
-    longest = 0.0
-    for ticket in activity.pending():
-        project = ticket.session.caller.project
-        if ticket.began_at is None:
-            waiting[project] += 1
-            longest = max(longest, ticket.waited_s)
-        else:
-            running[project] += 1
-    projects |= {project for counted in (runs, waiting, running, stored) for project in counted}
+        loads[owners.get(checkpoint.run_id, "")].update(stored_bytes=checkpoint.size_bytes)
+    pending = list(activity.pending())
+    for ticket in pending:
+        state = "waiting" if ticket.began_at is None else "running"
+        loads[ticket.session.caller.project][state] += 1
     return ServerLoad(
         at=time.time(),
-        waiting=waiting.total(),
-        running=running.total(),
-        longest_wait_s=longest,
+        waiting=sum(load["waiting"] for load in loads.values()),
+        running=sum(load["running"] for load in loads.values()),
+        longest_wait_s=max((t.waited_s for t in pending if t.began_at is None), default=0.0),
         trained_tokens=activity.trained_tokens,
         sampled_tokens=activity.sampled_tokens,
         tenants=tuple(
-            TenantLoad(
-                project=project or "(nobody)",
-                runs=runs[project],
-                active_runs=active[project],
-                waiting=waiting[project],
-                running=running[project],
-                stored_bytes=stored[project],
-            )
-            for project in sorted(projects)
+            TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
         ),
     )

@@ -62,14 +62,12 @@ class Pages(StaticFiles):
 
 
 PAGES = Pages(directory=Path(__file__).parent / "static")
+PAGE_FILES = {"/": "index.html", "/docs": "docs.html"}
+"""By the path at which they are."""
 
 
-async def console_page(request: Request) -> Response:
-    return await PAGES.get_response("index.html", request.scope)
-
-
-async def docs_page(request: Request) -> Response:
-    return await PAGES.get_response("docs.html", request.scope)
+async def get_page(request: Request) -> Response:
+    return await PAGES.get_response(PAGE_FILES[request.scope["route"].path], request.scope)
 
 
 @router.get("/caller", response_model=CallerInfo)

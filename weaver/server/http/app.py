@@ -49,8 +49,8 @@ def _routes() -> FastAPI:
     for native in (router, console.router):
         app.include_router(native, responses=refusals)
     app.include_router(weaver_rest.router)
-    for path, page in (("/", console.console_page), ("/docs", console.docs_page)):
-        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
+    for path in console.PAGE_FILES:
+        app.add_api_route(path, console.get_page, methods=["GET", "HEAD"], include_in_schema=False)
     app.mount("/console", console.PAGES)
     app.add_api_route("/healthz", healthz, include_in_schema=False)
     app.add_api_route("/readyz", readyz, include_in_schema=False)
