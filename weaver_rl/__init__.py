@@ -12,7 +12,6 @@ from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
 from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
 from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
-from weaver_rl.judges import judge
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from weaver_rl.loops.policy import Result, off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
@@ -23,7 +22,7 @@ from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
 from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
-from weaver_rl.rewards import GroupReward, Reward, group_reward, weighted
+from weaver_rl.rewards import GroupReward, Reward, group_reward, judge, weighted
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups
 from weaver_rl.run_folder import RunFolder, open_run_folder
 from weaver_rl.tools import describe, use_tools

@@ -1,7 +1,9 @@
 """`Agent`: a model in one rollout. An environment talks to it; it records what it read and wrote.
 
-Tokens in, tokens out: the recorded tokens are those that the sampler read and sampled, and every
-turn continues them, unless the chat template rewrote history, where a new segment begins.
+Tokens in, tokens out: the recorded tokens are those that the sampler read and sampled. A
+conversation is rendered as text, and only what is new in it is encoded, behind the tokens that are
+there; no reply is ever encoded again. Where the chat template rewrote history (it dropped the
+reasoning of earlier turns, say), a new segment begins.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weaver.types import ModelInput
-from weaver_rl.rendering import Context, read_chat, read_text, reply_content, write
+from weaver_rl.conversations import render, reply_content
 from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Reply, Segment, Trajectory
 
@@ -77,8 +79,8 @@ class Agent:
         self._sampling = sampling
         self._seed = seed
         self._budget = budget or Budget()
-        self._context = Context()
         self._rows: list[Row] = []
+        self._text = ""  # what the rows say, special tokens included
         self._done: list[Segment] = []
         self._messages: list[Mapping[str, str]] = []
         self._tools: Sequence[Mapping[str, Any]] = ()
@@ -132,22 +134,25 @@ class Agent:
             turns=self._turns,
         )
 
+    @property
+    def _tokens(self) -> tuple[int, ...]:
+        return tuple(row[0] for row in self._rows)
+
     def _read(self, prompt: Prompt) -> None:
         """Brings the context to where the next reply begins."""
-        before = self._context
         if isinstance(prompt, str):
             self._messages.append({"role": "user", "content": prompt})
-            self._context, continues = read_text(self.tokenizer, before, prompt), True
+            new, special = prompt, not self._rows
         else:
             self._messages += prompt
-            self._context, continues = read_chat(
-                self.tokenizer, before, self._messages, tools=self._tools
-            )
-        if not continues and before.tokens:
-            self._done.append(_segment(self._rows))
-            self._rows = []
-        new = self._context.tokens[len(self._rows) :]
-        self._rows += [(token, 0, 0.0, 0.0, -1) for token in new]
+            full = render(self.tokenizer, self._messages, tools=self._tools)
+            if not full.startswith(self._text):
+                self._done.append(_segment(self._rows))
+                self._rows, self._text = [], ""
+            new, special = full[len(self._text) :], False
+        self._text += new
+        tokens = self.tokenizer.encode(new, add_special_tokens=special)
+        self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 
     def _write(self, sequence: SampledSequence) -> Reply:
         reply = Reply(
@@ -157,9 +162,9 @@ class Agent:
             sampling_logprobs=sequence.sampling_logprobs,
             stop_reason=sequence.stop_reason,
             weights_version=sequence.weights_version,
-            prompt_tokens=self._context.tokens,
+            prompt_tokens=self._tokens,
         )
-        self._context = write(self.tokenizer, self._context, sequence.tokens)
+        self._text += str(self.tokenizer.decode(list(sequence.tokens), skip_special_tokens=False))
         columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
         self._rows += [
             (token, 1, logprob, drawn, sequence.weights_version)
@@ -180,7 +185,7 @@ class Agent:
             raise BudgetExceeded(f"all {budget.turns} turns are used")
         left = float("inf") if budget.tokens is None else budget.tokens - self._sampled
         if self._turns:  # a first prompt that does not fit is an error of the task: sample names it
-            room = self._sampler.model_info.context_length - len(self._context.tokens)
+            room = self._sampler.model_info.context_length - len(self._rows)
             left = min(left, room)
         if left < 1:
             raise BudgetExceeded(f"{self._sampled} tokens are sampled, and no more fit")
@@ -203,7 +208,7 @@ async def respond_all(
         agent._read(prompt)
     first = agents[0]
     result = await first._sampler.sample(
-        ModelInput.from_ints(first._context.tokens),
+        ModelInput.from_ints(first._tokens),
         first._params(max_tokens),
         num_samples=len(agents),
     )

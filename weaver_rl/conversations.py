@@ -1,6 +1,6 @@
-"""Supervised examples: from texts, completions and chats to datums with masks by role or span.
+"""Conversations and other texts: as the template writes them, as datums with masks.
 
-Called by `loops.supervised`. An example is one of
+Agents call `render`; `loops.supervised` calls `to_datum`, whose examples are one of
 
     {"prompt": "rev:abc=", "completion": "cba"}       the completion and an end token are learned
     {"messages": [{"role": "user", ...}, ...]}        messages of the roles asked for are learned
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.loss_specs import check_tokens
 from weaver.types import Datum, ModelInput
-from weaver_rl.rendering import render
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +24,51 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, bool]
 """A text, and whether it is learned."""
+
+
+def reply_content(
+    tokenizer: PreTrainedTokenizerBase, sampled: Sequence[int], *, stopped: bool
+) -> str:
+    """What the reply says as a chat message: all but the special token that ended it."""
+    ended = stopped and sampled and sampled[-1] in tokenizer.all_special_ids
+    said = list(sampled[:-1] if ended else sampled)
+    return str(tokenizer.decode(said, skip_special_tokens=False))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    generate: bool = True,
+) -> str:
+    """The conversation as text; with `generate` up to where the next reply begins. "" for none.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or it knows no tools.
+    """
+    if not messages and not generate:
+        return ""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ConfigError(
+            "the model's tokenizer has no chat template.",
+            field="chat_template",
+            hint="Use agent.complete(text), or give task['prompt'] as a text.",
+        )
+    if tools and "tools" not in str(template):
+        raise ConfigError(
+            "the model's chat template does not show tools.",
+            field="chat_template",
+            hint="Describe them in a system message: agent.system(weaver_rl.describe(tools)).",
+        )
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] or None,
+        add_generation_prompt=generate,
+        tokenize=False,
+    )
+    return str(text)
 
 
 def to_datum(

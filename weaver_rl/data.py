@@ -127,11 +127,6 @@ class TaskStream:
         self._seed = seed
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
-    @property
-    def epoch(self) -> int:
-        """How often every task was taken, rounded down."""
-        return self.position // len(self._tasks)
-
     def take(self, count: int) -> list[Task]:
         """The next `count` tasks."""
         taken = [self._at(self.position + i) for i in range(count)]

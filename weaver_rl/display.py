@@ -79,13 +79,6 @@ class Display(Logger):
         self._waiting = what
         self._refresh()
 
-    def note(self, text: str) -> None:
-        """Says something that stays, such as where the report is."""
-        if self._live is None:
-            self._print(text)
-        else:
-            self._live.console.print(text, markup=False, highlight=False)
-
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_COLUMNS = ("step", "prompt", "reply", "reward", "stop_reason", "failure")
+SAMPLED_GROUPS = 8
 SampleRow = tuple[int, str, str, float | None, str, str]
 
 
@@ -125,9 +126,7 @@ class WandbLogger(Logger):
         config: Mapping[str, object] | None = None,
         folder: Path | None = None,
         mode: Literal["online", "offline"] | None = None,
-        run_name: str | None = None,
         state: Mapping[str, str] | None = None,
-        max_samples: int = 16,
     ) -> None:
         """
         Args:
@@ -145,7 +144,6 @@ class WandbLogger(Logger):
         run_id = (state or {}).get("run_id")
         offline = mode == "offline" or (mode is None and wandb.setup().settings.mode == "offline")
         self._wandb = wandb
-        self._max_samples = max_samples
         self._run: Any = wandb.init(
             project=project,
             config=plain(config or {}),
@@ -154,7 +152,6 @@ class WandbLogger(Logger):
             # Offline there is nobody to ask whether the run exists.
             resume="allow" if run_id and not offline else None,
             mode=mode,
-            name=run_name,
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
         )
@@ -163,7 +160,7 @@ class WandbLogger(Logger):
         self._run.log(dict(metrics), step=step)
 
     def log_samples(self, groups: Sequence[Group], step: int) -> None:
-        rows = sample_rows(groups, step, limit=self._max_samples)
+        rows = sample_rows(groups, step)
         table = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])
         self._run.log({"samples": table}, step=step)
 
@@ -214,13 +211,13 @@ class TensorBoardLogger(Logger):
         self._writer.add_event(self._event(wall_time=time.time(), step=step, **what))
 
 
-def sample_rows(groups: Sequence[Group], step: int, *, limit: int = 16) -> list[SampleRow]:
+def sample_rows(groups: Sequence[Group], step: int) -> list[SampleRow]:
     """The best and the worst rollout of the first groups, as rows of SAMPLE_COLUMNS."""
     rows: list[SampleRow] = []
-    for group in groups[: max(1, limit // 2)]:
+    for group in groups[:SAMPLED_GROUPS]:
         ranked = sorted(group.rollouts, key=lambda r: (r.failure is not None, -r.reward))
         rows += [_row(rollout, step) for rollout in (ranked[:1] + ranked[1:][-1:])]
-    return rows[:limit]
+    return rows
 
 
 def prompt_text(task: Task) -> str:

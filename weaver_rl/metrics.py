@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from weaver_rl.types import Group, Rollout
 
+PASSING = 1.0
+"""The reward from which a rollout counts as solved."""
 TOTALS = ("loss_sum", "weight_sum", "num_tokens")
 
 
@@ -25,14 +27,12 @@ def rollout_metrics(
     groups: Sequence[Group],
     *,
     weights_version: int,
-    passing: float = 1.0,
     seconds: float | None = None,
 ) -> dict[str, float]:
     """The metrics of what was sampled: `reward`, `score`, `rollout`, `group`, `tokens`, ...
 
     Args:
         weights_version: the optimizer step of the weights about to be trained.
-        passing: the reward from which a rollout counts as solved.
         seconds: how long the step took, for `tokens/per_second`.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -51,7 +51,7 @@ def rollout_metrics(
         metrics.update(_token_metrics(rollouts, weights_version))
     if groups:
         metrics["groups/zero_variance_fraction"] = equal / len(groups)
-        solved = [max(group.rewards, default=-np.inf) >= passing for group in groups]
+        solved = [max(group.rewards, default=-np.inf) >= PASSING for group in groups]
         metrics["reward/pass_any"] = float(np.mean(solved))
     if scored:
         rewards = np.array([rollout.reward for rollout in scored])
@@ -59,7 +59,7 @@ def rollout_metrics(
         metrics["reward/std"] = float(rewards.std())
         metrics["reward/min"] = float(rewards.min())
         metrics["reward/max"] = float(rewards.max())
-        metrics["reward/pass_rate"] = float((rewards >= passing).mean())
+        metrics["reward/pass_rate"] = float((rewards >= PASSING).mean())
     return {**metrics, **_score_metrics(scored)}
 
 

@@ -22,6 +22,14 @@ Schedule = Callable[[int], float]
 """Step, from 0, to learning rate: `lambda step: schedules.cosine(1e-3, step, steps=60)`."""
 
 
+def at_least(lowest: int, plan: object, *names: str) -> None:
+    """Raises ConfigError for the first of these fields that is below `lowest`."""
+    for name in names:
+        value = getattr(plan, name)
+        if value < lowest:
+            raise ConfigError(f"is {value!r}.", field=name, hint=f"At least {lowest}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """What the optimizer does at each step of a loop, and what is done between steps."""
@@ -35,9 +43,7 @@ class Steps:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("evaluate_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 0.")
+        at_least(0, self, "evaluate_every", "seed")
         if not callable(self.learning_rate):
             AdamParams(learning_rate=self.learning_rate)
 
@@ -91,13 +97,8 @@ class Plan(Steps):
 
     def __post_init__(self) -> None:
         Steps.__post_init__(self)
-        for name in ("steps", "groups_per_step", "group_size", "passes", "minibatches"):
-            value = getattr(self, name)
-            if value < 1 and not (name == "steps" and value == 0):
-                raise ConfigError(f"is {value!r}.", field=name, hint="At least 1.")
-        for name in ("max_staleness", "max_failure_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 0.")
+        at_least(0, self, "steps", "max_staleness", "max_failure_rate")
+        at_least(1, self, "groups_per_step", "group_size", "passes", "minibatches")
         if self.zero_variance not in ("keep", "drop", "resample"):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."

@@ -65,11 +65,18 @@ async def save_checkpoint(
     """
     saved = await trainer.save_state(f"step-{manifest.step:06d}", overwrite=True)
     manifest = replace(manifest, weights=saved.path)
-    write_manifest(folder, manifest)
-    for old in _forget(folder, keep):
-        if delete is not None and old != manifest.weights:
+    content = plain(asdict(manifest))
+    file = folder.checkpoints / f"{manifest.step:06d}.json"
+    write_atomically(file, encode({**content, "sha256": _digest(content)}, indent=2) + b"\n")
+    for file in _manifest_files(folder)[max(1, keep) :]:
+        forgotten = None
+        with suppress(CheckpointCorruptError):
+            forgotten = read_manifest(file).weights
+        with naming_storage(file):
+            file.unlink()  # before its weights, so that none dangles
+        if delete is not None and forgotten not in (None, manifest.weights):
             with suppress(CheckpointNotFoundError):
-                await delete(old)
+                await delete(forgotten)
     return manifest
 
 
@@ -102,14 +109,6 @@ async def restore(folder: RunFolder, trainer: AsyncTrainingClient) -> Manifest |
     return None
 
 
-def write_manifest(folder: RunFolder, manifest: Manifest) -> Path:
-    """Writes `checkpoints/<step>.json`, atomically, with a digest of its content."""
-    content = plain(asdict(manifest))
-    file = folder.checkpoints / f"{manifest.step:06d}.json"
-    write_atomically(file, encode({**content, "sha256": _digest(content)}, indent=2) + b"\n")
-    return file
-
-
 def read_manifest(file: Path) -> Manifest:
     """
     Raises:
@@ -137,17 +136,6 @@ def manifests(folder: RunFolder) -> Iterator[Manifest]:
 
 def _manifest_files(folder: RunFolder) -> list[Path]:
     return sorted(folder.checkpoints.glob("[0-9]*.json"), key=lambda f: int(f.stem), reverse=True)
-
-
-def _forget(folder: RunFolder, keep: int) -> list[str]:
-    """Deletes old manifests and answers their weights: the manifest first, so none dangles."""
-    forgotten = []
-    for file in _manifest_files(folder)[max(1, keep) :]:
-        with suppress(CheckpointCorruptError):
-            forgotten.append(read_manifest(file).weights)
-        with naming_storage(file):
-            file.unlink()
-    return forgotten
 
 
 def _digest(content: Mapping[str, Any]) -> str:

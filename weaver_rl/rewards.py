@@ -2,7 +2,8 @@
 
 `scorer` turns one into what environments call: sync ones run off the event loop, all have a
 time-out, and what raises, hangs or is not a finite number becomes a `Failure`, never a zero.
-`weighted` composes them, `group_reward` marks one that looks at all samples of a task together.
+`weighted` composes them, `group_reward` marks one that looks at all samples of a task together, and
+`judge` asks a language model.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import inspect
 import numbers
 import os
 import pickle
+import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.from_thread
@@ -25,15 +27,22 @@ import numpy as np
 from anyio.lowlevel import RunVar, current_token
 
 from weaver.errors import ConfigError
+from weaver.types import SamplingParams
+from weaver_rl.agent import Agent
 from weaver_rl.boundary import attempt, attempt_async
 from weaver_rl.gather import gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
+
+if TYPE_CHECKING:
+    from weaver import AsyncSamplingClient
+    from weaver_rl.agent import Prompt
 
 Value = float | Score
 Reward = Callable[[Task, Reply], Value | Awaitable[Value]]
 GroupFunction = Callable[[Task, Sequence[Reply]], Sequence[Value] | Awaitable[Sequence[Value]]]
 Scorer = Callable[[Task, Sequence[Reply]], Awaitable[list[Score | Failure]]]
 T = TypeVar("T")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,42 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
         return total(values)
 
     return async_sum if any(map(is_async, rewards)) else sync_sum
+
+
+def judge(
+    sampler: AsyncSamplingClient,
+    question: Callable[[Task, Reply], Prompt],
+    *,
+    read: Callable[[str], float] | None = None,
+    sampling: SamplingParams | None = None,
+) -> Reward:
+    """A reward that asks another model.
+
+    Args:
+        question: makes the judge's prompt: a text, or chat messages.
+        read: turns its answer into the reward; by default the last number in it. What it raises
+            makes the rollout fail.
+        sampling: greedy, 64 tokens by default.
+    """
+    params = sampling or SamplingParams(max_tokens=64, temperature=0.0)
+    parse = read or last_number
+
+    async def judged(task: Task, reply: Reply) -> float:
+        agent = Agent(
+            sampler, await sampler.get_tokenizer(), sampling=params, seed=params.seed or 0
+        )
+        answer = await agent.respond(question(task, reply))
+        return parse(answer.text)
+
+    return judged
+
+
+def last_number(text: str) -> float:
+    """Raises ValueError: there is no number in it."""
+    numbers = NUMBER.findall(text)
+    if not numbers:
+        raise ValueError(f"the judge gave no number: {text!r}")
+    return float(numbers[-1])
 
 
 def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: int = 0) -> Scorer:

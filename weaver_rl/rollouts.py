@@ -21,8 +21,6 @@ from weaver_rl.types import Failure, Group, Rollout, Score
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
-
     from weaver import AsyncSamplingClient
     from weaver.types import SamplingParams
     from weaver_rl.environments import GroupEnvironment
@@ -54,60 +52,42 @@ async def sample_groups(
     if group_size < 1:
         raise ConfigError(f"is {group_size}.", field="group_size", hint="At least 1.")
     tokenizer = await sampler.get_tokenizer()
-    calls = [
-        partial(
-            _play,
-            sampler,
-            tokenizer,
-            environment,
-            task=task,
-            group_size=group_size,
-            sampling=sampling,
-            seed=derive_seed(seed, problem),
-        )
-        for problem, task in enumerate(tasks)
-    ]
-    return await gather(calls)
 
-
-async def _play(
-    sampler: AsyncSamplingClient,
-    tokenizer: PreTrainedTokenizerBase,
-    environment: GroupEnvironment,
-    *,
-    task: Task,
-    group_size: int,
-    sampling: SamplingParams,
-    seed: int,
-) -> Group:
-    agents = [
-        Agent(
-            sampler,
-            tokenizer,
-            sampling=sampling,
-            seed=derive_seed(seed, sample),
-            budget=environment.budget,
-        )
-        for sample in range(group_size)
-    ]
-    begin = time.monotonic()
-    outcomes = await environment.play(agents, task)
-    seconds = time.monotonic() - begin
-    rollouts = []
-    for agent, outcome in zip(agents, outcomes, strict=True):
-        failure = outcome if isinstance(outcome, Failure) else None
-        score = Score(0.0) if isinstance(outcome, Failure) else outcome
-        rollouts.append(
-            Rollout(
-                task=task,
-                trajectory=agent.trajectory,
-                reward=score.reward,
-                metrics=score.metrics,
-                failure=failure,
-                seconds=seconds,
+    async def play(problem: int, task: Task) -> Group:
+        group_seed = derive_seed(seed, problem)
+        agents = [
+            Agent(
+                sampler,
+                tokenizer,
+                sampling=sampling,
+                seed=derive_seed(group_seed, sample),
+                budget=environment.budget,
             )
-        )
-    return Group(task=task, rollouts=tuple(rollouts))
+            for sample in range(group_size)
+        ]
+        begin = time.monotonic()
+        outcomes = await environment.play(agents, task)
+        seconds = time.monotonic() - begin
+        rollouts = [
+            _rollout(task, agent, outcome, seconds)
+            for agent, outcome in zip(agents, outcomes, strict=True)
+        ]
+        return Group(task=task, rollouts=tuple(rollouts))
+
+    return await gather([partial(play, problem, task) for problem, task in enumerate(tasks)])
+
+
+def _rollout(task: Task, agent: Agent, outcome: Score | Failure, seconds: float) -> Rollout:
+    failure = outcome if isinstance(outcome, Failure) else None
+    score = Score(0.0) if isinstance(outcome, Failure) else outcome
+    return Rollout(
+        task=task,
+        trajectory=agent.trajectory,
+        reward=score.reward,
+        metrics=score.metrics,
+        failure=failure,
+        seconds=seconds,
+    )
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import argparse
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +39,8 @@ class Ran:
     seconds: float
 
 
-def chosen(names: Sequence[str], *, quick: bool = False) -> list[tuple[Proof, tuple[int, ...]]]:
-    """The proofs of these names (all of them for none) and their seeds; quick: the first seed.
+def chosen(names: Sequence[str], *, quick: bool = False) -> list[Proof]:
+    """The proofs of these names (all of them for none); quick: with their first seed alone.
 
     Raises:
         ConfigError: no proof has that name; with the nearest.
@@ -52,13 +52,13 @@ def chosen(names: Sequence[str], *, quick: bool = False) -> list[tuple[Proof, tu
                 f"no proof is called {name!r}.", field="proof", hint=nearest(name, known)
             )
     return [
-        (proof, proof.seeds[:1] if quick else proof.seeds)
+        replace(proof, seeds=proof.seeds[: 1 if quick else None])
         for proof in PROOFS
         if not names or proof.name in names
     ]
 
 
-async def run(wanted: Sequence[tuple[Proof, tuple[int, ...]]], page: Path) -> list[Ran]:
+async def run(wanted: Sequence[Proof], page: Path) -> list[Ran]:
     """Runs the proofs one after the other, printing a line for each and writing the page.
 
     A proof that ends with an error has failed; its words are on the page.
@@ -66,8 +66,8 @@ async def run(wanted: Sequence[tuple[Proof, tuple[int, ...]]], page: Path) -> li
     done: list[Ran] = []
     write_page(page, wanted, done)
     async with AsyncServiceClient() as service:
-        for proof, seeds in wanted:
-            for seed in seeds:
+        for proof in wanted:
+            for seed in proof.seeds:
                 begin = time.monotonic()
                 try:
                     outcome = await proof.run(service, seed)
@@ -79,19 +79,15 @@ async def run(wanted: Sequence[tuple[Proof, tuple[int, ...]]], page: Path) -> li
     return done
 
 
-def write_page(
-    page: Path, wanted: Sequence[tuple[Proof, tuple[int, ...]]], done: Sequence[Ran]
-) -> None:
+def write_page(page: Path, wanted: Sequence[Proof], done: Sequence[Ran]) -> None:
     """Raises StorageError: the page cannot be written."""
     write_atomically(
         page, make_page("selftest", title="Self-test", data=_data(wanted, done)).encode()
     )
 
 
-def _data(
-    wanted: Sequence[tuple[Proof, tuple[int, ...]]], done: Sequence[Ran]
-) -> Mapping[str, object]:
-    total = sum(len(seeds) for _, seeds in wanted)
+def _data(wanted: Sequence[Proof], done: Sequence[Ran]) -> Mapping[str, object]:
+    total = sum(len(proof.seeds) for proof in wanted)
     failed = sum(not one.outcome.passed for one in done)
     minutes = sum(one.seconds for one in done) / 60
     return {
@@ -110,14 +106,14 @@ def _data(
                 "claim": proof.claim,
                 "gate": proof.gate,
                 "control": proof.control,
-                "seeds": len(seeds),
+                "seeds": len(proof.seeds),
                 "runs": [
                     {"seed": one.seed, "seconds": one.seconds, **asdict(one.outcome)}
                     for one in done
                     if one.proof == proof.name
                 ],
             }
-            for proof, seeds in wanted
+            for proof in wanted
         ],
         "footer": "Curves show the mean reward by step, for supervised fine-tuning the loss. "
         "The definitions are in weaver_rl/proofs.py; tests/learning runs the same.",
@@ -147,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     if options.list:
-        sys.stdout.writelines(f"{proof.name}: {proof.gate}\n" for proof, _ in wanted)
+        sys.stdout.writelines(f"{proof.name}: {proof.gate}\n" for proof in wanted)
         return 0
     done = anyio.run(run, wanted, options.page)
     failed = [one for one in done if not one.outcome.passed]

@@ -118,12 +118,6 @@ class Trajectory:
         """Sampled tokens."""
         return sum(sum(segment.mask) for segment in self.segments)
 
-    @property
-    def min_version(self) -> int:
-        """The oldest weights that sampled a token of it; -1 when nothing was sampled."""
-        sampled = [v for segment in self.segments for v in segment.versions if v >= 0]
-        return min(sampled, default=-1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:

@@ -150,7 +150,7 @@ def test_the_prompt_is_what_the_template_renders() -> None:
     )
     assert tokenizer.decode(sampler.prompts[1]) == rendered
     assert [m["content"] for m in trajectory.messages] == ["hello", "one", "again", "two"]
-    assert (trajectory.turns, trajectory.stop_reason, trajectory.min_version) == (2, "stop", 3)
+    assert (trajectory.turns, trajectory.stop_reason) == (2, "stop")
 
 
 def test_a_template_that_rewrites_history_splits_the_trajectory() -> None:

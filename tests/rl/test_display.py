@@ -28,11 +28,10 @@ def test_plain_lines_off_a_terminal() -> None:
     display.waiting_for("12 of 256 rollouts")
     display.log({**METRICS, "gap/max": 0.1}, 2)
     display.log({**METRICS, "gap/max": 0.1}, 3)
-    display.note("report: runs/a/report.html")
     display.close()
     lines = stream.getvalue().splitlines()
     assert lines[0] == ("step 1/60  reward 0.500  loss -0.001  tokens/s 4,210  gap 1.0e-06")
-    assert [line.split(" ")[0] for line in lines] == ["step", "step", "hint:", "step", "report:"]
+    assert [line.split(" ")[0] for line in lines] == ["step", "step", "hint:", "step"]
     assert "\x1b" not in stream.getvalue()
 
 
@@ -44,13 +43,11 @@ def test_a_picture_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         display.log({**METRICS, "reward/mean": 0.1 * step, "rollout/truncated_fraction": 1.0}, step)
     display.log_samples([group(1.0, 0.0)], 3)
     display.waiting_for("12 of 256 rollouts")
-    display.note("[bold]not markup[/bold]")
     display.close()
     display.close()
     text = stream.getvalue()
     for words in ("step 3/10", "0.300", "12 of 256", "cut off by max_tokens", "x → ", "│"):
         assert words in text
-    assert "[bold]not markup[/bold]" in text
     assert "\x1b[?25h" in text  # the cursor is back
 
 

@@ -6,8 +6,7 @@ import anyio
 import pytest
 
 from tests.rl.scripted import ScriptedSampler, byte_tokenizer
-from weaver_rl.judges import judge, last_number
-from weaver_rl.rewards import scorer
+from weaver_rl.rewards import judge, last_number, scorer
 from weaver_rl.types import Failure, Reply, Score
 
 REPLY = Reply(text="hello", tokens=(), logprobs=(), sampling_logprobs=(), stop_reason="stop")

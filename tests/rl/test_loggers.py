@@ -98,7 +98,7 @@ def test_sample_rows() -> None:
     assert [row[3] for row in rows] == [1.0, None, 0.5, 0.25]
     assert rows[1][5] == "reward: ValueError: no"
     assert all(len(row) == len(SAMPLE_COLUMNS) and row[0] == 4 for row in rows)
-    assert len(sample_rows(GROUPS * 20, 4, limit=5)) == 4
+    assert len(sample_rows(GROUPS * 20, 4)) == 16
     assert sample_rows([], 1) == []
     assert prompt_text({"prompt": [{"role": "user", "content": "hi"}]}) == "user: hi"
 

@@ -20,7 +20,7 @@ from weaver_rl.data import check_tasks
 from weaver_rl.loops.policy import Result
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
-from weaver_rl.plan import Steps
+from weaver_rl.plan import Steps, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,9 +48,7 @@ class SupervisedPlan(Steps):
 
     def __post_init__(self) -> None:
         Steps.__post_init__(self)
-        for name in ("epochs", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"is {getattr(self, name)!r}.", field=name, hint="At least 1.")
+        at_least(1, self, "epochs", "batch_tokens")
         if self.steps is not None and self.steps < 0:
             raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
 
