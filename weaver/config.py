@@ -42,17 +42,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         ConfigError: a variable has a value that cannot be used; names it.
     """
     env = os.environ if environ is None else environ
-    dtype = env.get("WEAVER_DTYPE") or "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"is {dtype!r}.", field="WEAVER_DTYPE", hint="Use float32 or bfloat16.")
     threads = env.get("WEAVER_THREADS") or "0"
     if not threads.isdecimal():
         raise ConfigError(
             f"is {threads!r}.", field="WEAVER_THREADS", hint="Use a whole number; 0 chooses."
         )
-    flag = env.get("WEAVER_DETERMINISTIC") or "0"
-    if flag not in ("0", "1"):
-        raise ConfigError(f"is {flag!r}.", field="WEAVER_DETERMINISTIC", hint="Use 0 or 1.")
     base_url = env.get("WEAVER_BASE_URL") or None
     if base_url is not None and not base_url.startswith(("http://", "https://")):
         raise ConfigError(
@@ -65,7 +59,15 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         api_key=env.get("WEAVER_API_KEY") or None,
         home=Path(env.get("WEAVER_HOME") or "~/.weaver").expanduser(),
         device=env.get("WEAVER_DEVICE") or "cpu",
-        dtype=dtype,
+        dtype=_choice(env, "WEAVER_DTYPE", ("float32", "bfloat16")),
         threads=int(threads),
-        deterministic=flag == "1",
+        deterministic=_choice(env, "WEAVER_DETERMINISTIC", ("0", "1")) == "1",
     )
+
+
+def _choice(env: Mapping[str, str], name: str, values: tuple[str, ...]) -> str:
+    """One of the values; the first by default."""
+    value = env.get(name) or values[0]
+    if value not in values:
+        raise ConfigError(f"is {value!r}.", field=name, hint=f"Use {' or '.join(values)}.")
+    return value

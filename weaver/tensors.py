@@ -97,8 +97,6 @@ class TensorData:
             mine, its, equal_nan=mine.dtype.kind == "f"
         )
 
-    __hash__ = None  # type: ignore[assignment]  # compares by value, may be large
-
     def __repr__(self) -> str:
         return f"TensorData(dtype={self.dtype}, shape={list(self.shape)})"
 

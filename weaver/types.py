@@ -137,7 +137,7 @@ class Datum(Value):
     def _accept_tokens(cls, value: object) -> object:
         if isinstance(value, (ModelInput, Mapping)):
             return value
-        return ModelInput.from_ints(value)  # type: ignore[arg-type]
+        return ModelInput(chunks=(EncodedTextChunk(tokens=value),))
 
     @field_validator("loss_fn_inputs", mode="before")
     @classmethod

@@ -162,6 +162,7 @@ def np_gspo(
     return loss, gradient
 
 
+CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 CONFIGS: Sequence[tuple[str, dict[str, Any]]] = [
     ("cross_entropy", {}),
     ("importance_sampling", {}),
@@ -237,7 +238,7 @@ def test_ratio_metrics_equal_the_numpy_form() -> None:
 )
 def test_ppo_golden_numbers(lp: float, q: float, A: float, expected: float) -> None:
     token = losses.ppo(
-        torch.tensor([lp]), torch.tensor([q]), torch.tensor([A]), low=0.8, high=1.2, dual_clip=3.0
+        torch.tensor([lp]), torch.tensor([q]), torch.tensor([A]), **CLIP, dual_clip=3.0
     )
     assert token.value.item() == pytest.approx(expected, rel=1e-6)
 
@@ -250,9 +251,15 @@ def test_golden_numbers_of_the_other_losses() -> None:
         "cross_entropy": losses.cross_entropy(lp),
         "importance_sampling": losses.importance_sampling(lp, q, A).value,
         "truncated": losses.importance_sampling(lp, q, A, ratio_cap=1.25).value,
-        "cispo": losses.cispo(lp, q, A, low=0.8, high=1.2).value,
+        "cispo": losses.cispo(lp, q, A, **CLIP).value,
         "gspo": losses.gspo(
-            lp, q, A, counted=both, lengths=torch.tensor([2]), low=0.5, high=1.1
+            lp,
+            q,
+            A,
+            counted=both,
+            lengths=torch.tensor([2]),
+            clip_low_threshold=0.5,
+            clip_high_threshold=1.1,
         ).value,
         "dro": losses.dro(lp, q, A, beta=0.4).value,
         "surrogate": losses.surrogate(lp, A),
@@ -325,12 +332,13 @@ def test_on_policy_all_ratio_losses_share_the_policy_gradient(
     q, a = torch.tensor([lp], dtype=torch.float64), torch.tensor([A], dtype=torch.float64)
     x = q.clone().requires_grad_()
     one, length = torch.tensor([True]), torch.tensor([1])
+    clip = {"clip_low_threshold": low, "clip_high_threshold": high}
     tokens = [
         losses.importance_sampling(x, q, a),
         losses.importance_sampling(x, q, a, ratio_cap=1.0),
-        losses.ppo(x, q, a, low=low, high=high, dual_clip=2.0),
-        losses.cispo(x, q, a, low=low, high=high),
-        losses.gspo(x, q, a, counted=one, lengths=length, low=low, high=high),
+        losses.ppo(x, q, a, **clip, dual_clip=2.0),
+        losses.cispo(x, q, a, **clip),
+        losses.gspo(x, q, a, counted=one, lengths=length, **clip),
         losses.dro(x, q, a, beta=0.5),
     ]
     for token in tokens:

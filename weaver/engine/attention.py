@@ -7,7 +7,7 @@ call. transformers builds no mask for an implementation that registers none, so 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,7 +29,7 @@ def register() -> str:
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -62,7 +62,7 @@ def _attention(
     heads = Heads(query, key, value, scaling, sliding_window)
     if packed_batch.cache is None:
         return packed_attention(heads, packed_batch), None
-    return packed_batch.cache.attend(int(module.layer_idx), heads), None  # type: ignore[arg-type]
+    return packed_batch.cache.attend(int(module.layer_idx), heads), None
 
 
 def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:

@@ -44,23 +44,11 @@ class ModelFacts:
     """What an adapter calls its base: its source, but never a folder of a server."""
     config: Any
     """A transformers `PreTrainedConfig`."""
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
     targets: Mapping[str, Target]
     fused_experts: bool
-
-    @property
-    def num_layers(self) -> int:
-        layers: int = self.config.num_hidden_layers
-        return layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        heads: int = self.config.num_attention_heads
-        return getattr(self.config, "num_key_value_heads", None) or heads
-
-    @property
-    def head_dim(self) -> int:
-        wide: int = self.config.hidden_size // self.config.num_attention_heads
-        return getattr(self.config, "head_dim", None) or wide
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -158,7 +146,7 @@ def read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mode
         raise _unsupported(name, "its attention cannot be replaced by packed attention.")
     if any(path.endswith("sinks") for path, _ in model.named_parameters()):
         raise _unsupported(name, "it has attention sinks.")
-    head = model.get_output_embeddings()
+    head, heads = model.get_output_embeddings(), config.num_attention_heads
     if not isinstance(head, torch.nn.Linear):
         raise _unsupported(name, "its output embedding is not a linear layer.")
     info = ModelInfo(
@@ -173,6 +161,9 @@ def read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mode
         source=source,
         public_name=public_name,
         config=config,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         targets=find_targets(model, head),
         fused_experts=has_fused_experts(model),
     )

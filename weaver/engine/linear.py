@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weaver.engine.lora import Routing
 
@@ -54,7 +54,7 @@ class FrozenLinear(torch.nn.Module):
             low = functional.linear(rows, a) * parts[0][2]
             y = torch.addmm(functional.linear(rows, self._weight, self.bias), low, b.t())
         else:
-            y = _RoutedLinear.apply(rows, self, parts, *tensors)  # type: ignore[no-untyped-call]
+            y = _routed(rows, self, parts, *tensors)
         return y.view(*x.shape[:-1], self.out_features)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +124,9 @@ class _RoutedLinear(torch.autograd.Function):
             grads.append((gxa.t() @ x[start:stop]).to(a.dtype) if trains else None)
             grads.append((rows.t() @ low[i]).to(b.dtype) if trains else None)
         return gx, None, None, *grads
+
+
+_routed: Callable[..., torch.Tensor] = _RoutedLinear.apply
 
 
 def _prepacks(weight: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from weaver.engine.linear import FrozenLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from weaver.engine.models import Head, LoadedModel
     from weaver.engine.packing import PackedBatch
@@ -92,7 +92,7 @@ def target_scores(
                 pieces.append(_general(model, h, counts, batch, asked, entropy=entropy))
             else:
                 assert isinstance(head.linear, FrozenLinear)
-                pieces.append(_FrozenHead.apply(h, head, asked, entropy))  # type: ignore[no-untyped-call]
+                pieces.append(_frozen(h, head, asked, entropy))
     logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
     if len(order) > 1:
         back = torch.argsort(torch.cat(order)).to(hidden.device)
@@ -181,6 +181,9 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, g_logprobs: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None
+
+
+_frozen: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _FrozenHead.apply
 
 
 def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:

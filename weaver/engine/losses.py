@@ -48,8 +48,8 @@ def ppo(
     q: torch.Tensor,
     A: torch.Tensor,
     *,
-    low: float,
-    high: float,
+    clip_low_threshold: float,
+    clip_high_threshold: float,
     dual_clip: float | None = None,
     ratio_cap: float | None = None,
 ) -> TokenLoss:
@@ -59,7 +59,7 @@ def ppo(
     truncates r first, as in `importance_sampling`. Left out: value and entropy terms.
     """
     ratio, capped = truncated_ratio(lp, q, cap=ratio_cap)
-    value, clipped = clipped_objective(ratio, A, low=low, high=high)
+    value, clipped = clipped_objective(ratio, A, low=clip_low_threshold, high=clip_high_threshold)
     if dual_clip is not None:
         floor = dual_clip * A
         bounded = (A < 0) & (value < floor)
@@ -68,14 +68,19 @@ def ppo(
 
 
 def cispo(
-    lp: torch.Tensor, q: torch.Tensor, A: torch.Tensor, *, low: float, high: float
+    lp: torch.Tensor,
+    q: torch.Tensor,
+    A: torch.Tensor,
+    *,
+    clip_low_threshold: float,
+    clip_high_threshold: float,
 ) -> TokenLoss:
     """-stop(clip(r, low, high))·lp·A: CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4).
 
     The weight is clipped, never the gradient: every token keeps ∇lp.
     """
     ratio = torch.exp(lp - q).detach()
-    weight = ratio.clamp(low, high)
+    weight = ratio.clamp(clip_low_threshold, clip_high_threshold)
     return TokenLoss(-weight * lp * A, ratio, weight != ratio)
 
 
@@ -86,8 +91,8 @@ def gspo(
     *,
     counted: torch.Tensor,
     lengths: torch.Tensor,
-    low: float,
-    high: float,
+    clip_low_threshold: float,
+    clip_high_threshold: float,
 ) -> TokenLoss:
     """-min(s·A, clip(s)·A), s = exp(mean(lp - q)) over a sequence: GSPO (arXiv:2507.18071, eq. 5).
 
@@ -99,7 +104,7 @@ def gspo(
     sums = zeros.index_add(0, sequence, torch.where(counted, lp - q, 0.0))
     counts = zeros.index_add(0, sequence, counted.to(lp.dtype)).clamp(min=1)
     ratio = torch.exp(sums / counts)[sequence]
-    value, clipped = clipped_objective(ratio, A, low=low, high=high)
+    value, clipped = clipped_objective(ratio, A, low=clip_low_threshold, high=clip_high_threshold)
     return TokenLoss(-value, ratio.detach(), clipped)
 
 

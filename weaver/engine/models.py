@@ -50,6 +50,13 @@ class Head:
     softcap: float | None
     """c of c·tanh(z / c): Gemma's `final_logit_softcapping`."""
 
+    @classmethod
+    def of(cls, linear: FrozenLinear | torch.nn.Linear, path: str, config: Any) -> Head:
+        """The head of a model with this transformers configuration."""
+        factor = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(linear, path, factor / divisor, getattr(config, "final_logit_softcapping", None))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> float32 [N, V], differentiable, with the adapters of the current routing."""
         return self.finish(self.linear(hidden).float())
@@ -93,7 +100,7 @@ class LoadedModel:
         path = next(name for name, m in module.named_modules() if m is linear)
         if not trainable:
             self._freeze()
-        self.head = _head(module.get_submodule(path), path=path, config=facts.config)
+        self.head = Head.of(module.get_submodule(path), path, facts.config)
         self._check()
 
     @property
@@ -282,10 +289,3 @@ def set_weights(
     """Copies `weights`, which were checked, into the parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-
-
-def _head(linear: FrozenLinear | torch.nn.Linear, *, path: str, config: Any) -> Head:
-    """The head of a model with this transformers configuration."""
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    factor = getattr(config, "logit_scale", None) or 1.0
-    return Head(linear, path, factor / divisor, getattr(config, "final_logit_softcapping", None))

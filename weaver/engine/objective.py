@@ -7,7 +7,7 @@ datums given, D of them. Loss arithmetic is float64: it costs nothing beside the
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,23 +16,38 @@ from weaver.engine import losses
 from weaver.loss_specs import weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weaver.engine.base import GradientJob
     from weaver.engine.logprobs import Scores
 
-RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro")
+RATIO_LOSSES: Mapping[str, Callable[..., losses.TokenLoss]] = {
+    "importance_sampling": losses.importance_sampling,
+    "ppo": losses.ppo,
+    "cispo": losses.cispo,
+    "gspo": losses.gspo,
+    "dro": losses.dro,
+}
+"""They take the options of the loss' spec, except those that are the same for all."""
+COMMON = ("temperature", "denominator", "entropy_coef", "kl_coef")
 MEANS = ("ratio_mean", "clip_fraction", "kl_k1", "kl_k2", "kl_k3", "entropy")
 
 
 class Objective:
     def __init__(self, job: GradientJob) -> None:
         self.job = job
-        self.config = {k: v for k, v in job.loss_fn_config.items() if k != "reduction"}
-        self.temperature = self._option("temperature", 1.0)
+        self._options = {
+            name: float(value) for name, value in job.loss_fn_config.items() if name != "reduction"
+        }
+        self.temperature = self._options["temperature"]
         self.needs_entropy = job.loss_fn in RATIO_LOSSES
-        self.entropy_coef = self._option("entropy_coef", 0.0)
-        self._weights = [_weights(job, i) for i in range(len(job.datums))]
+        self.entropy_coef = self._options.get("entropy_coef", 0.0)
+        self._weights = [
+            datum.loss_fn_inputs["surrogate_weights"].to_numpy()
+            if job.loss_fn == "surrogate"
+            else weights_of(datum)
+            for datum in job.datums
+        ]
         self.weight_sum = float(sum(float(w.sum(dtype=np.float64)) for w in self._weights))
         self._factor = self._reduction()
         self._loss_sum = 0.0
@@ -95,39 +110,18 @@ class Objective:
         given = self._input("logprobs", indices).to(lp)
         q = torch.where(counted, given, lp.detach())
         A = self._input("advantages", indices).to(lp)
-        token = self._ratio_loss(lp, q, A, counted=counted, lengths=lengths)
+        options: dict[str, Any] = {k: v for k, v in self._options.items() if k not in COMMON}
+        if self.job.loss_fn == "gspo":
+            options |= {"counted": counted, "lengths": lengths}
+        token = RATIO_LOSSES[self.job.loss_fn](lp, q, A, **options)
         estimates = losses.kl_estimates(lp, q)
-        value = token.value + self._option("kl_coef", 0.0) * estimates[2]
+        value = token.value + self._options.get("kl_coef", 0.0) * estimates[2]
         assert scores.entropy is not None
         if self.entropy_coef:
             value = value - self.entropy_coef * scores.entropy.double()
         self._observe(token, estimates, scores.entropy, counted=counted)
         value = torch.where(token.ratio.isfinite(), value, torch.nan)  # clipped, yet broken data
         return torch.where(counted, w * value, 0.0)
-
-    def _ratio_loss(
-        self,
-        lp: torch.Tensor,
-        q: torch.Tensor,
-        A: torch.Tensor,
-        *,
-        counted: torch.Tensor,
-        lengths: torch.Tensor,
-    ) -> losses.TokenLoss:
-        low, high = self._option("clip_low_threshold", 0), self._option("clip_high_threshold", 0)
-        cap = float(self.config["ratio_cap"]) if "ratio_cap" in self.config else None
-        dual = float(self.config["dual_clip"]) if "dual_clip" in self.config else None
-        match self.job.loss_fn:
-            case "importance_sampling":
-                return losses.importance_sampling(lp, q, A, ratio_cap=cap)
-            case "ppo":
-                return losses.ppo(lp, q, A, low=low, high=high, dual_clip=dual, ratio_cap=cap)
-            case "cispo":
-                return losses.cispo(lp, q, A, low=low, high=high)
-            case "gspo":
-                return losses.gspo(lp, q, A, counted=counted, lengths=lengths, low=low, high=high)
-            case _:
-                return losses.dro(lp, q, A, beta=self._option("beta", 0.05))
 
     @torch.no_grad()
     def _observe(
@@ -150,14 +144,11 @@ class Objective:
 
     def _reduction(self) -> float:
         """What the sum is multiplied by: 1/Σw, 1, or 1/denominator; 0 where Σw is 0."""
-        if "denominator" in self.config:
-            return 1 / float(self.config["denominator"])
+        if "denominator" in self._options:
+            return 1 / self._options["denominator"]
         if self.job.loss_fn_config.get("reduction") == "sum" or self.job.loss_fn == "surrogate":
             return 1.0
         return 1 / self.weight_sum if self.weight_sum else 0.0
-
-    def _option(self, name: str, default: float) -> float:
-        return float(self.config.get(name, default))
 
     def _concatenated(self, indices: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         return np.concatenate([self._weights[i] for i in indices])
@@ -165,10 +156,3 @@ class Objective:
     def _input(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         arrays = [self.job.datums[i].loss_fn_inputs[name].to_numpy() for i in indices]
         return torch.from_numpy(np.concatenate(arrays))
-
-
-def _weights(job: GradientJob, index: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    datum = job.datums[index]
-    if job.loss_fn == "surrogate":
-        return datum.loss_fn_inputs["surrogate_weights"].to_numpy()
-    return weights_of(datum)
