@@ -52,7 +52,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     record = Recorder()
     clock = SimpleNamespace(
         perf_counter=lambda: float(sum(name in ENGINE_CALLS for name, _ in record.calls)),
-        time=time.time,
+        monotonic=time.monotonic,
     )
     monkeypatch.setattr(executor, "time", clock)
     return record

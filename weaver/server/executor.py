@@ -74,8 +74,8 @@ class Executor:
         self._turns = Turns()
         self._stopped = False
         self._wake = anyio.Event()
-        self._lanes: dict[Lane, None] = {}
-        """Lanes with something at their head, the one served longest ago first."""
+        self._lanes: dict[Lane, Run | None] = {}
+        """Lanes with something at their head, the one served longest ago first, and their runs."""
         self._samples: dict[str, Ticket] = {}
         """By the engine's job id."""
         self._added: dict[str, tuple[Sample, str]] = {}
@@ -106,11 +106,11 @@ class Executor:
         self._stopped = True
         self._ledger.stop()
 
-    def enqueue(self, ticket: Ticket, lane: Lane | None) -> None:
-        """Takes in an accepted operation; one without a lane belongs to no run."""
+    def enqueue(self, ticket: Ticket, run: Run | None) -> None:
+        """Takes in an accepted operation; that of a run is in its lane already."""
         operation = ticket.submission.operation
-        if lane is not None:
-            self._lanes.setdefault(lane)
+        if run is not None:
+            self._lanes.setdefault(run.lane, run)
         elif isinstance(operation, Sample):
             held = self._held.get((ticket.session, operation.sampler_id))
             if held is not None:
@@ -122,7 +122,7 @@ class Executor:
         elif isinstance(operation, ReleaseSampler):
             self._ending.append(ticket)
         else:
-            self._lanes[Lane(None, ticket)] = None
+            self._lanes[Lane(ticket)] = None
         self._wake.set()
 
     def hold(self, session: Session, sampler_id: str, *, hold: bool) -> None:
@@ -217,37 +217,37 @@ class Executor:
         self._share.charge(side, time.perf_counter() - start)
         return True
 
-    def _heads(self) -> list[tuple[Lane, Ticket]]:
-        heads = [(lane, lane.head()) for lane in self._lanes]
-        for lane, ticket in heads:
+    def _heads(self) -> list[tuple[Run | None, Ticket]]:
+        heads = [(lane, run, lane.head()) for lane, run in self._lanes.items()]
+        for lane, _, ticket in heads:
             if ticket is None:
                 del self._lanes[lane]
-        ready = [(lane, ticket) for lane, ticket in heads if ticket is not None]
+        ready = [(run, ticket) for _, run, ticket in heads if ticket is not None]
         return sorted(ready, key=lambda head: self._turns.last(_project(head[1])))
 
-    async def _train(self, heads: list[tuple[Lane, Ticket]]) -> None:
-        chosen = plan([_head(lane, ticket) for lane, ticket in heads], self._merge_tokens)
+    async def _train(self, heads: list[tuple[Run | None, Ticket]]) -> None:
+        chosen = plan([_head(run, ticket) for run, ticket in heads], self._merge_tokens)
         batch = [heads[i] for i in chosen]
-        for lane, ticket in batch:
+        for run, ticket in batch:
             ticket.running, ticket.began_at = True, time.monotonic()
-            self._lanes[lane] = self._lanes.pop(lane)  # to the back of the queue
+            if run is not None:
+                self._lanes[run.lane] = self._lanes.pop(run.lane)  # to the back of the queue
         self._turns.serve({_project(ticket) for _, ticket in batch})
-        batch = [(lane, ticket) for lane, ticket in batch if await self._is_loaded(lane, ticket)]
+        batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch:
             return
         work = [
-            Work(lane.run, _operation(ticket), ticket.job_id, _project(ticket))
-            for lane, ticket in batch
+            Work(run, _operation(ticket), ticket.job_id, _project(ticket)) for run, ticket in batch
         ]
         results = list(await self.call(partial(self._operations.execute, work)))
         changed: list[tuple[Run, Result]] = []
-        for i, (lane, ticket) in enumerate(batch):
+        for i, (run, ticket) in enumerate(batch):
             result = results[i]
-            if lane.run is not None:
-                lane.run.executed += 1
-                ticket.number = lane.run.executed
+            if run is not None:
+                run.executed += 1
+                ticket.number = run.executed
                 if isinstance(result, (StepDone, CheckpointLoaded)):
-                    changed.append((lane.run, result))
+                    changed.append((run, result))
             if isinstance(result, ModelCreated):
                 results[i] = await self._keep(result)
             elif isinstance(result, CheckpointSaved):
@@ -260,11 +260,11 @@ class Executor:
                 if rest is not None:
                     self.beside(rest)
 
-    async def _is_loaded(self, lane: Lane, ticket: Ticket) -> bool:
+    async def _is_loaded(self, run: Run | None, ticket: Ticket) -> bool:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
-        if lane.run is None or lane.run.loaded:
+        if run is None or run.loaded:
             return True
-        failure = await self._ledger.patiently(partial(self._recovery.load, lane.run, self.call))
+        failure = await self._ledger.patiently(partial(self._recovery.load, run, self.call))
         if failure is not None:
             await self.settle((ticket, failure))
         return failure is None
@@ -339,11 +339,11 @@ def _operation(ticket: Ticket) -> Operation:
     return ticket.submission.operation
 
 
-def _head(lane: Lane, ticket: Ticket) -> Head:
+def _head(run: Run | None, ticket: Ticket) -> Head:
     operation = ticket.submission.operation
-    if lane.run is None or not isinstance(operation, ForwardBackward):
+    if run is None or not isinstance(operation, ForwardBackward):
         return Head(merge_key=None)
     return Head(
-        merge_key=lane.run.model.name if lane.run.training_mode == "lora" else None,
+        merge_key=run.model.name if run.training_mode == "lora" else None,
         num_tokens=sum(datum.model_input.length for datum in operation.datums),
     )

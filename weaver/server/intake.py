@@ -21,7 +21,7 @@ from weaver.errors import (
 )
 from weaver.protocol import ReleaseSampler, Sample
 from weaver.server.attempt import attempt_async
-from weaver.server.tenancy import Reach
+from weaver.server.reach import Reach
 from weaver.server.validation import refusal
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Submission
     from weaver.server.executor import Executor
-    from weaver.server.lanes import Lane
     from weaver.server.limits import Limits
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
@@ -85,8 +84,8 @@ class Intake:
             if error is None:
                 self.executor.enqueue(ticket, None)
         elif run.lane.add(ticket):
-            self.executor.enqueue(ticket, run.lane)
-            self._watch(run.lane, session)
+            self.executor.enqueue(ticket, run)
+            self._watch(run, session)
         else:
             error = ConflictError(
                 f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
@@ -95,32 +94,32 @@ class Intake:
         if error is not None:
             await self.executor.settle((ticket, error))
 
-    def _watch(self, lane: Lane, session: Session) -> None:
+    def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""
-        inbox = lane.inbox(session.session_id)
+        inbox = run.lane.inbox(session.session_id)
         if inbox.waiting and not inbox.watched:
             inbox.watched = True
-            self.executor.beside(partial(self._expire, lane, session))
+            self.executor.beside(partial(self._expire, run, session))
 
-    async def _expire(self, lane: Lane, session: Session) -> None:
-        inbox = lane.inbox(session.session_id)
+    async def _expire(self, run: Run, session: Session) -> None:
+        inbox = run.lane.inbox(session.session_id)
         while inbox.waiting:
             missing = inbox.next_seq
             await anyio.sleep(self.gap_timeout_s)
             if inbox.waiting and inbox.next_seq == missing:
-                await self.give_up(lane, session)
+                await self.give_up(run, session)
         inbox.watched = False
 
-    async def give_up(self, lane: Lane, session: Session) -> None:
+    async def give_up(self, run: Run, session: Session) -> None:
         """Fails what waits for an operation that never came."""
-        missing = lane.inbox(session.session_id).next_seq
-        for ticket in lane.give_up(session.session_id):
+        missing = run.lane.inbox(session.session_id).next_seq
+        for ticket in run.lane.give_up(session.session_id):
             error = OperationError(
                 f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
                 hint="Submit the operations again, counting on from the last seq.",
             )
             await self.executor.settle((ticket, error))
-            self.executor.enqueue(ticket, lane)
+            self.executor.enqueue(ticket, run)
 
     async def close(self, session_id: str) -> None:
         """Ends a session; what its runs have accepted is carried out."""
@@ -131,7 +130,7 @@ class Intake:
             if isinstance(ticket.submission.operation, Sample):
                 await self.executor.cancel(ticket)
         for run in list(self.runs.values()):
-            await self.give_up(run.lane, session)
+            await self.give_up(run, session)
             run.lane.forget(session_id)
         self.executor.release(session.unnamed_samplers)
         session.close()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from weaver.server.runs import Run
     from weaver.server.sessions import Ticket
 
 
@@ -24,12 +23,11 @@ class Inbox:
 class Lane:
     """Yields operations strictly by seq within a session, and by arrival between sessions.
 
-    A refused, cancelled or withdrawn operation takes its place and is passed over there. `run` is
-    None for the lane of a single operation that belongs to no run.
+    A refused, cancelled or withdrawn operation takes its place and is passed over there. An
+    operation that belongs to no run has a lane of its own.
     """
 
-    def __init__(self, run: Run | None, *tickets: Ticket) -> None:
-        self.run = run
+    def __init__(self, *tickets: Ticket) -> None:
         self.discard_reason: str | None = None
         """Why the accumulated gradient must not be applied."""
         self._inboxes: dict[str, Inbox] = {}

@@ -45,10 +45,7 @@ class Run:
     """Held while a snapshot goes to the disk."""
     lock: int | None = None
     """Held while this process has it loaded: a descriptor of its lock file."""
-    lane: Lane = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.lane = Lane(self)
+    lane: Lane = field(default_factory=Lane)
 
     @classmethod
     def of(cls, record: RunRecord) -> Run:

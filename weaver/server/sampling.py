@@ -27,7 +27,6 @@ from weaver.loss_specs import check_tokens
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import MANIFEST, SCHEME
-from weaver.server.tenancy import BASE
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
@@ -37,6 +36,10 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine, WeightSnapshot
     from weaver.server.checkpoints import Checkpoints
     from weaver.types import CheckpointInfo, ModelInfo
+
+
+BASE = "base:"
+"""What the id of a sampler on base weights begins with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

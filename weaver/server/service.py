@@ -29,13 +29,14 @@ from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
+from weaver.server.reach import Reach
 from weaver.server.recovery import Durability, Recovery, hold_lock, release
 from weaver.server.restart import restore
 from weaver.server.runs import Run
 from weaver.server.sampling import Samplers
 from weaver.server.sessions import Session
 from weaver.server.store import MemoryStore
-from weaver.server.tenancy import OWNER, Caller, Reach
+from weaver.server.tenancy import OWNER, Caller
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence

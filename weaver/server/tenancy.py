@@ -1,25 +1,8 @@
-"""Who asks, and what that caller can reach. Asked by `LocalService` of each operation, and by the
-view of it that a request gets.
-
-What belongs to another project is not found, word for word as what does not exist.
-"""
+"""Who asks: the rights that come with a request, and that its session and operations keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from weaver.errors import CheckpointNotFoundError, NotFoundError, RunNotFoundError
-from weaver.protocol import LoadCheckpoint, OpenSampler, ReleaseSampler, Sample
-from weaver.server.checkpoints import SCHEME
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from weaver.protocol import Operation
-    from weaver.server.sessions import Session
-
-BASE = "base:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,73 +17,3 @@ class Caller:
 
 OWNER = Caller("default", admin=True, local=True)
 """Of a service that is not shared."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """What a caller can reach of a service's runs and sessions.
-
-    `owners` has the project of each run, of deleted ones too, whose checkpoints may remain.
-    """
-
-    caller: Caller
-    owners: Mapping[str, str]
-    sessions: Mapping[str, Session]
-
-    def has_session(self, session_id: str) -> bool:
-        """A session has the rights of the caller that opened it, so it is for its equals only."""
-        session = self.sessions.get(session_id)
-        return session is not None and (self.caller.admin or session.caller == self.caller)
-
-    def lasting_session(self) -> str | None:
-        mine = (s for s in self.sessions.values() if s.lasting and s.caller == self.caller)
-        return next((session.session_id for session in mine), None)
-
-    def has_run(self, run_id: str) -> bool:
-        return self.caller.admin or self.owners.get(run_id) == self.caller.project
-
-    def check_session(self, session_id: str) -> None:
-        """Raises NotFoundError."""
-        if not self.has_session(session_id):
-            raise NotFoundError(
-                f"no session is called {session_id[:80]!r}.",
-                field="session_id",
-                hint="It was closed, or not heard of for too long; open another one.",
-            )
-
-    def check_run(self, run_id: str) -> None:
-        """Raises RunNotFoundError."""
-        if not self.has_run(run_id):
-            raise RunNotFoundError(
-                f"no run is called {run_id[:80]!r}.", field="run_id", hint="See list_runs()."
-            )
-
-    def check_path(self, path: str) -> None:
-        """Raises CheckpointNotFoundError."""
-        if self.caller.local:
-            return
-        if not path.startswith(SCHEME):
-            raise CheckpointNotFoundError(
-                f"{path[:200]!r} is not on this server.",
-                field="path",
-                hint="Folders are not opened over the network; use a weaver:// path.",
-            )
-        if not self.has_run(path.removeprefix(SCHEME).partition("/")[0]):
-            raise CheckpointNotFoundError(
-                f"{path[:200]} does not exist.", field="path", hint="See list_checkpoints()."
-            )
-
-    def check_operation(self, operation: Operation | None) -> None:
-        """Of what it names beside its run; raises NotFoundError."""
-        match operation:
-            case LoadCheckpoint(path=path) | OpenSampler(model_path=str(path)):
-                self.check_path(path)
-            case Sample(sampler_id=path) | ReleaseSampler(sampler_id=path):
-                if path.startswith(SCHEME):
-                    self.check_path(path)
-                elif not (self.caller.local or path.startswith(BASE)):
-                    raise NotFoundError(
-                        f"no sampler is called {path[:80]!r}.",
-                        field="sampler_id",
-                        hint="Open one with OpenSampler.",
-                    )

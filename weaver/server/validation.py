@@ -19,8 +19,8 @@ from weaver.server.checkpoints import SCHEME, Location
 if TYPE_CHECKING:
     from weaver.protocol import Submission
     from weaver.server.limits import Limits
+    from weaver.server.reach import Reach
     from weaver.server.runs import Run
-    from weaver.server.tenancy import Reach
 
 ORDERED = (ForwardBackward, OptimStep, SaveCheckpoint, LoadCheckpoint)
 

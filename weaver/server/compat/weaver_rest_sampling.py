@@ -18,7 +18,7 @@ from weaver.server.compat.weaver_rest_ids import find_checkpoint, sampler_of, se
 from weaver.server.compat.weaver_rest_models import tokenizer_path
 from weaver.server.compat.weaver_rest_operations import Desked, answered, resend_key
 from weaver.server.compat.weaver_rest_tensors import Body
-from weaver.server.tenancy import BASE
+from weaver.server.sampling import BASE
 from weaver.types import JsonDict, ModelInput, SamplingParams
 
 if TYPE_CHECKING:
