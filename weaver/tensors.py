@@ -101,22 +101,28 @@ class TensorData:
         return f"TensorData(dtype={self.dtype}, shape={list(self.shape)})"
 
 
-def as_token_ids(tokens: object, *, field: str = "tokens") -> tuple[int, ...]:
+def as_token_ids(tokens: object) -> tuple[int, ...]:
     """Token ids from a list, numpy array or torch tensor of shape [T].
 
     Raises:
-        InvalidDatumError: not one-dimensional, or not integers.
+        InvalidDatumError: not one-dimensional, not integers, or negative.
     """
     if isinstance(tokens, (list, tuple)) and all(type(t) is int for t in tokens):
-        return tuple(tokens)
-    array = TensorData(tokens, dtype="int64", field=field)
-    if len(array.shape) != 1:
+        ids = tuple(tokens)
+    else:
+        array = TensorData(tokens, dtype="int64", field="tokens")
+        if len(array.shape) != 1:
+            raise InvalidDatumError(
+                f"has shape {list(array.shape)}, expected one dimension of token ids.",
+                field="tokens",
+                hint="Pass one sequence, such as tokenizer.encode(text).",
+            )
+        ids = tuple(array.tolist())
+    if ids and min(ids) < 0:
         raise InvalidDatumError(
-            f"has shape {list(array.shape)}, expected one dimension of token ids.",
-            field=field,
-            hint="Pass one sequence, such as tokenizer.encode(text).",
+            f"has the negative token {min(ids)}.", field="tokens", hint="Token ids start at 0."
         )
-    return tuple(array.tolist())
+    return ids
 
 
 def _as_array(data: object, dtype: str | None, field: str) -> npt.NDArray[Any]:

@@ -57,16 +57,7 @@ class Value(BaseModel, Mapping[str, Any]):
 # --- data ---------------------------------------------------------------------------------------
 
 
-def _token_ids(tokens: object) -> tuple[int, ...]:
-    ids = as_token_ids(tokens)
-    if ids and min(ids) < 0:
-        raise InvalidDatumError(
-            f"has the negative token {min(ids)}.", field="tokens", hint="Token ids start at 0."
-        )
-    return ids
-
-
-TokenIds = Annotated[tuple[int, ...], BeforeValidator(_token_ids)]
+TokenIds = Annotated[tuple[int, ...], BeforeValidator(as_token_ids)]
 
 
 class EncodedTextChunk(Value):

@@ -74,6 +74,7 @@ class Portal:
         with ExitStack() as stack:
             self._loop = stack.enter_context(start_blocking_portal(name="weaver"))
             self._token = self._loop.call(current_token)
+            self._thread_id = self._loop.call(threading.get_ident)
             stack.enter_context(self._loop.wrap_async_context_manager(client))
             self._stack = stack.pop_all()
         self._collected = weakref.finalize(self, _close_elsewhere, self._stack)
@@ -100,6 +101,8 @@ class Portal:
     def run(self, function: Callable[[], T]) -> T:
         """Runs a plain function in the loop's thread: half the time of a task there."""
         self._check_open()
+        if threading.get_ident() == self._thread_id:  # it would wait for itself
+            raise RuntimeError("a sync client was called in its own event loop's thread.")
         return run_sync(function, token=self._token)
 
     def _check_open(self) -> None:

@@ -71,7 +71,6 @@ class Ticket(Generic[T]):
     operation: Operation | None = None
     open: bool = True
     """Neither filled nor given up: what comes behind it waits here, not at the service."""
-    sent: bool = False
     handle: OperationHandle[T] = field(init=False)
 
     def submission(self) -> Submission:
@@ -288,7 +287,6 @@ class Session:
                 self.submit(ReleaseSampler(sampler_id=self._unneeded.popleft()), RELEASED)
             batch, self._outbox = _sendable(self._outbox)
             for ticket in batch:
-                ticket.sent = True
                 if not ticket.handle.done():
                     ticket.handle.mark_sent()
                     self._sent[ticket.id] = ticket
@@ -316,7 +314,7 @@ class Session:
         self._open.discard(handle)
 
     def _cancel(self, ticket: Ticket[Any]) -> bool:
-        if ticket.sent:
+        if ticket.id in self._sent:
             self._cancels.append(ticket.id)
         else:
             ticket.open = False
