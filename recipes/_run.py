@@ -64,6 +64,10 @@ class Flags:
     def lora(self) -> LoraConfig:
         return LoraConfig(rank=self.rank, alpha=4 * self.rank)
 
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(max_tokens=self.max_tokens)
+
 
 def split_tasks(flags: Flags, own: Sequence[rl.Task]) -> tuple[list[rl.Task], list[rl.Task]]:
     """Those of `--tasks`, or the recipe's `own`: to train on, and held out.
@@ -98,11 +102,6 @@ def opened(
         yield run
 
 
-def evaluator(flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward) -> rl.Evaluate:
-    """The mean reward of one greedy reply to each task."""
-    return rl.evaluator(tasks, reward=reward, sampling=SamplingParams(max_tokens=flags.max_tokens))
-
-
 async def dry_run(
     service: AsyncServiceClient, flags: Flags, tasks: Sequence[rl.Task], reward: rl.Reward
 ) -> Mapping[str, float]:
@@ -114,8 +113,7 @@ async def dry_run(
     """
     adapter = f"LoRA of rank {flags.lora.rank}"
     sampler = await service.create_sampling_client(base_model=flags.model)
-    sampling = SamplingParams(max_tokens=flags.max_tokens)
-    found = await rl.evaluate(sampler, tasks[:TRIES], reward=reward, sampling=sampling)
+    found = await rl.evaluate(sampler, tasks[:TRIES], reward=reward, sampling=flags.sampling)
     for rollout in (rollout for group in found.groups for rollout in group.rollouts):
         if rollout.failure is not None:
             raise rl.RolloutsFailedError(rollout.failure.traceback or rollout.failure.message)

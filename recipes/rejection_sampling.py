@@ -29,7 +29,6 @@ import tyro
 import weaver_rl as rl
 from recipes import _run
 from weaver import AsyncServiceClient
-from weaver.types import SamplingParams
 from weaver_rl.tasks.words import exact, reverse_tasks
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         groups_per_step=flags.groups_per_step,
         group_size=flags.group_size,
         learning_rate=flags.learning_rate,
-        sampling=SamplingParams(max_tokens=flags.max_tokens),
+        sampling=flags.sampling,
         evaluate_every=10,
         seed=flags.seed,
     )
@@ -82,7 +81,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
                 plan,
                 keep=keep,
                 run=run,
-                evaluate=_run.evaluator(flags, held_out, exact),
+                evaluate=rl.evaluator(held_out, reward=exact, sampling=flags.sampling),
             )
         return _run.finished(run, result.metrics)
 

@@ -83,7 +83,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
                 plan,
                 held_out=tests,
                 run=run,
-                evaluate=_run.evaluator(flags, held_out, exact),
+                evaluate=rl.evaluator(held_out, reward=exact, sampling=flags.sampling),
             )
         return _run.finished(run, result.metrics)
 

@@ -21,7 +21,7 @@ from weaver_rl.rewards import checked, is_async, scorer
 from weaver_rl.types import Failure, Score, Task
 
 if TYPE_CHECKING:
-    from weaver_rl.rewards import GroupReward, Reward, Scorer
+    from weaver_rl.rewards import GroupReward, Reward
 
 Environment = Callable[[Agent, Task], Awaitable[float | Score]]
 Outcomes = list[Score | Failure]
@@ -45,7 +45,11 @@ def single_turn(
     `timeout_s` and `processes` are those of `rewards.scorer`.
     """
     score = scorer(reward, timeout_s=timeout_s, processes=processes)
-    return GroupEnvironment(partial(_ask_and_score, score), fields=("prompt",))
+
+    async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
+        return await score(task, await respond_all(agents, task["prompt"]))
+
+    return GroupEnvironment(play, fields=("prompt",))
 
 
 def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvironment:
@@ -93,10 +97,6 @@ def played_by(
     raise ConfigError(
         "give a reward or an environment.", field="reward", hint="An environment has its own."
     )
-
-
-async def _ask_and_score(score: Scorer, agents: Sequence[Agent], task: Task) -> Outcomes:
-    return await score(task, await respond_all(agents, task["prompt"]))
 
 
 async def _attempt(

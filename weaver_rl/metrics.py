@@ -7,7 +7,7 @@ meanings are listed in docs/logging.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from weaver_rl.filters import is_zero_variance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
 
     from weaver_rl.types import Group, Rollout
 
@@ -55,10 +57,7 @@ def rollout_metrics(
         metrics["reward/pass_any"] = float(np.mean(solved))
     if scored:
         rewards = np.array([rollout.reward for rollout in scored])
-        metrics["reward/mean"] = float(rewards.mean())
-        metrics["reward/std"] = float(rewards.std())
-        metrics["reward/min"] = float(rewards.min())
-        metrics["reward/max"] = float(rewards.max())
+        metrics |= _summary("reward", rewards, "mean", "std", "min", "max")
         metrics["reward/pass_rate"] = float((rewards >= PASSING).mean())
     return {**metrics, **_score_metrics(scored)}
 
@@ -87,6 +86,11 @@ def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return merged
 
 
+def _summary(group: str, values: npt.NDArray[Any], *statistics: str) -> dict[str, float]:
+    """`{"reward/mean": 0.5, "reward/std": 0.1}`: methods of the array, each under its name."""
+    return {f"{group}/{name}": float(getattr(values, name)()) for name in statistics}
+
+
 def _shape_metrics(rollouts: Sequence[Rollout], seconds: float | None) -> dict[str, float]:
     lengths = np.array([rollout.trajectory.num_sampled for rollout in rollouts])
     truncated = [rollout.trajectory.stop_reason == "length" for rollout in rollouts]
@@ -94,9 +98,7 @@ def _shape_metrics(rollouts: Sequence[Rollout], seconds: float | None) -> dict[s
         "rollout/truncated_fraction": float(np.mean(truncated)),
         "rollout/turns_mean": float(np.mean([r.trajectory.turns for r in rollouts])),
         "tokens/sampled": float(lengths.sum()),
-        "tokens/mean": float(lengths.mean()),
-        "tokens/min": float(lengths.min()),
-        "tokens/max": float(lengths.max()),
+        **_summary("tokens", lengths, "mean", "min", "max"),
     }
     if seconds:
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
@@ -118,11 +120,8 @@ def _token_metrics(rollouts: Sequence[Rollout], weights_version: int) -> dict[st
     if not len(sampled):
         return {}
     ages = weights_version - sampled[:, 0]
-    return {
-        "policy/surprise": float(-sampled[:, 1].mean()),
-        "staleness/mean": float(ages.mean()),
-        "staleness/max": float(ages.max()),
-    }
+    surprise = {"policy/surprise": float(-sampled[:, 1].mean())}
+    return surprise | _summary("staleness", ages, "mean", "max")
 
 
 def _score_metrics(scored: Sequence[Rollout]) -> dict[str, float]:

@@ -102,30 +102,6 @@ class Objective:
         """Whether a step begins with a forward pass that takes the place of q."""
         return self.correction in ("token", "sequence", "none")
 
-    def loss_fn_config(self, *, temperature: float, denominator: float) -> dict[str, float | str]:
-        """What goes to `forward_backward`."""
-        return {**self.config, "temperature": temperature, "denominator": denominator}
-
-
-def as_objective(choice: str | Objective) -> Objective:
-    """A name stands for that loss with its default options."""
-    return choice if isinstance(choice, Objective) else Objective(loss_fn=choice)
-
-
-def named_correction(objective: Objective, *, max_staleness: int) -> Objective:
-    """The objective, if it may be used with samples of `max_staleness` steps ago.
-
-    Raises:
-        ConfigError: asynchronous, and no correction is named.
-    """
-    if max_staleness > 0 and objective.correction is None:
-        raise ConfigError(
-            f"max_staleness is {max_staleness}, and no correction for older weights is named.",
-            field="objective.correction",
-            hint='Use Objective(loss_fn="ppo", correction="ratio"), "token", "sequence" or "none".',
-        )
-    return objective
-
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:

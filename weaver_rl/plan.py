@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weaver.errors import ConfigError
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
-from weaver_rl.objectives import Objective, as_objective, named_correction
+from weaver_rl.objectives import Objective
 from weaver_rl.rewards import name_of
 
 if TYPE_CHECKING:
@@ -104,11 +104,21 @@ class Plan(Steps):
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )
         advantage_fn(self.advantage)
-        named_correction(self.loss, max_staleness=self.max_staleness)
+        loss = self.loss  # refuses what is no objective
+        if self.max_staleness > 0 and loss.correction is None:
+            raise ConfigError(
+                f"max_staleness is {self.max_staleness}, "
+                "and no correction for older weights is named.",
+                field="objective.correction",
+                hint='Use Objective(loss_fn="ppo", correction="ratio"), '
+                '"token", "sequence" or "none".',
+            )
 
     @property
     def loss(self) -> Objective:
-        return as_objective(self.objective)
+        """A name stands for that loss with its default options."""
+        given = self.objective
+        return given if isinstance(given, Objective) else Objective(loss_fn=given)
 
     def as_config(self) -> dict[str, Any]:
         values = Steps.as_config(self)

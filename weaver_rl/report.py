@@ -162,29 +162,12 @@ def _rollout(record: Row) -> Row:
 
 
 def _segment(segment: Row) -> Row:
-    end, drawn = MAX_TOKENS, segment["sampling_logprobs"]
-    sampled = [bool(mask) for mask in segment["mask"][:end]]
-    short = {
-        "ids": segment["tokens"][:end],
-        "text": segment["pieces"][:end],
-        "mask": segment["mask"][:end],
-        "logprob": [_figures(x, 4) for x in segment["logprobs"][:end]],
-        "version": _common(segment["versions"][:end], sampled),
-        "left_out": max(0, len(segment["tokens"]) - end),
-    }
-    if drawn != segment["logprobs"]:
-        short["drawn"] = [_figures(x, 4) for x in drawn[:end]]
-    if "gaps" in segment:
-        short["gap"] = [_figures(x, 2) for x in segment["gaps"][:end]]
-        short["advantage"] = _common(segment["advantages"][:end], sampled)
-    return short
+    """As the transcript has it, cut to what the page shows; a list that repeats another goes."""
+    cut = {name: values[:MAX_TOKENS] for name, values in segment.items()}
+    if cut["sampling_logprobs"] == cut["logprobs"]:
+        del cut["sampling_logprobs"]
+    return cut | {"left_out": max(0, len(segment["tokens"]) - MAX_TOKENS)}
 
 
-def _common(values: list[Any], sampled: Sequence[bool]) -> Any:
-    """The one value of all sampled tokens, or the list where they differ."""
-    found = {value for value, one in zip(values, sampled, strict=True) if one}
-    return found.pop() if len(found) == 1 else values
-
-
-def _figures(value: float | None, digits: int = 6) -> float | None:
-    return None if value is None else float(f"{value:.{digits}g}")
+def _figures(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

@@ -11,21 +11,17 @@ from weaver_rl.objectives import (
     LOSSES,
     Behaviour,
     Objective,
-    as_objective,
     behaviour,
-    named_correction,
 )
+from weaver_rl.plan import Plan
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_name_is_a_loss_of_the_engine(name: str) -> None:
-    objective = as_objective(name)
+    objective = Plan(steps=1, objective=name).loss
     assert name in LOSS_SPECS
-    assert as_objective(objective) is objective
-    assert objective.loss_fn_config(temperature=0.5, denominator=3.0) == {
-        "temperature": 0.5,
-        "denominator": 3.0,
-    }
+    assert objective == Objective(loss_fn=name)
+    assert Plan(steps=1, objective=objective).loss is objective
 
 
 @pytest.mark.parametrize(
@@ -51,12 +47,12 @@ def test_options_belong_to_their_loss() -> None:
 
 
 def test_staleness_wants_a_named_correction() -> None:
-    assert named_correction(Objective(), max_staleness=0).correction is None
+    assert Plan(steps=1).loss.correction is None
     with pytest.raises(ConfigError, match="no correction"):
-        named_correction(Objective(), max_staleness=1)
+        Plan(steps=1, max_staleness=1)
     for name in ("ratio", "token", "sequence", "none"):
         objective = Objective(correction=name)  # type: ignore[arg-type]
-        assert named_correction(objective, max_staleness=8) is objective
+        assert Plan(steps=1, objective=objective, max_staleness=8).loss is objective
 
 
 @pytest.mark.parametrize(

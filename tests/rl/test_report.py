@@ -97,10 +97,10 @@ def test_the_run_is_in_the_page(tmp_path: Path) -> None:
     best = groups[2]["rollouts"][0]
     assert (best["reward"], best["advantage"]) == (1.0, 0.5)
     segment = best["segments"][0]
-    assert segment["text"] == ["b", "c", EVIL, "e"]
-    assert (segment["advantage"], segment["version"]) == (0.5, 0)
-    assert segment["gap"] == [0, 0, 0.001, 0.001]
-    assert segment["drawn"] != segment["logprob"]
+    assert segment["pieces"] == ["b", "c", EVIL, "e"]
+    assert (segment["advantages"], segment["versions"]) == ([0, 0, 0.5, 0.5], [-1, -1, 0, 0])
+    assert segment["gaps"] == [0, 0, 0.001, 0.001]
+    assert segment["sampling_logprobs"] != segment["logprobs"]
 
 
 def test_what_a_model_wrote_cannot_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -50,8 +50,7 @@ class Stepped:
     """Optimizer steps of the run, now."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Submitted:
+class _Submitted(NamedTuple):
     indices: list[int]
     gradient: OperationHandle[ForwardBackwardResult]
     kl_gradient: OperationHandle[ForwardBackwardResult] | None
@@ -81,12 +80,8 @@ async def policy_step(
     advantages_P_G = advantage_fn(plan.advantage)(*reward_matrix(list(groups)))
     batch = datums.examples(groups, advantages_P_G, behaviour=acted, aggregate=objective.aggregate)
     if not batch:  # every group was dropped, or nothing was sampled
-        return Stepped(
-            metrics={"train/skipped": 1.0},
-            advantages_P_G=advantages_P_G,
-            trained=(),
-            version=version,
-        )
+        metrics = {"train/skipped": 1.0}
+        return Stepped(metrics=metrics, advantages_P_G=advantages_P_G, trained=(), version=version)
     references = await _reference_logprobs(batch, reference) if objective.needs_reference else []
     if objective.kl_reward:
         batch = [
@@ -140,6 +135,7 @@ def _submit(
     step: int,
 ) -> list[_Submitted]:
     objective, acted = plan.loss, behaviour(plan.sampling)
+    given = {**objective.config, "temperature": acted.temperature}
     adam = plan.adam_params(step)
     submitted = []
     for number in range(plan.passes):
@@ -151,9 +147,7 @@ def _submit(
             gradient = trainer.forward_backward(
                 [datums.to_datum(example, objective.loss_fn) for example in part],
                 objective.loss_fn,
-                loss_fn_config=objective.loss_fn_config(
-                    temperature=acted.temperature, denominator=total
-                ),
+                loss_fn_config=given | {"denominator": total},
             )
             kl_gradient = None
             if objective.kl_loss:
@@ -162,14 +156,7 @@ def _submit(
                     "dro",
                     loss_fn_config={"beta": objective.kl_loss, "denominator": total},
                 )
-            submitted.append(
-                _Submitted(
-                    indices=indices,
-                    gradient=gradient,
-                    kl_gradient=kl_gradient,
-                    step=trainer.optim_step(adam),
-                )
-            )
+            submitted.append(_Submitted(indices, gradient, kl_gradient, trainer.optim_step(adam)))
     return submitted
 
 

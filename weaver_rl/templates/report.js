@@ -166,13 +166,12 @@ move(state.index);
 
 // --- samples -----------------------------------------------------------------------------------
 
-// A list over tokens, or one number for all that were sampled; undefined where it is not known.
-const each = (list, i) => Array.isArray(list) ? list[i] : list;
+// Values of a token; gaps and advantages are undefined where it was not trained on.
 const COLOURS = {
-  gap: { label: "log-probability gap", low: "1e-7", high: "1e-3 nats and more", of: (s, i) => each(s.gap, i), alpha: (v) => v ? Math.min(1, Math.max(0, (Math.log10(Math.abs(v)) + 7) / 4)) : 0 },
-  advantage: { label: "advantage", signed: true, of: (s, i) => each(s.advantage, i), alpha: (v, top) => v ? 0.2 + 0.8 * Math.abs(v) / top : 0 },
-  surprise: { label: "surprise (−log-probability)", low: "0", high: "4 nats and more", of: (s, i) => -s.logprob[i], alpha: (v) => Math.min(1, v / 4) },
-  version: { label: "version of the weights", low: "older", high: "newest", of: (s, i) => each(s.version, i), alpha: (v, top, bottom) => top === bottom ? 0.25 : (v - bottom) / (top - bottom) },
+  gap: { label: "log-probability gap", low: "1e-7", high: "1e-3 nats and more", of: (s, i) => s.gaps?.[i], alpha: (v) => v ? Math.min(1, Math.max(0, (Math.log10(Math.abs(v)) + 7) / 4)) : 0 },
+  advantage: { label: "advantage", signed: true, of: (s, i) => s.advantages?.[i], alpha: (v, top) => v ? 0.2 + 0.8 * Math.abs(v) / top : 0 },
+  surprise: { label: "surprise (−log-probability)", low: "0", high: "4 nats and more", of: (s, i) => -s.logprobs[i], alpha: (v) => Math.min(1, v / 4) },
+  version: { label: "version of the weights", low: "older", high: "newest", of: (s, i) => s.versions[i], alpha: (v, top, bottom) => top === bottom ? 0.25 : (v - bottom) / (top - bottom) },
 };
 const sampleSteps = Object.keys(D.samples).map(Number).sort((a, b) => a - b);
 let step = sampleSteps.at(-1);
@@ -210,7 +209,7 @@ function drawGroup(group, colour, top, bottom) {
   const node = el("div", { class: "group" }, title, task);
   const equal = new Map(); // replies of the same tokens and reward are shown once
   for (const one of group.rollouts) {
-    const key = JSON.stringify([one.segments.map((s) => s.ids), one.reward, one.advantage, one.failure]);
+    const key = JSON.stringify([one.segments.map((s) => s.tokens), one.reward, one.advantage, one.failure]);
     equal.set(key, [...(equal.get(key) ?? []), one]);
   }
   for (const [rollout, ...others] of equal.values()) {
@@ -229,8 +228,8 @@ function drawGroup(group, colour, top, bottom) {
 }
 
 function drawTokens(segment, colour, top, bottom) {
-  const box = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens: " + segment.text.join("") });
-  segment.text.forEach((text, i) => {
+  const box = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens: " + segment.pieces.join("") });
+  segment.pieces.forEach((text, i) => {
     const token = el("span", { class: segment.mask[i] ? "t" : "t read" });
     for (const part of text.split(/(\n)/)) if (part === "\n") token.append(el("i", {}, "⏎"), "\n"); else if (part) token.append(part);
     if (!text) token.append(el("i", {}, "·"));
@@ -245,7 +244,7 @@ function drawTokens(segment, colour, top, bottom) {
   let at = -1;
   const choose = (i) => {
     box.querySelector(".on")?.classList.remove("on");
-    at = Math.min(segment.text.length - 1, Math.max(0, i));
+    at = Math.min(segment.pieces.length - 1, Math.max(0, i));
     box.children[at].classList.add("on");
     describe(segment, at);
   };
@@ -259,13 +258,13 @@ function drawTokens(segment, colour, top, bottom) {
 }
 
 function describe(segment, i) {
-  const facts = ["token " + segment.ids[i]];
+  const facts = ["token " + segment.tokens[i]];
   if (segment.mask[i]) {
-    facts.push("log-probability " + number(segment.logprob[i]), "when drawn " + number((segment.drawn ?? segment.logprob)[i]));
-    if (segment.gap !== undefined) facts.push("gap " + number(each(segment.gap, i)), "advantage " + number(each(segment.advantage, i)));
-    facts.push("weights of optimizer step " + each(segment.version, i));
+    facts.push("log-probability " + number(segment.logprobs[i]), "when drawn " + number((segment.sampling_logprobs ?? segment.logprobs)[i]));
+    if (segment.gaps) facts.push("gap " + number(segment.gaps[i]), "advantage " + number(segment.advantages[i]));
+    facts.push("weights of optimizer step " + segment.versions[i]);
   } else facts.push("read, not sampled");
-  $("detail").replaceChildren(el("code", {}, JSON.stringify(segment.text[i])), "  " + facts.join(" · "));
+  $("detail").replaceChildren(el("code", {}, JSON.stringify(segment.pieces[i])), "  " + facts.join(" · "));
 }
 
 function go(where) { step = sampleSteps[Math.min(sampleSteps.length - 1, Math.max(0, where))]; drawSamples(); }
