@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.drafts import Draft
 from weaver.engine.kv_cache import CachedRow
 from weaver.engine.sampling import stream_keys
-from weaver.engine.stops import Continuation
 from weaver.errors import ContextLengthError, NonFiniteError
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 
@@ -63,7 +63,6 @@ class RunningJob:
         self.error: WeaverError | None = None
         self._sequences: dict[int, SampledSequence] = {}
         self._tokenizer = weights.model.facts.tokenizer if job.num_samples else None
-        self._stop_token_ids = weights.model.eos_token_ids | set(job.params.stop_token_ids)
         seed = job.params.seed
         self._keys = stream_keys(
             secrets.randbits(63) if seed is None else seed, job.num_samples
@@ -104,34 +103,15 @@ class RunningJob:
     def take(self, row: Row, token: int, *, logprob: float, sampling_logprob: float) -> None:
         """Adds a drawn token to a row, which may end it, or fail the job."""
         if not (math.isfinite(logprob) and math.isfinite(sampling_logprob)):
-            self.error = _not_finite(f"at sample {row.index}, token {len(row.logprobs)}")
+            at = f"at sample {row.draft.index}, token {len(row.draft.logprobs)}"
+            self.error = _not_finite(at)
             return
-        continuation = row.continuation
-        text = continuation.push(token)
-        row.logprobs.append(logprob)
-        row.sampling_logprobs.append(sampling_logprob)
+        self.deltas += row.draft.take(token, logprob=logprob, sampling_logprob=sampling_logprob)
         if row.seen is not None:
             row.seen[token] = True
-        if self.job.stream:
-            self.deltas.append(
-                SampleDelta(
-                    index=row.index,
-                    tokens=(token,),
-                    text=text,
-                    logprobs=(logprob,),
-                    stop_reason=continuation.stop_reason,
-                )
-            )
-        if continuation.stop_reason is not None:
+        if row.draft.ended:
             self.running -= 1
-            self._sequences[row.index] = SampledSequence(
-                tokens=tuple(continuation.tokens),
-                text=continuation.text,
-                logprobs=tuple(row.logprobs),
-                sampling_logprobs=tuple(row.sampling_logprobs),
-                stop_reason=continuation.stop_reason,
-                weights_version=self.weights.version,
-            )
+            self._sequences[row.draft.index] = row.draft.sequence(version=self.weights.version)
 
     def result(self) -> SampleResult:
         """Once it is done."""
@@ -149,14 +129,9 @@ class RunningJob:
         if self.job.params.repetition_penalty != 1:
             seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
             seen[self.prompt] = True
-        continuation = Continuation(
-            self._tokenizer,
-            length=self.length,
-            stop=self.job.params.stop,
-            stop_token_ids=self._stop_token_ids,
-            stream=self.job.stream,
-        )
-        return Row(self, index, self._keys[index], continuation, seen)
+        ends = self.weights.model.eos_token_ids
+        draft = Draft.of(self.job, index, tokenizer=self._tokenizer, length=self.length, ends=ends)
+        return Row(self, draft, self._keys[index], seen)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,18 +139,11 @@ class Row(CachedRow):
     """One sample while it runs; it has a place in the cache from its first token on."""
 
     job: RunningJob
-    index: int
+    draft: Draft
     key: int
     """Of its stream of random numbers."""
-    continuation: Continuation
     seen: torch.Tensor | None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def ended(self) -> bool:
-        return self.continuation.stop_reason is not None
 
 
 def _not_finite(where: str) -> NonFiniteError:

@@ -202,7 +202,7 @@ class TorchSampler:
             logits = torch.cat([_logits(row.job) for row in rows])
             _draw(rows, logits, _row_params(rows, model))
             for job in dict.fromkeys(row.job for row in rows):
-                self._keep(job, [row for row in rows if row.job is job and not row.ended])
+                self._keep(job, [row for row in rows if row.job is job and not row.draft.ended])
                 self._admission.settle(job)
                 if not job.pending:
                     job.cache = job.logits = None
@@ -224,9 +224,9 @@ class TorchSampler:
         self._store.use_threads(group.model)
         rows = group.rows
         _draw(rows, group.forward(), group.params)
-        for job in dict.fromkeys(row.job for row in rows if row.ended):
+        for job in dict.fromkeys(row.job for row in rows if row.draft.ended):
             self._admission.settle(job)
-        group.remove([row for row in rows if row.ended])
+        group.remove([row for row in rows if row.draft.ended])
         del self._groups[key]
         if group.rows:
             self._groups[key] = group
@@ -286,7 +286,7 @@ class _Group:
         cache = self._cache.decode(self.rows)
         hidden = model.hidden_states(
             pack(
-                [row.continuation.tokens[-1:] for row in self.rows],
+                [row.draft.continuation.tokens[-1:] for row in self.rows],
                 adapters=adapters,
                 device=model.device,
                 starts=[row.length for row in self.rows],
@@ -300,7 +300,7 @@ class _Group:
 def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
     """Draws each row's next token from logits [B, V]; rows may end."""
     keys = np.array([row.key for row in rows], dtype=np.uint64)
-    positions = np.array([len(row.logprobs) for row in rows], dtype=np.uint64)
+    positions = np.array([len(row.draft.logprobs) for row in rows], dtype=np.uint64)
     seen = [s for i in params.penalised_rows.tolist() if (s := rows[i].seen) is not None]
     draws = sample(
         logits,

@@ -39,9 +39,13 @@ BASE = _base_weights()
 
 
 def logits(weights: Floats, tokens: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Logits [T, V] of what follows each of `tokens` [T], and the distances [T, V] they use."""
+    """Logits [T, V] of what follows each of `tokens` [T], and the distances [T, V] they use.
+
+    `weights` are [2, V], or [T, 2, V] for tokens with weights of their own.
+    """
     distances = (np.arange(VOCAB)[None, :] - tokens[:, None]) % VOCAB
-    return weights[0][None, :] + weights[1][distances], distances
+    by_distance = np.broadcast_to(weights[..., 1, :], distances.shape)
+    return weights[..., 0, :] + np.take_along_axis(by_distance, distances, axis=1), distances
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -13,6 +13,7 @@ import numpy as np
 
 from weaver.engine.admission import in_turn
 from weaver.engine.base import SampleProgress
+from weaver.engine.drafts import Draft
 from weaver.engine.fake.model import (
     BASE,
     EOS,
@@ -23,8 +24,7 @@ from weaver.engine.fake.model import (
     logits,
     read_weights,
 )
-from weaver.engine.stops import Continuation
-from weaver.types import SampleDelta, SampledSequence, SampleResult
+from weaver.types import SampleDelta, SampleResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,54 +35,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence on its way: sample `index` of a job."""
-
-    job: SampleJob
-    weights: Floats
-    index: int
-    rng: random.Random
-    continuation: Continuation
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    delta: SampleDelta | None = None
-    """Of the newest token."""
-
-    def push(self, token: int, logprob: float, sampling_logprob: float) -> None:
-        text = self.continuation.push(token)
-        self.logprobs.append(logprob)
-        self.sampling_logprobs.append(sampling_logprob)
-        if self.job.stream:
-            self.delta = SampleDelta(
-                index=self.index,
-                tokens=(token,),
-                text=text,
-                logprobs=(logprob,),
-                stop_reason=self.continuation.stop_reason,
-            )
-
-    @property
-    def ended(self) -> bool:
-        return self.continuation.stop_reason is not None
-
-    def sequence(self, version: int) -> SampledSequence:
-        assert self.continuation.stop_reason is not None
-        return SampledSequence(
-            tokens=tuple(self.continuation.tokens),
-            text=self.continuation.text,
-            logprobs=tuple(self.logprobs),
-            sampling_logprobs=tuple(self.sampling_logprobs),
-            stop_reason=self.continuation.stop_reason,
-            weights_version=version,
-        )
-
-
-@dataclass(slots=True, eq=False)
 class _Job:
     job: SampleJob
     weights: Floats
     version: int
-    rows: list[_Row]
+    rows: list[_Row] = field(default_factory=list)
+    deltas: list[SampleDelta] = field(default_factory=list)
+
+    def result(self) -> SampleResult | None:
+        """Once all of its samples have ended."""
+        if not all(row.draft.ended for row in self.rows):
+            return None
+        return SampleResult(
+            sequences=tuple(row.draft.sequence(version=self.version) for row in self.rows),
+            prompt_tokens=tuple(self.job.prompt),
+            prompt_logprobs=self._scores() if self.job.include_prompt_logprobs else None,
+        )
+
+    def _scores(self) -> tuple[float | None, ...]:
+        prompt = np.array(self.job.prompt)
+        lp = log_softmax(logits(self.weights, prompt)[0])
+        return (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    job: _Job
+    draft: Draft
+    rng: random.Random
+
+    @property
+    def last(self) -> int:
+        """The token that the next one follows."""
+        return (*self.job.job.prompt[-1:], *self.draft.continuation.tokens[-1:])[-1]
 
 
 class FakeSampler:
@@ -93,7 +78,6 @@ class FakeSampler:
         self._slots = slots
         self._weights: dict[str, tuple[Floats, int]] = {}
         self._jobs: dict[str, _Job] = {}
-        self._rows: list[_Row] = []
         self._count = 0
 
     def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
@@ -120,18 +104,20 @@ class FakeSampler:
         with self._engine.call("add", job):
             self._count += 1
             seed = self._count if job.params.seed is None else job.params.seed
-            weights, version = self._weights[job.weights_id]
-            rows = [
-                _Row(job, weights, i, random.Random(f"{seed}/{i}"), _continuation(job))
-                for i in range(job.num_samples)
-            ]
-            self._jobs[job.job_id] = _Job(job, weights, version, rows)
-            self._rows += rows
+            mine = self._jobs[job.job_id] = _Job(job, *self._weights[job.weights_id])
+            for i in range(job.num_samples):
+                draft = Draft.of(
+                    job,
+                    i,
+                    tokenizer=ByteTokenizer(),
+                    length=job.params.max_tokens,
+                    ends=frozenset({EOS}),
+                )
+                mine.rows.append(_Row(mine, draft, random.Random(f"{seed}/{i}")))
 
     def cancel(self, job_id: str) -> None:
         with self._engine.call("cancel", job_id):
             self._jobs.pop(job_id, None)
-            self._rows = [row for row in self._rows if row.job.job_id != job_id]
 
     @property
     def busy(self) -> bool:
@@ -139,47 +125,26 @@ class FakeSampler:
 
     def step(self) -> Sequence[SampleProgress]:
         with self._engine.call("step", None):
-            running = in_turn(self._rows, lambda row: row.job.tenant)[: self._slots]
-            by_weights: dict[int, list[_Row]] = {}
-            for row in running:
-                by_weights.setdefault(id(row.weights), []).append(row)
-            for rows in by_weights.values():
-                _draw(rows)
-            self._rows = [row for row in self._rows if not row.ended]
-            deltas: dict[str, list[SampleDelta]] = {}
-            for row in running:
-                if row.delta is not None:
-                    deltas.setdefault(row.job.job_id, []).append(row.delta)
-            results = {
-                job_id: _result(job)
-                for job_id, job in self._jobs.items()
-                if all(row.ended for row in job.rows)
-            }
-            for job_id in results:
-                del self._jobs[job_id]
-            return [
-                SampleProgress(
-                    job_id=job_id, deltas=deltas.get(job_id, ()), result=results.get(job_id)
-                )
-                for job_id in {**deltas, **results}
-            ]
+            rows = [row for job in self._jobs.values() for row in job.rows if not row.draft.ended]
+            running = in_turn(rows, lambda row: row.job.job.tenant)[: self._slots]
+            if running:
+                _draw(running)
+            progress = []
+            for job_id, job in list(self._jobs.items()):
+                deltas, job.deltas = job.deltas, []
+                result = job.result()
+                if result is not None:
+                    del self._jobs[job_id]
+                if deltas or result is not None:
+                    progress.append(SampleProgress(job_id=job_id, deltas=deltas, result=result))
+            return progress
 
 
-def _continuation(job: SampleJob) -> Continuation:
-    return Continuation(
-        ByteTokenizer(),
-        length=job.params.max_tokens,
-        stop=job.params.stop,
-        stop_token_ids=frozenset({EOS, *job.params.stop_token_ids}),
-        stream=job.stream,
-    )
-
-
-def _draw(rows: list[_Row]) -> None:
-    """The next token of rows [B] that share their weights, by the inverse of the distribution."""
-    last = np.array([(*row.job.prompt[-1:], *row.continuation.tokens[-1:])[-1] for row in rows])
-    row_logits, _ = logits(rows[0].weights, last)
-    temperatures = np.array([row.job.params.temperature for row in rows])
+def _draw(rows: Sequence[_Row]) -> None:
+    """The next token of rows [B], by the inverse of the distribution."""
+    weights = np.stack([row.job.weights for row in rows])
+    row_logits, _ = logits(weights, np.array([row.last for row in rows]))
+    temperatures = np.array([row.job.job.params.temperature for row in rows])
     greedy = temperatures == 0
     policy = log_softmax(row_logits)
     drawn_from = log_softmax(row_logits / np.where(greedy, 1.0, temperatures)[:, None])
@@ -191,17 +156,4 @@ def _draw(rows: list[_Row]) -> None:
     for row, token, lp, sampled_lp in zip(
         rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), strict=True
     ):
-        row.push(token, lp, sampled_lp)
-
-
-def _result(job: _Job) -> SampleResult:
-    scores: tuple[float | None, ...] | None = None
-    if job.job.include_prompt_logprobs:
-        prompt = np.array(job.job.prompt)
-        lp = log_softmax(logits(job.weights, prompt)[0])
-        scores = (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
-    return SampleResult(
-        sequences=tuple(row.sequence(job.version) for row in job.rows),
-        prompt_tokens=tuple(job.job.prompt),
-        prompt_logprobs=scores,
-    )
+        row.job.deltas += row.draft.take(token, logprob=lp, sampling_logprob=sampled_lp)
