@@ -109,8 +109,10 @@ class WeaverError(Exception):
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
-        todo = f" {self.hint}" if self.hint else ""
-        return f"{where}{self.message}{todo}"
+        if not self.hint:
+            return f"{where}{self.message}"
+        ended = self.message.endswith((".", "!", "?"))
+        return f"{where}{self.message}{'' if ended else '.'} {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:
         return (partial(type(self), field=self.field, hint=self.hint), (self.message,))

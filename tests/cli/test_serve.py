@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -31,7 +32,6 @@ from weaver.server.http.run import ServerSettings, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,41 @@ def test_the_engine_is_closed_however_the_server_ends(
         ({"host": "0.0.0.0", "auth": False}, "keys are off"),
         ({"host": "203.0.113.1"}, "cannot listen on 203.0.113.1"),
         ({"host": "no.such.host.invalid"}, "cannot listen"),
+        ({"host": ""}, "host: is empty"),  # would be every address of the machine
+        ({"home": Path("/proc/nowhere")}, r"home: /proc/nowhere cannot be written to.*--home"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(
     home: Path, settings: dict[str, object], message: str
 ) -> None:
-    chosen = ServerSettings(home=home, port=0, **settings)  # type: ignore[arg-type]
+    chosen = ServerSettings(**{"home": home, "port": 0, **settings})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
         asyncio.run(run_server(FakeEngine(), chosen, started=lambda running: running.stop()))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "port=65536",
+        "port=-1",
+        "threads=-1",
+        "snapshot-every=-1",
+        "snapshot-every=nan",
+        "snapshot-every-steps=0",
+        "idle-run-seconds=nan",
+        "session-timeout=119",
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused(option: str, home: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", f"--{option}", "--host=", f"--home={home}"])
+    assert result.exit_code == 2 and f"--{option.partition('=')[0]}" in result.output
+
+
+@pytest.mark.parametrize("name", ["with space", "a?b=c#d", "100%41", "naïve-家"])
+def test_any_folder_can_be_a_home(name: str, home: Path) -> None:
+    chosen = ServerSettings(home=home / name, port=0)
+    asyncio.run(run_server(FakeEngine(), chosen, started=lambda running: running.stop()))
+    assert (home / name / "server.db").stat().st_size > 0
 
 
 def test_a_taken_port_is_named(home: Path) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from weaver.server.http.run import Running, ServerSettings
 
 
-def _option(variable: str, help: str, *, least: int | None = None) -> Any:
-    return typer.Option(envvar=f"WEAVER_{variable}", help=help, min=least)
+def _option(variable: str, help: str, *, least: int | None = None, most: int | None = None) -> Any:
+    return typer.Option(envvar=f"WEAVER_{variable}", help=help, min=least, max=most)
 
 
 def _read_config(context: typer.Context, path: str | None) -> str | None:
@@ -41,7 +41,7 @@ Config = Annotated[
     ),
 ]
 Host = Annotated[str, _option("HOST", "To listen on.")]
-Port = Annotated[int, _option("PORT", "0 takes a free one.")]
+Port = Annotated[int, _option("PORT", "0 takes a free one.", least=0, most=2**16 - 1)]
 Models = Annotated[
     list[str] | None,
     _option("MODEL", "[NAME=]FOLDER_OR_HUB_ID to serve beside weaver-nano; may be repeated."),
@@ -52,11 +52,15 @@ DatabaseUrl = Annotated[
 ]
 Dtype = Annotated[str, _option("DTYPE", "Of base weights.")]
 Device = Annotated[str, _option("DEVICE", "cpu or cuda.")]
-Threads = Annotated[int, _option("THREADS", "0: by size.")]
+Threads = Annotated[int, _option("THREADS", "0: by size.", least=0)]
 Deterministic = Annotated[bool, _option("DETERMINISTIC", "No result depends on what else runs.")]
-SnapshotEvery = Annotated[float, _option("SNAPSHOT_EVERY", "Seconds, at least, of a run.")]
-SnapshotSteps = Annotated[int, _option("SNAPSHOT_EVERY_STEPS", "Steps, at least, of a run.")]
-IdleSeconds = Annotated[float, _option("IDLE_RUN_SECONDS", "After which a run leaves memory.")]
+SnapshotEvery = Annotated[float, _option("SNAPSHOT_EVERY", "Seconds, at least, of a run.", least=0)]
+SnapshotSteps = Annotated[
+    int, _option("SNAPSHOT_EVERY_STEPS", "Steps, at least, of a run.", least=1)
+]
+IdleSeconds = Annotated[
+    float, _option("IDLE_RUN_SECONDS", "After which a run leaves memory.", least=0)
+]
 SessionTimeout = Annotated[
     float, _option("SESSION_TIMEOUT", "Seconds until a silent client is gone.", least=120)
 ]

@@ -111,15 +111,13 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
     Raises:
         ConfigError: it cannot be reached, or a newer version of this program has used it.
     """
+    own = None if url else sa.URL.create("sqlite", database=str(_own_file(home, file)))
     try:
-        if url is None:
-            home.mkdir(parents=True, exist_ok=True)
-            path = home / file
-            path.touch(mode=0o600)
-            url = f"sqlite:///{path}"
-        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-        afar = {} if url.startswith("sqlite") else {"connect_timeout": CONNECT_S}
-        engine = sa.create_engine(url, pool_pre_ping=bool(afar), connect_args=afar)
+        address = own or sa.make_url(
+            (url or "").replace("postgresql://", "postgresql+psycopg://", 1)
+        )
+        afar = {} if address.drivername.startswith("sqlite") else {"connect_timeout": CONNECT_S}
+        engine = sa.create_engine(address, pool_pre_ping=bool(afar), connect_args=afar)
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:
@@ -131,6 +129,19 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
             hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None
     return engine
+
+
+def _own_file(home: Path, file: str) -> Path:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / file).touch(mode=0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{home} cannot be written to: {error.strerror}.",
+            field="home",
+            hint="Choose a folder of yours with --home or WEAVER_HOME.",
+        ) from None
+    return home / file
 
 
 def upgrade(connection: sa.Connection) -> None:

@@ -12,7 +12,7 @@ from tests.contracts.caller import BAD_GRADIENT, GRADIENT, Caller
 from tests.server.http.helpers import running
 from weaver import wire
 from weaver.server.http.front import MEDIA_TYPE
-from weaver.server.http.logs import JsonFormatter, _add_request_id
+from weaver.server.http.logs import TEXT, JsonFormatter, TextFormatter, _add_request_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,3 +50,16 @@ async def test_lines_name_requests_and_operations(
     assert key not in caplog.text
     read = [line["path"] for line in lines if line.get("method") == "GET"]
     assert read == ["/v1/runs/nobody"]  # polls are quiet, refusals are not
+
+
+async def test_a_request_writes_no_line_of_its_own(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.setFormatter(TextFormatter(TEXT))
+    caplog.handler.addFilter(_add_request_id)
+    async with running(home) as server, server.http() as http:
+        await http.get("/v1/runs/a%0aINFO%20forged%1b%5B31m%E2%80%A8%C2%9B")
+    lines = [line for line in caplog.text.splitlines() if " weaver.server.http " in line]
+    [line] = [line for line in lines if "forged" in line]
+    assert line.endswith(r"GET /v1/runs/a\nINFO forged\x1b[31m\u2028\x9b 404")

@@ -19,6 +19,7 @@ import uvicorn
 from weaver.errors import ConfigError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
+from weaver.server.http.connection import Connection
 from weaver.server.http.edge import is_loopback
 from weaver.server.http.front import Front
 from weaver.server.keys import Keys
@@ -102,6 +103,7 @@ async def run_server(
 async def _serve(front: Front, listener: socket.socket, started: Callable[[Running], None]) -> None:
     config = uvicorn.Config(
         create_app(front),
+        http=Connection,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -138,6 +140,8 @@ def _call(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not host:  # to a socket, that is every address of the machine
+        raise ConfigError("is empty.", field="host", hint="Name an address, such as 127.0.0.1.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
