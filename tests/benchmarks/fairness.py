@@ -60,7 +60,7 @@ async def measure() -> None:
     with tempfile.TemporaryDirectory() as home:
         async with LocalService(engine, home=Path(home)) as service:
             one, other = [
-                Client(service, (await service.open_session(caller=Caller(project))).session_id)
+                Client(service, (await service.seen_by(Caller(project)).open_session()).session_id)
                 for project in ("flood", "other")
             ]
             run = await other.create("weaver-nano")

@@ -35,7 +35,7 @@ def sample(tokens: int) -> Sample:
 
 
 async def open_as(service: LocalService, project: str) -> Client:
-    info = await service.open_session(caller=Caller(project))
+    info = await service.seen_by(Caller(project)).open_session()
     return Client(service, info.session_id)
 
 

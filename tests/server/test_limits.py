@@ -28,7 +28,6 @@ from weaver.protocol import (
     SaveCheckpoint,
 )
 from weaver.server.limits import Limits
-from weaver.server.scoped import ScopedService
 from weaver.server.service import LocalService
 from weaver.server.tenancy import Caller
 from weaver.types import ModelInput, SamplingParams
@@ -58,7 +57,7 @@ async def projects(
     engine = engine or FakeEngine()
     if kind == "native":
         async with LocalService(engine, home=home, limits=limits) as service:
-            yield ScopedService(service, Caller("a")), ScopedService(service, Caller("b"))
+            yield service.seen_by(Caller("a")), service.seen_by(Caller("b"))
         return
     async with running(home, engine=engine, auth=True, limits=limits) as server:
         secrets = [server.keys.create(project)[1] for project in ("a", "b")]

@@ -88,7 +88,7 @@ class Executor:
         self._idle: list[Run] = []
         self._ledger = Ledger(
             store,
-            runs=operations.runs,
+            runs=operations.known.runs,
             activity=activity,
             unload=lambda run: recovery.unload(run, self.call),
         )
@@ -142,7 +142,7 @@ class Executor:
     def unload_idle(self) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
         since = time.monotonic() - self._recovery.durability.unload_after_s
-        for run in list(self._operations.runs.values()):  # the engine's thread may add one
+        for run in list(self._operations.known.runs.values()):  # the engine's thread may add one
             idle = run.heard_at < since and not run.lane.busy
             if self._store.durable and run.loaded and idle:
                 self._idle.append(run)
@@ -165,7 +165,7 @@ class Executor:
             ConflictError: another process has it.
             StorageError
         """
-        runs = self._operations.runs
+        runs = self._operations.known.runs
         runs.pop(run.run_id, None)  # what comes from now on is refused
         with CancelScope(shield=True):
             try:
@@ -271,13 +271,13 @@ class Executor:
 
     async def _keep(self, created: ModelCreated) -> ModelCreated | WeaverError:
         """Writes down a new run; one that cannot be written down is none."""
-        run = self._operations.runs[created.run.run_id]
+        run = self._operations.known.runs[created.run.run_id]
         put = partial(self._store.put_run, created.run, model=created.model, seed=run.seed)
         hold = partial(self._recovery.hold, run)
         failure = await attempt_async(hold) or await self._ledger.patiently(put)
         if failure is None:
             return created
-        del self._operations.runs[run.run_id]
+        del self._operations.known.runs[run.run_id]
         await self._recovery.unload(run, self.call)
         return failure
 

@@ -25,11 +25,12 @@ from weaver.server.reach import Reach
 from weaver.server.validation import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from weaver.protocol import Submission
     from weaver.server.executor import Executor
+    from weaver.server.known import Known
     from weaver.server.limits import Limits
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
 class Intake:
     executor: Executor
     store: Store
-    runs: Mapping[str, Run]
-    owners: Mapping[str, str]
-    """The project of each run."""
-    sessions: dict[str, Session]
+    known: Known
     limits: Limits
     gap_timeout_s: float
     now: Callable[[], datetime]
@@ -70,9 +68,9 @@ class Intake:
 
     async def accept(self, ticket: Ticket) -> None:
         submission, session = ticket.submission, ticket.session
-        reach = Reach(session.caller, self.owners, self.sessions)
+        reach = Reach(session.caller, self.known)
         run_id = submission.run_id or ""
-        run = self.runs.get(run_id) if reach.has_run(run_id) else None
+        run = self.known.runs.get(run_id) if reach.has_run(run_id) else None
         error = ticket.error or refusal(submission, run, reach=reach, limits=self.limits)
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
@@ -123,13 +121,13 @@ class Intake:
 
     async def close(self, session_id: str) -> None:
         """Ends a session; what its runs have accepted is carried out."""
-        session = self.sessions.pop(session_id, None)
+        session = self.known.sessions.pop(session_id, None)
         if session is None:
             return
         for ticket in list(session.tickets.values()):
             if isinstance(ticket.submission.operation, Sample):
                 await self.executor.cancel(ticket)
-        for run in list(self.runs.values()):
+        for run in list(self.known.runs.values()):
             await self.give_up(run, session)
             run.lane.forget(session_id)
         self.executor.release(session.unnamed_samplers)
@@ -138,13 +136,13 @@ class Intake:
 
     async def close_silent(self) -> None:
         """Ends the sessions of clients that are not heard of any more."""
-        for session in list(self.sessions.values()):
+        for session in list(self.known.sessions.values()):
             if session.silent_for(self.limits.session_timeout_s):
                 await attempt_async(partial(self.close, session.session_id))
 
     def _pending(self, session: Session) -> int:
         project = session.caller.project
-        mine = (s for s in self.sessions.values() if s.caller.project == project)
+        mine = (s for s in self.known.sessions.values() if s.caller.project == project)
         return sum(one.unfinished for one in mine)
 
 

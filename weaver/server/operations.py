@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine
     from weaver.protocol import Operation, Result
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.known import Known
     from weaver.server.limits import Limits
     from weaver.server.sampling import Samplers
 
@@ -71,9 +72,7 @@ class Operations:
     """Where samplers without a name outlive the process, if they are to."""
     limits: Limits
     samplers: Samplers
-    runs: dict[str, Run]
-    owners: dict[str, str]
-    """The project of each run."""
+    known: Known
     now: Callable[[], datetime]
 
     def execute(self, work: Sequence[Work]) -> Sequence[Result | WeaverError]:
@@ -91,7 +90,7 @@ class Operations:
     def forget_all(self) -> None:
         """Frees what this service holds of the engine."""
         self.samplers.clear()
-        for run in self.runs.values():
+        for run in self.known.runs.values():
             if run.loaded:
                 self.engine.trainer.delete_run(run.run_id)
 
@@ -114,7 +113,7 @@ class Operations:
 
     def _create_model(self, operation: CreateModel, work: Work) -> ModelCreated:
         run_id = f"run-{work.token}"
-        mine = [run for run in list(self.runs.values()) if run.project == work.project]
+        mine = [run for run in list(self.known.runs.values()) if run.project == work.project]
         self.limits.check_runs(len(mine))
         model = self.engine.get_model(operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
@@ -145,7 +144,7 @@ class Operations:
         self.engine.trainer.create_run(
             run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
-        self.runs[run_id], self.owners[run_id] = run, run.project
+        self.known.runs[run_id], self.known.owners[run_id] = run, run.project
         return ModelCreated(run=run.describe(), model=model)
 
     def _forward_backward(
@@ -227,7 +226,9 @@ class Operations:
         if self.limits.stored_bytes is None:
             return
         stored = 0
-        for run_id in [run_id for run_id, owner in list(self.owners.items()) if owner == project]:
+        for run_id in [
+            run_id for run_id, owner in list(self.known.owners.items()) if owner == project
+        ]:
             unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
             kept = [info for info in unnamed if info.kind == "sampler"]
             stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))

@@ -15,35 +15,34 @@ from weaver.server.checkpoints import SCHEME
 from weaver.server.sampling import BASE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from weaver.protocol import Operation
-    from weaver.server.sessions import Session
+    from weaver.server.known import Known
     from weaver.server.tenancy import Caller
+
+
+def no_run(run_id: str | None) -> RunNotFoundError:
+    name = (run_id or "")[:80]
+    return RunNotFoundError(f"no run is called {name!r}.", field="run_id", hint="See list_runs().")
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What a caller can reach of a service's runs and sessions.
-
-    `owners` has the project of each run, of deleted ones too, whose checkpoints may remain.
-    """
+    """What a caller can reach of the runs and sessions that there are."""
 
     caller: Caller
-    owners: Mapping[str, str]
-    sessions: Mapping[str, Session]
+    known: Known
 
     def has_session(self, session_id: str) -> bool:
         """A session has the rights of the caller that opened it, so it is for its equals only."""
-        session = self.sessions.get(session_id)
+        session = self.known.sessions.get(session_id)
         return session is not None and (self.caller.admin or session.caller == self.caller)
 
     def lasting_session(self) -> str | None:
-        mine = (s for s in self.sessions.values() if s.lasting and s.caller == self.caller)
+        mine = (s for s in self.known.sessions.values() if s.lasting and s.caller == self.caller)
         return next((session.session_id for session in mine), None)
 
     def has_run(self, run_id: str) -> bool:
-        return self.caller.admin or self.owners.get(run_id) == self.caller.project
+        return self.caller.admin or self.known.owners.get(run_id) == self.caller.project
 
     def check_session(self, session_id: str) -> None:
         """Raises NotFoundError."""
@@ -57,9 +56,7 @@ class Reach:
     def check_run(self, run_id: str) -> None:
         """Raises RunNotFoundError."""
         if not self.has_run(run_id):
-            raise RunNotFoundError(
-                f"no run is called {run_id[:80]!r}.", field="run_id", hint="See list_runs()."
-            )
+            raise no_run(run_id)
 
     def check_path(self, path: str) -> None:
         """Raises CheckpointNotFoundError."""

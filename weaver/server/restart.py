@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,30 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.known import Known
     from weaver.server.store import Entry, Store
 
 
-@dataclass(slots=True)
-class Restored:
-    runs: dict[str, Run] = field(default_factory=dict)
-    """None of them is loaded: the next operation of each brings it back."""
-    owners: Mapping[str, str] = field(default_factory=dict)
-    sessions: dict[str, Session] = field(default_factory=dict)
-    tickets: list[Ticket] = field(default_factory=list)
-    """For the lanes, in their order: what is pending, and what is settled but not passed over."""
+async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]:
+    """Takes up runs, open sessions and pending work.
 
-
-async def restore(store: Store, live: Checkpoints) -> Restored:
-    """Runs, open sessions and pending work.
+    No run is loaded: its next operation brings it back. The tickets are for the lanes, in their
+    order: what is pending, and what is settled but not passed over.
 
     Raises:
         StorageError: the database cannot be read; a damaged entry in it fails alone.
     """
-    restored = Restored(runs={record.run.run_id: Run.of(record) for record in await store.runs()})
-    restored.owners = await store.owners()
-    await _finish_deletions(store, live, restored)
+    known.runs.update({record.run.run_id: Run.of(record) for record in await store.runs()})
+    known.owners.update(await store.owners())
+    await _finish_deletions(store, live, known)
     if not store.keeps_sessions:
-        return restored
+        return []
     records = await store.sessions()
     sessions = {
         r.session_id: Session(
@@ -56,30 +49,30 @@ async def restore(store: Store, live: Checkpoints) -> Restored:
         )
         for r in records
     }
-    restored.sessions = {id: session for id, session in sessions.items() if not session.closed}
+    known.sessions.update({id: one for id, one in sessions.items() if not one.closed})
     entries = await store.entries()
     by_session: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_session[entry.session_id].append(entry)
-    for session_id, session in restored.sessions.items():
+    for session_id, session in known.sessions.items():
         session.restore(by_session[session_id])
     next_seqs = _next_seqs(entries)
     for (session_id, run_id), seq in next_seqs.items():
-        if run_id in restored.runs:
-            restored.runs[run_id].lane.inbox(session_id).next_seq = seq
-    restored.tickets = _tickets(entries, restored, sessions=sessions, next_seqs=next_seqs)
-    await to_thread.run_sync(_take_up_samplers, live, restored.sessions)
-    return restored
+        if run_id in known.runs:
+            known.runs[run_id].lane.inbox(session_id).next_seq = seq
+    tickets = _tickets(entries, known.runs, sessions=sessions, next_seqs=next_seqs)
+    await to_thread.run_sync(_take_up_samplers, live, known.sessions)
+    return tickets
 
 
-async def _finish_deletions(store: Store, live: Checkpoints, restored: Restored) -> None:
+async def _finish_deletions(store: Store, live: Checkpoints, known: Known) -> None:
     """Removes the files of runs that were deleted by a process that ended before it did so.
 
     Other databases may have runs in this home, so only what this one has known is looked at.
     """
     folders = await to_thread.run_sync(lambda: list(live.root.glob("*/")))
     for folder in folders:
-        deleted = folder.name in restored.owners and folder.name not in restored.runs
+        deleted = folder.name in known.owners and folder.name not in known.runs
         if deleted and await attempt_async(partial(store.run, folder.name)) is None:  # not damaged
             await to_thread.run_sync(forget_files, folder)
 
@@ -103,7 +96,7 @@ def _next_seqs(entries: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
 
 def _tickets(
     entries: Sequence[Entry],
-    restored: Restored,
+    runs: dict[str, Run],
     *,
     sessions: dict[str, Session],
     next_seqs: Mapping[tuple[str, str], int],
@@ -118,14 +111,14 @@ def _tickets(
         elif entry.submission is not None:
             tickets.append(session.ticket(_stand_in(entry, lost_gradient=True)))
             tickets[-1].error = entry.submission
-        elif not entry.executed and entry.run_id in restored.runs and entry.seq is not None:
+        elif not entry.executed and entry.run_id in runs and entry.seq is not None:
             error = _error(entry)
             if entry.seq >= next_seqs[entry.session_id, entry.run_id]:
                 stand_in = _stand_in(entry, lost_gradient=i in lost)
                 tickets.append(Ticket(session, stand_in, error=error, settled=True))
             elif i in lost:
                 reason = f"seq {entry.seq}: {error}"
-                restored.runs[entry.run_id].lane.discard_reason = reason
+                runs[entry.run_id].lane.discard_reason = reason
     return tickets
 
 

@@ -1,16 +1,38 @@
-"""`ScopedService`: a `LocalService` as a caller may see it from afar; behind every HTTP request."""
+"""`ScopedService`: the service as one caller may see it; behind every HTTP request.
+
+`LocalService` is that of its owner, who sees everything. What an operation names is checked when it
+is accepted, as what its session's caller may do.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import secrets
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from weaver.protocol import CheckpointLoaded, CheckpointSaved
+from anyio import CapacityLimiter, to_thread
+
+from weaver.errors import ClosedError
+from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
+from weaver.server.attempt import attempt, or_raise
+from weaver.server.reach import Reach, no_run
+from weaver.server.runs import Run
+from weaver.server.sessions import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from datetime import datetime
 
-    from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
-    from weaver.server.service import LocalService
+    from weaver.engine.base import Engine
+    from weaver.protocol import Export, Outcome, SessionState, Submission
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.server.executor import Executor
+    from weaver.server.exports import Exports
+    from weaver.server.intake import Intake
+    from weaver.server.known import Known
+    from weaver.server.store import Store
     from weaver.server.tenancy import Caller
     from weaver.types import (
         CheckpointInfo,
@@ -21,133 +43,225 @@ if TYPE_CHECKING:
         TrainingRun,
     )
 
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Parts:
+    """What all views of one service share."""
+
+    engine: Engine
+    store: Store
+    checkpoints: Checkpoints
+    exports: Exports
+    executor: Executor
+    intake: Intake
+    known: Known
+    deterministic: bool
+    now: Callable[[], datetime]
+    closed: bool = True
+    models: Sequence[ModelInfo] | None = None
+    """An engine's list is made when the engine is."""
+
 
 class ScopedService:
-    """The `Service` protocol. Folders of the server's machine are neither opened nor told.
+    """The `Service` protocol. Only a caller in this process may name its folders, and is told."""
 
-    What an operation names is checked by the service itself, as what its session's caller may do.
-    """
-
-    def __init__(self, service: LocalService, caller: Caller) -> None:
-        self._service = service
+    def __init__(self, parts: Parts, caller: Caller) -> None:
+        self._parts = parts
         self._caller = caller
-        self._reach = service.reach(caller)
+        self._reach = Reach(caller, parts.known)
+
+    def seen_by(self, caller: Caller) -> ScopedService:
+        """The same service as somebody else sees it."""
+        return ScopedService(self._parts, caller)
+
+    async def aclose(self) -> None:
+        """Nothing: the service is its owner's."""
+
+    # --- sessions and operations ----------------------------------------------------------------
 
     async def open_session(
         self, *, user_metadata: JsonDict | None = None, lasting: bool = False
     ) -> SessionInfo:
-        return await self._service.open_session(
-            user_metadata=user_metadata, caller=self._caller, lasting=lasting
+        """A `lasting` one is never silent for too long."""
+        self._check_open()
+        parts, session_id = self._parts, f"session-{secrets.token_hex(6)}"
+        about: dict[str, Any] = {"lasting": lasting, "user_metadata": user_metadata or {}}
+        session = Session(session_id, self._caller, **about)
+        await parts.store.open_session(session_id, self._caller, **about)
+        parts.known.sessions[session_id] = session
+        return SessionInfo(
+            session_id=session_id,
+            description=parts.engine.description,
+            deterministic=parts.deterministic,
         )
 
     async def close_session(self, session_id: str) -> None:
-        self._reach.check_session(session_id)
-        await self._service.close_session(session_id)
+        if not self._caller.local:  # for whom one that was closed is as one that never was
+            self._reach.check_session(session_id)
+        await self._parts.intake.close(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
-        sessions = await self._service.list_sessions()
-        return [one for one in sessions if self._reach.has_session(one.session_id)]
-
-    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        self._reach.check_session(session_id)
-        await self._service.submit(session_id, submissions)
-
-    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
-        self._reach.check_session(session_id)
-        outcomes = await self._service.collect(session_id, after=after, timeout_s=timeout_s)
-        return [_told(outcome) for outcome in outcomes]
+        sessions = self._parts.known.sessions
+        return [one.describe() for id, one in sessions.items() if self._reach.has_session(id)]
 
     def lasting_session(self) -> str | None:
         """That which an earlier process has opened for the same caller."""
         return self._reach.lasting_session()
 
+    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        await self._parts.intake.take(self._session(session_id), submissions)
+
+    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+        session = self._session(session_id)
+        self.forget(session_id, after)
+        outcomes = await session.collect(after=after, timeout_s=timeout_s)
+        return outcomes if self._caller.local else [_told(outcome) for outcome in outcomes]
+
     def forget(self, session_id: str, cursor: int) -> None:
-        self._reach.check_session(session_id)
-        self._service.forget(session_id, cursor)
+        """Lets go of the outcomes up to a cursor."""
+        forgotten = self._session(session_id).acknowledge(cursor)
+        self._parts.store.acknowledge(session_id, forgotten)
 
     def follow(
         self, session_id: str, follower: Callable[[Outcome], None]
     ) -> tuple[Sequence[Submission], Mapping[str, int]]:
-        """With folders of this machine in the outcomes, which are not for the caller."""
-        self._reach.check_session(session_id)
-        return self._service.follow(session_id, follower)
+        """See `Session.follow`. Folders of this machine are in the outcomes, whoever asks."""
+        return self._session(session_id).follow(follower)
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
-        self._reach.check_session(session_id)
-        await self._service.hold_samples(session_id, sampler_id, hold=hold)
+        self._parts.executor.hold(self._session(session_id), sampler_id, hold=hold)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
-        self._reach.check_session(session_id)
-        await self._service.cancel(session_id, submission_ids)
+        tickets = self._session(session_id).tickets
+        for ticket in [tickets[one] for one in submission_ids if one in tickets]:
+            await self._parts.executor.cancel(ticket)
 
     def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
-        self._reach.check_session(session_id)
-        return self._service.stream(session_id, submission_id)
+        return _pieces(self._session(session_id), submission_id)
+
+    # --- models, runs, metrics ------------------------------------------------------------------
 
     async def list_models(self) -> Sequence[ModelInfo]:
-        return await self._service.list_models()
+        if self._parts.models is None:
+            self._parts.models = await self._engine_call(self._parts.engine.list_models)
+        return self._parts.models
 
     async def get_model(self, base_model: str) -> ModelInfo:
-        return await self._service.get_model(base_model)
+        for model in await self.list_models():
+            if model.name == base_model:
+                return model
+        return await self._engine_call(partial(self._parts.engine.get_model, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return await self._service.tokenizer_files(base_model)
+        return await self._engine_call(partial(self._parts.engine.tokenizer_files, base_model))
 
     async def list_runs(self) -> Sequence[TrainingRun]:
-        runs = await self._service.list_runs()
-        return [run for run in runs if self._reach.has_run(run.run_id)]
+        runs = list(self._parts.known.runs.values())  # the engine's thread may add one
+        return [run.describe() for run in runs if self._reach.has_run(run.run_id)]
 
     async def get_run(self, run_id: str) -> TrainingRun:
-        self._reach.check_run(run_id)
-        return await self._service.get_run(run_id)
+        return (await self._run(run_id)).describe()
 
     async def stop_run(self, run_id: str) -> TrainingRun:
-        self._reach.check_run(run_id)
-        return await self._service.stop_run(run_id)
+        run = await self._run(run_id)
+        await self._parts.executor.stop_run(run)
+        return run.describe()
 
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
-        self._reach.check_run(run_id)
-        await self._service.delete_run(run_id, checkpoints=checkpoints)
+        run = await self._run(run_id)
+        await self._parts.executor.delete_run(run, checkpoints=checkpoints)
+
+    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+        await self._run(run_id)
+        now = self._parts.now()
+        timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
+        await self._parts.store.add_metrics(run_id, timed)
+
+    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+        await self._run(run_id)
+        return await self._parts.store.metrics(run_id, name=name)
+
+    # --- checkpoints ----------------------------------------------------------------------------
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         if run_id is not None:
             self._reach.check_run(run_id)
-        checkpoints = await self._service.list_checkpoints(run_id)
-        return [_bare(c) for c in checkpoints if self._reach.has_run(c.run_id)]
+        found = await self._disk(partial(self._parts.checkpoints.list, run_id))
+        return [self._shown(info) for info in found if self._reach.has_run(info.run_id)]
 
     async def get_checkpoint(self, path: str) -> CheckpointInfo:
         self._reach.check_path(path)
-        return _bare(await self._service.get_checkpoint(path))
+        return self._shown(await self._disk(partial(self._parts.checkpoints.get, path)))
+
+    async def delete_checkpoint(self, path: str) -> None:
+        self._reach.check_path(path)
+        await self._disk(partial(self._parts.checkpoints.delete, path))
+        self._parts.executor.release([path])
+
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+        self._reach.check_path(path)
+        info = await self._disk(partial(self._parts.checkpoints.set_ttl, path, ttl_seconds))
+        self._parts.executor.release([path])  # a sampler knows when its weights expire
+        return self._shown(info)
 
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
-        """Its folder is for the server itself: callers are never told."""
+        """Its folder is for the server itself: callers from afar are never told."""
+        exports = self._parts.exports
+        if merge:  # with a name that the engine knows, it merges beside its other work
+            await self.get_model((await self.get_checkpoint(path)).base_model)
         self._reach.check_path(path)
-        return await self._service.export_checkpoint(path, merge=merge)
+        describe = partial(exports.describe, path, merge=merge)
+        return await self._disk(describe, exports.merging if merge else None)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
         self._reach.check_path(path)
-        return await self._service.read_exported(path, name, merge=merge, offset=offset)
+        read = partial(self._parts.exports.read, path, name, merge=merge, offset=offset)
+        return await self._disk(read)
 
-    async def delete_checkpoint(self, path: str) -> None:
-        self._reach.check_path(path)
-        await self._service.delete_checkpoint(path)
+    # --- helpers --------------------------------------------------------------------------------
 
-    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
-        self._reach.check_path(path)
-        return _bare(await self._service.set_checkpoint_ttl(path, ttl_seconds))
+    def _check_open(self) -> None:
+        if self._parts.closed:
+            raise ClosedError("the service is closed.", hint="Open another one.")
 
-    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+    def _session(self, session_id: str) -> Session:
+        self._check_open()
+        self._reach.check_session(session_id)
+        session = self._parts.known.sessions[session_id]
+        session.heard()
+        return session
+
+    async def _run(self, run_id: str) -> Run:
+        self._check_open()
         self._reach.check_run(run_id)
-        await self._service.log_metrics(run_id, points)
+        runs = self._parts.known.runs
+        if run_id not in runs and (record := await self._parts.store.run(run_id)):
+            self._parts.known.owners[run_id] = record.project
+            runs.setdefault(run_id, Run.of(record))  # another process on this home made it
+        if run_id not in runs:
+            raise no_run(run_id)
+        return runs[run_id]
 
-    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
-        self._reach.check_run(run_id)
-        return await self._service.read_metrics(run_id, name=name)
+    async def _engine_call(self, work: Callable[[], T]) -> T:
+        self._check_open()
+        return or_raise(await self._parts.executor.call(partial(attempt, work)))
 
-    async def aclose(self) -> None:
-        """Nothing: the service is its server's."""
+    async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
+        self._check_open()
+        return or_raise(await to_thread.run_sync(partial(attempt, work), limiter=limiter))
+
+    def _shown(self, checkpoint: CheckpointInfo) -> CheckpointInfo:
+        return checkpoint if self._caller.local else _bare(checkpoint)
+
+
+async def _pieces(session: Session, submission_id: str) -> AsyncIterator[SampleDelta]:
+    async with aclosing(session.stream(submission_id).read()) as pieces:
+        async for delta in pieces:
+            yield delta
 
 
 def _told(outcome: Outcome) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weaver.errors import InvalidRequestError, RunNotFoundError, WeaverError
+from weaver.errors import InvalidRequestError, WeaverError
 from weaver.loss_specs import check_datums
 from weaver.protocol import (
     ForwardBackward,
@@ -15,6 +15,7 @@ from weaver.protocol import (
     check_name,
 )
 from weaver.server.checkpoints import SCHEME, Location
+from weaver.server.reach import no_run
 
 if TYPE_CHECKING:
     from weaver.protocol import Submission
@@ -52,9 +53,7 @@ def _check(submission: Submission, run: Run | None) -> None:
             hint="Operations of a run are counted from 1 in each session.",
         )
     if ordered and run is None:
-        raise RunNotFoundError(
-            f"no run is called {submission.run_id!r}.", field="run_id", hint="See list_runs()."
-        )
+        raise no_run(submission.run_id)
     match operation:
         case ForwardBackward() if run is not None:
             check_datums(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
-from weaver.server.scoped import ScopedService
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -42,14 +41,13 @@ class ServerLoad(Value):
 
 async def load_of(front: Front, admin: Caller) -> ServerLoad:
     """Asks as `admin`, who sees all projects."""
-    service = ScopedService(front.service, admin)
     activity, owners = front.service.activity, front.service.owners
     keys = [] if front.keys is None else await to_thread.run_sync(front.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
     loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})
-    for run in await service.list_runs():
+    for run in await front.service.list_runs():
         loads[run.project].update(runs=1, active_runs=run.status == "active")
-    for checkpoint in await service.list_checkpoints():
+    for checkpoint in await front.service.list_checkpoints():
         loads[owners.get(checkpoint.run_id, "")].update(stored_bytes=checkpoint.size_bytes)
     pending = list(activity.pending())
     for ticket in pending:

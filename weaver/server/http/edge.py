@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
 from weaver.server.http.errors import error_response
-from weaver.server.scoped import ScopedService
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -97,7 +96,7 @@ class Edge:
             _check_local(headers)
         caller = await self._front.authenticate(headers)
         scope["state"]["caller"] = caller
-        scope["state"]["service"] = ScopedService(self._front.service, caller)
+        scope["state"]["service"] = self._front.service.seen_by(caller)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> str:
         """Answers the route."""
