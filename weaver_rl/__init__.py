@@ -21,10 +21,16 @@ from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
-from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
 from weaver_rl.rewards import GroupReward, Reward, group_reward, judge, weighted
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups
-from weaver_rl.run_folder import RunFolder, open_run_folder
+from weaver_rl.run_folder import (
+    Manifest,
+    RunFolder,
+    manifests,
+    open_run_folder,
+    restore,
+    save_checkpoint,
+)
 from weaver_rl.tools import describe, use_tools
 from weaver_rl.train import Trained, train
 from weaver_rl.types import Failure, Group, Reply, Rollout, Score, Segment, Task, Trajectory

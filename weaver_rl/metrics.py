@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weaver_rl.filters import is_zero_variance
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -40,7 +38,7 @@ def rollout_metrics(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [rollout for rollout in rollouts if rollout.failure is None]
     failed = len(rollouts) - len(scored)
-    equal = sum(is_zero_variance(group) for group in groups)
+    equal = sum(group.zero_variance for group in groups)
     metrics = {
         "rollout/count": float(len(rollouts)),
         "rollout/failed": float(failed),

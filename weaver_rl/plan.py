@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 from weaver.errors import ConfigError
 from weaver.types import AdamParams, SamplingParams
@@ -15,9 +15,10 @@ from weaver_rl.advantages import AdvantageFn, advantage_fn
 from weaver_rl.objectives import Objective
 from weaver_rl.rewards import name_of
 
-if TYPE_CHECKING:
-    from weaver_rl.filters import ZeroVariance
-
+ZeroVariance = Literal["keep", "drop", "resample"]
+"""Of groups whose samples all earned the same, and so teach nothing. keep: they count in the
+denominator; drop: they do not; resample: others take their place. The latter two are the dynamic
+sampling of DAPO (Yu et al., arXiv:2503.14476, section 3.2)."""
 Schedule = Callable[[int], float]
 """Step, from 0, to learning rate: `lambda step: schedules.cosine(1e-3, step, steps=60)`."""
 
@@ -99,7 +100,7 @@ class Plan(Steps):
         Steps.__post_init__(self)
         at_least(0, self, "steps", "max_staleness", "max_failure_rate")
         at_least(1, self, "groups_per_step", "group_size", "passes", "minibatches")
-        if self.zero_variance not in ("keep", "drop", "resample"):
+        if self.zero_variance not in get_args(ZeroVariance):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )

@@ -152,6 +152,12 @@ class Group:
         """Of the rollouts that did not fail."""
         return tuple(r.reward for r in self.rollouts if r.failure is None)
 
+    @property
+    def zero_variance(self) -> bool:
+        """Whether its rewards teach nothing: all equal, up to rounding, or fewer than two."""
+        rewards = self.rewards
+        return len(rewards) < 2 or bool(np.ptp(rewards) <= 1e-12 * max(map(abs, (*rewards, 1.0))))
+
 
 def reward_matrix(groups: tuple[Group, ...] | list[Group]) -> tuple[FloatPG, BoolPG]:
     """Rewards [P, G] and which of them count [P, G]; smaller groups are filled up with False.

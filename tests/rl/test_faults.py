@@ -20,9 +20,8 @@ from weaver_rl.evaluation import evaluate
 from weaver_rl.loggers import JsonlLogger, Loggers
 from weaver_rl.loops.policy import off_policy
 from weaver_rl.loops.run import Run
-from weaver_rl.resume import manifests
 from weaver_rl.rollouts import RolloutsFailedError
-from weaver_rl.run_folder import RunFolder, open_run_folder
+from weaver_rl.run_folder import RunFolder, manifests, open_run_folder
 from weaver_rl.storage import read_lines
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from tests.rl.test_loops import Memory, weights, without_times
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import SamplingParams
 from weaver_rl.environments import single_turn
-from weaver_rl.filters import apply
 from weaver_rl.loggers import Loggers
+from weaver_rl.loops.pipeline import filtered
 from weaver_rl.loops.rejection import Keep, rejection, select
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.supervised import SupervisedPlan, batches, supervised
@@ -135,7 +135,7 @@ def test_select() -> None:
             rollout(0.9, segment([1], [6])),
         ),
     )
-    found = apply([one, Group(task={}, rollouts=(rollout(0.1),))])
+    found = filtered([one, Group(task={}, rollouts=(rollout(0.1),))])
 
     def kept(keep: Keep) -> list[float]:
         return [r.reward for g in select(found, keep).kept for r in g.rollouts]

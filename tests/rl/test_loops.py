@@ -19,9 +19,8 @@ from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import LogprobGapError, policy_step
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
-from weaver_rl.resume import manifests
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups
-from weaver_rl.run_folder import open_run_folder
+from weaver_rl.run_folder import manifests, open_run_folder
 from weaver_rl.seeds import derive_seed
 from weaver_rl.transcripts import read_transcripts
 

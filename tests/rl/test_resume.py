@@ -12,8 +12,14 @@ import pytest
 
 from weaver.errors import CheckpointCorruptError, CheckpointNotFoundError, StorageError
 from weaver.types import CheckpointInfo
-from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
-from weaver_rl.run_folder import RunFolder, open_run_folder
+from weaver_rl.run_folder import (
+    Manifest,
+    RunFolder,
+    manifests,
+    open_run_folder,
+    restore,
+    save_checkpoint,
+)
 from weaver_rl.storage import append_line, read_lines
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ shares a batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from pydantic import TypeAdapter
 
-from weaver_rl import filters
 from weaver_rl.data import TaskStream
-from weaver_rl.filters import Filtered
 from weaver_rl.rollouts import FailureWatch, sample_groups
 from weaver_rl.seeds import derive_seed
+from weaver_rl.types import Group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,11 +32,24 @@ if TYPE_CHECKING:
 
     from weaver import AsyncSamplingClient
     from weaver_rl.environments import GroupEnvironment
-    from weaver_rl.plan import Plan
-    from weaver_rl.types import Group, Task
+    from weaver_rl.plan import Plan, ZeroVariance
+    from weaver_rl.types import Task
 
+Groups = tuple[Group, ...]
 MAX_ROUNDS = 5
 """Of resampling, the first included; after these a step makes do with what it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filtered:
+    """`Filtered(kept=(g1, g3), dropped=(g2,), metrics={"groups/kept": 2.0, ...})`"""
+
+    kept: Groups
+    """What is learned; a task that has nothing is not among them."""
+    dropped: Groups = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 PENDING: TypeAdapter[dict[int, Filtered]] = TypeAdapter(dict[int, Filtered])
 
 
@@ -113,8 +126,26 @@ class Pipeline:
             )
             self._watch.check(new)
             groups += new
-            found = filters.apply(groups, plan.zero_variance)
+            found = filtered(groups, plan.zero_variance)
             if len(found.kept) == count:
                 break
         self._found[step] = found
         self._finished[step].set()
+
+
+def filtered(groups: Sequence[Group], zero_variance: ZeroVariance = "keep") -> Filtered:
+    """Sorts groups into kept and dropped; one in which every rollout failed is never kept.
+
+    Resampling is the pipeline's: here it means to drop.
+    """
+    kept: list[Group] = []
+    dropped: list[Group] = []
+    for group in groups:
+        wanted = bool(group.rewards) and (zero_variance == "keep" or not group.zero_variance)
+        (kept if wanted else dropped).append(group)
+    metrics = {
+        "groups/kept": float(len(kept)),
+        "groups/dropped": float(len(dropped)),
+        "groups/empty": float(sum(not group.rewards for group in groups)),
+    }
+    return Filtered(kept=tuple(kept), dropped=tuple(dropped), metrics=metrics)

@@ -18,7 +18,7 @@ from weaver.errors import ConfigError
 from weaver_rl.data import check_tasks
 from weaver_rl.environments import as_group_environment
 from weaver_rl.gather import task_group
-from weaver_rl.loops.pipeline import Pipeline
+from weaver_rl.loops.pipeline import Filtered, Pipeline
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from weaver import AsyncSamplingClient, AsyncTrainingClient
     from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
-    from weaver_rl.filters import Filtered
     from weaver_rl.plan import Plan
     from weaver_rl.types import Task
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
-from weaver_rl.filters import Filtered
+from weaver_rl.loops.pipeline import Filtered
 from weaver_rl.loops.policy import Result, off_policy
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from weaver.errors import ConfigError
 from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
-from weaver_rl.resume import Manifest, manifests, restore, save_checkpoint
 from weaver_rl.rewards import name_of
-from weaver_rl.run_folder import open_run_folder
+from weaver_rl.run_folder import Manifest, manifests, open_run_folder, restore, save_checkpoint
 from weaver_rl.transcripts import write_transcripts
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from weaver import AsyncTrainingClient
-    from weaver_rl.filters import Filtered
+    from weaver_rl.loops.pipeline import Filtered
     from weaver_rl.loops.step import Stepped
     from weaver_rl.plan import Steps
     from weaver_rl.run_folder import RunFolder

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.rl.helpers import group
-from weaver_rl import filters
+from weaver_rl.loops.pipeline import filtered
+
+if TYPE_CHECKING:
+    from weaver_rl.plan import ZeroVariance
 
 MIXED = group(0.0, 1.0)
 FLAT = group(0.1 + 0.2, 0.3)
@@ -17,8 +22,8 @@ GROUPS = [MIXED, FLAT, ONE, EMPTY]
 @pytest.mark.parametrize(
     ("choice", "kept"), [("keep", [MIXED, FLAT, ONE]), ("drop", [MIXED]), ("resample", [MIXED])]
 )
-def test_kept_and_counted(choice: filters.ZeroVariance, kept: list[object]) -> None:
-    got = filters.apply(GROUPS, choice)
+def test_kept_and_counted(choice: ZeroVariance, kept: list[object]) -> None:
+    got = filtered(GROUPS, choice)
     assert list(got.kept) == kept
     assert len(got.kept) + len(got.dropped) == len(GROUPS)
     assert got.metrics == {
@@ -29,7 +34,7 @@ def test_kept_and_counted(choice: filters.ZeroVariance, kept: list[object]) -> N
 
 
 def test_nothing_in_nothing_out() -> None:
-    assert filters.apply([]).metrics == {
+    assert filtered([]).metrics == {
         "groups/kept": 0.0,
         "groups/dropped": 0.0,
         "groups/empty": 0.0,
