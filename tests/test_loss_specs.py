@@ -13,7 +13,11 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.loss_specs import LOSS_SPECS, check_datums, check_loss, weights_of
-from weaver.types import Datum
+from weaver.types import Datum, ModelInfo
+
+MODEL = ModelInfo(
+    name="small", architecture="none", vocab_size=10, context_length=8, num_parameters=1
+)
 
 
 def datum(tokens: list[int] | None = None, **inputs: object) -> Datum:
@@ -94,7 +98,7 @@ def test_bad_options(loss: str, config: dict[str, float]) -> None:
 )  # fmt: skip
 def test_bad_data(datums: object, loss: str, error: type[WeaverError]) -> None:
     with pytest.raises(error) as caught:
-        check_datums(datums, loss, vocab_size=10, context_length=8)  # type: ignore[arg-type]
+        check_datums(datums, loss, model=MODEL)  # type: ignore[arg-type]
     assert caught.value.field
     assert caught.value.hint
 
@@ -102,7 +106,7 @@ def test_bad_data(datums: object, loss: str, error: type[WeaverError]) -> None:
 @pytest.mark.parametrize("loss", LOSS_SPECS)
 def test_good_data_passes_every_loss(loss: str) -> None:
     inputs = {name: [0.5] * 3 for name in LOSS_SPECS[loss].required if name != "target_tokens"}
-    assert check_datums([datum(**inputs)], loss, vocab_size=10, context_length=8)
+    assert check_datums([datum(**inputs)], loss, model=MODEL)
 
 
 def test_weights_are_one_where_absent() -> None:

@@ -18,7 +18,7 @@ from weaver.errors import (
     UnknownLossError,
     nearest,
 )
-from weaver.types import Datum
+from weaver.types import Datum, ModelInfo
 
 LossConfig = Mapping[str, float | str]
 
@@ -118,8 +118,7 @@ def check_datums(
     loss_fn: str,
     *,
     config: LossConfig | None = None,
-    vocab_size: int | None = None,
-    context_length: int | None = None,
+    model: ModelInfo | None = None,
 ) -> dict[str, float | str]:
     """Checks a batch before it is queued; answers the filled-in loss options.
 
@@ -142,18 +141,9 @@ def check_datums(
                 f"is a {type(datum).__name__}.", field=f"datums[{i}]", hint="Pass types.Datum."
             )
         _check_datum(datum, f"datums[{i}]", loss_fn, spec)
-        tokens = datum.model_input.to_ints()
-        check_tokens(
-            tokens,
-            field=f"datums[{i}].model_input",
-            vocab_size=vocab_size,
-            context_length=context_length,
-        )
-        check_tokens(
-            datum.loss_fn_inputs["target_tokens"].to_numpy(),
-            field=f"datums[{i}].loss_fn_inputs['target_tokens']",
-            vocab_size=vocab_size,
-        )
+        check_tokens(datum.model_input.to_ints(), model, field=f"datums[{i}].model_input")
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        check_tokens(targets, model, field=f"datums[{i}].loss_fn_inputs['target_tokens']")
     if spec.weighted and filled["reduction"] == "mean" and "denominator" not in filled:
         total = sum(float(weights_of(datum).sum()) for datum in datums)
         if total < 0:
@@ -175,29 +165,34 @@ def weights_of(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
 
 def check_tokens(
     tokens: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]],
+    model: ModelInfo | None,
     *,
     field: str,
-    vocab_size: int | None = None,
-    context_length: int | None = None,
     max_new_tokens: int = 0,
 ) -> None:
-    """Raises if a token is not in [0, vocab_size) or there are more than fit the context."""
+    """Raises if a token is not in the model's vocabulary or there are more than fit its context."""
     if len(tokens) == 0:
         raise InvalidDatumError("is empty.", field=field, hint="Pass at least one token.")
     low, high = int(min(tokens)), int(max(tokens))
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
+    if low < 0 or (model is not None and high >= model.vocab_size):
         bad = low if low < 0 else high
         raise TokenOutOfRangeError(
             f"has the token {bad}.",
             field=field,
-            hint=f"Tokens of this model are 0 to {vocab_size - 1}."
-            if vocab_size
+            hint=f"Tokens of this model are 0 to {model.vocab_size - 1}."
+            if model
             else "Token ids start at 0.",
         )
-    if context_length is not None and len(tokens) + max_new_tokens > context_length:
+    if model is not None:
+        check_length(len(tokens), model.context_length, field=field, max_new_tokens=max_new_tokens)
+
+
+def check_length(length: int, context: int, *, field: str, max_new_tokens: int = 0) -> None:
+    """Raises if there are more tokens than fit a model's context."""
+    if length + max_new_tokens > context:
         plus = f" plus max_tokens {max_new_tokens}" if max_new_tokens else ""
         raise ContextLengthError(
-            f"has {len(tokens)} tokens{plus}, the model's context is {context_length}.",
+            f"has {length} tokens{plus}, the model's context is {context}.",
             field=field,
             hint="Shorten it.",
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weaver.errors import ConfigError, InvalidRequestError
-from weaver.loss_specs import check_tokens
+from weaver.loss_specs import check_length
 from weaver.types import Datum, ModelInput
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def to_datum(
             field=where,
             hint="Shorten it, leave it out, or raise max_length.",
         )
-    check_tokens(datum.model_input.to_ints(), field=where, context_length=context_length)
+    if context_length is not None:
+        check_length(datum.model_input.length, context_length, field=where)
     return datum
 
 

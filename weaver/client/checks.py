@@ -6,11 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from weaver.errors import (
-    InvalidDatumError,
-    InvalidNameError,
-    InvalidParamsError,
-)
+from weaver.errors import InvalidDatumError, InvalidNameError, InvalidParamsError
 from weaver.loss_specs import check_tokens
 from weaver.types import CheckpointInfo, Message, ModelInput, Value
 
@@ -44,22 +40,20 @@ def as_value(cls: type[V], given: V | Mapping[str, object], *, field: str) -> V:
     return cls(**{str(name): value for name, value in given.items()})
 
 
+def check_whole(value: object, *, field: str, most: int, hint: str) -> None:
+    """Raises InvalidParamsError unless it is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InvalidParamsError(f"is {value!r}.", field=field, hint=hint)
+
+
 def check_ttl(ttl_seconds: int | None) -> None:
-    if ttl_seconds is not None and (
-        not isinstance(ttl_seconds, int)
-        or isinstance(ttl_seconds, bool)
-        or not 1 <= ttl_seconds <= 2**31
-    ):
-        raise InvalidParamsError(
-            f"is {ttl_seconds!r}.",
-            field="ttl_seconds",
-            hint="Give whole seconds, 1 to 2**31, or None to keep it.",
-        )
+    if ttl_seconds is not None:
+        hint = "Give whole seconds, 1 to 2**31, or None to keep it."
+        check_whole(ttl_seconds, field="ttl_seconds", most=2**31, hint=hint)
 
 
-def check_count(count: int, *, field: str) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096:
-        raise InvalidParamsError(f"is {count!r}.", field=field, hint="Give 1 to 4096.")
+def check_num_samples(count: int) -> None:
+    check_whole(count, field="num_samples", most=4096, hint="Give 1 to 4096.")
 
 
 def as_path(given: object, *, field: str = "path") -> str:
@@ -111,11 +105,5 @@ def as_prompt(
             field=field,
             hint="Pass a ModelInput, text, token ids or a list of chat messages.",
         )
-    check_tokens(
-        tokens.to_ints(),
-        field=field,
-        vocab_size=model.vocab_size,
-        context_length=model.context_length,
-        max_new_tokens=max_tokens,
-    )
+    check_tokens(tokens.to_ints(), model, field=field, max_new_tokens=max_tokens)
     return tokens

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
 from weaver import types
-from weaver.client.checks import as_prompt, as_value, check_count, is_batch
+from weaver.client.checks import as_prompt, as_value, check_num_samples, is_batch
 from weaver.client.session import RELEASED, Answer
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
@@ -34,13 +34,7 @@ class AsyncSamplingClient:
     after nothing refers to it any more.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        opened: SamplerOpened,
-        *,
-        owned: bool,
-    ) -> None:
+    def __init__(self, session: Session, opened: SamplerOpened, *, owned: bool) -> None:
         self._session = session
         self._closed = False
         self._unneeded = weakref.finalize(self, session.release_later, opened.sampler_id)
@@ -97,7 +91,7 @@ class AsyncSamplingClient:
             InvalidParamsError, InvalidDatumError, TokenOutOfRangeError, ContextLengthError: at the
                 call; for text, whose tokens the service counts, from the handle.
         """
-        check_count(num_samples, field="num_samples")
+        check_num_samples(num_samples)
         batch = is_batch(prompt)
         operations = [
             self._operation(
@@ -133,7 +127,7 @@ class AsyncSamplingClient:
         Raises:
             InvalidParamsError, InvalidDatumError, TokenOutOfRangeError, ContextLengthError
         """
-        check_count(num_samples, field="num_samples")
+        check_num_samples(num_samples)
         operation = self._operation(prompt, sampling_params, num_samples=num_samples, stream=True)
         return self._session.stream(operation, of=self)
 
@@ -191,11 +185,7 @@ class AsyncSamplingClient:
 
 
 def open_sampler(
-    session: Session,
-    *,
-    model_path: str | None,
-    base_model: str | None,
-    owned: bool = False,
+    session: Session, *, model_path: str | None, base_model: str | None, owned: bool = False
 ) -> OperationHandle[AsyncSamplingClient]:
     """Queues an `OpenSampler` whose result is a client; with `owned` the weights go with it."""
     reply = Answer(SamplerOpened, lambda opened: AsyncSamplingClient(session, opened, owned=owned))

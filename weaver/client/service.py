@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractAsyncContextManager
     from os import PathLike
-    from types import TracebackType
     from typing import Self
 
     from weaver.client.checks import CheckpointPath
@@ -97,12 +96,7 @@ class AsyncServiceClient:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         # The task groups inside are not told of the block's own error, which they would wrap.
         await self._stack.aclose()
 
@@ -171,9 +165,7 @@ class AsyncServiceClient:
         return AsyncTrainingClient(session, run, model)
 
     def create_sampling_client(
-        self,
-        model_path: CheckpointPath | None = None,
-        base_model: str | None = None,
+        self, model_path: CheckpointPath | None = None, base_model: str | None = None
     ) -> OperationHandle[AsyncSamplingClient]:
         """A client that samples from saved weights, or from a base model as it is.
 

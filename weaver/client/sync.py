@@ -17,7 +17,6 @@ from weaver.client.training import AsyncTrainingClient
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from os import PathLike
-    from types import TracebackType
     from typing import Self
 
     from weaver import types
@@ -257,23 +256,14 @@ class ServiceClient(Twin[AsyncServiceClient]):
         user_metadata: types.JsonDict | None = None,
     ) -> None:
         inner = AsyncServiceClient(
-            base_url,
-            api_key,
-            home=home,
-            deterministic=deterministic,
-            user_metadata=user_metadata,
+            base_url, api_key, home=home, deterministic=deterministic, user_metadata=user_metadata
         )
         super().__init__(inner, Portal(inner))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -260,13 +260,7 @@ class AsyncTrainingClient:
         *,
         backward: bool,
     ) -> OperationHandle[types.ForwardBackwardResult]:
-        check_datums(
-            datums,
-            loss_fn,
-            config=loss_fn_config,
-            vocab_size=self.model_info.vocab_size,
-            context_length=self.model_info.context_length,
-        )
+        check_datums(datums, loss_fn, config=loss_fn_config, model=self.model_info)
         given = {k: v for k, v in (loss_fn_config or {}).items() if v is not None}
         operation = protocol.ForwardBackward(
             datums=tuple(datums), loss_fn=loss_fn, loss_fn_config=given, backward=backward

@@ -20,12 +20,7 @@ from weaver.engine.kv_cache import CacheShape
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
 from weaver.engine.packing import pack
-from weaver.errors import (
-    CheckpointMismatchError,
-    EngineError,
-    NonFiniteError,
-    UnsupportedError,
-)
+from weaver.errors import CheckpointMismatchError, EngineError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -289,13 +289,8 @@ def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) ->
         )
     if operation.stream and operation.num_samples == 0:
         raise InvalidRequestError("has nothing to stream.", field="stream", hint="Leave it out.")
-    check_tokens(
-        tokens,
-        field="prompt",
-        vocab_size=model.vocab_size,
-        context_length=model.context_length,
-        max_new_tokens=operation.params.max_tokens if operation.num_samples else 0,
-    )
+    max_new_tokens = operation.params.max_tokens if operation.num_samples else 0
+    check_tokens(tokens, model, field="prompt", max_new_tokens=max_new_tokens)
     high = max(operation.params.stop_token_ids, default=0)
     if high >= model.vocab_size:
         raise TokenOutOfRangeError(

@@ -60,8 +60,7 @@ def _check(submission: Submission, run: Run | None) -> None:
                 operation.datums,
                 operation.loss_fn,
                 config=operation.loss_fn_config,
-                vocab_size=run.model.vocab_size,
-                context_length=run.model.context_length,
+                model=run.model,
             )
         case SaveCheckpoint(name=str(name)):
             check_name(name)
