@@ -8,13 +8,13 @@ block; the service calls them from worker threads.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,7 +30,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import SAFE_NAME, check_name
-from weaver.types import CheckpointInfo
+from weaver.types import CheckpointInfo, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,6 +81,16 @@ class Location:
         return cls(*parts)
 
 
+class Manifest(Value):
+    """What the folder of a checkpoint says of it."""
+
+    checkpoint: CheckpointInfo
+    sha256: Mapping[str, str]
+    """Of its files, by name."""
+    author: str = ""
+    """Whose submission wrote it."""
+
+
 class Checkpoints:
     """All checkpoints below one folder of a home."""
 
@@ -111,8 +121,8 @@ class Checkpoints:
             StorageError: the disk is full or not writable; nothing was left behind.
         """
         found = self._find(location)
-        if found is not None and author and self.author(str(location)) == author:
-            return found
+        if found is not None and author and found.author == author:
+            return found.checkpoint
         if found is not None and not overwrite:
             raise NameTakenError(
                 f"{location} exists already.", field="name", hint="Set overwrite=True."
@@ -160,7 +170,7 @@ class Checkpoints:
                     }
                 )
                 sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
-                _write_manifest(draft, info, sums=sums, author=author)
+                _write_manifest(draft, Manifest(checkpoint=info, sha256=sums, author=author))
                 for path in (*files, draft):
                     _flush(path)
                 with self._changing:
@@ -173,21 +183,17 @@ class Checkpoints:
         shutil.rmtree(draft, ignore_errors=True)
         self._drafts.discard(draft)
 
-    def author(self, path: str) -> str:
-        """Whose submission wrote it.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError
-        """
-        return _read_manifest(Path(self.get(path).folder or ""))[2]
-
     def get(self, path: str) -> CheckpointInfo:
+        """Raises what `manifest` raises."""
+        return self.manifest(path).checkpoint
+
+    def manifest(self, path: str) -> Manifest:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError."""
         location = Location.parse(path)
-        info = self._find(location)
-        if info is None:
+        found = self._find(location)
+        if found is None:
             raise _not_found(location)
-        return info
+        return found
 
     def open(self, path: str) -> tuple[CheckpointInfo, Path]:
         """A checkpoint, by its path or by its folder, with its files verified.
@@ -197,7 +203,7 @@ class Checkpoints:
             CheckpointCorruptError: a file is missing or has changed; names it.
         """
         if path.startswith(SCHEME):
-            folder = Path(self.get(path).folder or "")
+            manifest = self.manifest(path)
         else:
             folder = Path(path).expanduser().absolute()
             if not (folder / MANIFEST).is_file():
@@ -206,25 +212,26 @@ class Checkpoints:
                     field="path",
                     hint="Give a weaver:// path, or a folder that save_state wrote.",
                 )
-        info, sums, _ = _read_manifest(folder)
-        for name, expected in sums.items():
+            manifest = _read_manifest(folder)
+        folder = Path(manifest.checkpoint.folder or "")
+        for name, expected in manifest.sha256.items():
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise _corrupt(file, "is missing")
             if _sha256(file) != expected:
                 raise _corrupt(file, "has changed since it was written")
-        return info, folder
+        return manifest.checkpoint, folder
 
     def list(self, run_id: str | None = None) -> list[CheckpointInfo]:
         """By time; one that cannot be read is left out, and logged."""
         found = []
         for location in self._locations(run_id):
             try:
-                info = self._find(location)
+                manifest = self._find(location)
             except WeaverError as error:
                 logger.warning("left out of the list: %s", error)
             else:
-                found += [info] if info is not None else []
+                found += [manifest.checkpoint] if manifest is not None else []
         return sorted(found, key=lambda info: (info.created_at, info.path))
 
     def delete(self, path: str) -> None:
@@ -238,12 +245,15 @@ class Checkpoints:
     def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
         """Counts from now; None keeps it for ever."""
         with _storage_errors(f"setting the lifetime of {path}"), self._changing:
-            folder = Path(self.get(path).folder or "")
-            info, sums, author = _read_manifest(folder)
-            expires_at = _expiry(self._now(), ttl_seconds)
-            changed = info.model_copy(update={"ttl_seconds": ttl_seconds, "expires_at": expires_at})
-            _write_manifest(folder, changed, sums=sums, author=author)
-        return changed
+            manifest = self.manifest(path)
+            lifetime = {
+                "ttl_seconds": ttl_seconds,
+                "expires_at": _expiry(self._now(), ttl_seconds),
+            }
+            info = manifest.checkpoint.model_copy(update=lifetime)
+            changed = manifest.model_copy(update={"checkpoint": info})
+            _write_manifest(Path(info.folder or ""), changed)
+        return info
 
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
@@ -259,17 +269,18 @@ class Checkpoints:
         place = self._folder(location)
         return next((f for f in (place, _replaced(place), place) if f.is_dir()), None)
 
-    def _find(self, location: Location) -> CheckpointInfo | None:
+    def _find(self, location: Location) -> Manifest | None:
         """What is there, unless it has expired (then it goes)."""
         with self._changing:
             folder = self._existing(location)
             if folder is None:
                 return None
-            info = _read_manifest(folder)[0]
-            if info.expires_at is not None and info.expires_at <= self._now():
+            manifest = _read_manifest(folder)
+            expires_at = manifest.checkpoint.expires_at
+            if expires_at is not None and expires_at <= self._now():
                 self._remove(location)
                 return None
-            return info
+            return manifest
 
     def _remove(self, location: Location) -> None:
         place = self._folder(location)
@@ -309,38 +320,20 @@ def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:
     return None if ttl_seconds is None else start + timedelta(seconds=ttl_seconds)
 
 
-def _write_manifest(
-    folder: Path, info: CheckpointInfo, *, sums: dict[str, str], author: str
-) -> None:
-    content = {
-        "checkpoint": info.model_dump(mode="json", exclude={"folder"}),
-        "sha256": sums,
-        "author": author,
-    }
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
     draft = folder / f".{MANIFEST}"
-    draft.write_text(json.dumps(content, indent=1))
+    draft.write_text(manifest.model_dump_json(indent=1, exclude={"checkpoint": {"folder"}}))
     _flush(draft)
     draft.rename(folder / MANIFEST)
 
 
-def _read_manifest(folder: Path) -> tuple[CheckpointInfo, dict[str, str], str]:
-    """What it is, the digests of its files, and its author."""
+def _read_manifest(folder: Path) -> Manifest:
     try:
-        content = json.loads((folder / MANIFEST).read_text())
-        info = CheckpointInfo(**content["checkpoint"], folder=str(folder))
-        sums = {str(name): str(value) for name, value in content["sha256"].items()}
-        return info, sums, str(content.get("author", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
         raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
-
-
-def read_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a checkpoint's files, by name.
-
-    Raises:
-        CheckpointCorruptError
-    """
-    return _read_manifest(folder)[1]
+    info = manifest.checkpoint.model_copy(update={"folder": str(folder)})
+    return manifest.model_copy(update={"checkpoint": info})
 
 
 def _not_found(location: Location) -> CheckpointNotFoundError:

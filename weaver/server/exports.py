@@ -18,16 +18,17 @@ from anyio import CapacityLimiter
 from weaver.errors import CheckpointNotFoundError, NotFoundError
 from weaver.protocol import Export, ExportedFile
 from weaver.server.attempt import attempt
-from weaver.server.checkpoints import Checkpoints, Location, read_digests
+from weaver.server.checkpoints import Checkpoints, Location
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from datetime import datetime
 
     from weaver.engine.base import Engine
+    from weaver.server.checkpoints import Manifest
     from weaver.types import CheckpointInfo
 
-INTERNAL = ("weaver_state.json", "optimizer.safetensors")
+INTERNAL = frozenset({"weaver_state.json", "optimizer.safetensors"})
 CHUNK_BYTES = 8 * 2**20
 MERGED_KEPT, MERGED_KEPT_S = 8, 24 * 3600
 
@@ -58,13 +59,14 @@ class Exports:
             CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError:
                 it cannot be merged.
         """
-        info = self._checkpoints.get(path)
-        folder = Path(info.folder or "")
-        if merge and info.training_mode == "lora":
-            folder = Path(self._merge(info, folder).folder or "")
+        manifest = self._checkpoints.manifest(path)
+        if merge and manifest.checkpoint.training_mode == "lora":
+            manifest = self._merge(manifest)
+        folder = Path(manifest.checkpoint.folder or "")
         files = tuple(
             ExportedFile(name=name, size_bytes=(folder / name).stat().st_size, sha256=sha256)
-            for name, sha256 in _public(folder).items()
+            for name, sha256 in manifest.sha256.items()
+            if name not in INTERNAL
         )
         return Export(files=files, folder=str(folder))
 
@@ -74,12 +76,12 @@ class Exports:
         Raises:
             NotFoundError: the export has no such file, or was not described before.
         """
-        checkpoint = self._checkpoints.get(path)
-        merged = merge and checkpoint.training_mode == "lora"
-        folder = Path((self._merged.get(path) if merged else checkpoint).folder or "")
-        if name not in _public(folder):
+        manifest = self._checkpoints.manifest(path)
+        if merge and manifest.checkpoint.training_mode == "lora":
+            manifest = self._merged.manifest(path)
+        if name not in manifest.sha256.keys() - INTERNAL:
             raise NotFoundError(f"{path} has no file {name[:80]!r}.", field="name")
-        with (folder / name).open("rb") as file:
+        with (Path(manifest.checkpoint.folder or "") / name).open("rb") as file:
             file.seek(offset)
             return file.read(CHUNK_BYTES)
 
@@ -91,7 +93,9 @@ class Exports:
             ):
                 self._merged.delete(info.path)
 
-    def _merge(self, info: CheckpointInfo, folder: Path) -> CheckpointInfo:
+    def _merge(self, manifest: Manifest) -> Manifest:
+        info = manifest.checkpoint
+
         def fill(empty: Path) -> None:
             _, adapter = self._checkpoints.open(info.path)  # with its files verified
             self._engine.merge_adapter(info.base_model, adapter, empty)
@@ -102,16 +106,12 @@ class Exports:
         others = [other for other in self._merged.list() if other.path != info.path]
         for oldest in others[: max(0, len(others) - MERGED_KEPT + 1)]:
             self._merged.delete(oldest.path)
-        content = json.dumps(read_digests(folder), sort_keys=True).encode()
-        return self._merged.write(
+        content = json.dumps(dict(manifest.sha256), sort_keys=True).encode()
+        self._merged.write(
             Location.parse(info.path),
             fill,
             describe=describe,
             author=hashlib.sha256(content).hexdigest(),
             overwrite=True,
         )
-
-
-def _public(folder: Path) -> Mapping[str, str]:
-    """The names of the files that are exported, and their SHA-256."""
-    return {name: sha for name, sha in read_digests(folder).items() if name not in INTERNAL}
+        return self._merged.manifest(info.path)

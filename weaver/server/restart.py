@@ -164,7 +164,7 @@ def _take_up_samplers(live: Checkpoints, sessions: Mapping[str, Session]) -> Non
     for info in live.list():
         if info.kind == "sampler":
             try:
-                session = sessions.get(live.author(info.path).partition("/")[0])
+                session = sessions.get(live.manifest(info.path).author.partition("/")[0])
                 if session is None:
                     live.delete(info.path)
                 else:
