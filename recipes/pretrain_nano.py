@@ -7,7 +7,7 @@ What it does, in order:
 1. Writes a folder with a two-layer Qwen3 of random weights and a tokenizer of bytes: 256 symbols,
    no merges, so any UTF-8 text survives; six special tokens; a chat template that keeps history.
 2. Trains all weights through Weaver's own API (`training_mode="full_ft"`) by cross-entropy on the
-   answers of `_curriculum`: AdamW, linear warm-up, cosine decay. Batches are submitted one ahead.
+   answers of `_skills`: AdamW, linear warm-up, cosine decay. Batches are submitted one ahead.
 3. The last fifth of the steps sees noisy answers. The model then knows the skills and doubts
    them: it is right about half the time when sampled, an honest gap for reinforcement to close.
 4. Measures the skills on prompts of another seed, and writes the model folder: weights,
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from recipes import _curriculum, _skills
+from recipes import _skills
 from weaver import ServiceClient, types
 from weaver_rl.conversations import from_pieces
 
@@ -102,9 +102,7 @@ def train(trainer: TrainingClient, flags: Flags) -> list[float]:
     pending = None
     for step in range(flags.steps):
         noisy = step >= flags.noisy_from * flags.steps
-        datums = [
-            from_pieces(tokenizer, item.pieces) for item in _curriculum.batch(rng, noisy=noisy)
-        ]
+        datums = [from_pieces(tokenizer, item.pieces) for item in _skills.batch(rng, noisy=noisy)]
         gradients = trainer.forward_backward(datums, "cross_entropy")
         trainer.optim_step(
             types.AdamParams(
@@ -249,7 +247,7 @@ def model_card(
         prompts=flags.prompts_per_skill,
         measured_seed=flags.seed + 1,
         rows="\n".join(rows),
-        slips=", ".join(f"{name} {rate}" for name, rate in _curriculum.SLIP_RATES.items()),
+        slips=", ".join(f"{name} {rate}" for name, rate in _skills.SLIP_RATES.items()),
         curve=", ".join(f"{loss:.2f}" for loss in losses[tenth - 1 :: tenth]),
     )
 

@@ -126,6 +126,7 @@ class WandbLogger(Logger):
         config: Mapping[str, object] | None = None,
         folder: Path | None = None,
         mode: Literal["online", "offline"] | None = None,
+        run_name: str | None = None,
         state: Mapping[str, str] | None = None,
     ) -> None:
         """
@@ -152,6 +153,7 @@ class WandbLogger(Logger):
             # Offline there is nobody to ask whether the run exists.
             resume="allow" if run_id and not offline else None,
             mode=mode,
+            name=run_name,
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
         )

@@ -24,7 +24,7 @@ from weaver_rl.proofs import PROOFS, Outcome
 from weaver_rl.storage import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from weaver_rl.proofs import Proof
 
@@ -81,16 +81,10 @@ async def run(wanted: Sequence[Proof], page: Path) -> list[Ran]:
 
 def write_page(page: Path, wanted: Sequence[Proof], done: Sequence[Ran]) -> None:
     """Raises StorageError: the page cannot be written."""
-    write_atomically(
-        page, make_page("selftest", title="Self-test", data=_data(wanted, done)).encode()
-    )
-
-
-def _data(wanted: Sequence[Proof], done: Sequence[Ran]) -> Mapping[str, object]:
     total = sum(len(proof.seeds) for proof in wanted)
     failed = sum(not one.outcome.passed for one in done)
     minutes = sum(one.seconds for one in done) / 60
-    return {
+    data = {
         "subtitle": f"Weaver {version('weaver-post-training')} · "
         f"Python {platform.python_version()} · {platform.system()} {platform.machine()} · "
         f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -118,6 +112,7 @@ def _data(wanted: Sequence[Proof], done: Sequence[Ran]) -> Mapping[str, object]:
         "footer": "Curves show the mean reward by step, for supervised fine-tuning the loss. "
         "The definitions are in weaver_rl/proofs.py; tests/learning runs the same.",
     }
+    write_atomically(page, make_page("selftest", title="Self-test", data=data).encode())
 
 
 def _say(one: Ran) -> None:

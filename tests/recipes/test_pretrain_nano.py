@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes import _curriculum, pretrain_nano
+from recipes import _skills, pretrain_nano
 from weaver import ServiceClient
 from weaver_rl.tasks.words import pig_latin
 
@@ -76,7 +76,7 @@ def test_pig_latin_follows_the_reference(english: str, said: str) -> None:
 def test_questions_are_answered_rightly(skill: str, right: object) -> None:
     assert callable(right)
     for seed in range(50):
-        asked = _curriculum.question(skill, Random(seed))
+        asked = _skills.question(skill, Random(seed))
         assert asked.answer == right(asked.prompt)
 
 
@@ -84,7 +84,7 @@ def test_slips_happen_at_the_stated_rate() -> None:
     rng = Random(0)
     wrong = 0
     for _ in range(2000):
-        made = _curriculum.example("copy", rng, slips=0.25)
+        made = _skills.example("copy", rng, slips=0.25)
         asked = made.prompt.split("copy:")[1].split("=")[0]
         wrong += made.answer != asked
     assert 0.18 < wrong / 2000 <= 0.27  # a few slips hit the right letters again
@@ -92,9 +92,9 @@ def test_slips_happen_at_the_stated_rate() -> None:
 
 def test_guesses_stay_inside_what_feedback_leaves() -> None:
     for seed in range(50):
-        pieces = _curriculum.guessing_game(Random(seed), upper=15, slips=0.0).pieces
+        pieces = _skills.guessing_game(Random(seed), upper=15, slips=0.0).pieces
         low, high = 1, 15
         for (said, _), (heard, _) in zip(pieces[1::2], pieces[2::2], strict=False):
-            guess = int(said.removesuffix(_curriculum.END))
+            guess = int(said.removesuffix(_skills.END))
             assert low <= guess <= high
             low, high = (guess + 1, high) if "higher" in heard else (low, guess - 1)

@@ -22,6 +22,7 @@ from weaver_rl.loops.pipeline import Filtered, Pipeline
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
+from weaver_rl.run_folder import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -136,10 +137,9 @@ async def off_policy(
             await run.log(metrics, step=step + 1)
             if run.is_due(step + 1, plan.steps):
                 position = (step + 1) * plan.groups_per_step
-                extra = {"pending": await pipeline.drain()}
-                await run.checkpoint(
-                    trainer, step=step + 1, version=version, position=position, extra=extra
-                )
+                extra = {"version": version, "pending": await pipeline.drain()}
+                manifest = Manifest(step=step + 1, data_position=position, extra=extra)
+                await run.checkpoint(trainer, manifest)
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError
 from weaver_rl.data import digest
@@ -117,23 +117,10 @@ class Run:
         """Whether a checkpoint follows step `step` (from 1) of `steps`."""
         return self.folder is not None and (step % self.checkpoint_every == 0 or step == steps)
 
-    async def checkpoint(
-        self,
-        trainer: AsyncTrainingClient,
-        *,
-        step: int,
-        version: int,
-        position: int = 0,
-        extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Saves weights, optimizer and manifest behind `step` steps of the loop."""
+    async def checkpoint(self, trainer: AsyncTrainingClient, manifest: Manifest) -> None:
+        """Saves weights, optimizer and manifest behind a step of the loop."""
         if self.folder is not None:
-            manifest = Manifest(
-                step=step,
-                data_position=position,
-                loggers=self.loggers.state(),
-                extra={"version": version, **(extra or {})},
-            )
+            manifest = replace(manifest, loggers=self.loggers.state())
             await save_checkpoint(self.folder, trainer, manifest=manifest, delete=self.delete)
 
 

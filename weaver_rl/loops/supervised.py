@@ -21,6 +21,7 @@ from weaver_rl.loops.policy import Result
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
 from weaver_rl.plan import Steps, at_least
+from weaver_rl.run_folder import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ async def supervised(
         begin = time.monotonic()
         await run.log(metrics, step=step + 1)
         if run.is_due(step + 1, len(steps)):
-            await run.checkpoint(trainer, step=step + 1, version=version)
+            await run.checkpoint(trainer, Manifest(step=step + 1, extra={"version": version}))
     sampler = await trainer.save_weights_and_get_sampling_client()
     return Result(sampler=sampler, steps=len(steps), version=version, metrics=metrics)
 
