@@ -537,6 +537,40 @@ async def test_work_waits_for_a_database_that_is_away(
     assert times < 0
 
 
+@pytest.mark.parametrize(("store", "file"), [(SqlStore, "server.db"), (StepStore, "embedded.db")])
+async def test_work_waits_for_another_process_that_writes(
+    home: Path, store: Callable[[sa.Engine], SqlStore], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weaver.server.database.BUSY_S", 0.02)
+    opened = open_database(home, file=file)
+    async with LocalService(FakeEngine(), home=home, store=store(opened)) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        step = caller.stamp(STEP, run)
+        with closing(sqlite3.connect(home / file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            if store is SqlStore:  # nothing is accepted, and a client sends it again
+                with pytest.raises(ServiceConnectionError, match="another process"):
+                    await caller.send(step)
+            else:  # what was done waits to be written
+                await caller.send(step)
+            await anyio.sleep(0.3)
+            other.execute("ROLLBACK")
+        await caller.send(step)
+        await caller.result(step.id)
+        await train(caller, run, steps=1)
+        expected = await weights(caller, run)
+        assert (await service.get_run(run)).step == 2
+    opened.dispose()
+    opened = open_database(home, file=file)
+    async with LocalService(FakeEngine(), home=home, store=store(opened)) as service:
+        again = await Caller.open(service)
+        assert (await service.get_run(run)).step == 2
+        assert await weights(again, run) == expected
+    opened.dispose()
+
+
 async def test_a_checkpoint_is_not_written_twice(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ may be lost when the machine itself loses power; PostgreSQL waits for the disk.
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,8 @@ LOCK = 0x57454156
 DISK_FULL = "53100"
 """PostgreSQL's code."""
 CONNECT_S = 5
+BUSY_S = 5
+"""SQLite waits so long for another process that is writing."""
 BUSY_MS = 5000
 
 
@@ -96,6 +99,10 @@ def transaction(database: sa.Engine, *, busy_ms: int = BUSY_MS) -> Iterator[sa.C
             isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
         )
         full = getattr(cause, "sqlstate", None) == DISK_FULL
+        if getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise ServiceConnectionError(
+                "another process holds the database.", hint="Try again when it lets go of it."
+            ) from error
         if away and not full and database.dialect.name != "sqlite":
             raise ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
@@ -123,8 +130,12 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
         with engine.begin() as connection:
             upgrade(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+        why = f"cannot be opened: {getattr(error, 'orig', None) or error}"
+        if own is not None:
+            hint = "Is it another program's, or held by another process?"
+            raise ConfigError(f"{own.database} {why}.", field="home", hint=hint) from None
         raise ConfigError(
-            f"cannot be opened: {getattr(error, 'orig', None) or error}",
+            why,
             field="database_url",
             hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from weaver.errors import StorageError
+from weaver.errors import ServiceConnectionError, StorageError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.rows import error_code, executed_row
 from weaver.server.sql_store import SqlStore, describe_runs, insert_operations
@@ -72,9 +72,10 @@ class StepStore(SqlStore):
                     describe_runs(runs),
                 ]
             )
-        except StorageError:
-            for run_id in ended:
-                self._batches[run_id].pop()  # that step did not happen, its gradients did
+        except (StorageError, ServiceConnectionError):
+            for run_id in ended:  # that step did not happen, its gradients did; it may come again
+                submission, one = self._batches[run_id].pop()
+                self._submissions[one.session_id, submission.id] = submission
             raise
         for run_id in ended:
             del self._batches[run_id]
