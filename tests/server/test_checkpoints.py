@@ -8,7 +8,6 @@ import shutil
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,9 +21,6 @@ from weaver.errors import (
 from weaver.server import checkpoints as module
 from weaver.server.checkpoints import Checkpoints, Location
 from weaver.types import CheckpointInfo, LoraConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 WHERE = Location("run-1", "weights", "x")
 PATH = str(WHERE)
@@ -48,8 +44,8 @@ def disk(home: Path, clock: Clock) -> Checkpoints:
     return Checkpoints(home, now=clock)
 
 
-def describe(location: Location, ttl_seconds: int | None) -> Callable[[datetime], CheckpointInfo]:
-    return lambda now: CheckpointInfo(
+def describe(location: Location, ttl_seconds: int | None = None) -> CheckpointInfo:
+    return CheckpointInfo(
         path=str(location),
         run_id=location.run_id,
         name=location.name,
@@ -58,7 +54,7 @@ def describe(location: Location, ttl_seconds: int | None) -> Callable[[datetime]
         training_mode="lora",
         lora_config=LoraConfig(),
         step=1,
-        created_at=now,
+        created_at=datetime.now(UTC),
         size_bytes=0,
         ttl_seconds=ttl_seconds,
     )
@@ -76,7 +72,7 @@ def write(
         (folder / "sub").mkdir()
         (folder / "sub" / "data").write_text(content)
 
-    return disk.write(location, fill, describe=describe(location, ttl_seconds), overwrite=overwrite)
+    return disk.write(describe(location, ttl_seconds), fill, overwrite=overwrite)
 
 
 def content(disk: Checkpoints) -> str:
@@ -133,7 +129,7 @@ def test_a_failure_leaves_nothing_behind(disk: Checkpoints, home: Path) -> None:
 
     for location in (WHERE, Location("run-2", "weights", "y")):
         with pytest.raises(StorageError, match="No space left on device"):
-            disk.write(location, full, describe=describe(location, None), overwrite=True)
+            disk.write(describe(location), full, overwrite=True)
     assert content(disk) == "one" and leftovers(home) == [] and len(disk.list()) == 1
 
 

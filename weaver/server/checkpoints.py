@@ -105,14 +105,13 @@ class Checkpoints:
 
     def write(
         self,
-        location: Location,
+        info: CheckpointInfo,
         fill: Callable[[Path], None],
         *,
-        describe: Callable[[datetime], CheckpointInfo],
         author: str = "",
         overwrite: bool = False,
     ) -> CheckpointInfo:
-        """Saves what `fill` puts into an empty folder; `describe` is told the time of it.
+        """Saves what `fill` puts into an empty folder; answers `info` with its times and size.
 
         A checkpoint that the same `author` has written is kept as it is: nothing is done twice.
 
@@ -120,6 +119,7 @@ class Checkpoints:
             NameTakenError: it exists, and `overwrite` is not set.
             StorageError: the disk is full or not writable; nothing was left behind.
         """
+        location = Location.parse(info.path)
         found = self._find(location)
         if found is not None and author and found.author == author:
             return found.checkpoint
@@ -127,8 +127,7 @@ class Checkpoints:
             raise NameTakenError(
                 f"{location} exists already.", field="name", hint="Set overwrite=True."
             )
-        draft = self.draft(location, fill)
-        return self.commit(draft, location, describe=describe, author=author)
+        return self.commit(self.draft(location, fill), info, author=author)
 
     def draft(self, location: Location, fill: Callable[[Path], None]) -> Path:
         """The first half of `write`: a folder for `commit`, which need not be on the disk yet.
@@ -147,24 +146,17 @@ class Checkpoints:
             raise
         return draft
 
-    def commit(
-        self,
-        draft: Path,
-        location: Location,
-        *,
-        describe: Callable[[datetime], CheckpointInfo],
-        author: str,
-    ) -> CheckpointInfo:
+    def commit(self, draft: Path, info: CheckpointInfo, *, author: str = "") -> CheckpointInfo:
         """The second half: flushes a draft to the disk and puts it in its place."""
-        place = self._folder(location)
+        place = self._folder(Location.parse(info.path))
         try:
-            with _storage_errors(f"saving {location}"):
+            with _storage_errors(f"saving {info.path}"):
                 files = sorted(path for path in draft.rglob("*") if path.is_file())
                 now = self._now()
-                info = describe(now)
                 info = info.model_copy(
                     update={
                         "folder": None,
+                        "created_at": now,
                         "size_bytes": sum(path.stat().st_size for path in files),
                         "expires_at": _expiry(now, info.ttl_seconds),
                     }

@@ -18,7 +18,7 @@ from anyio import CapacityLimiter
 from weaver.errors import CheckpointNotFoundError, NotFoundError
 from weaver.protocol import Export, ExportedFile
 from weaver.server.attempt import attempt
-from weaver.server.checkpoints import Checkpoints, Location
+from weaver.server.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine
     from weaver.server.checkpoints import Manifest
-    from weaver.types import CheckpointInfo
 
 INTERNAL = frozenset({"weaver_state.json", "optimizer.safetensors"})
 CHUNK_BYTES = 8 * 2**20
@@ -100,17 +99,13 @@ class Exports:
             _, adapter = self._checkpoints.open(info.path)  # with its files verified
             self._engine.merge_adapter(info.base_model, adapter, empty)
 
-        def describe(now: datetime) -> CheckpointInfo:
-            return info.model_copy(update={"created_at": now, "ttl_seconds": MERGED_KEPT_S})
-
         others = [other for other in self._merged.list() if other.path != info.path]
         for oldest in others[: max(0, len(others) - MERGED_KEPT + 1)]:
             self._merged.delete(oldest.path)
         content = json.dumps(dict(manifest.sha256), sort_keys=True).encode()
         self._merged.write(
-            Location.parse(info.path),
+            info.model_copy(update={"ttl_seconds": MERGED_KEPT_S}),
             fill,
-            describe=describe,
             author=hashlib.sha256(content).hexdigest(),
             overwrite=True,
         )

@@ -31,7 +31,7 @@ from weaver.protocol import (
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Location
 from weaver.server.runs import Run
-from weaver.types import CheckpointInfo, LoraConfig
+from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -178,22 +178,12 @@ class Operations:
             name = operation.name
         location = Location(run.run_id, "sampler" if sampler else "weights", name)
         optimizer = operation.include_optimizer and not sampler
-
-        def describe(now: datetime) -> CheckpointInfo:
-            return CheckpointInfo(
-                path=str(location),
-                run_id=run.run_id,
-                name=name,
-                kind="sampler" if sampler else "weights_and_optimizer" if optimizer else "weights",
-                base_model=run.model.name,
-                training_mode=run.training_mode,
-                lora_config=run.lora_config,
-                step=run.step,
-                created_at=now,
-                size_bytes=0,
-                ttl_seconds=operation.ttl_seconds,
-            )
-
+        info = run.checkpoint(
+            str(location),
+            "sampler" if sampler else "weights_and_optimizer" if optimizer else "weights",
+            step=run.step,
+            ttl_seconds=operation.ttl_seconds,
+        )
         unnamed = sampler and operation.name is None
         disk = self.kept_samplers if unnamed else self.checkpoints
 
@@ -201,15 +191,8 @@ class Operations:
             self._check_stored(run.project)
             trainer.save(run.run_id, folder, include_optimizer=optimizer)
 
-        info = describe(self.now())
         if disk is not None:
-            info = disk.write(
-                location,
-                fill,
-                describe=describe,
-                author=work.key,
-                overwrite=operation.overwrite,
-            )
+            info = disk.write(info, fill, author=work.key, overwrite=operation.overwrite)
         if sampler:
             self.samplers.publish(
                 str(location),

@@ -24,11 +24,9 @@ from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Location
 from weaver.server.operations import gradient_job
-from weaver.types import CheckpointInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
-    from datetime import datetime
     from pathlib import Path
 
     from weaver.engine.base import Engine
@@ -170,21 +168,9 @@ class Recovery:
         return partial(self._commit, run, draft, number)
 
     async def _commit(self, run: Run, draft: Path, number: int) -> None:
-        def describe(now: datetime) -> CheckpointInfo:
-            return CheckpointInfo(
-                path=str(_place(run, number)),
-                run_id=run.run_id,
-                name=str(number),
-                kind="weights_and_optimizer",
-                base_model=run.model.name,
-                training_mode=run.training_mode,
-                lora_config=run.lora_config,
-                step=run.snapshot_step,
-                created_at=now,
-                size_bytes=0,
-            )
-
-        write = partial(self.live.commit, draft, _place(run, number), describe=describe, author="")
+        place = str(_place(run, number))
+        info = run.checkpoint(place, "weights_and_optimizer", step=run.snapshot_step)
+        write = partial(self.live.commit, draft, info)
         async with run.committing:  # one after another: each prunes what the former held
             done = await to_thread.run_sync(partial(attempt, write), abandon_on_cancel=True)
             failure = done if isinstance(done, WeaverError) else None

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import anyio
 
 from weaver.server.lanes import Lane
-from weaver.types import JsonDict, LoraConfig, ModelInfo, TrainingMode, TrainingRun
+from weaver.types import (
+    CheckpointInfo,
+    CheckpointKind,
+    JsonDict,
+    LoraConfig,
+    ModelInfo,
+    TrainingMode,
+    TrainingRun,
+)
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from weaver.server.store import RunRecord
-    from weaver.types import CheckpointInfo
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +87,24 @@ class Run:
             last_request_at=self.last_request_at,
             user_metadata=self.user_metadata,
             project=self.project,
+        )
+
+    def checkpoint(
+        self, path: str, kind: CheckpointKind, *, step: int, ttl_seconds: int | None = None
+    ) -> CheckpointInfo:
+        """What is to be written; its times and size are set when it is."""
+        return CheckpointInfo(
+            path=path,
+            run_id=self.run_id,
+            name=path.rpartition("/")[2],
+            kind=kind,
+            base_model=self.model.name,
+            training_mode=self.training_mode,
+            lora_config=self.lora_config,
+            step=step,
+            created_at=datetime.now(UTC),
+            size_bytes=0,
+            ttl_seconds=ttl_seconds,
         )
 
     def mismatch(self, checkpoint: CheckpointInfo) -> str | None:
