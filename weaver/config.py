@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,3 +72,11 @@ def _choice(env: Mapping[str, str], name: str, values: tuple[str, ...]) -> str:
     if value not in values:
         raise ConfigError(f"is {value!r}.", field=name, hint=f"Use {' or '.join(values)}.")
     return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

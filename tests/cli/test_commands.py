@@ -265,3 +265,11 @@ def test_help_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_output_that_cannot_be_written_is_one_line(saved: tuple[str, str]) -> None:
+    code = "import sys; sys.argv = ['weaver', 'runs', 'list']; from weaver.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert ended.returncode != 0
+    assert ended.stderr.startswith(b"error: ") and b"Traceback" not in ended.stderr

@@ -37,7 +37,7 @@ def main() -> None:
     """Runs the command; an error that can be mended is one line on stderr and exit code 1."""
     try:
         app()
-    except WeaverError as error:
+    except (WeaverError, OSError) as error:  # a full disk, a folder that cannot be written to
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -21,6 +21,8 @@ import httpx
 from pydantic import TypeAdapter
 
 from weaver import wire
+from weaver.client.address import parse_address
+from weaver.config import is_loopback
 from weaver.errors import (
     ConfigError,
     InvalidRequestError,
@@ -85,7 +87,8 @@ class HttpService:
         transport: httpx.AsyncBaseTransport | None = None,
         outage_s: float = OUTAGE_S,
     ) -> None:
-        self._address = base_url.rstrip("/")
+        parts = parse_address(base_url)
+        self._address = parts.geturl()
         self._outage_s = outage_s
         if api_key is not None and not re.fullmatch(r"[!-~]*", api_key):  # it is not shown
             raise ConfigError(
@@ -99,13 +102,15 @@ class HttpService:
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
                 transport=transport,
                 # Reading the certificates of authorities takes 0.1 s; plain HTTP needs none.
-                verify=self._address.startswith("https:"),
+                verify=parts.scheme == "https",
+                trust_env=not is_loopback(parts.hostname or ""),  # a proxy has another loopback
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             )
             self._headers = dict(self._http.headers)
-        except (httpx.InvalidURL, ValueError) as error:
+        except (httpx.InvalidURL, ValueError, ImportError) as error:
             raise ServiceConnectionError(
-                f"{base_url!r} is no address: {error}.", hint="Such as http://127.0.0.1:8000."
+                f"{self._address} cannot be used: {error}",
+                hint="Check it, and the proxy that the environment names.",
             ) from None
 
     async def __aenter__(self) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
-from tests.server.http.helpers import ADDRESS, running, serving
+from tests.server.http.helpers import ADDRESS, over_socket, running, serving
 from weaver import AsyncServiceClient, Datum, wire
 from weaver.client import http
 from weaver.client.http import HttpService
@@ -133,9 +133,41 @@ async def test_what_is_no_weaver_server_is_named(reply: httpx.Response) -> None:
         await service.collect("s", after=0, timeout_s=0)
 
 
-def test_what_is_no_address_is_named() -> None:
-    with pytest.raises(ServiceConnectionError, match="no address"):
-        HttpService("http://[::")
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://[::", "no address"),
+        ("http://", "names no host"),
+        ("http://127.0.0.1:99999", "no address.*0-65535"),
+        ("ftp://127.0.0.1", "http://"),
+        ("http://127.0.0.1:8000?x=1", "more than a path"),
+        ("http://127.0.0.1:8000/v1/", "/v1 at its end"),
+    ],
+)
+def test_what_is_no_address_is_named(address: str, why: str) -> None:
+    with pytest.raises(ServiceConnectionError, match=why):
+        HttpService(address)
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
+    with pytest.raises(ServiceConnectionError, match="keys are sent apart") as refused:
+        HttpService("http://me:secret@weaver.example:8000")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+async def test_a_server_on_this_machine_is_reached_past_a_proxy(
+    home: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    async with over_socket(FakeEngine(), home) as service:
+        assert await service.list_runs() == []
+
+
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:9")
+    with pytest.raises(ServiceConnectionError, match="proxy"):
+        HttpService("http://weaver.example:8000")
 
 
 async def test_ids_cannot_leave_their_place_in_a_path() -> None:

@@ -14,6 +14,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from pydantic import ConfigDict, Field
 
+from weaver.config import is_loopback
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import CreateModel, ModelCreated
 from weaver.server.compat.weaver_rest_answers import (
@@ -24,7 +25,6 @@ from weaver.server.compat.weaver_rest_answers import (
 )
 from weaver.server.compat.weaver_rest_operations import Desked, resend_key
 from weaver.server.compat.weaver_rest_tensors import Body
-from weaver.server.http.edge import is_loopback
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, LoraConfig, MetricPoint, TrainingMode
 

@@ -5,7 +5,6 @@ A request id, the caller's project, the size of the body, one line in the log, t
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 import time
@@ -135,14 +134,6 @@ def _check_local(headers: Headers) -> None:
         "a server without keys answers only to this machine.",
         hint="Use http://127.0.0.1, or start the server with keys.",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can be there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _bounded(receive: Receive, limit: int, declared: str) -> Receive:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from weaver.config import is_loopback
 from weaver.errors import ConfigError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
 from weaver.server.http.connection import Connection
-from weaver.server.http.edge import is_loopback
 from weaver.server.http.front import Front
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits

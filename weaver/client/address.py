@@ -1,0 +1,35 @@
+"""Addresses of servers, checked before anything is sent there; called by `HttpService`."""
+
+from __future__ import annotations
+
+from urllib.parse import SplitResult, urlsplit
+
+from weaver.errors import ServiceConnectionError
+
+
+def parse_address(base_url: str) -> SplitResult:
+    """The parts of an address to which paths can be added.
+
+    Raises:
+        ServiceConnectionError: it has no host or a port that cannot be, or more than that.
+    """
+    try:
+        parts = urlsplit(base_url.rstrip("/"))
+        wrong = "" if parts.hostname and parts.port != 0 else "it names no host"
+    except ValueError as error:
+        raise _refused(base_url, f"is no address: {error}") from None
+    if wrong or parts.scheme not in ("http", "https"):
+        raise _refused(
+            base_url, f"is no address: {wrong or 'it begins with no http:// or https://'}"
+        )
+    if parts.username is not None:  # the password is not shown, and would take the key's place
+        raise _refused(f"an address at {parts.hostname}", "has a user's name; keys are sent apart")
+    if parts.query or parts.fragment:
+        raise _refused(base_url, "ends with more than a path")
+    if parts.path.endswith("/v1"):
+        raise _refused(base_url, "has /v1 at its end, which the client adds itself")
+    return parts
+
+
+def _refused(address: str, why: str) -> ServiceConnectionError:
+    return ServiceConnectionError(f"{address} {why}.", hint="Such as http://127.0.0.1:8000.")
