@@ -42,13 +42,10 @@ class AsyncSamplingClient:
         if not owned:
             self._unneeded.detach()
         self.sampler_id = opened.sampler_id
-        self.model_info: types.ModelInfo = opened.model
+        self.model_info = opened.model
+        self.base_model = opened.model.name
         self.weights_version = opened.weights_version
         """The optimizer step of the weights; 0 for a base model."""
-
-    @property
-    def base_model(self) -> str:
-        return self.model_info.name
 
     @overload
     def sample(

@@ -42,12 +42,9 @@ class AsyncTrainingClient:
         self._session = session
         self.model_id = run.run_id
         self.model_info = model
+        self.base_model = model.name
         self.deterministic = session.deterministic
         """No number depends on what else the service computes, or on when."""
-
-    @property
-    def base_model(self) -> str:
-        return self.model_info.name
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""

@@ -109,20 +109,22 @@ class LoadedModel:
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, H] after the final norm; differentiable in the adapters or the model's parameters."""
-        with self.routing.of(batch.lengths, batch.adapters):
-            output = self.module.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                packed_batch=batch,
-            )
-        hidden: torch.Tensor = output.last_hidden_state[0]
+        hidden: torch.Tensor = self._call(self.module.base_model, batch).last_hidden_state[0]
         return hidden
 
     def logits(self, hidden: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
         """float32 [N, V] of hidden states [N, H]; `adapters` has one entry a row."""
         with self.routing.of([1] * len(adapters), adapters):
             return self.head.logits(hidden)
+
+    def _call(self, module: Any, batch: PackedBatch) -> Any:
+        with self.routing.of(batch.lengths, batch.adapters):
+            return module(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_batch=batch,
+            )
 
     def _freeze(self) -> None:
         for path, layer in list(self.module.named_modules()):
@@ -136,13 +138,7 @@ class LoadedModel:
         """Refuses an architecture that mixes packed sequences, or has another head than `Head`."""
         batch = pack([[0, 1, 2], [0, 1, 2]], adapters=[None, None], device=self.device)
         ours = self.logits(self.hidden_states(batch), [None] * 6)
-        with self.routing.of(batch.lengths, batch.adapters):
-            theirs = self.module(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                packed_batch=batch,
-            ).logits[0]
+        theirs = self._call(self.module, batch).logits[0]
         for one, other, reason in (
             (ours, theirs.float(), "transforms its logits in a way that is unknown here"),
             (ours[:3], ours[3:], "lets packed sequences see each other"),

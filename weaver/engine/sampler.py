@@ -139,20 +139,19 @@ class TorchSampler:
                 left -= size
         parts.sort(key=lambda part: id(part[0].weights))
         hidden = self._forward_prompts(model, parts)
-        ends = np.cumsum([size for _, size in parts]).tolist()
-        for (job, size), end in zip(parts, ends, strict=True):
+        sizes = [size for _, size in parts]
+        ended: list[tuple[RunningJob, torch.Tensor]] = []
+        for (job, size), rows in zip(parts, torch.split(hidden, sizes), strict=True):
             if job.job.include_prompt_logprobs:
-                self._score(job, hidden[end - size : end])
+                self._score(job, rows)
             job.read += size
-        ended = [
-            (job, end - 1) for (job, _), end in zip(parts, ends, strict=True) if not job.unread
-        ]
+            if not job.unread:
+                ended.append((job, rows[-1]))
         if ended:
-            logits = model.logits(
-                hidden[[row for _, row in ended]], [job.weights.adapter for job, _ in ended]
-            )
-            for index, (job, _) in enumerate(ended):
-                job.logits = logits[index : index + 1]
+            last = torch.stack([row for _, row in ended])
+            logits = model.logits(last, [job.weights.adapter for job, _ in ended])
+            for (job, _), row in zip(ended, torch.split(logits, 1), strict=True):
+                job.logits = row
 
     def _forward_prompts(
         self, model: LoadedModel, parts: Sequence[tuple[RunningJob, int]]
