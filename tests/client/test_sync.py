@@ -182,6 +182,19 @@ def test_it_works_below_a_running_event_loop(client: ServiceClient) -> None:
     assert asyncio.run(main()) == 1
 
 
+def test_its_own_event_loop_cannot_wait_for_itself(client: ServiceClient) -> None:
+    trainer = client.create_model("fake")
+
+    async def inside() -> Handle[Any]:
+        pending = Handle(trainer._inner.forward_backward(DATUMS), client._portal)
+        for call in (lambda: trainer.optim_step(STEP), client.list_training_runs, pending.result):
+            with pytest.raises(RuntimeError, match="event loop"):
+                call()
+        return pending
+
+    assert client._portal.call(inside).result(5).metrics["loss"] > 0
+
+
 def test_closing_fails_what_is_pending_and_ends_the_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_thread_left: Callable[[], None]
 ) -> None:

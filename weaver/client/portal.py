@@ -47,6 +47,7 @@ class Handle(Generic[T]):
             WeaverError: whatever made the operation fail.
         """
         for wait_s in self._inner.waits(timeout):
+            self._portal.check_thread()
             with suppress(TimeoutError):
                 self._inner.outcome.exception(wait_s)
         return self._inner.outcome.result()
@@ -101,9 +102,13 @@ class Portal:
     def run(self, function: Callable[[], T]) -> T:
         """Runs a plain function in the loop's thread: half the time of a task there."""
         self._check_open()
-        if threading.get_ident() == self._thread_id:  # it would wait for itself
-            raise RuntimeError("a sync client was called in its own event loop's thread.")
+        self.check_thread()
         return run_sync(function, token=self._token)
+
+    def check_thread(self) -> None:
+        """Raises RuntimeError in the loop's own thread, which would wait for itself."""
+        if threading.get_ident() == self._thread_id:
+            raise RuntimeError("a sync client was used in its own event loop's thread.")
 
     def _check_open(self) -> None:
         if not self._collected.alive:
