@@ -14,7 +14,7 @@ from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
 from weaver.server import sql_store
-from weaver.server.store import Answer, Settled
+from weaver.server.store import Answer, SessionRecord, Settled
 from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
@@ -66,7 +66,7 @@ async def test_metrics_keep_their_order_and_belong_to_a_run(store: Store) -> Non
 
 
 async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) -> None:
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     await store.append("a", [sent("1", FORWARD), sent("2", seq=2)])
     await store.append("b", [sent("1", FORWARD)])
     pending = [(e.session_id, e.submission, e.cursor) for e in await store.entries()]
@@ -86,7 +86,7 @@ async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) ->
 
 
 async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: Store) -> None:
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=0)
     await store.append("a", [sent("1"), sent("2", seq=2)])
     answers = [
@@ -105,7 +105,7 @@ async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sql_store, "ACKNOWLEDGED", 1)
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     await store.append("a", [sent("1"), sent("2", seq=2)])
     await store.settle([ended("1", 1, number=1)])
     store.acknowledge("a", ["1"])
@@ -116,7 +116,7 @@ async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(
 
 
 async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=5)
     await store.put_run(run("s"), model=MODEL, seed=6)
     operations = [GRADIENT, STEP, GRADIENT, STEP]
@@ -144,7 +144,7 @@ async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
 
 
 async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=0)
     await store.append("a", [sent("1", GRADIENT), sent("2", seq=2), sent("3", seq=3)])
     await store.settle([ended("1", 1, number=1), ended("3", 2, error=NO)])
@@ -158,7 +158,7 @@ async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
 
 
 async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) -> None:
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     for run_id in ("r", "s"):
         await store.put_run(run(run_id), model=MODEL, seed=0)
     await store.append("a", [sent("1", GRADIENT), sent("2", seq=2)])
@@ -176,7 +176,7 @@ async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) ->
 
 async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None:
     failed = []
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
 
     async def append(submission_id: str) -> None:
         seq = 2**70 if submission_id == "4" else 1
@@ -198,7 +198,7 @@ async def test_connections_that_the_database_has_ended_are_made_anew(
 ) -> None:
     if database.dialect.name == "sqlite":
         pytest.skip("SQLite has none")
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     another = sa.create_engine(database.url)
     with another.connect() as other:
         others = (
@@ -206,5 +206,5 @@ async def test_connections_that_the_database_has_ended_are_made_anew(
         )
         other.execute(sa.text(f"{others} AND datname = current_database()"))
     another.dispose()
-    await store.open_session("b", OWNER)
+    await store.open_session(SessionRecord("b", OWNER))
     assert [record.session_id for record in await store.sessions()] == ["a", "b"]

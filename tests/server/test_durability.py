@@ -40,6 +40,7 @@ from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
+from weaver.server.store import SessionRecord
 from weaver.server.tables import keys_table, metadata, operations_table, runs_table, schema_table
 from weaver.server.tenancy import OWNER
 from weaver.server.tenancy import Caller as Rights
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.protocol import Outcome
-    from weaver.server.store import Settled
+    from weaver.server.store import RunRecord, Settled
     from weaver.types import TrainingRun
 
 pytestmark = pytest.mark.anyio
@@ -442,6 +443,40 @@ async def test_a_base_model_that_is_gone_stops_its_runs_alone(home: Path) -> Non
         await train(caller, runs[1], steps=1)
 
 
+class LateSnapshot(SqlStore):
+    """Takes a snapshot's number when `go` is set, or between two questions about its run."""
+
+    def __init__(self, database: sa.Engine) -> None:
+        super().__init__(database)
+        self.go, self.put = anyio.Event(), anyio.Event()
+
+    async def put_snapshot(self, run_id: str, number: int) -> None:
+        await self.go.wait()
+        await super().put_snapshot(run_id, number)
+        self.put.set()
+
+    async def run(self, run_id: str) -> RunRecord | None:
+        record = await super().run(run_id)
+        self.go.set()
+        await self.put.wait()
+        return record
+
+
+async def test_a_run_comes_back_while_its_snapshot_is_still_being_written(home: Path) -> None:
+    database = open_database(home)
+    store = LateSnapshot(database)
+    async with LocalService(FakeEngine(), home=home, store=store, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=1)
+        await service.stop_run(run)
+        step = [await caller.start(operation, run) for operation in (GRADIENT, STEP)][-1]
+        await anyio.sleep(0.1)
+        store.go.set()
+        assert isinstance(await caller.result(step), StepDone)
+    database.dispose()
+
+
 class FullDisk(SqlStore):
     """Fails to write outcomes of the kinds in `full`."""
 
@@ -665,7 +700,7 @@ def test_tables_of_the_time_before_versions_are_taken_over(home: Path) -> None:
 
 async def test_tables_of_version_2_get_what_was_added_since(home: Path) -> None:
     database = open_database(home)
-    await SqlStore(database).open_session("a", OWNER)
+    await SqlStore(database).open_session(SessionRecord("a", OWNER))
     with database.begin() as connection:
         metadata.tables["answers"].drop(connection)
         connection.exec_driver_sql("ALTER TABLE sessions DROP COLUMN user_metadata")
@@ -673,7 +708,7 @@ async def test_tables_of_version_2_get_what_was_added_since(home: Path) -> None:
     database.dispose()
     database = open_database(home)
     store = SqlStore(database)
-    await store.open_session("b", OWNER, user_metadata={"who": "me"})
+    await store.open_session(SessionRecord("b", OWNER, user_metadata={"who": "me"}))
     assert [(s.session_id, s.user_metadata) for s in await store.sessions()] == [
         ("a", {}),
         ("b", {"who": "me"}),
@@ -717,7 +752,7 @@ async def test_tables_of_version_1_are_brought_up_to_date(home: Path) -> None:
 async def test_a_write_that_waits_for_another_process_stops_nothing_else(home: Path) -> None:
     database = open_database(home)
     store = SqlStore(database)
-    await store.open_session("a", OWNER)
+    await store.open_session(SessionRecord("a", OWNER))
     with closing(sqlite3.connect(home / "server.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         async with anyio.create_task_group() as tasks:

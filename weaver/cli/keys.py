@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, show, show_one
+from weaver.cli.output import Json, find, show, show_one
 
 if TYPE_CHECKING:
     from weaver.server.keys import Keys
@@ -53,7 +53,9 @@ def revoke(
     database_url: Database = None,
 ) -> None:
     """End a key; requests with it are refused from now on."""
-    info = _keys(home, database_url).revoke(key_id)
+    keys = _keys(home, database_url)
+    info = find(key_id, keys.list(), name=lambda key: key.id, what="keys")
+    keys.revoke(info.id)
     sys.stdout.write(f"Revoked key {info.id} of project {info.project}.\n")
 
 

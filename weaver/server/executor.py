@@ -29,7 +29,6 @@ from weaver.protocol import (
 from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
 from weaver.server.ledger import Ended, Ledger
-from weaver.server.operations import Work
 from weaver.server.scheduler import FairShare, Head, Turns, plan
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
-    from weaver.protocol import Operation, Result
+    from weaver.protocol import Result
     from weaver.server.activity import Activity
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
@@ -83,7 +82,7 @@ class Executor:
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
         self._cancelled: list[str] = []
         self._released: list[str] = []
-        self._ending: list[Ticket] = []
+        self._ending: dict[Ticket, str] = {}
         """Requests to release a sampler, once the samples before them have begun."""
         self._idle: list[Run] = []
         self._ledger = Ledger(
@@ -120,7 +119,7 @@ class Executor:
             self._samples[job_id] = ticket
             self._added[job_id] = operation, _project(ticket)
         elif isinstance(operation, ReleaseSampler):
-            self._ending.append(ticket)
+            self._ending[ticket] = operation.sampler_id
         else:
             self._lanes[Lane(ticket)] = None
         self._wake.set()
@@ -236,10 +235,7 @@ class Executor:
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch:
             return
-        work = [
-            Work(run, _operation(ticket), ticket.job_id, _project(ticket)) for run, ticket in batch
-        ]
-        results = list(await self.call(partial(self._operations.execute, work)))
+        results = list(await self.call(partial(self._operations.execute, batch)))
         changed: list[tuple[Run, Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
@@ -304,12 +300,12 @@ class Executor:
             released=self._released,
             cancelled=self._cancelled,
             added=self._added,
-            ended=[_sampler_id(ticket) for ticket in self._ending],
+            ended=list(self._ending.values()),
         )
         for job_id in self._added:
             self._samples[job_id].began_at = time.monotonic()
         ended: list[Ended] = [(ticket, SamplerReleased()) for ticket in self._ending]
-        self._released, self._cancelled, self._added, self._ending = [], [], {}, []
+        self._released, self._cancelled, self._added, self._ending = [], [], {}, {}
         for progress in await self.call(turn):
             ticket = self._samples.get(progress.job_id)
             if ticket is None:
@@ -327,16 +323,6 @@ class Executor:
 
 def _project(ticket: Ticket) -> str:
     return ticket.session.caller.project
-
-
-def _sampler_id(ticket: Ticket) -> str:
-    assert isinstance(ticket.submission.operation, ReleaseSampler)
-    return ticket.submission.operation.sampler_id
-
-
-def _operation(ticket: Ticket) -> Operation:
-    assert ticket.submission.operation is not None
-    return ticket.submission.operation
 
 
 def _head(run: Run | None, ticket: Ticket) -> Head:

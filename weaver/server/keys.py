@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from weaver.errors import AuthenticationError, InvalidNameError, NotFoundError
+from weaver.errors import AuthenticationError, InvalidNameError
 from weaver.server.database import transaction
 from weaver.server.tables import keys_table
 from weaver.server.tenancy import Caller
@@ -79,24 +79,13 @@ class Keys:
         with transaction(self._database) as connection:
             return [_info(row) for row in connection.execute(query)]
 
-    def revoke(self, key_id: str) -> KeyInfo:
-        """Ends a key, given by its id or the beginning of it; takes effect within a second.
-
-        Raises:
-            NotFoundError: no key, or more than one, begins so.
-        """
-        found = [info for info in self.list() if key_id and info.id.startswith(key_id)]
-        if len(found) != 1:
-            names = ", ".join(info.id for info in found[:5])
-            raise NotFoundError(
-                f"{len(found) or 'no'} keys match {key_id!r}{': ' + names if names else ''}.",
-                field="key_id",
-                hint="`weaver keys list` shows them.",
-            )
-        query = keys_table.update().where(keys_table.c.id == found[0].id)
+    def revoke(self, key_id: str) -> None:
+        """Ends a key; takes effect within a second. Does nothing to one that was revoked."""
+        query = keys_table.update().where(
+            keys_table.c.id == key_id, keys_table.c.revoked_at.is_(None)
+        )
         with transaction(self._database) as connection:
             connection.execute(query.values(revoked_at=datetime.now(UTC)))
-        return next(info for info in self.list() if info.id == found[0].id)
 
     def authenticate(self, secret: str) -> Caller:
         """Whose key it is.

@@ -31,7 +31,8 @@ class Limits:
     runs: int | None = None
     """Of a project."""
     stored_bytes: int | None = None
-    """Of a project's checkpoints, and of its samplers without a name."""
+    """Of a project's checkpoints, and of its samplers without a name. Merged exports have a bound
+    of their own, for all projects together."""
     session_timeout_s: float = math.inf
     """A session whose client was not heard of for so long is closed."""
     unnamed_samplers: int = 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,27 +38,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.protocol import Operation, Result
+    from weaver.protocol import Result
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.known import Known
     from weaver.server.limits import Limits
     from weaver.server.sampling import Samplers
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One operation to carry out, on its run. `key` names its submission for all time."""
-
-    run: Run | None
-    operation: Operation
-    key: str
-    project: str
-    """Of the caller."""
-
-    @property
-    def token(self) -> str:
-        """For names that come out the same if this is carried out again after a crash."""
-        return hashlib.blake2b(self.key.encode(), digest_size=6).hexdigest()
+    from weaver.server.sessions import Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +59,17 @@ class Operations:
     known: Known
     now: Callable[[], datetime]
 
-    def execute(self, work: Sequence[Work]) -> Sequence[Result | WeaverError]:
-        """One operation, or several `forward_backward` that share a pass."""
+    def execute(self, batch: Sequence[tuple[Run | None, Ticket]]) -> Sequence[Result | WeaverError]:
+        """One operation and its run, or several `forward_backward` that share a pass."""
         gradients = [
-            gradient_job(one.run.run_id, one.operation)
-            for one in work
-            if one.run is not None and isinstance(one.operation, ForwardBackward)
+            gradient_job(run.run_id, ticket.submission.operation)
+            for run, ticket in batch
+            if run is not None and isinstance(ticket.submission.operation, ForwardBackward)
         ]
         if gradients:
             done = attempt(lambda: self._forward_backward(gradients))
-            return [done] * len(work) if isinstance(done, WeaverError) else done
-        return [attempt(lambda: self._one(work[0]))]
+            return [done] * len(batch) if isinstance(done, WeaverError) else done
+        return [attempt(lambda: self._one(*batch[0]))]
 
     def forget_all(self) -> None:
         """Frees what this service holds of the engine."""
@@ -94,26 +78,23 @@ class Operations:
             if run.loaded:
                 self.engine.trainer.delete_run(run.run_id)
 
-    def _one(self, work: Work) -> Result:
-        run, operation = work.run, work.operation
-        match operation:
-            case CreateModel():
-                return self._create_model(operation, work)
-            case OpenSampler():
+    def _one(self, run: Run | None, ticket: Ticket) -> Result:
+        match ticket.submission.operation:
+            case CreateModel() as operation:
+                return self._create_model(operation, ticket)
+            case OpenSampler() as operation:
                 return self.samplers.open(operation)
-        assert run is not None, operation.kind
-        match operation:
-            case OptimStep():
+            case OptimStep() as operation if run is not None:
                 return self._optim_step(run, operation)
-            case SaveCheckpoint():
-                return self._save(run, operation, work)
-            case LoadCheckpoint():
+            case SaveCheckpoint() as operation if run is not None:
+                return self._save(run, operation, ticket)
+            case LoadCheckpoint() as operation if run is not None:
                 return self._load(run, operation)
-        raise AssertionError(operation.kind)
+        raise AssertionError(ticket.job_id)
 
-    def _create_model(self, operation: CreateModel, work: Work) -> ModelCreated:
-        run_id = f"run-{work.token}"
-        mine = [run for run in list(self.known.runs.values()) if run.project == work.project]
+    def _create_model(self, operation: CreateModel, ticket: Ticket) -> ModelCreated:
+        run_id, project = f"run-{ticket.token}", ticket.session.caller.project
+        mine = [run for run in list(self.known.runs.values()) if run.project == project]
         self.limits.check_runs(len(mine))
         model = self.engine.get_model(operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
@@ -138,7 +119,7 @@ class Operations:
             created_at=now,
             last_request_at=now,
             user_metadata=operation.user_metadata,
-            project=work.project,
+            project=project,
             seed=operation.seed if lora is None or lora.seed is None else lora.seed,
         )
         self.engine.trainer.create_run(
@@ -168,12 +149,12 @@ class Operations:
         run.step = trainer.step(run.run_id)
         return StepDone(output=output)
 
-    def _save(self, run: Run, operation: SaveCheckpoint, work: Work) -> CheckpointSaved:
+    def _save(self, run: Run, operation: SaveCheckpoint, ticket: Ticket) -> CheckpointSaved:
         trainer, sampler = self.engine.trainer, operation.purpose == "sampler"
         run.step = trainer.step(run.run_id)
         if operation.name is None:
             kind = "unnamed" if sampler else f"step-{run.step}"
-            name = f"{kind}-{work.token}"
+            name = f"{kind}-{ticket.token}"
         else:
             name = operation.name
         location = Location(run.run_id, "sampler" if sampler else "weights", name)
@@ -192,7 +173,7 @@ class Operations:
             trainer.save(run.run_id, folder, include_optimizer=optimizer)
 
         if disk is not None:
-            info = disk.write(info, fill, author=work.key, overwrite=operation.overwrite)
+            info = disk.write(info, fill, author=ticket.job_id, overwrite=operation.overwrite)
         if sampler:
             self.samplers.publish(
                 str(location),

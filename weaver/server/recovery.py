@@ -82,13 +82,14 @@ class Recovery:
         """
         await self.hold(run)
         try:
-            record = await self.store.run(run.run_id)
-            if record is None:
-                raise RunNotFoundError(
-                    f"{run.run_id} was deleted.", field="run_id", hint="See list_runs()."
-                )
-            done = await self.store.executed(run.run_id, after=record.snapshot)
-            or_raise(await call(partial(attempt, partial(self._restore, run, record, done))))
+            async with run.committing:  # which prunes what the former snapshot needs
+                record = await self.store.run(run.run_id)
+                if record is None:
+                    raise RunNotFoundError(
+                        f"{run.run_id} was deleted.", field="run_id", hint="See list_runs()."
+                    )
+                done = await self.store.executed(run.run_id, after=record.snapshot)
+                or_raise(await call(partial(attempt, partial(self._restore, run, record, done))))
         except WeaverError:
             release(run)
             raise

@@ -38,17 +38,7 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
     await _finish_deletions(store, live, known)
     if not store.keeps_sessions:
         return []
-    records = await store.sessions()
-    sessions = {
-        r.session_id: Session(
-            r.session_id,
-            r.caller,
-            lasting=r.lasting,
-            user_metadata=r.user_metadata,
-            closed=r.closed,
-        )
-        for r in records
-    }
+    sessions = {one.session_id: Session.of(one) for one in await store.sessions()}
     known.sessions.update({id: one for id, one in sessions.items() if not one.closed})
     entries = await store.entries()
     by_session: defaultdict[str, list[Entry]] = defaultdict(list)

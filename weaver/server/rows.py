@@ -5,6 +5,7 @@ All functions are pure; those that read raise `StorageError` where a row is dama
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,8 @@ from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Outcome, Submission
 from weaver.server.sessions import fingerprint
-from weaver.server.store import Entry, Executed, RunRecord, Settled
+from weaver.server.store import Entry, Executed, RunRecord, SessionRecord, Settled
+from weaver.server.tenancy import Caller
 from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 if TYPE_CHECKING:
@@ -106,10 +108,27 @@ def run_record_of(row: sa.Row[Any]) -> RunRecord:
     )
 
 
-def metadata_of(row: sa.Row[Any]) -> JsonDict:
-    """Of a session, which does without where it is damaged."""
+def session_row(session: SessionRecord) -> dict[str, Any]:
+    about = session.user_metadata
+    return {
+        "session_id": session.session_id,
+        "lasting": session.lasting,
+        "closed": session.closed,
+        "user_metadata": wire.encode(about) if about else None,
+        **asdict(session.caller),
+    }
+
+
+def session_of(row: sa.Row[Any]) -> SessionRecord:
+    """Without its metadata, where they are damaged."""
     metadata = _try_decode(row.user_metadata, METADATA, row.session_id)
-    return metadata if isinstance(metadata, dict) else {}
+    return SessionRecord(
+        row.session_id,
+        Caller(row.project, admin=row.admin, local=row.local),
+        lasting=row.lasting,
+        user_metadata=metadata if isinstance(metadata, dict) else {},
+        closed=row.closed,
+    )
 
 
 def metric_row(run_id: str, point: MetricPoint) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import secrets
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
@@ -20,6 +20,7 @@ from weaver.server.attempt import attempt, or_raise
 from weaver.server.reach import Reach, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
+from weaver.server.store import SessionRecord
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -87,9 +88,9 @@ class ScopedService:
         """A `lasting` one is never silent for too long."""
         self._check_open()
         parts, session_id = self._parts, f"session-{secrets.token_hex(6)}"
-        about: dict[str, Any] = {"lasting": lasting, "user_metadata": user_metadata or {}}
-        session = Session(session_id, self._caller, **about)
-        await parts.store.open_session(session_id, self._caller, **about)
+        record = SessionRecord(session_id, self._caller, lasting, user_metadata or {})
+        session = Session.of(record)
+        await parts.store.open_session(record)
         parts.known.sessions[session_id] = session
         return SessionInfo(
             session_id=session_id,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Result, Submission
-    from weaver.server.store import Entry
+    from weaver.server.store import Entry, SessionRecord
 
 UNREAD_STREAMS = 64
 """So many streams stay readable after their samples ended and were acknowledged, the newest."""
@@ -61,8 +61,13 @@ class Ticket:
 
     @property
     def job_id(self) -> str:
-        """Its name in the engine."""
+        """Its name in the engine, and for all time."""
         return f"{self.session.session_id}/{self.submission.id}"
+
+    @property
+    def token(self) -> str:
+        """For names that come out the same if this is carried out again after a crash."""
+        return hashlib.blake2b(self.job_id.encode(), digest_size=6).hexdigest()
 
     @property
     def waited_s(self) -> float:
@@ -100,6 +105,16 @@ class Session:
     _outcomes: deque[Outcome] = field(default_factory=deque)
     _cursor: int = 0
     _changed: anyio.Event = field(default_factory=anyio.Event)
+
+    @classmethod
+    def of(cls, record: SessionRecord) -> Session:
+        return cls(
+            record.session_id,
+            record.caller,
+            lasting=record.lasting,
+            user_metadata=record.user_metadata,
+            closed=record.closed,
+        )
 
     @property
     def unfinished(self) -> int:

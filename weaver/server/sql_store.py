@@ -21,14 +21,15 @@ from weaver.server.database import BUSY_MS, transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
-    metadata_of,
     metric_row,
     new_row,
     point_of,
     run_record_of,
+    session_of,
+    session_row,
     settled_row,
 )
-from weaver.server.store import Answer, SessionRecord
+from weaver.server.store import Answer
 from weaver.server.tables import (
     answers_table,
     metrics_table,
@@ -37,14 +38,13 @@ from weaver.server.tables import (
     runs_table,
     sessions_table,
 )
-from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from weaver.protocol import Submission
-    from weaver.server.store import Entry, Executed, RunRecord, Settled
-    from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
+    from weaver.server.store import Entry, Executed, RunRecord, SessionRecord, Settled
+    from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -127,19 +127,9 @@ class SqlStore:
         self._writing = anyio.Lock()
         self._acknowledged: list[dict[str, Any]] = []
 
-    async def open_session(
-        self,
-        session_id: str,
-        caller: Caller,
-        *,
-        lasting: bool = False,
-        user_metadata: JsonDict | None = None,
-    ) -> None:
-        row = {"session_id": session_id, "lasting": lasting, "closed": False, **asdict(caller)}
-
+    async def open_session(self, session: SessionRecord) -> None:
         def make() -> Statements:
-            about = wire.encode(user_metadata) if user_metadata else None
-            return [(sessions_table.insert(), [{**row, "user_metadata": about}])]
+            return [(sessions_table.insert(), [session_row(session)])]
 
         await self._write(make)
 
@@ -181,16 +171,7 @@ class SqlStore:
         ]
 
     async def sessions(self) -> Sequence[SessionRecord]:
-        return [
-            SessionRecord(
-                session_id=row.session_id,
-                caller=Caller(row.project, admin=row.admin, local=row.local),
-                lasting=row.lasting,
-                closed=row.closed,
-                user_metadata=metadata_of(row),
-            )
-            for row in await self._read(sa.select(sessions_table))
-        ]
+        return [session_of(row) for row in await self._read(sa.select(sessions_table))]
 
     async def entries(self) -> Sequence[Entry]:
         pending = operations.cursor.is_(None)

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Operation, Submission
     from weaver.server.store import Entry, SessionRecord, Settled
-    from weaver.server.tenancy import Caller
-    from weaver.types import JsonDict, TrainingRun
+    from weaver.types import TrainingRun
 
 
 class StepStore(SqlStore):
@@ -36,14 +35,7 @@ class StepStore(SqlStore):
         self._batches: defaultdict[str, list[tuple[Submission, Settled]]] = defaultdict(list)
         """By run: what was carried out since its last step."""
 
-    async def open_session(
-        self,
-        session_id: str,
-        caller: Caller,
-        *,
-        lasting: bool = False,
-        user_metadata: JsonDict | None = None,
-    ) -> None:
+    async def open_session(self, session: SessionRecord) -> None:
         pass
 
     async def close_session(self, session_id: str) -> None:

@@ -6,7 +6,7 @@ methods may raise `StorageError`, or `ServiceConnectionError` while a database i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class Settled:
     answer: Answer | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SessionRecord:
     session_id: str
     caller: Caller
-    lasting: bool
-    closed: bool
-    user_metadata: JsonDict
+    lasting: bool = False
+    user_metadata: JsonDict = field(default_factory=dict)
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +104,7 @@ class Store(Protocol):
     def keeps_sessions(self) -> bool:
         """Whether clients outlive this process, so that their sessions must."""
 
-    async def open_session(
-        self,
-        session_id: str,
-        caller: Caller,
-        *,
-        lasting: bool = False,
-        user_metadata: JsonDict | None = None,
-    ) -> None: ...
+    async def open_session(self, session: SessionRecord) -> None: ...
 
     async def close_session(self, session_id: str) -> None:
         """Forgets it, but for what is pending and what its runs still need."""
@@ -174,14 +167,7 @@ class MemoryStore:
         self._metrics: dict[str, list[MetricPoint]] = {}
         self._answers: dict[str, list[Answer]] = {}
 
-    async def open_session(
-        self,
-        session_id: str,
-        caller: Caller,
-        *,
-        lasting: bool = False,
-        user_metadata: JsonDict | None = None,
-    ) -> None:
+    async def open_session(self, session: SessionRecord) -> None:
         pass
 
     async def close_session(self, session_id: str) -> None:
