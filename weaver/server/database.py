@@ -74,15 +74,14 @@ DISK_FULL = "53100"
 """PostgreSQL's code."""
 CONNECT_S = 5
 BUSY_S = 5
-"""SQLite waits so long for another process that is writing."""
-BUSY_MS = 5000
+"""A write to SQLite waits so long for that of another process."""
 
 
 @contextmanager
-def transaction(database: sa.Engine, *, busy_ms: int = BUSY_MS) -> Iterator[sa.Connection]:
+def transaction(database: sa.Engine, *, at_once: bool = False) -> Iterator[sa.Connection]:
     """A connection whose changes are kept together, or not at all.
 
-    `busy_ms` is how long a write to SQLite waits for that of another process.
+    `at_once` does not wait where another process writes to SQLite.
 
     Raises:
         ServiceConnectionError: the database is away; it may be waited for.
@@ -91,7 +90,7 @@ def transaction(database: sa.Engine, *, busy_ms: int = BUSY_MS) -> Iterator[sa.C
     try:
         with database.begin() as connection:
             if database.dialect.name == "sqlite":
-                _set_busy(connection, busy_ms)
+                _set_busy(connection, 0 if at_once else int(1000 * BUSY_S))
             yield connection
     except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:  # drivers raise such too
         cause = getattr(error, "orig", None) or error

@@ -84,7 +84,6 @@ class Executor:
         self._released: list[str] = []
         self._ending: dict[Ticket, str] = {}
         """Requests to release a sampler, once the samples before them have begun."""
-        self._idle: list[Run] = []
         self._ledger = Ledger(
             store,
             runs=operations.known.runs,
@@ -138,14 +137,19 @@ class Executor:
         self._released += sampler_ids
         self._wake.set()
 
-    def unload_idle(self) -> None:
+    async def unload_idle(self) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
         since = time.monotonic() - self._recovery.durability.unload_after_s
         for run in list(self._operations.known.runs.values()):  # the engine's thread may add one
-            idle = run.heard_at < since and not run.lane.busy
-            if self._store.durable and run.loaded and idle:
-                self._idle.append(run)
-        self._wake.set()
+            if run.loaded and run.heard_at < since:
+                async with self._turn:
+                    if not run.lane.busy:
+                        await self._unload(run)
+
+    async def _unload(self, run: Run) -> None:
+        """Unless it could not be brought back."""
+        if self._store.durable and run.loaded:
+            await self._recovery.unload(run, self.call)
 
     async def stop_run(self, run: Run) -> None:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
@@ -153,8 +157,7 @@ class Executor:
             for ticket in run.lane.tickets():
                 await self.cancel(ticket)
             async with self._turn:
-                if self._store.durable and run.loaded:
-                    await self._recovery.unload(run, self.call)
+                await self._unload(run)
         run.stopped = True
 
     async def delete_run(self, run: Run, *, checkpoints: bool) -> None:
@@ -203,7 +206,6 @@ class Executor:
 
     async def _work(self) -> bool:
         """Does what comes next; False if there is nothing to do."""
-        await self._unload_idle()
         heads = self._heads()
         sampler = bool(self._added or self._cancelled or self._released or self._ending)
         side = self._share.choose(
@@ -276,12 +278,6 @@ class Executor:
         del self._operations.known.runs[run.run_id]
         await self._recovery.unload(run, self.call)
         return failure
-
-    async def _unload_idle(self) -> None:
-        idle, self._idle = self._idle, []
-        for run in idle:
-            if run.loaded and not run.lane.busy:
-                await self._recovery.unload(run, self.call)
 
     def _pin(self, ticket: Ticket, saved: CheckpointSaved) -> None:
         """An unnamed sampler lives as long as its session, or until many newer ones came."""

@@ -211,4 +211,4 @@ class LocalService(ScopedService):
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
             await parts.intake.close_silent()
             await parts.executor.settle()  # what could not be journaled before
-            parts.executor.unload_idle()
+            await parts.executor.unload_idle()

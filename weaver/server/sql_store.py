@@ -17,7 +17,7 @@ from anyio import CancelScope, to_thread
 
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
-from weaver.server.database import BUSY_MS, transaction
+from weaver.server.database import transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
@@ -287,7 +287,7 @@ class SqlStore:
                     batch, self._writes = self._writes, []
                     small = sum(waiting.size_bytes for waiting in batch) <= wire.LARGE_BYTES
                     quick = small and self._database.dialect.name == "sqlite"
-                    if not (quick and self._execute(batch, busy_ms=0)):
+                    if not (quick and self._execute(batch, at_once=True)):
                         await to_thread.run_sync(self._commit, batch)
         if write.error is not None:
             raise write.error
@@ -297,12 +297,12 @@ class SqlStore:
             for write in batch:  # the fault of one is not that of the others
                 self._execute([write])
 
-    def _execute(self, writes: Sequence[_Write], *, busy_ms: int = BUSY_MS) -> bool:
+    def _execute(self, writes: Sequence[_Write], *, at_once: bool = False) -> bool:
         """All in one transaction; False if it failed, which each of them is told."""
         failure = None
         try:
             made = [statement for write in writes for statement in write.make()]
-            with transaction(self._database, busy_ms=busy_ms) as connection:
+            with transaction(self._database, at_once=at_once) as connection:
                 for statement, rows in made:
                     if rows:
                         connection.execute(statement, rows)
