@@ -41,6 +41,8 @@ class Example:
     advantages: FloatN
     weights: FloatN
     """Share of each token in the loss; 0 where mask is 0."""
+    reference: FloatN
+    """Log-probability of the target under the reference model, untempered; 0 where none is."""
     rollout: int
     """Which rollout of the batch it is part of, from 0."""
 
@@ -95,15 +97,17 @@ def to_datum(example: Example, loss_fn: str) -> Datum:
     return Datum(model_input=ModelInput.from_ints(example.tokens[:-1]), loss_fn_inputs=inputs)
 
 
-def kl_datum(example: Example, reference: FloatN) -> Datum:
+def kl_datum(example: Example) -> Datum:
     """For the loss `dro`: with zero advantages it is ½β(lp − lp_ref)², the KL penalty."""
-    flat = replace(example, q=reference * example.mask, advantages=np.zeros_like(example.mask))
+    flat = replace(
+        example, q=example.reference * example.mask, advantages=np.zeros_like(example.mask)
+    )
     return to_datum(flat, "dro")
 
 
-def with_kl_reward(example: Example, reference: FloatN, *, beta: float) -> Example:
+def with_kl_reward(example: Example, *, beta: float) -> Example:
     """Takes β·(log π − log π_ref) of each sampled token off its advantage (both untempered)."""
-    penalty = beta * (example.policy - reference) * example.mask
+    penalty = beta * (example.policy - example.reference) * example.mask
     return replace(example, advantages=example.advantages - penalty)
 
 
@@ -159,5 +163,6 @@ def _example(
         versions=np.array(segment.versions[1:], dtype=np.int64),
         advantages=advantage * mask,
         weights=share * mask,
+        reference=np.zeros_like(mask),
         rollout=rollout,
     )

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,26 +82,24 @@ async def policy_step(
     if not batch:  # every group was dropped, or nothing was sampled
         metrics = {"train/skipped": 1.0}
         return Stepped(metrics=metrics, advantages_P_G=advantages_P_G, trained=(), version=version)
-    references = await _reference_logprobs(batch, reference) if objective.needs_reference else []
+    if objective.needs_reference:
+        batch = await _with_reference(batch, reference)
     if objective.kl_reward:
-        batch = [
-            datums.with_kl_reward(example, lp, beta=objective.kl_reward)
-            for example, lp in zip(batch, references, strict=True)
-        ]
+        batch = [datums.with_kl_reward(example, beta=objective.kl_reward) for example in batch]
     before: list[FloatN] | None = None
     gap: float | None = None
     if objective.recomputes:
         before = await _forward(trainer, batch, plan)
         gap = datums.logprob_gap(batch, before, version=version)
         batch = datums.corrected(batch, before, objective=objective)
-    submitted = _submit(trainer, batch, references, plan, step=step)
+    submitted = _submit(trainer, batch, plan, step=step)
     results = [await one.gradient for one in submitted]
     if before is None:
         part = [batch[i] for i in submitted[0].indices]
         gap = datums.logprob_gap(part, _logprobs(results[0]), version=version)
     metrics = await _metrics(submitted, results, gap)
-    if references:
-        metrics["train/kl_reference"] = _mean_kl(batch, references)
+    if objective.needs_reference:
+        metrics["train/kl_reference"] = _mean_kl(batch)
     _check_gap(gap, plan)
     seen = {
         i: lp
@@ -127,12 +125,7 @@ def minibatches(batch: Sequence[Example], count: int, *, seed: Sequence[int]) ->
 
 
 def _submit(
-    trainer: AsyncTrainingClient,
-    batch: Sequence[Example],
-    references: Sequence[FloatN],
-    plan: Plan,
-    *,
-    step: int,
+    trainer: AsyncTrainingClient, batch: Sequence[Example], plan: Plan, *, step: int
 ) -> list[_Submitted]:
     objective, acted = plan.loss, behaviour(plan.sampling)
     given = {**objective.config, "temperature": acted.temperature}
@@ -152,7 +145,7 @@ def _submit(
             kl_gradient = None
             if objective.kl_loss:
                 kl_gradient = trainer.forward_backward(
-                    [datums.kl_datum(batch[i], references[i]) for i in indices],
+                    [datums.kl_datum(example) for example in part],
                     "dro",
                     loss_fn_config={"beta": objective.kl_loss, "denominator": total},
                 )
@@ -184,27 +177,25 @@ async def _forward(
     return _logprobs(await trainer.forward(data, "importance_sampling", loss_fn_config=config))
 
 
-async def _reference_logprobs(
+async def _with_reference(
     batch: Sequence[Example], reference: AsyncSamplingClient | None
-) -> list[FloatN]:
+) -> list[Example]:
     assert reference is not None  # the loops check it before their first step
-
-    async def of(client: AsyncSamplingClient, example: Example) -> FloatN:
-        scores = await client.compute_logprobs(ModelInput.from_ints(example.tokens))
-        return np.array(scores[1:], dtype=np.float64)
-
-    return await gather([partial(of, reference, example) for example in batch])
+    score = reference.compute_logprobs
+    scores = await gather([partial(score, ModelInput.from_ints(e.tokens)) for e in batch])
+    return [
+        replace(example, reference=np.array(one[1:], dtype=np.float64))
+        for example, one in zip(batch, scores, strict=True)
+    ]
 
 
 def _logprobs(result: ForwardBackwardResult) -> list[FloatN]:
     return [np.asarray(output["logprobs"], dtype=np.float64) for output in result.loss_fn_outputs]
 
 
-def _mean_kl(batch: Sequence[Example], references: Sequence[FloatN]) -> float:
+def _mean_kl(batch: Sequence[Example]) -> float:
     """Mean over sampled tokens of log π − log π_ref, nats (k1)."""
-    total = sum(
-        float(((e.policy - lp) * e.mask).sum()) for e, lp in zip(batch, references, strict=True)
-    )
+    total = sum(float(((e.policy - e.reference) * e.mask).sum()) for e in batch)
     return total / sum(float(example.mask.sum()) for example in batch)
 
 
