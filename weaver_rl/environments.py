@@ -69,10 +69,19 @@ def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvi
         )
     budget = budget or Budget()
 
+    async def one(agent: Agent, task: Task) -> Score | Failure:
+        through = (WeaverError, BudgetExceeded)  # the service failed: the run must stop; no budget
+        with anyio.move_on_after(budget.seconds):
+            try:
+                played = partial(environment, agent, task)
+                value = await attempt_async(played, "environment", through=through)
+            except BudgetExceeded:
+                return Score(0.0, {"budget_exceeded": 1.0})
+            return checked(value, "the environment", where="environment")
+        return Failure("environment", "timeout", f"did not end within {budget.seconds:g} s.")
+
     async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
-        return await gather(
-            [partial(_attempt, environment, agent, task, budget) for agent in agents]
-        )
+        return await gather([partial(one, agent, task) for agent in agents])
 
     return GroupEnvironment(play, budget=budget)
 
@@ -97,17 +106,3 @@ def played_by(
     raise ConfigError(
         "give a reward or an environment.", field="reward", hint="An environment has its own."
     )
-
-
-async def _attempt(
-    environment: Environment, agent: Agent, task: Task, budget: Budget
-) -> Score | Failure:
-    play = partial(environment, agent, task)
-    through = (WeaverError, BudgetExceeded)  # the service failed, and the run must stop; no budget
-    with anyio.move_on_after(budget.seconds):
-        try:
-            value = await attempt_async(play, "environment", through=through)
-        except BudgetExceeded:
-            return Score(0.0, {"budget_exceeded": 1.0})
-        return checked(value, "the environment", where="environment")
-    return Failure("environment", "timeout", f"did not end within {budget.seconds:g} s.")

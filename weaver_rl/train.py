@@ -6,7 +6,6 @@ Below it are `on_policy` and its friends, which take a trainer of yours, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,14 +104,23 @@ def train(
     played = played_by(reward, environment)
     check_tasks(tasks, fields=played.fields)
     lora = dict(lora_config or LORA)
+    given = {"model": model, "lora_config": lora, "reward": reward or environment}
+
+    async def work(run: Run) -> tuple[Mapping[str, float], str]:
+        # What is killed must go on exactly, though rollouts of several steps share the engine.
+        exact = max_staleness > 0 and run.folder is not None
+        async with AsyncServiceClient(base_url, deterministic=exact) as service:
+            run.delete = service.delete_checkpoint
+            trainer = await service.create_model(model, lora, seed=seed)
+            asked = evaluator(held_out, environment=played, sampling=plan.sampling, seed=seed)
+            evaluate = asked if held_out else None
+            result = await off_policy(trainer, tasks, played, plan, run=run, evaluate=evaluate)
+            saved = await trainer.save_weights_for_sampler("final", overwrite=True)
+            return result.metrics, saved.path
+
     with open_run(
         Path(folder) if folder is not None else None,
-        {
-            "model": model,
-            "lora_config": lora,
-            "reward": reward or environment,
-            **plan.as_config(),
-        },
+        {**given, **plan.as_config()},
         tasks=tasks,
         steps=steps,
         resume=resume,
@@ -120,39 +128,7 @@ def train(
         display=display,
         wandb_project=wandb_project,
     ) as run:
-        work = partial(_train, model, lora, tasks, played, held_out, plan, run, base_url)
         with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
-            metrics, weights = portal.call(work)
+            metrics, weights = portal.call(work, run)
     report = write_report(run.folder) if run.folder is not None else None
     return Trained(metrics=metrics, weights=weights, report=report)
-
-
-async def _train(
-    model: str,
-    lora: Mapping[str, object],
-    tasks: Sequence[Task],
-    environment: GroupEnvironment,
-    held_out: Sequence[Task],
-    plan: Plan,
-    run: Run,
-    base_url: str | None,
-) -> tuple[Mapping[str, float], str]:
-    # What is killed must go on exactly, though rollouts of several steps share the engine.
-    exact = plan.max_staleness > 0 and run.folder is not None
-    async with AsyncServiceClient(base_url, deterministic=exact) as service:
-        trainer = await service.create_model(model, lora, seed=plan.seed)
-        run.delete = service.delete_checkpoint
-        result = await off_policy(
-            trainer,
-            tasks,
-            environment,
-            plan,
-            run=run,
-            evaluate=evaluator(
-                held_out, environment=environment, sampling=plan.sampling, seed=plan.seed
-            )
-            if held_out
-            else None,
-        )
-        saved = await trainer.save_weights_for_sampler("final", overwrite=True)
-        return result.metrics, saved.path

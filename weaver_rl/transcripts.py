@@ -36,8 +36,8 @@ def write_transcripts(
     step: int,
     *,
     groups: Sequence[Group],
-    advantages_P_G: FloatPG | None = None,
-    trained: Sequence[tuple[Example, FloatN]] = (),
+    advantages_P_G: FloatPG,
+    trained: Sequence[tuple[Example, FloatN]],
     dropped: Sequence[Group] = (),
     decode: Callable[[tuple[int, ...]], str],
     max_bytes: int = MAX_BYTES,
@@ -58,15 +58,13 @@ def write_transcripts(
     # Samples of a step share most of their tokens and pieces.
     cached = lru_cache(maxsize=100_000)(decode)
     records = []
-    for p, group in enumerate([*groups, *dropped]):
-        advantages_G = advantages_P_G[p] if advantages_P_G is not None and p < len(groups) else None
+    advantages = [*advantages_P_G.tolist(), *(None for _ in dropped)]
+    for p, (group, advantages_G) in enumerate(zip([*groups, *dropped], advantages, strict=True)):
         for g, rollout in enumerate(group.rollouts):
-            learns = p < len(groups) and rollout.failure is None
+            learns = advantages_G is not None and rollout.failure is None
             segments = [
-                _segment(
-                    segment, next(left, None) if learns and any(segment.mask) else None, cached
-                )
-                for segment in rollout.trajectory.segments
+                _segment(one, next(left, None) if learns and any(one.mask) else None, cached)
+                for one in rollout.trajectory.segments
             ]
             records.append(
                 {
@@ -74,9 +72,7 @@ def write_transcripts(
                     "group": p,
                     "rollout": g,
                     **_rollout(rollout),
-                    "advantage": None
-                    if advantages_G is None or not learns
-                    else float(advantages_G[g]),
+                    "advantage": advantages_G[g] if learns else None,
                     "trained": learns,
                     "segments": segments,
                 }

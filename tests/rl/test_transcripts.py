@@ -69,7 +69,13 @@ def test_every_rollout_with_what_training_knew(tmp_path: Path) -> None:
 def test_old_steps_are_thinned_out(tmp_path: Path) -> None:
     def write(step: int, max_bytes: int) -> int:
         path = write_transcripts(
-            tmp_path, step, groups=[group(1.0)], decode=decode, max_bytes=max_bytes
+            tmp_path,
+            step,
+            groups=[group(1.0)],
+            advantages_P_G=np.zeros((1, 1)),
+            trained=(),
+            decode=decode,
+            max_bytes=max_bytes,
         )
         return path.stat().st_size
 

@@ -101,7 +101,22 @@ async def off_policy(
             engine is not deterministic.
     """
     run = run or Run()
-    played = _check_inputs(trainer, tasks, environment, plan, run, reference)
+    if plan.loss.needs_reference and reference is None:
+        raise ConfigError(
+            "the objective has a KL penalty, and there is no reference.",
+            field="reference",
+            hint="Pass reference=await service.create_sampling_client(base_model=...).",
+        )
+    exact = run.folder is None or not run.exact or trainer.deterministic
+    if plan.max_staleness and not exact:
+        raise ConfigError(
+            "is above 0: on this engine a run that was killed would not go on exactly.",
+            field="max_staleness",
+            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
+            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
+        )
+    played = as_group_environment(environment)
+    check_tasks(tasks, fields=played.fields)
     done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
     metrics: dict[str, float] = {}
@@ -141,31 +156,3 @@ async def off_policy(
                 manifest = Manifest(step=step + 1, data_position=position, extra=extra)
                 await run.checkpoint(trainer, manifest)
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
-
-
-def _check_inputs(
-    trainer: AsyncTrainingClient,
-    tasks: Sequence[Task],
-    environment: Environment | GroupEnvironment,
-    plan: Plan,
-    run: Run,
-    reference: AsyncSamplingClient | None,
-) -> GroupEnvironment:
-    """Raises what is wrong before anything is sampled; see `on_policy`."""
-    if plan.loss.needs_reference and reference is None:
-        raise ConfigError(
-            "the objective has a KL penalty, and there is no reference.",
-            field="reference",
-            hint="Pass reference=await service.create_sampling_client(base_model=...).",
-        )
-    environment = as_group_environment(environment)
-    check_tasks(tasks, fields=environment.fields)
-    exact = run.folder is None or not run.exact or trainer.deterministic
-    if plan.max_staleness and not exact:
-        raise ConfigError(
-            "is above 0: on this engine a run that was killed would not go on exactly.",
-            field="max_staleness",
-            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
-            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
-        )
-    return environment

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +83,30 @@ async def supervised(
     )
     steps = list(islice(planned, plan.steps))
     done, version = await run.restore(trainer)
-    measure = partial(_measure, trainer, tests, evaluate)
+
+    async def measure() -> dict[str, float]:
+        measured: dict[str, float] = {}
+        if tests:
+            measured["eval/loss"] = (await trainer.forward(tests)).metrics["loss"]
+        if evaluate is not None:
+            measured |= await evaluate(await trainer.save_weights_and_get_sampling_client())
+        return measured
+
+    def submit(step: int) -> Handles:
+        batch = [data[i] for i in steps[step]]
+        return trainer.forward_backward(batch), trainer.optim_step(plan.adam_params(step))
+
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(steps))
     ahead: Handles | None = None
     begin = time.monotonic()
     for step in range(done.step, len(steps)):
-        handles = ahead or _submit(trainer, [data[i] for i in steps[step]], plan, step)
+        gradient, update = ahead or submit(step)
         version += 1
         evaluates = plan.evaluates(step + 1, steps=len(steps))
         # What reads or saves the weights behind this step must not find the next one in them.
         alone = run.is_due(step + 1, len(steps)) or evaluates
-        ahead = (
-            None if alone else _submit(trainer, [data[i] for i in steps[step + 1]], plan, step + 1)
-        )
-        metrics = train_metrics([(await handles[0]).metrics, (await handles[1]).metrics])
+        ahead = None if alone else submit(step + 1)
+        metrics = train_metrics([(await gradient).metrics, (await update).metrics])
         metrics["time/step_s"] = time.monotonic() - begin
         metrics |= await measure() if evaluates else {}
         begin = time.monotonic()
@@ -146,21 +155,3 @@ def batches(lengths: Sequence[int], batch_tokens: int, *, seed: int, epoch: int)
         made[-1].append(index)
         used += lengths[index]
     return made
-
-
-def _submit(
-    trainer: AsyncTrainingClient, batch: Sequence[Datum], plan: SupervisedPlan, step: int
-) -> Handles:
-    return trainer.forward_backward(batch), trainer.optim_step(plan.adam_params(step))
-
-
-async def _measure(
-    trainer: AsyncTrainingClient, tests: Sequence[Datum], evaluate: Evaluate | None
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    if tests:
-        metrics["eval/loss"] = (await trainer.forward(tests)).metrics["loss"]
-    if evaluate is not None:
-        sampler = await trainer.save_weights_and_get_sampling_client()
-        metrics |= await evaluate(sampler)
-    return metrics
