@@ -245,9 +245,7 @@ class Session:
             await task()
         except WeaverError as error:
             self._end(error)
-        except (
-            Exception
-        ) as defect:  # of a service, which may be anybody's: it ends nobody's program
+        except Exception as defect:  # a service may be anybody's: it ends nobody's program
             end = ServiceConnectionError(
                 f"the service failed with {type(defect).__name__}: {defect}",
                 hint="Open a new client.",

@@ -207,22 +207,20 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UnsupportedError(
-            f"the weights of {name} lack {missing[0]} ({len(missing)} in all).",
-            field="base_model",
-            hint="Download the model again.",
-        )
+        raise _damaged(name, f"lack {missing[0]} ({len(missing)} in all).")
     for parameter in module.parameters():  # else a view of the file, which may be overwritten
         parameter.data = parameter.data.clone()
     try:
         check_finite(dict(module.named_parameters()))
     except NonFiniteError as error:
-        raise UnsupportedError(
-            f"the weights of {name} are broken: {error.message}",
-            field="base_model",
-            hint="Download the model again.",
-        ) from error
+        raise _damaged(name, f"are broken: {error.message}") from error
     return module
+
+
+def _damaged(name: str, how: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the weights of {name} {how}", field="base_model", hint="Download the model again."
+    )
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from weaver.engine.drafts import Draft
 from weaver.engine.kv_cache import CachedRow
 from weaver.engine.sampling import stream_keys
-from weaver.errors import ContextLengthError, NonFiniteError
+from weaver.errors import NonFiniteError
+from weaver.loss_specs import check_length
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 
 if TYPE_CHECKING:
@@ -31,19 +32,12 @@ class RunningJob:
     """
 
     def __init__(self, job: SampleJob, weights: PublishedWeights) -> None:
-        context = weights.model.info.context_length
-        room = context - len(job.prompt)
-        if room < (job.num_samples > 0):
-            raise ContextLengthError(
-                f"has {len(job.prompt)} tokens, the context of {weights.model.info.name} is "
-                f"{context}.",
-                field="prompt",
-                hint="Shorten it.",
-            )
+        length, context = len(job.prompt), weights.model.info.context_length
+        check_length(length, context, field="prompt", max_new_tokens=int(job.num_samples > 0))
         self.job = job
         self.weights = weights
         self.prompt = list(job.prompt)
-        self.length = min(job.params.max_tokens, room)
+        self.length = min(job.params.max_tokens, context - length)
         """The most tokens of a sample."""
         self.read = 0
         """Tokens of the prompt that the model has seen."""
