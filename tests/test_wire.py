@@ -350,3 +350,8 @@ def test_mutations_raise_only_named_errors(data: st.DataObject) -> None:
                 del mutated[at : at + data.draw(st.integers(1, 8))]
         mutated = mutated or bytearray(b"x")
     survives(bytes(mutated))
+
+
+def test_a_message_of_another_version_says_which() -> None:
+    with pytest.raises(InvalidRequestError, match="version 2, and 1 is read here"):
+        wire.decode(b"WVR\x02" + bytes(12) + b"[]", ANY)

@@ -242,6 +242,12 @@ def _escaped(key: object) -> str:
 
 
 def _lengths(data: bytes, limits: WireLimits) -> tuple[int, int]:
+    if data[:3] == MAGIC[:3] and data[3:4] not in (b"", MAGIC[3:]):
+        raise InvalidRequestError(
+            f"is a Weaver message of version {data[3]}, and {MAGIC[3]} is read here.",
+            field="message",
+            hint="Install the same version of weaver on both sides.",
+        )
     if data[:4] != MAGIC or len(data) < PREFIX_BYTES:
         raise _malformed("it does not begin as one")
     header_size = int.from_bytes(data[4:8], "little")

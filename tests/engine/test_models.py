@@ -26,6 +26,7 @@ from weaver.engine.linear import FrozenLinear
 from weaver.engine.packing import pack
 from weaver.engine.store import ModelStore
 from weaver.engine.trainer import TorchTrainer
+from weaver.errors import UnknownModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +62,20 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
     weights = tmp_path / "qwen3" / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
     assert torch.equal(model.hidden_states(batch), before)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "Qwen/Qwen3-0.6B", "./owner/name", "missing"])
+def test_a_server_opens_no_model_but_those_it_serves(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(transformers.Qwen3Config(**SIZES), tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert Catalog({}, allow_paths=True).facts("owner/name").info.architecture == "Qwen3ForCausalLM"
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it was opened")
+    )
+    with pytest.raises(UnknownModelError, match=r"no such model.*weaver serve --model"):
+        Catalog({"served": tmp_path}, allow_paths=False).facts(name)
 
 
 def test_a_model_of_prepacked_layers_equals_transformers_and_peft(tmp_path: Path) -> None:

@@ -75,7 +75,12 @@ class ModelFacts:
 
 
 class Catalog:
-    """Facts by name, each read once."""
+    """Facts by name, each read once.
+
+    Args:
+        models: folders and Hugging Face ids by name.
+        allow_paths: any other folder or id may be named, too; else nothing but `models` is opened.
+    """
 
     def __init__(self, models: Mapping[str, str | Path], *, allow_paths: bool) -> None:
         self._sources = {"weaver-nano": NANO, **models}
@@ -108,7 +113,7 @@ class Catalog:
             return str(source)
         if self._allow_paths and Path(name).expanduser().is_dir():
             return str(Path(name).expanduser())
-        if re.fullmatch(HUB_ID, name):
+        if self._allow_paths and re.fullmatch(HUB_ID, name):
             return name
         raise self._unknown(name, "no such model.")
 
@@ -125,12 +130,13 @@ class Catalog:
             raise _unsupported(name, _first_line(error)) from error
 
     def _unknown(self, name: str, reason: str) -> UnknownModelError:
-        return UnknownModelError(
-            f"{name!r}: {reason}",
-            field="base_model",
-            hint=f"Known: {', '.join(self.names()) or 'none'}; or give a folder with config.json "
-            "and safetensors, or a Hugging Face id.",
+        others = (
+            "; or give a folder with config.json and safetensors, or a Hugging Face id."
+            if self._allow_paths
+            else ". `weaver serve --model` adds others."
         )
+        hint = f"Known: {', '.join(self.names()) or 'none'}{others}"
+        return UnknownModelError(f"{name!r}: {reason}", field="base_model", hint=hint)
 
 
 def read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:

@@ -30,7 +30,7 @@ class TorchEngine:
     """`models` names folders or Hugging Face ids beside `weaver-nano`.
 
     Args:
-        allow_paths: also accept any local folder as a base model.
+        allow_paths: also accept any local folder or Hugging Face id as a base model.
         dtype: of frozen base weights, `float32` or `bfloat16`; what is trained is float32.
         threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
         deterministic: no result depends on what else runs.

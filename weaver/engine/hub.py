@@ -41,7 +41,7 @@ def download(hub_id: str) -> tuple[ModelInfo, Path]:
         )
     if only_here(hub_id):
         raise _out_of_reach("it cannot be reached")
-    info = Catalog({}, allow_paths=False).facts(hub_id).info
+    info = Catalog({hub_id: hub_id}, allow_paths=False).facts(hub_id).info
     try:
         return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
     except (HfHubHTTPError, httpx.HTTPError) as error:
