@@ -63,6 +63,8 @@ def test_unknown_losses(name: object) -> None:
         ("importance_sampling", {"ratio_cap": 0}),
         ("dro", {"beta": -1}),
         ("cross_entropy", ["reduction"]),
+        ("cross_entropy", {3: 1.0}),
+        ("cross_entropy", {"reduction": ["sum"]}),
     ],
 )
 def test_bad_options(loss: str, config: dict[str, float]) -> None:

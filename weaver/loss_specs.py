@@ -79,32 +79,27 @@ def check_loss(loss_fn: str, config: LossConfig | None) -> dict[str, float | str
         )
     options = {**COMMON, **LOSS_SPECS[loss_fn].options}
     given = {name: value for name, value in (config or {}).items() if value is not None}
-    filled: dict[str, float | str] = {"reduction": "mean"}
-    filled.update(
-        {k: option.default for k, option in options.items() if option.default is not None}
-    )
-    for name, value in given.items():
-        if name == "reduction":
-            if value not in REDUCTIONS:
-                raise InvalidLossConfigError(
-                    f"is {value!r}.", field="loss_fn_config.reduction", hint=f"Use {REDUCTIONS}."
-                )
-            filled[name] = value
-        elif name in options:
-            filled[name] = _number(name, value, options[name])
-        else:
-            raise InvalidLossConfigError(
-                f"{loss_fn} has no option {name!r}.",
-                field="loss_fn_config",
-                hint=nearest(name, [*options, "reduction"]),
-            )
+    reduction = given.pop("reduction", None)
+    if reduction not in (None, *REDUCTIONS):
+        raise InvalidLossConfigError(
+            f"is {reduction!r}.", field="loss_fn_config.reduction", hint=f"Use {REDUCTIONS}."
+        )
+    if unknown := [name for name in given if name not in options]:
+        raise InvalidLossConfigError(
+            f"{loss_fn} has no option {unknown[0]!r}.",
+            field="loss_fn_config",
+            hint=nearest(str(unknown[0]), [*options, "reduction"]),
+        )
+    filled: dict[str, float | str] = {"reduction": reduction or "mean"}
+    filled |= {name: o.default for name, o in options.items() if o.default is not None}
+    filled |= {name: _number(name, value, options[name]) for name, value in given.items()}
     if float(filled.get("clip_low_threshold", 0)) > float(filled.get("clip_high_threshold", 0)):
         raise InvalidLossConfigError(
             "clip_low_threshold is above clip_high_threshold.",
             field="loss_fn_config",
             hint="Both are absolute ratios, such as 0.8 and 1.2.",
         )
-    if "denominator" in filled and given.get("reduction") is not None:
+    if "denominator" in filled and reduction is not None:
         raise InvalidLossConfigError(
             "reduction and denominator exclude each other.",
             field="loss_fn_config",
