@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import CancelScope, CapacityLimiter, to_thread
+from anyio import CancelScope
 
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
@@ -28,7 +28,6 @@ from weaver.protocol import (
 )
 from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
-from weaver.server.ledger import Ended, Ledger
 from weaver.server.scheduler import FairShare, Head, Turns, plan
 
 if TYPE_CHECKING:
@@ -37,14 +36,11 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.protocol import Result
-    from weaver.server.activity import Activity
+    from weaver.server.ledger import Ended, Ledger
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
-    from weaver.server.store import Store
-
-T = TypeVar("T")
 
 
 class Executor:
@@ -56,17 +52,16 @@ class Executor:
     def __init__(
         self,
         operations: Operations,
-        store: Store,
-        *,
         recovery: Recovery,
+        *,
+        ledger: Ledger,
         merge_tokens: int,
-        activity: Activity,
     ) -> None:
         self._operations = operations
-        self._store = store
         self._recovery = recovery
+        self._ledger = ledger
+        self._call = recovery.thread.call
         self._merge_tokens = merge_tokens
-        self._engine_free = CapacityLimiter(1)
         self._turn = anyio.Lock(fast_acquire=True)
         """Held from the choice of an operation to its end."""
         self._share = FairShare()
@@ -84,20 +79,7 @@ class Executor:
         self._released: list[str] = []
         self._ending: dict[Ticket, str] = {}
         """Requests to release a sampler, once the samples before them have begun."""
-        self._ledger = Ledger(
-            store,
-            runs=operations.known.runs,
-            activity=activity,
-            unload=lambda run: recovery.unload(run, self.call),
-        )
-        self.settle = self._ledger.settle
-
-    async def call(self, work: Callable[[], T]) -> T:
-        """Runs `work` in a thread while nothing else uses the engine.
-
-        A cancelled caller does not wait for the thread, which runs on to the end of `work`.
-        """
-        return await to_thread.run_sync(work, limiter=self._engine_free, abandon_on_cancel=True)
+        self.settle = ledger.settle
 
     def stop(self) -> None:
         """Begins no further operation."""
@@ -148,8 +130,8 @@ class Executor:
 
     async def _unload(self, run: Run) -> None:
         """Unless it could not be brought back."""
-        if self._store.durable and run.loaded:
-            await self._recovery.unload(run, self.call)
+        if self._recovery.store.durable and run.loaded:
+            await self._recovery.unload(run)
 
     async def stop_run(self, run: Run) -> None:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
@@ -172,7 +154,7 @@ class Executor:
         with CancelScope(shield=True):
             try:
                 await self.stop_run(run)
-                gone = await self._recovery.delete(run, self.call, checkpoints=checkpoints)
+                gone = await self._recovery.delete(run, checkpoints=checkpoints)
             except WeaverError:
                 runs[run.run_id] = run
                 raise
@@ -237,7 +219,7 @@ class Executor:
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch:
             return
-        results = list(await self.call(partial(self._operations.execute, batch)))
+        results = list(await self._call(partial(self._operations.execute, batch)))
         changed: list[tuple[Run, Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
@@ -254,7 +236,7 @@ class Executor:
         await self.settle(*ended, runs=[run.describe() for run, _ in changed])
         for run, result in changed:
             if run.loaded and self._recovery.due(run, at_once=isinstance(result, CheckpointLoaded)):
-                rest = await self._recovery.snapshot(run, self.call)
+                rest = await self._recovery.snapshot(run)
                 if rest is not None:
                     self.beside(rest)
 
@@ -262,7 +244,7 @@ class Executor:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
         if run is None or run.loaded:
             return True
-        failure = await self._ledger.patiently(partial(self._recovery.load, run, self.call))
+        failure = await self._ledger.patiently(partial(self._recovery.load, run))
         if failure is not None:
             await self.settle((ticket, failure))
         return failure is None
@@ -270,13 +252,13 @@ class Executor:
     async def _keep(self, created: ModelCreated) -> ModelCreated | WeaverError:
         """Writes down a new run; one that cannot be written down is none."""
         run = self._operations.known.runs[created.run.run_id]
-        put = partial(self._store.put_run, created.run, model=created.model, seed=run.seed)
+        put = partial(self._recovery.store.put_run, created.run, model=created.model, seed=run.seed)
         hold = partial(self._recovery.hold, run)
         failure = await attempt_async(hold) or await self._ledger.patiently(put)
         if failure is None:
             return created
         del self._operations.known.runs[run.run_id]
-        await self._recovery.unload(run, self.call)
+        await self._recovery.unload(run)
         return failure
 
     def _pin(self, ticket: Ticket, saved: CheckpointSaved) -> None:
@@ -302,7 +284,7 @@ class Executor:
             self._samples[job_id].began_at = time.monotonic()
         ended: list[Ended] = [(ticket, SamplerReleased()) for ticket in self._ending]
         self._released, self._cancelled, self._added, self._ending = [], [], {}, {}
-        for progress in await self.call(turn):
+        for progress in await self._call(turn):
             ticket = self._samples.get(progress.job_id)
             if ticket is None:
                 continue  # cancelled during the step

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from weaver.server.store import Store
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Intake:
     executor: Executor
     store: Store

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Outcome, Result
     from weaver.server.activity import Activity
+    from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Ticket
-    from weaver.server.store import Store
     from weaver.types import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -34,23 +34,13 @@ Ended = tuple["Ticket", "Result | WeaverError"]
 
 
 class Ledger:
-    """Nothing is shown that is not in the journal: it would be carried out again after a restart.
+    """Shows nothing that is not in the journal: it would be carried out again after a restart."""
 
-    `unload` takes a run out of the engine, so that it comes back as the journal knows it.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        *,
-        runs: Mapping[str, Run],
-        activity: Activity,
-        unload: Callable[[Run], Awaitable[None]],
-    ) -> None:
-        self._store = store
+    def __init__(self, recovery: Recovery, *, runs: Mapping[str, Run], activity: Activity) -> None:
+        self._store = recovery.store
         self._runs = runs
         self._activity = activity
-        self._unload = unload
+        self._recovery = recovery
         self._settling = anyio.Lock(fast_acquire=True)
         self._stopped = False
         self._unwritten: list[Ended] = []
@@ -128,7 +118,7 @@ class Ledger:
             run = self._runs.get(ticket.submission.run_id or "")
             executed = self._store.durable and ticket.number is not None
             if run is not None and run.loaded and executed:
-                await self._unload(run)
+                await self._recovery.unload(run)
             ticket.number, ticket.error = None, ticket.error or failure
             undone.append((ticket, ticket.error))
         return undone

@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
-    from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.engine_thread import EngineThread
     from weaver.server.runs import Run
     from weaver.server.store import Executed, RunRecord, Store
 
@@ -40,12 +40,6 @@ T = TypeVar("T")
 
 KEEP, KEEP_S = "keep", 86_400.0
 """A file of this name keeps snapshots that are replaced, as deploy/backup.sh wants, for a day."""
-
-
-class EngineCall(Protocol):
-    """Runs a function in a thread while nothing else uses the engine."""
-
-    async def __call__(self, work: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +57,16 @@ class Durability:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """Brings runs of `store` back into `engine`."""
+    """Brings runs of `store` back into the engine of `thread`."""
 
-    engine: Engine
+    thread: EngineThread
     store: Store
     checkpoints: Checkpoints
     live: Checkpoints
     """Snapshots, named by the last operation in them; the lock files are beside them."""
     durability: Durability
 
-    async def load(self, run: Run, call: EngineCall) -> None:
+    async def load(self, run: Run) -> None:
         """Brings the engine to where the run stood after its last finished operation.
 
         Raises:
@@ -89,18 +83,18 @@ class Recovery:
                         f"{run.run_id} was deleted.", field="run_id", hint="See list_runs()."
                     )
                 done = await self.store.executed(run.run_id, after=record.snapshot)
-                or_raise(await call(partial(attempt, partial(self._restore, run, record, done))))
+                or_raise(await self.thread.attempt(partial(self._restore, run, record, done)))
         except WeaverError:
             release(run)
             raise
 
-    async def unload(self, run: Run, call: EngineCall) -> None:
+    async def unload(self, run: Run) -> None:
         """Takes it out of the engine; its next operation brings it back."""
         run.loaded = False
-        await call(partial(attempt, partial(self.engine.trainer.delete_run, run.run_id)))
+        await self.thread.attempt(partial(self.thread.engine.trainer.delete_run, run.run_id))
         release(run)
 
-    async def delete(self, run: Run, call: EngineCall, *, checkpoints: bool) -> list[str]:
+    async def delete(self, run: Run, *, checkpoints: bool) -> list[str]:
         """Forgets a run that nothing waits for; answers the checkpoints that went with it.
 
         The checkpoints go first and the files that nobody names last, so that a crash in between
@@ -117,7 +111,7 @@ class Recovery:
                 gone = or_raise(await to_thread.run_sync(attempt, remove)) if checkpoints else []
                 await self.store.delete_run(run.run_id)
                 if run.loaded:
-                    await self.unload(run, call)
+                    await self.unload(run)
                 await to_thread.run_sync(forget_files, self.live.root / run.run_id)
         finally:
             release(run)
@@ -152,17 +146,15 @@ class Recovery:
         )
         return self.store.durable and (at_once or in_turn)
 
-    async def snapshot(
-        self, run: Run, call: EngineCall
-    ) -> Callable[[], Coroutine[Any, Any, None]] | None:
+    async def snapshot(self, run: Run) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """Writes the run into a folder, which takes the engine; answers what remains to be done.
 
         The rest (waiting for the disk, and pruning the journal) can go on beside the engine.
         """
         number = run.executed
         run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
-        save = partial(self.engine.trainer.save, run.run_id, include_optimizer=True)
-        draft = await call(partial(attempt, partial(self.live.draft, _place(run, number), save)))
+        save = partial(self.thread.engine.trainer.save, run.run_id, include_optimizer=True)
+        draft = await self.thread.attempt(partial(self.live.draft, _place(run, number), save))
         if isinstance(draft, WeaverError):
             logger.warning("no snapshot of %s: %s", run.run_id, draft)
             return None
@@ -192,7 +184,7 @@ class Recovery:
                 self.live.delete(info.path)
 
     def _restore(self, run: Run, record: RunRecord, done: Sequence[Executed]) -> None:
-        trainer, reason = self.engine.trainer, None
+        trainer, reason = self.thread.engine.trainer, None
         trainer.create_run(
             run.run_id,
             run.model.name,
@@ -217,7 +209,7 @@ class Recovery:
 
     def _replay(self, run: Run, done: Executed, reason: str | None) -> str | None:
         """Does again what changed the run; answers why its gradient must not be applied, if so."""
-        trainer, operation = self.engine.trainer, done.operation
+        trainer, operation = self.thread.engine.trainer, done.operation
         match operation:
             case ForwardBackward(backward=True):
                 if done.error is not None:

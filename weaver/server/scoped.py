@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from datetime import datetime
 
-    from weaver.engine.base import Engine
     from weaver.protocol import Export, Outcome, SessionState, Submission
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.engine_thread import EngineThread
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
@@ -51,7 +51,7 @@ T = TypeVar("T")
 class Parts:
     """What all views of one service share."""
 
-    engine: Engine
+    thread: EngineThread
     store: Store
     checkpoints: Checkpoints
     exports: Exports
@@ -94,7 +94,7 @@ class ScopedService:
         parts.known.sessions[session_id] = session
         return SessionInfo(
             session_id=session_id,
-            description=parts.engine.description,
+            description=parts.thread.engine.description,
             deterministic=parts.deterministic,
         )
 
@@ -146,17 +146,19 @@ class ScopedService:
 
     async def list_models(self) -> Sequence[ModelInfo]:
         if self._parts.models is None:
-            self._parts.models = await self._engine_call(self._parts.engine.list_models)
+            self._parts.models = await self._engine_call(self._parts.thread.engine.list_models)
         return self._parts.models
 
     async def get_model(self, base_model: str) -> ModelInfo:
         for model in await self.list_models():
             if model.name == base_model:
                 return model
-        return await self._engine_call(partial(self._parts.engine.get_model, base_model))
+        return await self._engine_call(partial(self._parts.thread.engine.get_model, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return await self._engine_call(partial(self._parts.engine.tokenizer_files, base_model))
+        return await self._engine_call(
+            partial(self._parts.thread.engine.tokenizer_files, base_model)
+        )
 
     async def list_runs(self) -> Sequence[TrainingRun]:
         runs = list(self._parts.known.runs.values())  # the engine's thread may add one
@@ -249,7 +251,7 @@ class ScopedService:
 
     async def _engine_call(self, work: Callable[[], T]) -> T:
         self._check_open()
-        return or_raise(await self._parts.executor.call(partial(attempt, work)))
+        return or_raise(await self._parts.thread.attempt(work))
 
     async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
         self._check_open()

@@ -16,10 +16,12 @@ from anyio import CancelScope, to_thread
 from weaver.server.activity import Activity
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints, now_utc
+from weaver.server.engine_thread import EngineThread
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.known import Known
+from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
 from weaver.server.recovery import Durability, Recovery, hold_lock, release
@@ -80,11 +82,10 @@ class LocalService(ScopedService):
         durability: Durability = DURABILITY,
         now: Callable[[], datetime] = now_utc,
     ) -> None:
-        store, home = store or MemoryStore(), home.expanduser()
+        store, home, known = store or MemoryStore(), home.expanduser(), Known()
         checkpoints = Checkpoints(home, now=now)
         self._live = Checkpoints(home, folder="live", now=now)
         kept = self._live if store.keeps_sessions else None
-        known = Known()
         self.limits = limits
         self.activity = Activity(known.sessions, store)
         self._operations = Operations(
@@ -96,33 +97,27 @@ class LocalService(ScopedService):
             known=known,
             now=now,
         )
+        thread = EngineThread(engine)
+        recovery = Recovery(
+            thread=thread,
+            store=store,
+            checkpoints=checkpoints,
+            live=self._live,
+            durability=durability,
+        )
         executor = Executor(
             self._operations,
-            store,
-            recovery=Recovery(
-                engine=engine,
-                store=store,
-                checkpoints=checkpoints,
-                live=self._live,
-                durability=durability,
-            ),
+            recovery,
+            ledger=Ledger(recovery, runs=known.runs, activity=self.activity),
             merge_tokens=0 if deterministic else merge_tokens,
-            activity=self.activity,
         )
         parts = Parts(
-            engine=engine,
+            thread=thread,
             store=store,
             checkpoints=checkpoints,
             exports=Exports(engine, checkpoints, home=home, now=now),
             executor=executor,
-            intake=Intake(
-                executor=executor,
-                store=store,
-                known=known,
-                limits=limits,
-                gap_timeout_s=gap_timeout_s,
-                now=now,
-            ),
+            intake=Intake(executor, store, known, limits, gap_timeout_s=gap_timeout_s, now=now),
             known=known,
             deterministic=deterministic,
             now=now,
@@ -191,7 +186,7 @@ class LocalService(ScopedService):
             session.close()
         parts.executor.stop()
         with anyio.move_on_after(self._close_timeout_s):
-            await parts.executor.call(partial(attempt, self._operations.forget_all))
+            await parts.thread.attempt(self._operations.forget_all)
         self._scope.cancel()
         await self._ended.wait()
         self._unlock()
