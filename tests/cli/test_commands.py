@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def test_runs_stop_and_go(saved: tuple[str, str]) -> None:
         weaver("runs", "delete", short, stdin="n\n")
     assert run in weaver("runs", "delete", short, "--yes")
     assert weaver("runs", "list") == "No runs.\n" and path in weaver("checkpoints", "list")
+    assert path in weaver("checkpoints", "list", "--run", short)
     with pytest.raises(NotFoundError, match="no runs match"):
         weaver("runs", "stop", short)
 
@@ -273,3 +275,20 @@ def test_output_that_cannot_be_written_is_one_line(saved: tuple[str, str]) -> No
         ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
     assert ended.returncode != 0
     assert ended.stderr.startswith(b"error: ") and b"Traceback" not in ended.stderr
+
+
+def test_a_list_on_a_terminal_keeps_to_its_width(saved: tuple[str, str]) -> None:
+    code = "import sys; sys.argv[0] = 'weaver'; from weaver.cli import main; main()"
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", code, "checkpoints", "list", "--run", saved[0][4:9]]
+    environment = {**os.environ, "COLUMNS": "90", "TERM": "xterm"}
+    ended = subprocess.run(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", os.read(ours, 10_000).decode()).splitlines()
+    os.close(ours)
+    assert ended.returncode == 0
+    assert max(map(len, lines)) <= 90
+    first = "".join(line.partition(" ")[0] for line in lines)
+    assert first == f"path{saved[1]}"
+    with pytest.raises(NotFoundError, match="no runs match"):
+        weaver("checkpoints", "list", "--run", "nobody")

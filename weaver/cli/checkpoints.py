@@ -11,6 +11,8 @@ from weaver.cli.output import Json, Yes, ask, find, show, show_one
 from weaver.errors import InvalidParamsError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weaver.protocol import Service
     from weaver.types import CheckpointInfo
 
@@ -21,11 +23,22 @@ SHORT = {"path", "kind", "base_model", "step", "size_bytes", "created_at", "expi
 
 @app.command("list")
 def list_checkpoints(
-    run: Annotated[str | None, typer.Option(help="Only those of this run.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Only those of this run; its id, or its beginning.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List checkpoints, oldest first."""
-    found = ask(lambda service: service.list_checkpoints(run))
+
+    async def read(service: Service) -> Sequence[CheckpointInfo]:
+        known = await service.list_checkpoints()
+        if run is None:
+            return known
+        runs = {r.run_id for r in await service.list_runs()} | {c.run_id for c in known}
+        chosen = find(run, sorted(runs), name=str, what="runs")
+        return [c for c in known if c.run_id == chosen]
+
+    found = ask(read)
     rows = [c.model_dump(mode="json", include=None if as_json else SHORT) for c in found]
     show(rows, as_json=as_json, empty="No checkpoints.")
 

@@ -29,11 +29,34 @@ def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str) -> Non
     if not rows:
         sys.stdout.write(f"{empty}\n")
         return
-    lines = [list(rows[0]), *(["" if v is None else str(v) for v in r.values()] for r in rows)]
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    if sys.stdout.isatty():
+        _show_table(lines)
+        return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         sys.stdout.write("  ".join(padded).rstrip() + "\n")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _show_table(lines: Sequence[Sequence[str]]) -> None:
+    """On a terminal, whose width it keeps to: what is longer goes on below itself, to be copied."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in lines[0]:
+        table.add_column(name, overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    Console().print(table)
 
 
 def show_one(fields: Mapping[str, Any], *, as_json: bool) -> None:
