@@ -6,7 +6,7 @@ import random
 import shutil
 import sqlite3
 from contextlib import asynccontextmanager, closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -34,7 +34,7 @@ from weaver.protocol import (
     StepDone,
     Submission,
 )
-from weaver.server import ledger
+from weaver.server import ledger, sql_store
 from weaver.server.database import open_database
 from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
@@ -761,6 +761,33 @@ async def test_a_write_that_waits_for_another_process_stops_nothing_else(home: P
             await anyio.sleep(0.1)
             other.rollback()  # it waits for five seconds, so on the event loop this would be late
     assert {entry.submission_id for entry in await store.entries()} == {"x", "y"}
+    database.dispose()
+
+
+async def test_writes_that_wait_together_wait_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weaver.server.database.BUSY_S", 0.02)
+    really, asked = sql_store.transaction, []
+
+    def transaction(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return really(*args, **options)
+
+    database = open_database(home)
+    store = SqlStore(database)
+
+    async def append(name: str) -> None:
+        with pytest.raises(ServiceConnectionError, match="another process"):
+            await store.append("a", [Submission(id=name, operation=None)])
+
+    with closing(sqlite3.connect(home / "server.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(sql_store, "transaction", transaction)
+        async with anyio.create_task_group() as tasks:
+            for i in range(10):
+                tasks.start_soon(append, str(i))
+    assert len(asked) <= 4  # of the first, and of all others: at once, and after a while
     database.dispose()
 
 

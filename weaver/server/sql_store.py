@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from anyio import CancelScope, to_thread
 
 from weaver import wire
-from weaver.errors import StorageError, WeaverError
+from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.server.database import transaction
 from weaver.server.rows import (
     entry_of,
@@ -287,18 +287,19 @@ class SqlStore:
                     batch, self._writes = self._writes, []
                     small = sum(waiting.size_bytes for waiting in batch) <= wire.LARGE_BYTES
                     quick = small and self._database.dialect.name == "sqlite"
-                    if not (quick and self._execute(batch, at_once=True)):
+                    if not quick or self._execute(batch, at_once=True) is not None:
                         await to_thread.run_sync(self._commit, batch)
         if write.error is not None:
             raise write.error
 
     def _commit(self, batch: Sequence[_Write]) -> None:
-        if not self._execute(batch):
+        failure = self._execute(batch)
+        if failure is not None and not isinstance(failure, ServiceConnectionError):
             for write in batch:  # the fault of one is not that of the others
                 self._execute([write])
 
-    def _execute(self, writes: Sequence[_Write], *, at_once: bool = False) -> bool:
-        """All in one transaction; False if it failed, which each of them is told."""
+    def _execute(self, writes: Sequence[_Write], *, at_once: bool = False) -> WeaverError | None:
+        """All in one transaction; answers why it failed, which each of them is told."""
         failure = None
         try:
             made = [statement for write in writes for statement in write.make()]
@@ -310,7 +311,7 @@ class SqlStore:
             failure = error
         for write in writes:
             write.done, write.error = True, failure
-        return failure is None
+        return failure
 
     async def _read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         def read() -> Sequence[sa.Row[Any]]:
