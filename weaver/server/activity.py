@@ -26,6 +26,7 @@ from weaver.protocol import (
     Sampled,
     StepDone,
 )
+from weaver.server.checkpoints import SCHEME
 from weaver.server.store import Answer
 from weaver.types import Value
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 KEPT_OPERATIONS = 30
 """Of a run, among those that have ended."""
 KEPT_RUNS = 256
-SCHEME = "weaver://"
 
 
 class OperationInfo(Value):
