@@ -81,7 +81,7 @@ def split_tasks(
     Raises:
         InvalidRequestError: nothing would be left to train on.
     """
-    marks = [_mark(task, seed) for task in tasks]
+    marks = [hashlib.sha256(encode([seed, _content(task)])).digest() for task in tasks]
     border = sorted(marks)[held_out - 1] if 0 < held_out <= len(marks) else b""
     train = [task for task, mark in zip(tasks, marks, strict=True) if mark > border]
     test = [task for task, mark in zip(tasks, marks, strict=True) if mark <= border]
@@ -139,10 +139,6 @@ class TaskStream:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._tasks))
             self._epoch = epoch
         return self._tasks[int(self._order[index])]
-
-
-def _mark(task: Task, seed: int) -> bytes:
-    return hashlib.sha256(encode([seed, _content(task)])).digest()
 
 
 def _content(task: Task) -> str:

@@ -57,7 +57,7 @@ class Display(Logger):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._history.append(dict(metrics))
         self._step, self._waiting = step, ""
-        hints = {hint.name: hint.text for hint in find_hints(self._history)}
+        hints = find_hints(self._history)
         if self._live is None:
             of = f"/{self._steps}" if self._steps else ""
             numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics))

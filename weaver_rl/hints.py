@@ -6,7 +6,6 @@ first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,16 +17,6 @@ KL_LIMIT = 0.5
 """Nats per token between the policy and the one that sampled: far outside any trust region."""
 COLLAPSE = 0.02
 """The share of its first entropy below which a policy has stopped exploring."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """`Hint("gap", "Trainer and sampler disagree by 0.02 nats. ...")`; `name` is stable."""
-
-    name: str
-    text: str
-
-
 ABOVE = (
     (
         "rollout/failed_fraction",
@@ -61,51 +50,39 @@ ABOVE = (
 """Metric, the most that is normal, the hint's name and text."""
 
 
-def find_hints(history: Sequence[Mapping[str, float]]) -> list[Hint]:
-    """What looks wrong at the last step of `history`, oldest step first. [] is good news."""
+def find_hints(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What looks wrong at the last step of `history`, oldest step first. {} is good news.
+
+    By stable names: `{"gap": "Trainer and sampler disagree by up to 0.02 nats ..."}`.
+    """
     if not history:
-        return []
+        return {}
     last = history[-1]
     first = next((row for row in history if "policy/surprise" in row), last)
-    found = [
-        Hint(name, text.format(last[metric]))
+    found = {
+        name: text.format(last[metric])
         for metric, limit, name, text in ABOVE
         if last.get(metric, 0.0) > limit
-    ]
-    found += [hint for hint in (_loss(last), _equal(last), _collapse(first, last)) if hint]
-    return found
-
-
-def _loss(row: Mapping[str, float]) -> Hint | None:
+    }
     # Centred advantages make the loss of a first on-policy pass 0 while its gradient is not.
-    if row.get("train/loss") != 0.0 or row.get("train/grad_norm", 0.0) != 0.0:
-        return None
-    return Hint(
-        "loss_zero",
-        "The loss and its gradient are exactly 0: nothing is learned. "
-        "Look at the advantages (all rewards equal?) and at the weights (all masked?).",
-    )
-
-
-def _equal(row: Mapping[str, float]) -> Hint | None:
-    if row.get("groups/count", 0.0) < 1 or row.get("groups/zero_variance_fraction", 0.0) < 1:
-        return None
-    mean = row.get("reward/mean")
-    if mean is not None and mean >= row.get("reward/max", mean) and mean >= 1:
-        return Hint("solved", "Every reply has the full reward: the tasks are solved. Stop here.")
-    return Hint(
-        "rewards_equal",
-        "In every group all rewards are equal, so there is nothing to compare. "
-        "Use more samples a task, easier tasks, a higher temperature or partial credit.",
-    )
-
-
-def _collapse(first: Mapping[str, float], last: Mapping[str, float]) -> Hint | None:
+    if last.get("train/loss") == 0.0 == last.get("train/grad_norm", 0.0):
+        found["loss_zero"] = (
+            "The loss and its gradient are exactly 0: nothing is learned. "
+            "Look at the advantages (all rewards equal?) and at the weights (all masked?)."
+        )
+    mean = last.get("reward/mean", float("nan"))
+    equal = last.get("groups/zero_variance_fraction", 0.0) >= 1 <= last.get("groups/count", 0.0)
+    if equal and mean >= 1 and mean >= last.get("reward/max", mean):
+        found["solved"] = "Every reply has the full reward: the tasks are solved. Stop here."
+    elif equal:
+        found["rewards_equal"] = (
+            "In every group all rewards are equal, so there is nothing to compare. "
+            "Use more samples a task, easier tasks, a higher temperature or partial credit."
+        )
     before, now = first.get("policy/surprise", 0.0), last.get("policy/surprise", 0.0)
-    if before <= 0 or now >= COLLAPSE * before or last.get("reward/mean", 1.0) >= 0.9:
-        return None
-    return Hint(
-        "collapse",
-        f"The entropy fell from {before:.2g} to {now:.2g} nats before the tasks were solved: "
-        "the policy no longer explores. Lower the learning rate or add entropy_coef.",
-    )
+    if 0 <= now < COLLAPSE * before and last.get("reward/mean", 1.0) < 0.9:
+        found["collapse"] = (
+            f"The entropy fell from {before:.2g} to {now:.2g} nats before the tasks were solved: "
+            "the policy no longer explores. Lower the learning rate or add entropy_coef."
+        )
+    return found

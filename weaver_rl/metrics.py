@@ -57,7 +57,10 @@ def rollout_metrics(
         rewards = np.array([rollout.reward for rollout in scored])
         metrics |= _summary("reward", rewards, "mean", "std", "min", "max")
         metrics["reward/pass_rate"] = float((rewards >= PASSING).mean())
-    return {**metrics, **_score_metrics(scored)}
+    for name in sorted({name for rollout in scored for name in rollout.metrics}):
+        values = [r.metrics[name] for r in scored if name in r.metrics]
+        metrics[f"score/{name}"] = float(np.mean(values))
+    return metrics
 
 
 def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -120,11 +123,3 @@ def _token_metrics(rollouts: Sequence[Rollout], weights_version: int) -> dict[st
     ages = weights_version - sampled[:, 0]
     surprise = {"policy/surprise": float(-sampled[:, 1].mean())}
     return surprise | _summary("staleness", ages, "mean", "max")
-
-
-def _score_metrics(scored: Sequence[Rollout]) -> dict[str, float]:
-    names = sorted({name for rollout in scored for name in rollout.metrics})
-    return {
-        f"score/{name}": float(np.mean([r.metrics[name] for r in scored if name in r.metrics]))
-        for name in names
-    }

@@ -102,9 +102,9 @@ def _hint_ranges(rows: Sequence[Row]) -> list[Row]:
     given: dict[str, tuple[list[int], str]] = {}
     begin = [_numbers(row) for row in rows[:2]]  # the first may be of an evaluation alone
     for row in rows:
-        for hint in find_hints([*begin, _numbers(row)]):
-            steps, _ = given.get(hint.name, ([], ""))
-            given[hint.name] = ([*steps, row["step"]], hint.text)
+        for name, text in find_hints([*begin, _numbers(row)]).items():
+            steps, _ = given.get(name, ([], ""))
+            given[name] = ([*steps, row["step"]], text)
     return [
         {"steps": _range_text(steps), "text": text, "good": name == "solved"}
         for name, (steps, text) in given.items()
@@ -126,22 +126,18 @@ def _groups(records: Sequence[Row]) -> list[Row]:
     groups: dict[int, list[Row]] = {}
     for record in records:
         groups.setdefault(record["group"], []).append(record)
-    ranked = sorted(groups.values(), key=_rank, reverse=True)
+    ranked = sorted(groups.values(), key=_mean, reverse=True)
     return [_group(label, ranked[i]) for label, i in PLACES[: len(ranked)]]
 
 
-def _mean(group: Sequence[Row]) -> float | None:
+def _mean(group: Sequence[Row]) -> float:
+    """Of the rewards; below all others where there is none, which the page gets as null."""
     rewards = [record["reward"] for record in group if record["reward"] is not None]
-    return sum(rewards) / len(rewards) if rewards else None
-
-
-def _rank(group: Sequence[Row]) -> float:
-    mean = _mean(group)
-    return float("-inf") if mean is None else mean
+    return sum(rewards) / len(rewards) if rewards else float("-inf")
 
 
 def _group(label: str, group: Sequence[Row]) -> Row:
-    ranked = sorted(group, key=lambda one: _rank([one]), reverse=True)
+    ranked = sorted(group, key=lambda one: _mean([one]), reverse=True)
     shown = thinned(ranked, MAX_ROLLOUTS)
     return {
         "label": label,

@@ -73,8 +73,14 @@ def select(found: Filtered, keep: Keep) -> Filtered:
     rejected: list[Group] = []
     duplicates = 0
     for group in found.kept:
-        chosen, doubles = _choose(group, keep)
-        duplicates += doubles
+        good = [r for r in group.rollouts if r.failure is None and r.reward >= keep.threshold]
+        good.sort(key=lambda rollout: -rollout.reward)
+        distinct: dict[object, Rollout] = {}
+        for number, rollout in enumerate(good):
+            said = tuple(segment.tokens for segment in rollout.trajectory.segments)
+            distinct.setdefault(said if keep.unique else number, rollout)
+        duplicates += len(good) - len(distinct)
+        chosen = tuple(distinct.values())[: keep.top_k]
         ids = {id(rollout) for rollout in chosen}
         rest = tuple(rollout for rollout in group.rollouts if id(rollout) not in ids)
         groups += [replace(group, rollouts=chosen)] if chosen else []
@@ -91,16 +97,6 @@ def select(found: Filtered, keep: Keep) -> Filtered:
     if rewards:
         metrics["rejection/reward_kept"] = sum(rewards) / len(rewards)
     return Filtered(kept=tuple(groups), dropped=(*rejected, *found.dropped), metrics=metrics)
-
-
-def _choose(group: Group, keep: Keep) -> tuple[tuple[Rollout, ...], int]:
-    good = [r for r in group.rollouts if r.failure is None and r.reward >= keep.threshold]
-    good.sort(key=lambda rollout: -rollout.reward)
-    distinct: dict[object, Rollout] = {}
-    for number, rollout in enumerate(good):
-        said = tuple(segment.tokens for segment in rollout.trajectory.segments)
-        distinct.setdefault(said if keep.unique else number, rollout)
-    return tuple(distinct.values())[: keep.top_k], len(good) - len(distinct)
 
 
 def _ones(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
