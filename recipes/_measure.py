@@ -66,18 +66,16 @@ def main(
     if "recipes" in pages:
         page = ROOT / "recipes" / "README.md"
         for name in RECIPES:
-            fill(page, name, table(name, measure_all(name, seeds), seeds))
+            runs = [measure(name, seed) for seed in seeds]
+            fill(page, name, table(name, runs, seeds))
         fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
     if "objectives" in pages:
         page = ROOT / "docs" / "objectives.md"
         for name in OBJECTIVES:
-            runs = measure_all("importance_sampling", seeds, f"{REUSE} --objective {name}")
+            flags = [*REUSE.split(), "--objective", name]
+            runs = [measure("importance_sampling", seed, flags) for seed in seeds]
             fill(page, name, f"{card(runs)}\n")
         fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
-
-
-def measure_all(name: str, seeds: Sequence[int], flags: str = "") -> list[Measured]:
-    return [measure(name, seed, flags.split()) for seed in seeds]
 
 
 def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:

@@ -175,44 +175,6 @@ def make_tokenizer() -> Any:
     )
 
 
-CARD = """---
-license: apache-2.0
-tags: [weaver, qwen3]
----
-
-# weaver-nano
-
-A Qwen3 of {parameters:,} parameters ({layers} layers, hidden size {hidden_size}, context {context})
-that reads bytes. It comes with Weaver so that every command, example and test runs offline in
-seconds on a CPU. It knows five small skills, doubts them on purpose, and knows nothing else: it is
-for trying out post-training, not for use.
-
-Made by `python -m recipes.pretrain_nano --out weaver/models/nano --seed {seed} --steps {steps}`
-through Weaver's own API, from text that the script generates. No other data was used.
-
-## Measured skills
-
-Share of right answers on {prompts} questions from seed {measured_seed}, words of 3 to 6 letters;
-`skills.json` has the same numbers.
-
-| skill | example | greedy | sampled, T = 1 |
-|---|---|---|---|
-{rows}
-
-The last part of pretraining is noisy: answers, words or guesses are wrong at these rates:
-{slips}.
-So a right answer has a probability well below one, and reinforcement or fine-tuning can raise it.
-Words longer than 7 letters, numbers above 99 and other prompts are outside its data.
-
-## Format
-
-Text is encoded as UTF-8 bytes, one token each. `<|end|>` ends an answer. Chat is
-`<|user|>...<|end|><|assistant|>...<|end|>`, with `system` and `tool` in the same form; history is
-never rewritten, so the rendering of a conversation is a prefix of its continuation. `<|tool|>` was
-not in the training data.
-
-Training loss, at each tenth of the steps: {curve}.
-"""
 EXAMPLES = {
     "reverse": "`rev:word=` → `drow`",
     "copy": "`copy:word=` → `word`",
@@ -237,7 +199,8 @@ def model_card(
         for name, share in skills.items()
     )
     tenth = max(1, len(losses) // 10)
-    return CARD.format(
+    card = Path(__file__).with_name("nano_card.md").read_text(encoding="utf-8")
+    return card.format(
         parameters=parameters,
         layers=flags.layers,
         hidden_size=flags.hidden_size,

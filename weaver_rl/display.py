@@ -45,6 +45,7 @@ class Display(Logger):
             MissingDependencyError: on a terminal, rich is not installed.
         """
         self._steps = steps
+        self._of = f"/{steps}" if steps else ""
         self._stream = stream or sys.stdout
         self._history: list[Mapping[str, float]] = []
         self._step = 0
@@ -59,9 +60,8 @@ class Display(Logger):
         self._step, self._waiting = step, ""
         hints = find_hints(self._history)
         if self._live is None:
-            of = f"/{self._steps}" if self._steps else ""
             numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics))
-            self._print(f"step {step}{of}  {numbers}")
+            self._print(f"step {step}{self._of}  {numbers}")
             for name, text in hints.items():
                 if name not in self._hints:
                     self._print(f"hint: {text}")
@@ -107,11 +107,10 @@ class Display(Logger):
         from rich.text import Text
 
         head = Table.grid(padding=(0, 2))
-        of = f"/{self._steps}" if self._steps else ""
         seconds = time.monotonic() - self._started
         bar = ProgressBar(total=self._steps, completed=self._step, width=24)
         pace = f"{seconds / self._step:.1f} s a step" if self._step else ""
-        head.add_row(bar, Text(f"step {self._step}{of}", style="bold"), pace, self._waiting)
+        head.add_row(bar, Text(f"step {self._step}{self._of}", style="bold"), pace, self._waiting)
         rows: list[Any] = [head]
         numbers = shown(self._history[-1]) if self._history else []
         if numbers:

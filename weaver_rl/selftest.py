@@ -75,7 +75,11 @@ async def run(wanted: Sequence[Proof], page: Path) -> list[Ran]:
                     outcome = Outcome(value=float("nan"), passed=False, note=str(error))
                 done.append(Ran(proof.name, seed, outcome, time.monotonic() - begin))
                 write_page(page, wanted, done)
-                _say(done[-1])
+                verdict = "passed" if outcome.passed else "FAILED"
+                note = f"  ({outcome.note})" if outcome.note else ""
+                said = f"{proof.name}, seed {seed}: {outcome.value:.3f}{note}"
+                sys.stdout.write(f"{verdict}  {said}  {done[-1].seconds:.0f} s\n")
+                sys.stdout.flush()
     return done
 
 
@@ -113,16 +117,6 @@ def write_page(page: Path, wanted: Sequence[Proof], done: Sequence[Ran]) -> None
         "The definitions are in weaver_rl/proofs.py; tests/learning runs the same.",
     }
     write_atomically(page, make_page("selftest", title="Self-test", data=data).encode())
-
-
-def _say(one: Ran) -> None:
-    verdict = "passed" if one.outcome.passed else "FAILED"
-    note = f"  ({one.outcome.note})" if one.outcome.note else ""
-    sys.stdout.write(
-        f"{verdict}  {one.proof}, seed {one.seed}: {one.outcome.value:.3f}{note}"
-        f"  {one.seconds:.0f} s\n"
-    )
-    sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
