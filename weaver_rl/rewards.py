@@ -19,12 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.from_thread
 import anyio.to_process
 import numpy as np
-from anyio.lowlevel import RunVar, current_token
+from anyio.lowlevel import current_token
 
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
@@ -150,7 +151,7 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
         _check_importable(function)
     places = processes or 4 * (os.cpu_count() or 1)
     # Of each event loop its own: one of asyncio cannot serve trio.
-    limiters: RunVar[anyio.CapacityLimiter] = RunVar("weaver-reward-places")
+    limiters: WeakKeyDictionary[object, anyio.CapacityLimiter] = WeakKeyDictionary()
 
     async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
         if asynchronous:
@@ -162,10 +163,9 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
         return await in_daemon_thread(partial(attempt, partial(function, task, argument), "reward"))
 
     async def timed(task: Task, argument: Reply | Sequence[Reply]) -> Any:
-        limiter = limiters.get(None)
-        if limiter is None:
-            limiters.set(limiter := anyio.CapacityLimiter(places))
-        async with limiter:  # the time runs from when it has a place
+        limiter = anyio.CapacityLimiter(places)
+        async with limiters.setdefault(current_token().native_token, limiter):
+            # The time runs from when it has a place.
             with anyio.move_on_after(timeout_s):
                 return await run(task, argument)
         name = name_of(function)
