@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from weaver import AsyncTrainingClient
     from weaver_rl.rewards import Reward
+    from weaver_rl.run_folder import Manifest
     from weaver_rl.types import Reply, Task
 
 
@@ -38,9 +40,9 @@ class Faulty(Run):
     flush: int
     patch: pytest.MonkeyPatch
 
-    async def checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs["step"] != 4:
-            return await super().checkpoint(*args, **kwargs)
+    async def checkpoint(self, trainer: AsyncTrainingClient, manifest: Manifest) -> None:
+        if manifest.step != 4:
+            return await super().checkpoint(trainer, manifest)
         real, calls = os.fsync, iter(range(99))
 
         def full(handle: int) -> None:
@@ -50,7 +52,7 @@ class Faulty(Run):
 
         with self.patch.context() as patched:
             patched.setattr(os, "fsync", full)
-            await super().checkpoint(*args, **kwargs)
+            await super().checkpoint(trainer, manifest)
         return None
 
 
