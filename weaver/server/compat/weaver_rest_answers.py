@@ -20,7 +20,7 @@ from weaver.server.compat.weaver_rest_tensors import Body
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from weaver.protocol import ErrorInfo, Outcome, Result
+    from weaver.protocol import Outcome, Result
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, SampleResult, TrainingRun
 
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
@@ -60,7 +60,13 @@ def envelope(operation_id: str, outcome: Outcome | None, note: Note) -> JsonDict
         nothing = {"tokens": [], "logprobs": [], "text": "", "stop_reason": "abort"}
         response = {"result": {"sequences": [nothing] * note.samples}}
         return head | {"status": "done", "response": response}
-    return head | _failure(outcome.error)
+    return head | {
+        "status": "error",
+        "error": outcome.error.code,
+        "error_code": outcome.error.code,
+        "error_message": str(outcome.error.to_error()),
+        "retryable": False,
+    }
 
 
 def checkpoint_json(info: CheckpointInfo) -> JsonDict:
@@ -114,7 +120,7 @@ def catalog_json(model: ModelInfo) -> JsonDict:
     return {
         "id": model.name,
         "name": model.name,
-        "status": "available",
+        "status": "healthy",
         "visibility": "public",
         "training_modes": model.training_modes,
         "metadata": model.model_dump(exclude={"name", "training_modes"}),
@@ -166,13 +172,3 @@ def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
     }
     version = output.sequences[0].weights_version
     return {"sequences": sequences, "usage": usage, "weight_version": version, **prompt}
-
-
-def _failure(error: ErrorInfo) -> JsonDict:
-    return {
-        "status": "error",
-        "error": error.code,
-        "error_code": error.code,
-        "error_message": str(error.to_error()),
-        "retryable": False,
-    }

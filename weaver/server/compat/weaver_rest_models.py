@@ -17,13 +17,8 @@ from pydantic import ConfigDict, Field
 from weaver.config import is_loopback
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import CreateModel, ModelCreated
-from weaver.server.compat.weaver_rest_answers import (
-    Note,
-    catalog_json,
-    checkpoint_json,
-    run_json,
-)
-from weaver.server.compat.weaver_rest_operations import Desked, resend_key
+from weaver.server.compat.weaver_rest_answers import catalog_json, checkpoint_json, run_json
+from weaver.server.compat.weaver_rest_operations import Desked
 from weaver.server.compat.weaver_rest_tensors import Body
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, LoraConfig, MetricPoint, TrainingMode
@@ -115,7 +110,7 @@ async def create_model(session: UUID, request: Request, desk: Desked) -> JsonDic
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
-    created = await desk.carry_out(operation, Note(key=await resend_key(request)))
+    created = await desk.carry_out(request, operation)
     assert isinstance(created, ModelCreated)
     path = await tokenizer_path(request, created.run.base_model)
     return {**run_json(created.run, last_seq=0), "session_id": session, "tokenizer_path": path}
@@ -130,29 +125,19 @@ async def list_runs(desk: Desked, limit: Limit = 25, offset: Offset = 0) -> Json
 
 
 @router.get("/models/{model_id}")
+@router.get("/training-runs/{model_id}")
 @router.post("/models/{model_id}/terminate")
-async def get_model(model_id: str, desk: Desked) -> JsonDict:
+async def get_run(model_id: str, desk: Desked) -> JsonDict:
     """Terminating leaves the run as it is: closing a client destroys no state."""
     run = await desk.service.get_run(model_id)
-    return run_json(run, last_seq=desk.last_seqs().get(model_id, 0))
-
-
-@router.get("/training-runs/{model_id}")
-async def get_run(model_id: str, desk: Desked) -> JsonDict:
+    described = run_json(run, last_seq=desk.last_seqs().get(model_id, 0))
     checkpoints = await desk.service.list_checkpoints(model_id)
-    listed = [checkpoint_json(info) for info in checkpoints]
-    return {**await get_model(model_id, desk), "checkpoints": listed}
+    return {**described, "checkpoints": [checkpoint_json(info) for info in checkpoints]}
 
 
 @router.get("/supported-models")
-async def supported_models(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
-    names = [model.name for model in await desk.service.list_models()]
-    models = [{"id": name, "name": name, "status": "healthy"} for name in names]
-    return _page(models, limit, offset)
-
-
 @router.get("/model-catalog")
-async def model_catalog(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
+async def list_base_models(desk: Desked, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
     models = [catalog_json(model) for model in await desk.service.list_models()]
     return _page(models, limit, offset)
 

@@ -71,12 +71,16 @@ class Desk:
         """Of `_entries`, those with an outcome, in the order of their cursors."""
         self._paused: set[str] = set()
 
-    async def submit(self, operation: Operation, note: Note, *, run_id: str | None = None) -> Entry:
+    async def submit(
+        self, request: Request, operation: Operation, note: Note, *, run_id: str | None = None
+    ) -> Entry:
         """Hands the operation to the service; a resend gets the entry of the first request.
 
         Args:
+            request: what asks for it.
             run_id: the run whose turn the caller holds.
         """
+        note = note.model_copy(update={"key": await _resend_key(request)})
         async with self._submitting:  # a resend waits for what becomes of the first
             await self._forget_old()
             session_id = await self._session()
@@ -95,14 +99,14 @@ class Desk:
                     self._seqs[run_id] += 1
             return self._entry(submission.id, submission.note)
 
-    async def carry_out(self, operation: Operation, note: Note) -> Result:
+    async def carry_out(self, request: Request, operation: Operation) -> Result:
         """The result of an operation that its route answers for itself.
 
         Raises:
             WeaverError: why it failed.
             ServiceConnectionError: it goes on; a resend of the request waits for it again.
         """
-        entry = await self.submit(operation, note)
+        entry = await self.submit(request, operation, Note())
         await self.wait(entry, POLL_S)
         if entry.outcome is not None and entry.outcome.error is not None:
             raise entry.outcome.error.to_error()
@@ -215,7 +219,7 @@ async def desk_of(request: Request) -> Desk:
 Desked = Annotated[Desk, Depends(desk_of)]
 
 
-async def resend_key(request: Request) -> str | None:
+async def _resend_key(request: Request) -> str | None:
     """What all attempts of one call share, and no other call has.
 
     The client sends one `traceparent` with all attempts of a call. Without it only a body that has

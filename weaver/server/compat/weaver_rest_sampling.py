@@ -16,7 +16,7 @@ from weaver.protocol import OpenSampler, Sample
 from weaver.server.compat.weaver_rest_answers import Note
 from weaver.server.compat.weaver_rest_ids import find_checkpoint, sampler_of, session_of
 from weaver.server.compat.weaver_rest_models import tokenizer_path
-from weaver.server.compat.weaver_rest_operations import Desked, answered, resend_key
+from weaver.server.compat.weaver_rest_operations import Desked, answered
 from weaver.server.compat.weaver_rest_tensors import Body
 from weaver.server.sampling import BASE
 from weaver.types import JsonDict, ModelInput, SamplingParams
@@ -88,7 +88,7 @@ async def open_session(session: UUID, request: Request, desk: Desked) -> JsonDic
         operation, sampler_id = OpenSampler(base_model=base_model), f"{BASE}{base_model}"
     else:
         raise InvalidRequestError("needs base_model or model_path.", field="body")
-    await desk.carry_out(operation, Note(key=await resend_key(request)))
+    await desk.carry_out(request, operation)
     return await get_session(sampler_id, request, desk)
 
 
@@ -120,12 +120,9 @@ async def sample(sampler_id: SamplerId, request: Request, desk: Desked) -> Respo
         include_prompt_logprobs=body.prompt_logprobs,
     )
     note = Note(
-        key=await resend_key(request),
-        sampler_id=sampler_id,
-        samples=body.num_samples,
-        old_logprobs=body.return_old_logprob,
+        sampler_id=sampler_id, samples=body.num_samples, old_logprobs=body.return_old_logprob
     )
-    return await answered(desk, await desk.submit(operation, note))
+    return await answered(desk, await desk.submit(request, operation, note))
 
 
 @router.post("/sampling-sessions/{sampling_session}/logprobs")
@@ -136,8 +133,8 @@ async def logprobs(sampler_id: SamplerId, request: Request, desk: Desked) -> Res
     operation = Sample(
         sampler_id=sampler_id, prompt=body.prompt, num_samples=0, include_prompt_logprobs=True
     )
-    note = Note(key=await resend_key(request), sampler_id=sampler_id)
-    return await answered(desk, await desk.submit(operation, note))
+    note = Note(sampler_id=sampler_id)
+    return await answered(desk, await desk.submit(request, operation, note))
 
 
 @router.post("/sampling-sessions/{sampling_session}/pause-generation")

@@ -14,7 +14,7 @@ from weaver.errors import UnsupportedError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep, SaveCheckpoint
 from weaver.server.compat.weaver_rest_answers import Note
 from weaver.server.compat.weaver_rest_ids import find_checkpoint
-from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered, resend_key
+from weaver.server.compat.weaver_rest_operations import Desk, Desked, answered
 from weaver.server.compat.weaver_rest_tensors import Body, TtlSeconds
 from weaver.types import AdamParams, Datum, ModelInput
 from weaver.wire import beside
@@ -162,12 +162,8 @@ async def ordered(
         body = await kind.read(request)
         operation = await beside(len(await request.body()), partial(make, body))
         ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
-        note = Note(
-            key=await resend_key(request),
-            artifact=artifact,
-            datum_ids=tuple(ids) if any(ids) else (),
-        )
-        entry = await desk.submit(operation, note, run_id=model_id)
+        note = Note(artifact=artifact, datum_ids=tuple(ids) if any(ids) else ())
+        entry = await desk.submit(request, operation, note, run_id=model_id)
     return await answered(desk, entry)
 
 
