@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
 
-from weaver.errors import CheckpointNotFoundError, NotFoundError
+from weaver.errors import NotFoundError
 from weaver.protocol import Export, ExportedFile
-from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
@@ -86,10 +84,10 @@ class Exports:
 
     def sweep(self) -> None:
         """Deletes merged models whose checkpoint is gone."""
-        for info in self._merged.list():
-            if isinstance(
-                attempt(partial(self._checkpoints.get, info.path)), CheckpointNotFoundError
-            ):
+        merged = self._merged.list()  # before the others: what is made meanwhile is kept
+        kept = {info.path for info in self._checkpoints.list()}
+        for info in merged:
+            if info.path not in kept:
                 self._merged.delete(info.path)
 
     def _merge(self, manifest: Manifest) -> Manifest:

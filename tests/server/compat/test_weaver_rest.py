@@ -251,6 +251,33 @@ async def test_requests_keep_the_order_in_which_they_began(home: Path) -> None:
         assert [reply["status"] for reply in replies] == ["done", "done"]
 
 
+async def test_a_load_is_not_overtaken(home: Path) -> None:
+    async with rest(home) as api:
+        model_id = await api.model()
+        saved = await api.result(await api.call("POST", f"/models/{model_id}/checkpoints", {}))
+        await api.backward(model_id)
+        begun = anyio.Event()
+        replies: list[Any] = []
+
+        async def slowly() -> Any:
+            begun.set()
+            yield b'{"path": '
+            await anyio.sleep(0.2)
+            yield f'"{saved["path"]}"}}'.encode()
+
+        async def load() -> None:
+            replies.append(
+                (await api.http.post(f"/api/v1/models/{model_id}/load", content=slowly())).json()
+            )
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(load)
+            await begun.wait()
+            stepped = await api.step(model_id)
+        assert replies[0]["status"] == "done"
+        assert stepped["error_code"] == "no_gradients"  # loading had cleared them
+
+
 async def test_samples_have_all_fields(home: Path) -> None:
     async with rest(home) as api:
         model_id = await api.model()

@@ -135,16 +135,9 @@ VERBS: dict[str, tuple[type[Body], Callable[[Any], Operation]]] = {
     "optimizer-steps": (StepBody, lambda body: OptimStep(params=body.adam_params)),
     "export-sampler": (ExportBody, lambda body: _sampler(body.path, body.ttl_seconds)),
     "checkpoints": (SaveBody, _save),
+    "load": (LoadBody, lambda body: LoadCheckpoint(**body.model_dump())),
 }
 """What is posted below /models/{model_id}, and the operation that is made of it."""
-
-
-@router.post("/models/{model_id}/load")
-async def load(model_id: str, request: Request, desk: Desked) -> Response:
-    body = await LoadBody.read(request)
-    path = (await find_checkpoint(desk.service, body.path)).path
-    operation = LoadCheckpoint(path=path, include_optimizer=body.include_optimizer)
-    return await ordered(request, desk, model_id, kind=LoadBody, make=lambda _: operation)
 
 
 async def ordered(
@@ -161,6 +154,9 @@ async def ordered(
     async with desk.turns[model_id]:
         body = await kind.read(request)
         operation = await beside(len(await request.body()), partial(make, body))
+        if isinstance(operation, LoadCheckpoint):  # its path may be an id
+            path = (await find_checkpoint(desk.service, operation.path)).path
+            operation = operation.model_copy(update={"path": path})
         ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
         note = Note(artifact=artifact, datum_ids=tuple(ids) if any(ids) else ())
         entry = await desk.submit(request, operation, note, run_id=model_id)
