@@ -15,7 +15,7 @@ from tests.server.test_service import Recorder
 from weaver import wire
 from weaver.client.http import MEDIA_TYPE, HttpService
 from weaver.engine.fake import FakeEngine
-from weaver.errors import NotFoundError, QuotaExceededError
+from weaver.errors import NotFoundError, QuotaExceededError, TooLargeError
 from weaver.protocol import (
     CheckpointSaved,
     CreateModel,
@@ -187,3 +187,18 @@ async def test_a_refused_pass_is_not_computed(home: Path) -> None:
         assert record.count("forward_backward") == 0
         assert await client.refused(STEP, run_id=run) == "gradients_discarded"
         assert (await service.get_run(run)).step == 0
+
+
+@EVERYWHERE
+async def test_metadata(home: Path, kind: str) -> None:
+    async with projects(kind, home, Limits(metadata_bytes=100)) as (a, _):
+        client = await Client.open(a)
+        small, large = {"about": "x" * 80}, {"about": "x" * 110}
+        await client.do(CreateModel(base_model="fake", user_metadata=small), ModelCreated)
+        await a.open_session(user_metadata=small)
+        create = CreateModel(base_model="fake", user_metadata=large)
+        assert await client.refused(create) == "too_large"
+        with pytest.raises(TooLargeError, match=r"user_metadata: has 123 bytes.*is 100"):
+            await a.open_session(user_metadata=large)
+        assert len(await a.list_runs()) == 1
+        assert len(await a.list_sessions()) == 2

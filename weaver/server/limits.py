@@ -5,15 +5,17 @@ Asked by `LocalService` and its operations, and of bodies by the HTTP front.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weaver.errors import QuotaExceededError, TooLargeError
-from weaver.protocol import ForwardBackward, Sample
+from weaver.protocol import CreateModel, ForwardBackward, Sample
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation
+    from weaver.types import JsonDict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class Limits:
     """Of one request."""
     operation_tokens: int | None = 2**22
     """Of the datums of a gradient pass; of a sample, those that it may draw."""
+    metadata_bytes: int | None = 2**16
+    """Of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
     pending_operations: int | None = 2**14
     """Of a project; those whose outcome its client has not collected."""
     runs: int | None = None
@@ -38,10 +42,12 @@ class Limits:
     unnamed_samplers: int = 64
     """The newest of a session are kept."""
 
-    def check_tokens(self, operation: Operation | None) -> None:
+    def check_operation(self, operation: Operation | None) -> None:
         """Raises TooLargeError."""
         tokens = 0
         match operation:
+            case CreateModel(user_metadata=metadata):
+                self.check_metadata(metadata)
             case ForwardBackward(datums=datums):
                 tokens = sum(datum.model_input.length for datum in datums)
             case Sample(num_samples=count, params=params):
@@ -50,6 +56,17 @@ class Limits:
             raise TooLargeError(
                 f"the operation has {tokens} tokens, the limit is {self.operation_tokens}.",
                 hint="Split it.",
+            )
+
+    def check_metadata(self, metadata: JsonDict) -> None:
+        """Raises TooLargeError."""
+        if self.metadata_bytes is None:
+            return
+        if (size := len(json.dumps(metadata))) > self.metadata_bytes:
+            raise TooLargeError(
+                f"has {size} bytes, the limit is {self.metadata_bytes}.",
+                field="user_metadata",
+                hint="Name things in it, and keep them elsewhere.",
             )
 
     def check_pending(self, pending: int, *, new: int) -> None:
@@ -81,5 +98,5 @@ class Limits:
 
 SERVED = Limits(session_timeout_s=600.0)
 """Of a server. A client rides out five minutes without it, and is heard of each minute."""
-EMBEDDED = Limits(operation_tokens=None, pending_operations=None)
+EMBEDDED = Limits(operation_tokens=None, metadata_bytes=None, pending_operations=None)
 """Of the engine in a user's own process."""

@@ -88,6 +88,7 @@ class ScopedService:
         """A `lasting` one is never silent for too long."""
         self._check_open()
         parts, session_id = self._parts, f"session-{secrets.token_hex(6)}"
+        parts.intake.limits.check_metadata(user_metadata or {})
         record = SessionRecord(session_id, self._caller, lasting, user_metadata or {})
         session = Session.of(record)
         await parts.store.open_session(record)

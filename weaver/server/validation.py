@@ -34,7 +34,7 @@ def refusal(
         if submission.run_id is not None:
             reach.check_run(submission.run_id)
         reach.check_operation(submission.operation)
-        limits.check_tokens(submission.operation)
+        limits.check_operation(submission.operation)
         _check(submission, run)
     except WeaverError as error:
         return error
