@@ -80,7 +80,7 @@ def fine_tune(flags: Flags, console: Console) -> bool:
     with ServiceClient(flags.base_url) as service:
         trainer = service.create_model(flags.base_model, {"rank": flags.rank}, seed=flags.seed)
         before = answers(service.create_sampling_client(base_model=flags.base_model))
-        losses = train(trainer, flags)
+        losses = train(trainer, flags, console)
         checkpoint = trainer.save_state("pig-latin")
         after = answers(trainer.save_weights_and_get_sampling_client())
     console.print(comparison(before, after))
@@ -123,13 +123,13 @@ def backwards(task: rl.Task, reply: rl.Reply) -> float:
     return float(reply.text == task["answer"])
 
 
-def train(trainer: TrainingClient, flags: Flags) -> list[float]:
+def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float]:
     """The training loop; answers the loss of every step, in nats per answer token."""
     tokenizer = trainer.get_tokenizer()
     rng = Random(flags.seed)
     adam = types.AdamParams(learning_rate=flags.learning_rate)
     losses: list[float] = []
-    with closing(rl.Display(steps=flags.steps)) as display:
+    with closing(rl.Display(steps=flags.steps, stream=console.file)) as display:
         for step in range(flags.steps):
             phrases = [" ".join(rng.sample(WORDS, 2)) for _ in range(flags.batch_size)]
             datums = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Display(Logger):
 
     name = "console"
 
-    def __init__(self, *, steps: int | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, *, steps: int | None = None, stream: IO[str] | None = None) -> None:
         """
         Raises:
             MissingDependencyError: on a terminal, rich is not installed.
