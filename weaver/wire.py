@@ -160,12 +160,16 @@ def validate(message: object, read: Callable[[object], T], *, name: str = "messa
     try:
         return read(message)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        raise refusal(error.errors(include_url=False)[0], name=name) from None
+
+
+def refusal(problem: Mapping[str, Any], *, name: str = "message") -> InvalidRequestError:
+    """One of the problems that pydantic found; it may have been an error of ours at first."""
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequestError):
-        raise cause
+        return cause
     field = ".".join(str(part) for part in problem["loc"]) or name
-    raise InvalidRequestError(f"{problem['msg']}.", field=field)
+    return InvalidRequestError(f"{problem['msg']}.", field=field)
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from weaver.errors import (
 from weaver.protocol import ErrorInfo
 from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.types import Value
+from weaver.wire import refusal
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -95,12 +96,8 @@ async def _weaver_error(request: Request, error: Exception) -> JSONResponse:
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
-    cause = problem.get("ctx", {}).get("error")
     status = 400 if problem["type"] == "json_invalid" else 422
-    if not isinstance(cause, InvalidRequestError):
-        where = ".".join(str(part) for part in problem["loc"])
-        cause = InvalidRequestError(f"{problem['msg']}.", field=where)
-    return error_response(cause, request.scope, status=status)
+    return error_response(refusal(problem), request.scope, status=status)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
