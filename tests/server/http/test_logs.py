@@ -63,3 +63,18 @@ async def test_a_request_writes_no_line_of_its_own(
     lines = [line for line in caplog.text.splitlines() if " weaver.server.http " in line]
     [line] = [line for line in lines if "forged" in line]
     assert line.endswith(r"GET /v1/runs/a\nINFO forged\x1b[31m\u2028\x9b 404")
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/runs/x", "/v1/runs/{run_id}"),
+        ("/api/v1/models/x", "/api/v1/models/{model_id}"),
+        ("/api/v1/operations/x", "/api/v1/operations/{operation_id}"),
+        ("/nowhere", "none"),
+    ],
+)
+async def test_metrics_name_whole_routes(home: Path, path: str, route: str) -> None:
+    async with running(home) as server, server.http() as http:
+        assert (await http.get(path)).status_code == 404
+        assert f'route="{route}",status="404"' in (await http.get("/metrics")).text

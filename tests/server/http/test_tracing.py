@@ -100,7 +100,7 @@ async def test_a_request_goes_on_with_its_callers_trace(home: Path) -> None:
         spans.clear()
         await api.backward(model_id, traceparent=PARENT, **{"X-Request-ID": "mine"})
         operation, request = spans.get_finished_spans()
-    assert request.name == "POST /models/{model_id}/forward-backward-passes"
+    assert request.name == "POST /api/v1/models/{model_id}/forward-backward-passes"
     assert request.parent is not None and f"{request.parent.span_id:016x}" in PARENT
     assert operation.parent is not None
     assert operation.parent.span_id == request.context.span_id

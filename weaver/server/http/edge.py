@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
+from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.server.http.errors import error_response
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class Edge:
     def _note(self, scope: Scope, status: int, seconds: float) -> str:
         """Answers the route."""
         method, path = scope["method"], scope["path"]
-        route = getattr(scope.get("route"), "path", "none")
+        route = str(getattr(scope.get("route"), "path", "none"))
+        if path.startswith(PREFIX) and route.startswith("/"):  # a router within another has no more
+            route = PREFIX + route.removeprefix(PREFIX)
         if path.startswith(OPEN_FOLDERS):  # an address of a download is a right to it
             path = route
         self._front.metrics.answered(method, route, status, seconds)
@@ -117,7 +120,7 @@ class Edge:
         if method == "GET" and status < 400:  # clients, pages and probes poll; all are counted
             level = logging.DEBUG
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
-        return str(route)
+        return route
 
 
 def _check_local(headers: Headers) -> None:
