@@ -17,7 +17,9 @@ from tests.server.http.helpers import serving
 from tests.server.test_kill import FAKE, running
 from weaver import Datum, ServiceClient
 from weaver.engine.fake import FakeEngine
+from weaver.server.database import open_database
 from weaver.server.http.run import ServerSettings
+from weaver.server.keys import Keys
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres
@@ -76,6 +78,30 @@ def goes_on(home: Path, model_id: str, saved: str, losses: list[float]) -> int:
         trainer.forward_backward([DATUM], loss_fn="cross_entropy")
         assert trainer.optim_step({"learning_rate": 0.01}, wait=True).metrics["step"] == 1
     return step
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_home_without_snapshots_is_backed_up(tmp_path: Path, own: bool) -> None:
+    home, target = tmp_path / "home", tmp_path / "backup"
+    url = None if own else f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    database = open_database(home, url)
+    secret = Keys(database).create("mine")[1]
+    database.dispose()
+    environment = {**os.environ, "WEAVER_DATABASE_URL": url or ""}
+    home.mkdir(exist_ok=True)
+    subprocess.run([BACKUP, home, target], check=True, env=environment)
+    assert sorted(file.name for file in target.iterdir()) == ["server.db"]
+    assert list(home.iterdir()) == ([home / "server.db"] if own else [])
+    copy = open_database(target)
+    assert Keys(copy).authenticate(secret).project == "mine"
+    copy.dispose()
+
+
+def test_a_backup_of_nothing_says_so(tmp_path: Path) -> None:
+    command = [BACKUP, tmp_path / "none", tmp_path / "backup"]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: there is no home")
+    assert not (tmp_path / "backup").exists()
 
 
 @pytest.mark.skipif(not shutil.which("pg_dump"), reason="needs pg_dump")
