@@ -1,7 +1,7 @@
 """The values of the RL layer: what was asked, what was sampled, and what it earned.
 
-Rollouts make them; advantages, datums, filters, metrics, transcripts and reports read them. All are
-frozen, hold plain Python numbers, and compare by value.
+Rollouts make them; loops, advantages, datums, metrics and transcripts read them. All are frozen,
+hold plain Python numbers, and compare by value.
 
 Axes: P problems of a step, G samples of a problem, T tokens of a segment. Log-probabilities are in
 nats.
