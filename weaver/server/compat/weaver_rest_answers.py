@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weaver.protocol import (
-    CheckpointLoaded,
-    CheckpointSaved,
-    GradientsDone,
-    Sampled,
-    StepDone,
-)
+from weaver.protocol import CheckpointLoaded, CheckpointSaved, GradientsDone, Sampled, StepDone
 from weaver.server.compat.weaver_rest_ids import rest_path, session_of, uuid_of
 from weaver.server.compat.weaver_rest_tensors import Body
 from weaver.types import LoraConfig

@@ -36,10 +36,6 @@ Offset = Annotated[int, Query(ge=0, le=2**31)]
 
 
 class SessionBody(Body):
-    name: str | None = None
-    tags: tuple[str, ...] = ()
-    labels: dict[str, str] = Field(default_factory=dict)
-    user_metadata: JsonDict | None = None
     scheduling_policy: Any = None
 
 
@@ -72,7 +68,7 @@ async def open_session(request: Request) -> JsonDict:
             field="scheduling_policy",
             hint="Leave it out.",
         )
-    return {"id": uuid4(), **body.model_dump(exclude_none=True)}
+    return {"id": uuid4()}
 
 
 @router.get("/sessions/{session}")
