@@ -131,6 +131,7 @@ def test_the_engine_is_closed_however_the_server_ends(
         ({"host": "0.0.0.0", "auth": False}, "keys are off"),
         ({"host": "203.0.113.1"}, "cannot listen on 203.0.113.1"),
         ({"host": "no.such.host.invalid"}, "cannot listen"),
+        ({"otel_endpoint": "collector:4318"}, "otel_endpoint: is 'collector:4318'.*http://"),
         ({"host": ""}, "host: is empty"),  # would be every address of the machine
         ({"home": Path("/proc/nowhere")}, r"home: /proc/nowhere cannot be written to.*--home"),
     ],

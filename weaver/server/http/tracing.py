@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from weaver.errors import MissingDependencyError
+from weaver.errors import ConfigError, MissingDependencyError
 
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
 
 def to_collector(endpoint: str) -> SpanProcessor:
-    """Sends spans by OTLP over HTTP; headers and certificates are in the standard variables."""
+    """Sends spans by OTLP over HTTP; headers and certificates are in the standard variables.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"is {endpoint!r}.", field="otel_endpoint", hint="Such as http://127.0.0.1:4318."
+        )
     bare = endpoint.partition("://")[2].partition("/")[2] == ""
     address = f"{endpoint.rstrip('/')}/v1/traces" if bare else endpoint
     return BatchSpanProcessor(OTLPSpanExporter(endpoint=address))
