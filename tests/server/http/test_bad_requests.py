@@ -145,7 +145,9 @@ REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("PATCH", "/v1/sessions", {}, 405, "invalid_request"),
     ("DELETE", "/v1/models", {}, 405, "invalid_request"),
     ("POST", "/v1/sessions", {}, 422, "invalid_request"),
-    ("POST", "/v1/sessions", {"content": b"{"}, 422, "invalid_request"),
+    ("POST", "/v1/sessions", {"content": b"{}"}, 415, "invalid_request"),
+    ("POST", "/v1/sessions", {"data": {"user_metadata": "{}"}}, 415, "invalid_request"),
+    ("PUT", "/v1/checkpoints/ttl?path=x", {"content": b"{}"}, 415, "invalid_request"),
     ("POST", "/v1/sessions", {"content": b"{", "headers": "json"}, 400, "invalid_request"),
     (
         "POST",

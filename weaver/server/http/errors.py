@@ -96,6 +96,14 @@ async def _weaver_error(request: Request, error: Exception) -> JSONResponse:
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
+    kind = request.headers.get("Content-Type", "")
+    if isinstance(error.body, bytes) and error.body and "json" not in kind:  # it was not read
+        wrong = InvalidRequestError(
+            f"a body of the type {kind!r} is not read here.",
+            field="Content-Type",
+            hint="Send JSON, as application/json.",
+        )
+        return error_response(wrong, request.scope, status=415)
     status = 400 if problem["type"] == "json_invalid" else 422
     return error_response(refusal(problem), request.scope, status=status)
 
