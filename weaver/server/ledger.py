@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import CancelScope
 
-from weaver.errors import ServiceConnectionError, WeaverError
+from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.server.activity import answer_of
 from weaver.server.attempt import attempt_async
 from weaver.server.store import Settled
@@ -68,7 +68,8 @@ class Ledger:
                 failure = await self._tell(fresh, runs=runs) if fresh else None
                 if failure is not None:
                     undone = await self._undo(fresh, failure)
-                    if await self._tell(undone, waits_for=(WeaverError,)) is not None:
+                    waits_for = (ServiceConnectionError, StorageError)
+                    if await self._tell(undone, waits_for=waits_for) is not None:
                         logger.error("not told of, until there is room for it: %s", failure)
                         self._unwritten += undone
                 for one in before:
