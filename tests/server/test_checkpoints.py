@@ -192,10 +192,10 @@ def test_readers_during_overwrites_see_a_whole_checkpoint(disk: Checkpoints) -> 
 def test_a_changed_or_missing_file_is_named(disk: Checkpoints) -> None:
     folder = Path(write(disk).folder or "")
     (folder / "sub" / "data").write_text("two")
-    with pytest.raises(CheckpointCorruptError, match=r"sub/data has changed"):
+    with pytest.raises(CheckpointCorruptError, match=r"sub/data in x has changed"):
         disk.open(PATH)
     (folder / "sub" / "data").unlink()
-    with pytest.raises(CheckpointCorruptError, match=r"sub/data is missing"):
+    with pytest.raises(CheckpointCorruptError, match=r"sub/data in x is missing"):
         disk.open(PATH)
 
 

@@ -162,5 +162,5 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def corrupt(path: Path, what: str) -> CheckpointCorruptError:
     """Of a file of a checkpoint."""
     return CheckpointCorruptError(
-        f"{path.name} in {path.parent} {what}.", field="path", hint="Use another checkpoint."
+        f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )

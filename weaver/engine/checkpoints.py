@@ -92,7 +92,8 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"cannot write {folder}: {error}", hint="Free some space or check the permissions."
+            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+            hint="Free some space or check the permissions.",
         ) from error
 
 
@@ -212,7 +213,7 @@ def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
 def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / OPTIMIZER).exists():
         raise CheckpointMismatchError(
-            f"{folder} was saved without optimizer state.",
+            f"{folder.name} was saved without optimizer state.",
             field="path",
             hint="Load it with load_state, or save with save_state.",
         )

@@ -209,9 +209,9 @@ class Checkpoints:
         for name, expected in manifest.sha256.items():
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-                raise _corrupt(file, "is missing")
+                raise _corrupt(folder, name, "is missing")
             if _sha256(file) != expected:
-                raise _corrupt(file, "has changed since it was written")
+                raise _corrupt(folder, name, "has changed since it was written")
         return manifest.checkpoint, folder
 
     def list(self, run_id: str | None = None) -> list[CheckpointInfo]:
@@ -323,7 +323,7 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise _corrupt(folder / MANIFEST, f"cannot be read ({error})") from None
+        raise _corrupt(folder, MANIFEST, f"cannot be read ({type(error).__name__})") from error
     info = manifest.checkpoint.model_copy(update={"folder": str(folder)})
     return manifest.model_copy(update={"checkpoint": info})
 
@@ -336,9 +336,12 @@ def _not_found(location: Location) -> CheckpointNotFoundError:
     )
 
 
-def _corrupt(file: Path, what: str) -> CheckpointCorruptError:
+def _corrupt(folder: Path, file: str, what: str) -> CheckpointCorruptError:
+    """Its folder's place on this machine is not for everybody who may load it."""
     return CheckpointCorruptError(
-        f"{file} {what}.", field="path", hint="Load another checkpoint; delete this one."
+        f"{file} in {folder.name} {what}.",
+        field="path",
+        hint="Load another checkpoint; delete this one.",
     )
 
 

@@ -228,6 +228,20 @@ async def test_checkpoints_stay_their_projects_after_a_restart(home: Path) -> No
             assert await bob.list_checkpoints() == []
 
 
+@pytest.mark.parametrize("file", ["weight.npy", "manifest.json"])
+async def test_an_error_does_not_tell_where_the_server_keeps_things(
+    server: Server, home: Path, file: str
+) -> None:
+    async with login(server, "alice") as alice:
+        hers = await Tenant.settle(alice)
+        path = await hers.caller.save(hers.run, name="y")
+        (home / "runs" / hers.run / "weights" / "y" / file).write_bytes(b"")
+        handle = await hers.caller.start(LoadCheckpoint(path=path), hers.run)
+        error = (await hers.caller.outcome(handle)).error
+        assert error is not None and error.code == "checkpoint_corrupt"
+        assert file in error.message and str(home) not in str(error)
+
+
 async def test_folders_of_the_server_cannot_be_named(server: Server, home: Path) -> None:
     async with login(server, "alice") as alice:
         hers = await Tenant.settle(alice)

@@ -64,10 +64,10 @@ def read_weights(folder: Path, base_model: str) -> tuple[Floats, int]:
         state = json.loads((folder / "state.json").read_text())
         weights = np.load(folder / "weight.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise CheckpointCorruptError(f"{folder} cannot be read: {error}") from None
+        raise CheckpointCorruptError(f"{folder.name} cannot be read.") from error
     if state["base_model"] != base_model:
         raise CheckpointMismatchError(
-            f"{folder} was made from {state['base_model']}, not from {base_model}."
+            f"{folder.name} was made from {state['base_model']}, not from {base_model}."
         )
     return weights, state["step"]
 
