@@ -44,7 +44,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist worksteal
