@@ -22,6 +22,7 @@ from weaver.engine.base import GradientJob
 from weaver.engine.catalog import Catalog
 from weaver.engine.store import ModelStore
 from weaver.engine.trainer import TorchTrainer
+from weaver.loss_specs import check_loss
 from weaver.types import AdamParams, Datum, LoraConfig, ModelInput
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ def weaver_step(folder: Path) -> Callable[[Sequence[list[int]]], float]:
             )
             for s in tokens
         ]
-        job = GradientJob(run_id="run", datums=datums, loss_fn="cross_entropy", loss_fn_config={})
+        options = check_loss("cross_entropy", None)
+        job = GradientJob(
+            run_id="run", datums=datums, loss_fn="cross_entropy", loss_fn_config=options
+        )
         (result,) = trainer.forward_backward([job])
         trainer.optim_step("run", AdamParams())
         return float(result.metrics["loss"])  # type: ignore[union-attr]
