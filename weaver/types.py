@@ -198,7 +198,10 @@ class SamplingParams(Value):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides positive and multiplies negative logits of tokens seen (arXiv:1909.05858)."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
-    """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them."""
+    """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them.
+
+    They may be or contain special tokens ("<|im_end|>"), though `text` has none.
+    """
     stop_token_ids: TokenIds = ()
     """Tokens that end a sequence, beside the model's own end-of-sequence tokens."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,18 +17,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EOS = 256
+IM_END = 257
+SPECIAL = {EOS: "</s>", IM_END: "<|im_end|>"}
 
 
 class Bytes:
-    """One token a byte; 256 is special."""
+    """One token a byte; 256 and 257 are special."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
+        tokens: list[int] = []
+        for part in re.split(r"(</s>|<\|im_end\|>)", text):
+            special = [token for token, name in SPECIAL.items() if name == part]
+            tokens += special or part.encode()
+        return tokens
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        shown = bytes(t for t in token_ids if t < EOS)
-        special = "" if skip_special_tokens else "</s>" * (len(token_ids) - len(shown))
-        return shown.decode(errors="replace") + special
+        names = {} if skip_special_tokens else SPECIAL
+        said = (bytes([t]) if t < EOS else names.get(t, "").encode() for t in token_ids)
+        return b"".join(said).decode(errors="replace")
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -129,6 +136,54 @@ def test_streaming_never_takes_text_back_and_ends_as_a_single_decode(
     else:
         assert seen == whole
         assert end.tokens[-1] == EOS or len(end.tokens) == length
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "said", "text"),
+    [
+        (["<|im_end|>"], [*b"bc", IM_END], "bc"),
+        (["<|im_end|>\n"], [*b"bc", IM_END, *b"\n"], "bc"),
+        (["c<|im_end|>"], [*b"bc", IM_END], "b"),
+        (["c<|im_end|>d", "xyz"], [*b"bc", IM_END, *b"d"], "b"),
+        (["<|im_end|><|im_end|>"], [*b"b", IM_END, *b"c", IM_END, IM_END], "bc"),
+        (["<|im_end|>"], [*b"b", 0xE2, 0x82, IM_END], "b\ufffd"),
+        (["€<|im_end|>"], [*"b€".encode(), IM_END], "b"),
+        (["c</s>"], [*b"bc", EOS], "b"),
+        (["|im_end|"], [*b"b", IM_END, *b"|im_end|"], "b"),  # no more than text
+    ],
+)
+def test_a_stop_string_may_have_special_tokens(
+    stop: list[str], said: list[int], text: str, stream: bool
+) -> None:
+    end = continuation(stop=stop, stream=stream)
+    shown = "".join(run(end, [*said, *b"never read"]))
+    assert (end.stop_reason, end.tokens, end.text) == ("stop", said, text)
+    assert shown == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.lists(st.sampled_from([*b"aab", IM_END, IM_END]), min_size=1, max_size=40),
+    stop=st.lists(
+        st.lists(st.sampled_from(["a", "b", "<|im_end|>"]), min_size=1, max_size=4).map("".join),
+        max_size=3,
+    ),
+)
+def test_text_ends_where_the_first_stop_string_begins(tokens: list[int], stop: list[str]) -> None:
+    """Against the definition, on whole characters: what stands before the match, specials left."""
+    end = continuation(length=len(tokens), stop=stop, stream=True)
+    seen = "".join(run(end, tokens))
+    whole, shown = (Bytes().decode(end.tokens, skip_special_tokens=skip) for skip in (False, True))
+    cuts = [
+        len(text[: text.find(string)].replace("<|im_end|>", ""))
+        for string in stop
+        if string in (text := whole if "<" in string else shown)
+    ]
+    assert end.text == seen == (shown[: min(cuts)] if cuts else shown)
+    assert end.stop_reason == ("stop" if cuts else "length")
+    before = Bytes().decode(end.tokens[:-1])
+    assert not any(string in before for string in stop if "<" in string)
 
 
 @settings(max_examples=100, deadline=None)

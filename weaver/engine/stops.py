@@ -3,10 +3,14 @@
 Text is decoded token by token only where a stop string or a reader of deltas needs it. A byte-level
 token may hold part of a character and a stop string may span tokens, so what could still change, or
 become part of a stop string, is held back.
+
+The text has no special tokens in it. A stop string with one ("<|im_end|>") is looked for in a
+second text that has them, and where it begins there is where the first text ends.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,8 +29,9 @@ class TextStream:
     Decoders may strip the space before the first token, so tokens are decoded behind earlier ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
         self._whole = 0
         """Tokens of the window that end with a whole character."""
@@ -34,7 +39,7 @@ class TextStream:
         """Characters of the window."""
 
     def push(self, token: int) -> str:
-        """The text that became certain; special tokens have none."""
+        """The text that became certain; skipped tokens have none."""
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(_REPLACEMENT):  # some decoders then spoil whole characters before it too
@@ -55,7 +60,36 @@ class TextStream:
         return rest
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
+
+
+class MarkedText:
+    """The text with special tokens, and the stop strings to look for in it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer, skip_special_tokens=False)
+        self._stop = stop
+        self._text = ""
+        self._ends = [(0, 0)]
+        """Lengths of this text and of the one without special tokens, behind each token."""
+
+    def push(self, token: int, shown: int) -> list[int]:
+        """Where in the text without special tokens, now of `shown` characters, stops begin."""
+        new = self._stream.push(token)
+        self._text += new
+        self._ends.append((len(self._text), shown))
+        return [self._shown(at) for at in _find(self._text, self._stop, new=len(new))]
+
+    def held_from(self) -> int:
+        """Where in the text without special tokens the beginning of a stop string may stand."""
+        return self._shown(len(self._text) - _begun(self._text, self._stop))
+
+    def _shown(self, at: int) -> int:
+        i = bisect_right(self._ends, at, key=lambda ends: ends[0])
+        if i == len(self._ends):
+            return self._ends[-1][1]
+        end, shown = self._ends[i]
+        return max(self._ends[i - 1][1], shown - (end - at))
 
 
 class Continuation:
@@ -78,8 +112,9 @@ class Continuation:
         self.stop_reason: StopReason | None = None
         self._tokenizer = tokenizer
         self._length = length
-        self._stop = stop
-        self._longest = max(map(len, stop), default=0)
+        marked = [string for string in stop if _has_special(tokenizer, string)]
+        self._stop = [string for string in stop if string not in marked]
+        self._marked = MarkedText(tokenizer, marked) if marked else None
         self._stop_token_ids = stop_token_ids
         self._stream = TextStream(tokenizer) if stop or stream else None
         self._text = ""
@@ -89,15 +124,17 @@ class Continuation:
         """Takes the next token and answers the text that a reader may see now."""
         self.tokens.append(token)
         ended_by_token = token in self._stop_token_ids
-        if self._stream is not None and not ended_by_token:
-            self._grow(self._stream.push(token))
+        if self._stream is not None:
+            self._grow(token, ended_by_token)
         if self.stop_reason is None:
             if ended_by_token or len(self.tokens) == self._length:
                 self.stop_reason = "stop" if ended_by_token else "length"
                 self._finish(ended_by_token)
         end = len(self._text)
         if self.stop_reason is None:
-            end -= self._held()
+            end -= _begun(self._text, self._stop)
+            if self._marked is not None:
+                end = min(end, self._marked.held_from())
         new = self._text[self._sent : end]
         self._sent = end
         return new
@@ -114,18 +151,36 @@ class Continuation:
             tokens = self.tokens[:-1] if ended_by_token else self.tokens
             self._text = self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _grow(self, text: str) -> None:
-        start = max(0, len(self._text) - self._longest + 1)
-        self._text += text
-        found = [at for stop in self._stop if (at := self._text.find(stop, start)) >= 0]
+    def _grow(self, token: int, ended_by_token: bool) -> None:
+        assert self._stream is not None
+        new = "" if ended_by_token else self._stream.push(token)
+        self._text += new
+        found = _find(self._text, self._stop, new=len(new))
+        if self._marked is not None:
+            found += self._marked.push(token, len(self._text))
         if found:
-            self._text = self._text[: min(found)]
+            at = min(found)
+            unfinished = self._stream.flush() if at == len(self._text) else ""
+            self._text = self._text[:at] + unfinished
             self.stop_reason = "stop"
 
-    def _held(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        most = min(self._longest - 1, len(self._text))
-        for size in range(most, 0, -1):
-            if any(stop.startswith(self._text[-size:]) for stop in self._stop):
-                return size
-        return 0
+
+def _has_special(tokenizer: Tokenizer, text: str) -> bool:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    shown, whole = (tokenizer.decode(tokens, skip_special_tokens=skip) for skip in (True, False))
+    return shown != whole
+
+
+def _find(text: str, stop: Sequence[str], *, new: int) -> list[int]:
+    """Where each stop string begins that the last `new` characters have completed."""
+    found = (text.find(string, max(0, len(text) - new - len(string) + 1)) for string in stop)
+    return [at for at in found if at >= 0]
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may be the beginning of a stop string."""
+    most = min(max(map(len, stop), default=0) - 1, len(text))
+    for size in range(most, 0, -1):
+        if any(string.startswith(text[-size:]) for string in stop):
+            return size
+    return 0
