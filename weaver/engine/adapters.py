@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from weaver.engine.lora import PREFIX
+from weaver.engine.weight_files import stored_tensor
 from weaver.errors import CheckpointCorruptError, CheckpointMismatchError, UnsupportedError
 from weaver.types import LoraConfig
 
@@ -25,19 +26,35 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FREE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+"""Settings of adapter_config.json that may have any value: they are read elsewhere, only say which
+layers are adapted, which the tensors tell, or count for training, or beside another setting."""
 PLAIN: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-"""Settings of adapter_config.json and the values under which an adapter is what `Adapter` is."""
+"""Settings, and the values under which an adapter is what `Adapter` is."""
+NEUTRAL: tuple[object, ...] = (None, False, [], {})
+"""The values of every other setting under which it changes nothing, and PEFT's defaults of them."""
 
 
 def write_adapter(
@@ -71,26 +88,16 @@ def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Te
     Raises:
         CheckpointCorruptError: a file is missing, unreadable or not finite.
         CheckpointMismatchError: it does not fit the model.
-        UnsupportedError: a variant of LoRA, such as DoRA.
+        UnsupportedError: a variant of LoRA, such as DoRA; a setting or tensor that is not known.
     """
     settings = read_json(folder / CONFIG)
-    for name, plain in PLAIN.items():
-        if name in settings and settings[name] not in plain:
-            raise UnsupportedError(
-                f"the adapter has {name} = {settings[name]!r}.",
-                field="model_path",
-                hint="Only plain LoRA adapters are read.",
-            )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise corrupt(folder / CONFIG, "lacks r or lora_alpha")
+    _check_settings(settings)
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)  # PEFT scales it by alpha / sqrt(r)
-    tensors = {
-        name: tensor.float()
-        for name, tensor in read_tensors(folder / WEIGHTS).items()
-        if ".lora_" in name  # PEFT adds copies of the base's embeddings when lm_head is adapted
-    }
+    tensors = _lora_tensors(read_tensors(folder / WEIGHTS), facts)
     roles = _check_fit(tensors, rank, facts, folder)
     return tensors, LoraConfig(
         rank=rank,
@@ -99,6 +106,41 @@ def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Te
         train_mlp="mlp" in roles,
         train_unembed="unembed" in roles,
     )
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses what is not known to leave an adapter plain, also settings of PEFT's to come."""
+    for name in sorted((settings.keys() | {"peft_type"}) - FREE):
+        value = settings.get(name)
+        if value not in PLAIN.get(name, NEUTRAL):
+            raise UnsupportedError(
+                f"the adapter has {name} = {json.dumps(value)[:100]}.",
+                field="model_path",
+                hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
+            )
+
+
+def _lora_tensors(
+    tensors: Mapping[str, torch.Tensor], facts: ModelFacts
+) -> dict[str, torch.Tensor]:
+    """Those of LoRA, in fp32, after checking that all others are copies of the base's.
+
+    PEFT adds copies of the base's embeddings where lm_head is adapted, and reads them back.
+    """
+    lora: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".lora_A.weight", ".lora_B.weight")):
+            lora[name] = tensor.float()
+            continue
+        base = stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if base is None or not torch.equal(base.to(tensor.dtype), tensor):
+            raise UnsupportedError(
+                f"the adapter has {name}, which is neither LoRA's nor what "
+                f"{facts.info.name} has there.",
+                field="model_path",
+                hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
+            )
+    return lora
 
 
 def _check_fit(

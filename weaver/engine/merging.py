@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers.utils import cached_file
 
 from weaver.engine.adapters import read_adapter, read_json
 from weaver.engine.lora import adapter_from_tensors
+from weaver.engine.weight_files import CONFIG, INDEX, WEIGHTS, folder_of, tied_weights
 from weaver.errors import StorageError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from weaver.engine.catalog import ModelFacts
     from weaver.engine.lora import Adapter
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BESIDE = {".json", ".jinja", ".txt", ".model"}
 """Of the files that are copied: the tokenizer and the generation settings."""
 
@@ -44,7 +42,7 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     """
     tensors, config = read_adapter(adapter, facts=facts)
     scale = config.alpha / config.rank
-    source = _folder_of(facts.source)
+    source = folder_of(facts.source)
     try:
         _write(
             source,
@@ -100,15 +98,9 @@ def _write(
 
 def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
     """The tied weights, by name, that the adapter changes, and what each was tied to."""
-    tied = AutoModelForCausalLM._model_mapping[type(facts.config)]._tied_weights_keys
-    if not facts.config.tie_word_embeddings or not tied:
-        return {}
     changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
-    return {k: v for k, v in tied.items() if any(name.endswith(f".{k}") for name in changed)}
-
-
-def _folder_of(source: str) -> Path:
-    """Where a model's files are: a folder, or the cache of the hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(str(cached_file(source, CONFIG, local_files_only=True))).parent
+    return {
+        k: v
+        for k, v in tied_weights(facts).items()
+        if any(name.endswith(f".{k}") for name in changed)
+    }
