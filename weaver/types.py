@@ -171,6 +171,18 @@ class AdamParams(Value):
     """Global L2 norm to which gradients are clipped; 0 is off."""
 
 
+def check_text(text: str, *, field: str) -> None:
+    """Raises InvalidRequestError for half a surrogate pair: JSON can write it, no text has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"has half a surrogate pair at character {error.start}.",
+            field=field,
+            hint="Read the text again from its source, or leave that character out.",
+        ) from None
+
+
 def _stop_strings(value: object) -> object:
     strings = (value,) if isinstance(value, str) else value
     if strings is None:
@@ -179,6 +191,9 @@ def _stop_strings(value: object) -> object:
         raise InvalidParamsError(
             "has an empty string.", field="stop", hint="Leave it out, or give the text to stop at."
         )
+    for string in strings if isinstance(strings, Sequence) else ():
+        if isinstance(string, str):
+            check_text(string, field="stop")
     return tuple(strings) if isinstance(strings, list) else strings
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from weaver.engine.stops import Continuation, TextStream
+from weaver.engine.stops import Continuation, Stops, TextStream
+from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +57,8 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
 def continuation(
     *, length: int = 100, stop: Sequence[str] = (), stream: bool = False, stop_ids: int = EOS
 ) -> Continuation:
-    ids = frozenset({stop_ids})
-    return Continuation(Bytes(), length=length, stop=stop, stop_token_ids=ids, stream=stream)
+    stops = Stops.of(SamplingParams(stop=stop), Bytes(), ends=frozenset({stop_ids}))
+    return Continuation(Bytes(), stops, length=length, stream=stream)
 
 
 def run(end: Continuation, tokens: Sequence[int]) -> list[str]:

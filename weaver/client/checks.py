@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from weaver.errors import InvalidDatumError, InvalidNameError, InvalidParamsError
 from weaver.loss_specs import check_tokens
-from weaver.types import CheckpointInfo, Message, ModelInput, Value
+from weaver.types import CheckpointInfo, Message, ModelInput, Value, check_text
 
 if TYPE_CHECKING:
     from weaver.types import ModelInfo
@@ -85,16 +85,22 @@ def as_prompt(
 
     Raises:
         InvalidDatumError: empty, or not a prompt.
+        InvalidRequestError: not text that can be encoded.
         TokenOutOfRangeError, ContextLengthError: tokens that the model cannot take.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise InvalidDatumError("is empty.", field=field, hint="Pass some text.")
+        check_text(prompt, field=field)
         return prompt
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (Mapping, Message)):
-        return tuple(
+        messages = tuple(
             as_value(Message, message, field=f"{field}[{i}]") for i, message in enumerate(prompt)
         )
+        for i, message in enumerate(messages):
+            check_text(message.role, field=f"{field}[{i}].role")
+            check_text(message.content, field=f"{field}[{i}].content")
+        return messages
     if isinstance(prompt, ModelInput):
         tokens = prompt
     elif isinstance(prompt, (list, tuple, range)) or hasattr(prompt, "shape"):

@@ -187,6 +187,7 @@ class Engine(Protocol):
 
         Raises:
             UnsupportedError: messages, and the tokenizer has no chat template.
+            InvalidRequestError: the template or the tokenizer refuses it, with its words.
         """
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]: ...

@@ -10,6 +10,7 @@ from weaver.types import SampleDelta, SampledSequence
 
 if TYPE_CHECKING:
     from weaver.engine.base import SampleJob, Tokenizer
+    from weaver.engine.stops import Stops
 
 
 @dataclass(slots=True, eq=False)
@@ -24,16 +25,10 @@ class Draft:
 
     @classmethod
     def of(
-        cls, job: SampleJob, index: int, *, tokenizer: Tokenizer, length: int, ends: frozenset[int]
+        cls, job: SampleJob, index: int, *, tokenizer: Tokenizer, length: int, stops: Stops
     ) -> Draft:
-        """Of at most `length` tokens; `ends` are the model's own end-of-sequence tokens."""
-        continuation = Continuation(
-            tokenizer,
-            length=length,
-            stop=job.params.stop,
-            stop_token_ids=ends.union(job.params.stop_token_ids),
-            stream=job.stream,
-        )
+        """Of at most `length` tokens."""
+        continuation = Continuation(tokenizer, stops, length=length, stream=job.stream)
         return cls(index, continuation, job.stream)
 
     @property

@@ -12,10 +12,11 @@ import torch
 
 from weaver.engine.catalog import Catalog
 from weaver.engine.merging import merge_adapter
+from weaver.engine.prompts import encode_prompt
 from weaver.engine.sampler import TorchSampler
 from weaver.engine.store import ModelStore
 from weaver.engine.trainer import TorchTrainer
-from weaver.errors import ConfigError, UnsupportedError
+from weaver.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,22 +74,7 @@ class TorchEngine:
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
         tokenizer = self._catalog.facts(base_model).tokenizer
-        if isinstance(prompt, str):
-            return list(tokenizer.encode(prompt))
-        if not tokenizer.chat_template:
-            raise UnsupportedError(
-                f"the tokenizer of {base_model} has no chat template.",
-                field="prompt",
-                hint="Pass text or tokens.",
-            )
-        return list(
-            tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in prompt],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        )
+        return encode_prompt(tokenizer, prompt, name=base_model)
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return self._catalog.facts(base_model).tokenizer_files()

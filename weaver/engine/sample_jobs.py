@@ -12,12 +12,13 @@ import torch
 from weaver.engine.drafts import Draft
 from weaver.engine.kv_cache import CachedRow
 from weaver.engine.sampling import stream_keys
+from weaver.engine.stops import Stops
 from weaver.errors import NonFiniteError
 from weaver.loss_specs import check_length
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 
 if TYPE_CHECKING:
-    from weaver.engine.base import SampleJob
+    from weaver.engine.base import SampleJob, Tokenizer
     from weaver.engine.kv_cache import PromptCache
     from weaver.engine.store import PublishedWeights
     from weaver.errors import WeaverError
@@ -56,7 +57,11 @@ class RunningJob:
         self.prompt_logprobs: list[float | None] = [None]
         self.error: WeaverError | None = None
         self._sequences: dict[int, SampledSequence] = {}
-        self._tokenizer = weights.model.facts.tokenizer if job.num_samples else None
+        self._tokenizer: Tokenizer | None = None
+        self._stops: Stops | None = None
+        if job.num_samples:
+            self._tokenizer = tokenizer = weights.model.facts.tokenizer
+            self._stops = Stops.of(job.params, tokenizer, ends=weights.model.eos_token_ids)
         seed = job.params.seed
         self._keys = stream_keys(
             secrets.randbits(63) if seed is None else seed, job.num_samples
@@ -118,13 +123,14 @@ class RunningJob:
         )
 
     def _row(self, index: int) -> Row:
-        assert self.logits is not None and self._tokenizer is not None
+        assert self.logits is not None and self._tokenizer is not None and self._stops is not None
         seen = None
         if self.job.params.repetition_penalty != 1:
             seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
             seen[self.prompt] = True
-        ends = self.weights.model.eos_token_ids
-        draft = Draft.of(self.job, index, tokenizer=self._tokenizer, length=self.length, ends=ends)
+        draft = Draft.of(
+            self.job, index, tokenizer=self._tokenizer, length=self.length, stops=self._stops
+        )
         return Row(self, draft, self._keys[index], seen)
 
 

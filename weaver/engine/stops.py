@@ -11,16 +11,40 @@ second text that has them, and where it begins there is where the first text end
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weaver.engine.base import Tokenizer
-    from weaver.types import StopReason
+    from weaver.types import SamplingParams, StopReason
 
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What ends the samples of one job."""
+
+    strings: tuple[str, ...]
+    marked: tuple[str, ...]
+    """Strings with special tokens in them."""
+    token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, params: SamplingParams, tokenizer: Tokenizer, *, ends: frozenset[int]) -> Stops:
+        """`ends` are the model's own end-of-sequence tokens."""
+        marked = tuple(string for string in params.stop if _has_special(tokenizer, string))
+        strings = tuple(string for string in params.stop if string not in marked)
+        return cls(strings, marked, ends.union(params.stop_token_ids))
+
+
+def _has_special(tokenizer: Tokenizer, text: str) -> bool:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    shown, whole = (tokenizer.decode(tokens, skip_special_tokens=skip) for skip in (True, False))
+    return shown != whole
 
 
 class TextStream:
@@ -99,31 +123,22 @@ class Continuation:
     once, at the end.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        length: int,
-        stop: Sequence[str],
-        stop_token_ids: frozenset[int],
-        stream: bool,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Stops, *, length: int, stream: bool) -> None:
         self.tokens: list[int] = []
         self.stop_reason: StopReason | None = None
         self._tokenizer = tokenizer
         self._length = length
-        marked = [string for string in stop if _has_special(tokenizer, string)]
-        self._stop = [string for string in stop if string not in marked]
-        self._marked = MarkedText(tokenizer, marked) if marked else None
-        self._stop_token_ids = stop_token_ids
-        self._stream = TextStream(tokenizer) if stop or stream else None
+        self._stops = stops
+        self._marked = MarkedText(tokenizer, stops.marked) if stops.marked else None
+        some = stream or stops.strings or stops.marked
+        self._stream = TextStream(tokenizer) if some else None
         self._text = ""
         self._sent = 0
 
     def push(self, token: int) -> str:
         """Takes the next token and answers the text that a reader may see now."""
         self.tokens.append(token)
-        ended_by_token = token in self._stop_token_ids
+        ended_by_token = token in self._stops.token_ids
         if self._stream is not None:
             self._grow(token, ended_by_token)
         if self.stop_reason is None:
@@ -132,7 +147,7 @@ class Continuation:
                 self._finish(ended_by_token)
         end = len(self._text)
         if self.stop_reason is None:
-            end -= _begun(self._text, self._stop)
+            end -= _begun(self._text, self._stops.strings)
             if self._marked is not None:
                 end = min(end, self._marked.held_from())
         new = self._text[self._sent : end]
@@ -155,7 +170,7 @@ class Continuation:
         assert self._stream is not None
         new = "" if ended_by_token else self._stream.push(token)
         self._text += new
-        found = _find(self._text, self._stop, new=len(new))
+        found = _find(self._text, self._stops.strings, new=len(new))
         if self._marked is not None:
             found += self._marked.push(token, len(self._text))
         if found:
@@ -163,12 +178,6 @@ class Continuation:
             unfinished = self._stream.flush() if at == len(self._text) else ""
             self._text = self._text[:at] + unfinished
             self.stop_reason = "stop"
-
-
-def _has_special(tokenizer: Tokenizer, text: str) -> bool:
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    shown, whole = (tokenizer.decode(tokens, skip_special_tokens=skip) for skip in (True, False))
-    return shown != whole
 
 
 def _find(text: str, stop: Sequence[str], *, new: int) -> list[int]:

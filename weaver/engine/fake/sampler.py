@@ -24,6 +24,7 @@ from weaver.engine.fake.model import (
     logits,
     read_weights,
 )
+from weaver.engine.stops import Stops
 from weaver.types import SampleDelta, SampleResult
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class FakeSampler:
         with self._engine.call("add", job):
             self._count += 1
             seed = self._count if job.params.seed is None else job.params.seed
+            stops = Stops.of(job.params, ByteTokenizer(), ends=frozenset({EOS}))
             mine = self._jobs[job.job_id] = _Job(job, *self._weights[job.weights_id])
             for i in range(job.num_samples):
                 draft = Draft.of(
@@ -111,7 +113,7 @@ class FakeSampler:
                     i,
                     tokenizer=ByteTokenizer(),
                     length=job.params.max_tokens,
-                    ends=frozenset({EOS}),
+                    stops=stops,
                 )
                 mine.rows.append(_Row(mine, draft, random.Random(f"{seed}/{i}")))
 
