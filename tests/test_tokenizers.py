@@ -1,4 +1,4 @@
-"""Tokenizers from file contents: kept once under their hash, and nowhere else."""
+"""Tokenizers from file contents, kept once under their hash; how texts begin and replies end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.zoo import TOKENIZERS
+from weaver.engine.catalog import Catalog
 from weaver.engine.fake.model import tokenizer_files
-from weaver.errors import InvalidNameError
-from weaver.tokenizers import load_tokenizer
+from weaver.errors import InvalidNameError, InvalidRequestError
+from weaver.tokenizers import encode_text, end_tokens, load_tokenizer, render_chat
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.zoo import Zoo
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
 
 
 def test_it_encodes_decodes_and_is_stored_once(tmp_path: Path) -> None:
@@ -31,3 +37,64 @@ def test_a_file_name_cannot_lead_elsewhere(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidNameError, match="tokenizer file"):
         load_tokenizer({**tokenizer_files(), name: b""}, tmp_path / "cache")
     assert not list(tmp_path.rglob("x"))
+
+
+def test_templates_by_name_reach_the_clients(zoo: Zoo, tmp_path: Path) -> None:
+    folder = str(zoo.model("llama", "named"))
+    files = Catalog({}, allow_paths=True).facts(folder).tokenizer_files()
+    tokenizer, own = load_tokenizer(files, tmp_path), zoo.tokenizer("named")
+    assert tokenizer.chat_template == own.chat_template
+    tools = [{"type": "function", "function": {"name": "rain"}}]
+    assert "rain" in render_chat(tokenizer, CHAT, tools=tools)
+    assert "rain" not in render_chat(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_has_one_beginning_and_no_end(zoo: Zoo, name: str) -> None:
+    tokenizer = zoo.tokenizer(name)
+    for text in ("What is it?", "a", " a", ""):
+        assert encode_text(tokenizer, text) == tokenizer.encode(text)
+    if tokenizer.chat_template:
+        rendered = render_chat(tokenizer, CHAT)
+        tokens = tokenizer.encode(rendered, add_special_tokens=False)
+        assert tokens.count(tokenizer.bos_token_id) <= 1
+        expected = tokens if tokens[0] == tokenizer.bos_token_id else tokenizer.encode(rendered)
+        assert encode_text(tokenizer, rendered) == expected
+
+
+def test_an_end_that_a_tokenizer_writes_itself_is_left_out() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = TOKENIZERS["llama3"]()
+    begin, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|begin_of_text|>", "<|eot_id|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A <|eot_id|>",
+        special_tokens=[("<|begin_of_text|>", begin), ("<|eot_id|>", end)],
+    )
+    assert tokenizer.encode("What")[-1] == end
+    assert encode_text(tokenizer, "What") == tokenizer.encode("What")[:-1]
+    assert encode_text(tokenizer, "") == [begin]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen", ["<|im_end|>"]),
+        ("named", ["<|im_end|>"]),
+        ("llama3", ["<|eot_id|>"]),
+        ("llama2", ["</s>"]),
+        ("gemma", ["<eos>", "<end_of_turn>"]),  # the tokenizer names the end of a document alone
+        ("plain", ["<|endoftext|>"]),
+    ],
+)
+def test_a_reply_ends_at_what_the_template_writes(zoo: Zoo, name: str, ends: list[str]) -> None:
+    tokenizer = zoo.tokenizer(name)
+    assert end_tokens(tokenizer) == {end: tokenizer.convert_tokens_to_ids(end) for end in ends}
+
+
+def test_what_a_template_refuses_is_told_in_its_words(zoo: Zoo) -> None:
+    with pytest.raises(InvalidRequestError, match=r"mine: .*System role not supported") as caught:
+        render_chat(zoo.tokenizer("gemma"), [{"role": "system", "content": "s"}], field="mine")
+    assert caught.value.hint
+    with pytest.raises(InvalidRequestError, match="refuses it"):
+        render_chat(zoo.tokenizer("qwen"), [{"role": "user", "content": None}])

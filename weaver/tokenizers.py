@@ -1,6 +1,7 @@
 """Tokenizers from the files that a service hands out, so that they are the same near and far.
 
-The clients' `get_tokenizer` uses it. transformers is imported when a tokenizer is asked for.
+The clients' `get_tokenizer` uses it. transformers is imported when a tokenizer is asked for. What a
+text begins with and where a reply ends is decided here, for sampling and for training alike.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import hashlib
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 import anyio.to_thread
 
-from weaver.errors import InvalidNameError, requiring
+from weaver.errors import InvalidNameError, InvalidRequestError, requiring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     PreTrainedTokenizer: TypeAlias = PreTrainedTokenizerBase
 
 FILE_NAME = re.compile(r"\w[\w.-]*")
+_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a chat template raises, beside jinja2's own errors, on messages that it was not made for."""
 
 
 class TokenizerCache:
@@ -61,6 +65,72 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokeni
     return AutoTokenizer.from_pretrained(
         store_tokenizer(files, folder), local_files_only=True, trust_remote_code=False
     )
+
+
+def encode_text(tokenizer: PreTrainedTokenizer, text: str) -> list[int]:
+    """The tokens of a text that is no chat, behind those that the tokenizer puts before every text.
+
+    A text that begins with them, such as one that a chat template wrote, gets no second ones.
+    Tokens that the tokenizer puts behind a text are left out: a prompt goes on.
+    """
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    whole: list[int] = tokenizer.encode("a")
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return tokens if tokens[:at] == whole[:at] else whole[:at] + tokens
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    generate: bool = True,
+    options: Mapping[str, Any] | None = None,
+    field: str = "prompt",
+) -> str:
+    """What the chat template makes of messages; with `generate` up to where a reply begins.
+
+    Args:
+        options: other variables of the template, `{"enable_thinking": False}`.
+        field: what the error names.
+
+    Raises:
+        InvalidRequestError: the template refuses them; with its words.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=generate,
+            tokenize=False,
+            **(options or {}),
+        )
+    except (TemplateError, *_FAULTS) as error:
+        raise InvalidRequestError(
+            f"the chat template refuses it: {error or type(error).__name__}.",
+            field=field,
+            hint="Give the roles and contents that the template knows.",
+        ) from error
+    return str(text)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizer) -> dict[str, int]:
+    """What ends a reply, token ids by their text: `{"<|im_end|>": 2}`.
+
+    The tokenizer's end of sequence, and the added token that the chat template writes behind an
+    assistant's message: with some models the former is only the end of a document.
+    """
+    texts = [tokenizer.eos_token]
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        with suppress(InvalidRequestError, ValueError):  # it wants another chat, or shows no reply
+            text = render_chat(tokenizer, chat, generate=False)
+            behind = text[text.rindex("Hello") + len("Hello") :].lstrip()
+            texts.append(max(filter(behind.startswith, tokenizer.get_added_vocab()), key=len))
+    return {str(text): int(tokenizer.convert_tokens_to_ids(text)) for text in texts if text}
 
 
 def store_tokenizer(files: Mapping[str, bytes], folder: Path) -> Path:

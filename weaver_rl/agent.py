@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weaver.tokenizers import encode_text
 from weaver.types import ModelInput
 from weaver_rl.conversations import render, reply_content
 from weaver_rl.seeds import derive_seed
@@ -151,7 +152,11 @@ class Agent:
                 self._rows, self._text = [], ""
             new, special = full[len(self._text) :], False
         self._text += new
-        tokens = self.tokenizer.encode(new, add_special_tokens=special)
+        tokens = (
+            encode_text(self.tokenizer, new)
+            if special
+            else self.tokenizer.encode(new, add_special_tokens=False)
+        )
         self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 
     def _write(self, sequence: SampledSequence) -> Reply:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.loss_specs import check_length
+from weaver.tokenizers import end_tokens
 from weaver.types import Datum, ModelInput
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ Piece = tuple[str, bool]
 def reply_content(
     tokenizer: PreTrainedTokenizerBase, sampled: Sequence[int], *, stopped: bool
 ) -> str:
-    """What the reply says as a chat message: all but the special token that ended it."""
-    ended = stopped and sampled and sampled[-1] in tokenizer.all_special_ids
+    """What the reply says as a chat message: all but the token that ended it."""
+    ends = {*tokenizer.all_special_ids, *end_tokens(tokenizer).values()}
+    ended = stopped and sampled and sampled[-1] in ends
     said = list(sampled[:-1] if ended else sampled)
     return str(tokenizer.decode(said, skip_special_tokens=False))
 

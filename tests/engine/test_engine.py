@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
-from tests.engine.sampler_kit import sample_job
+from tests.engine.sampler_kit import finish, sample_job
 from weaver.engine.engine import TorchEngine
 from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
 from weaver.types import AdamParams, LoraConfig, Message
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.zoo import Zoo
     from weaver.engine.packing import Heads, PackedBatch
 
 
@@ -259,3 +261,22 @@ def test_bfloat16_base_weights_keep_float32_adapters(model_folder: Callable[[str
     trainer.create_run("full", "tiny", training_mode="full_ft", lora_config=None, seed=0)
     result_of(trainer, job("full", data))
     assert {t.dtype for t in trainer.snapshot("full").tensors.values()} == {torch.float32}
+
+
+def test_a_sample_ends_where_the_chat_template_ends_a_turn(zoo: Zoo, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(zoo.model("llama", "gemma"), folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    end = zoo.tokenizer("gemma").convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id != end != model.config.eos_token_id
+    with torch.no_grad():  # what is trained to end its turn behind token 5
+        for name, parameter in model.named_parameters():
+            if "_proj" in name or "lm_head" in name:
+                parameter.zero_()
+        embedding = model.get_input_embeddings().weight
+        model.lm_head.weight[end] = 100 * embedding[5] / embedding[5].norm()
+    model.save_pretrained(folder)
+    engine = TorchEngine()
+    engine.sampler.load("base", str(folder), None)
+    (drawn,) = finish(engine.sampler, [sample_job([5], temperature=0)])["job"].sequences
+    assert (drawn.tokens, drawn.stop_reason) == ((end,), "stop")

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver.engine.lora import Target, find_targets, has_fused_experts
 from weaver.errors import UnknownModelError, UnsupportedError
+from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -67,10 +68,15 @@ class ModelFacts:
         except (OSError, ValueError, KeyError) as error:
             raise _no_tokenizer(name, _first_line(error)) from error
 
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end a reply, as the tokenizer and its chat template have them."""
+        return frozenset(end_tokens(self.tokenizer).values())
+
     def tokenizer_files(self) -> dict[str, bytes]:
-        """File names and contents, as `save_pretrained` writes them."""
+        """File names and contents, as `save_pretrained` writes them; chat templates in one file."""
         with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder, save_jinja_files=False)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weaver.errors import InvalidRequestError, UnsupportedError
+from weaver.tokenizers import encode_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,7 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str)
         )
     try:
         if isinstance(prompt, str):
-            return list(tokenizer.encode(prompt))
+            return encode_text(tokenizer, prompt)
         return list(
             tokenizer.apply_chat_template(
                 [{"role": m.role, "content": m.content} for m in prompt],

@@ -60,8 +60,10 @@ class RunningJob:
         self._tokenizer: Tokenizer | None = None
         self._stops: Stops | None = None
         if job.num_samples:
-            self._tokenizer = tokenizer = weights.model.facts.tokenizer
-            self._stops = Stops.of(job.params, tokenizer, ends=weights.model.eos_token_ids)
+            model = weights.model
+            self._tokenizer = tokenizer = model.facts.tokenizer
+            ends = model.eos_token_ids | model.facts.end_token_ids
+            self._stops = Stops.of(job.params, tokenizer, ends=ends)
         seed = job.params.seed
         self._keys = stream_keys(
             secrets.randbits(63) if seed is None else seed, job.num_samples
