@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +19,7 @@ import anyio
 import anyio.to_thread
 
 from weaver.errors import InvalidNameError, InvalidRequestError, requiring
+from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,7 +50,7 @@ class TokenizerCache:
             if base_model not in self._loaded:
                 files = await self._service.tokenizer_files(base_model)
                 self._loaded[base_model] = await anyio.to_thread.run_sync(
-                    load_tokenizer, files, self._folder
+                    partial(out_at_exit, partial(load_tokenizer, files, self._folder))
                 )
             return self._loaded[base_model]
 

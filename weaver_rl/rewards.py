@@ -13,9 +13,7 @@ import numbers
 import os
 import pickle
 import re
-import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +26,7 @@ import numpy as np
 from anyio.lowlevel import current_token
 
 from weaver.errors import ConfigError
+from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent
 from weaver_rl.boundary import attempt, attempt_async
@@ -214,31 +213,6 @@ def is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(function) or (
         callable(function) and inspect.iscoroutinefunction(type(function).__call__)
     )
-
-
-async def in_daemon_thread(call: Callable[[], T]) -> T:
-    """Runs it in a thread that nothing joins: one that hangs holds up no shutdown.
-
-    anyio's own worker threads are joined when the interpreter ends. Errors of `call` are raised.
-    """
-    done = anyio.Event()
-    outcome: list[tuple[T | None, BaseException | None]] = []
-    token = current_token()
-
-    def work() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as error:  # raised again where it is awaited
-            outcome.append((None, error))
-        with suppress(RuntimeError):  # the event loop has ended: nobody waits
-            anyio.from_thread.run_sync(done.set, token=token)
-
-    threading.Thread(target=work, name="weaver-reward", daemon=True).start()
-    await done.wait()
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
 
 
 def _check_importable(function: object) -> None:

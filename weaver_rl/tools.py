@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from weaver.errors import ConfigError
+from weaver.threads import in_daemon_thread
 from weaver_rl.boundary import attempt, attempt_async
-from weaver_rl.rewards import in_daemon_thread, is_async, name_of
+from weaver_rl.rewards import is_async, name_of
 from weaver_rl.types import Failure
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from weaver.errors import requiring
+from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,7 +31,7 @@ async def embedded_service(settings: Settings) -> AsyncIterator[Service]:
         MissingDependencyError: torch, transformers or sqlalchemy is not installed.
         ConfigError: the home cannot be written.
     """
-    engine = await anyio.to_thread.run_sync(_torch_engine, settings)
+    engine = await anyio.to_thread.run_sync(partial(out_at_exit, partial(_torch_engine, settings)))
     from weaver.server.service import LocalService
 
     logger.info("running embedded: %s, saving below %s", engine.description, settings.home)

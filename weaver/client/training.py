@@ -7,9 +7,8 @@ returned handle gives its result.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import anyio.to_thread
 
 from weaver import protocol, types
 from weaver.client import custom_loss
@@ -18,6 +17,7 @@ from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer
 from weaver.errors import InvalidRequestError
 from weaver.loss_specs import check_datums
+from weaver.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,8 +120,8 @@ class AsyncTrainingClient:
         )
 
         async def finish() -> types.ForwardBackwardResult:
-            surrogate, result = await anyio.to_thread.run_sync(
-                custom_loss.differentiate, datums, await forward, loss_fn, abandon_on_cancel=True
+            surrogate, result = await in_daemon_thread(
+                partial(custom_loss.differentiate, datums, await forward, loss_fn)
             )
             self._session.fill(
                 place, protocol.ForwardBackward(datums=surrogate, loss_fn="surrogate")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from anyio import CapacityLimiter, to_thread
-
 from weaver.server.attempt import attempt
+from weaver.threads import DaemonThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,15 +20,19 @@ T = TypeVar("T")
 class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._free = CapacityLimiter(1)
+        self._thread = DaemonThread("weaver-engine")
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Runs `work` in a thread while nothing else uses the engine.
+        """Runs `work` in the engine's thread, behind what was called before.
 
-        A cancelled caller does not wait for the thread, which runs on to the end of `work`.
+        A cancelled caller does not wait for the thread; `work` that has begun runs on to its end.
         """
-        return await to_thread.run_sync(work, limiter=self._free, abandon_on_cancel=True)
+        return await self._thread.run(work)
 
     async def attempt(self, work: Callable[[], T]) -> T | WeaverError:
         """What `work` returns, or why it failed."""
         return await self.call(partial(attempt, work))
+
+    def stop(self) -> None:
+        """Ends the thread behind what was called."""
+        self._thread.stop()

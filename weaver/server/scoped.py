@@ -21,6 +21,7 @@ from weaver.server.reach import Reach, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
 from weaver.server.store import SessionRecord
+from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -256,7 +257,8 @@ class ScopedService:
 
     async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
         self._check_open()
-        return or_raise(await to_thread.run_sync(partial(attempt, work), limiter=limiter))
+        call = partial(out_at_exit, partial(attempt, work))  # a merge is torch's work
+        return or_raise(await to_thread.run_sync(call, limiter=limiter))
 
     def _shown(self, checkpoint: CheckpointInfo) -> CheckpointInfo:
         return checkpoint if self._caller.local else _bare(checkpoint)

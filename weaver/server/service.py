@@ -187,6 +187,7 @@ class LocalService(ScopedService):
         parts.executor.stop()
         with anyio.move_on_after(self._close_timeout_s):
             await parts.thread.attempt(self._operations.forget_all)
+        parts.thread.stop()
         self._scope.cancel()
         await self._ended.wait()
         self._unlock()

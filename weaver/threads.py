@@ -1,0 +1,138 @@
+"""Threads that compute in torch and the like, and how a program ends while they do.
+
+A thread that comes back to Python after the interpreter's end is unwound by the C library, at which
+C++ and Rust abort the process. So what runs there is registered: at the program's end it is
+interrupted where it next reaches Python code, and waited for until then. The engine, custom losses,
+tokenizers and rewards run so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import ctypes
+import math
+import os
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.from_thread
+from anyio.lowlevel import current_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+USER_CODE_S = 3.0
+"""How long a program's end waits for a reward or tool that does not let itself be interrupted."""
+
+_inside: dict[int, tuple[threading.Event, float]] = {}
+"""By thread: set when it has come out, and how long the program's end waits for that, seconds."""
+_ending = threading.Event()
+
+
+class _ProgramEnds(SystemExit):
+    """Raised inside of what still runs; a thread that it ends says nothing."""
+
+
+def out_at_exit(call: Callable[[], T], *, patience_s: float = math.inf) -> T:
+    """Runs `call` in this thread, so that the program never ends inside of it."""
+    thread, out = threading.get_ident(), threading.Event()
+
+    def leave() -> None:
+        _inside.pop(thread, None)
+        out.set()
+
+    _inside[thread] = out, patience_s
+    try:
+        try:
+            if _ending.is_set():
+                raise _ProgramEnds
+            return call()
+        finally:
+            leave()
+    except _ProgramEnds:  # it may have come in the midst of `leave`
+        leave()
+        threading.Event().wait()  # for the end: nobody is told of a result that there is not
+        raise
+
+
+class DaemonThread:
+    """One thread that runs calls in their order, and that nothing joins.
+
+    anyio's own worker threads are joined when the interpreter ends, however long that takes. The
+    thread begins with the first call, and ends behind `stop`.
+    """
+
+    def __init__(self, name: str, *, patience_s: float = math.inf) -> None:
+        self._name = name
+        self._patience_s = patience_s
+        self._calls: SimpleQueue[Callable[[], None] | None] | None = None
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """What `call` returns or raises; where the caller is cancelled, what has begun goes on."""
+        done, outcome, token = anyio.Event(), Future[T](), current_token()
+        in_context = partial(contextvars.copy_context().run, call)
+
+        def work() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
+            try:
+                outcome.set_result(out_at_exit(in_context, patience_s=self._patience_s))
+            except BaseException as error:  # raised again where it is awaited
+                outcome.set_exception(error)
+            with suppress(RuntimeError):  # the event loop has ended: nobody waits
+                anyio.from_thread.run_sync(done.set, token=token)
+
+        if self._calls is None:
+            self._calls = SimpleQueue()
+            threading.Thread(
+                target=_work_off, args=(self._calls,), name=self._name, daemon=True
+            ).start()
+        self._calls.put(work)
+        try:
+            await done.wait()
+        finally:
+            outcome.cancel()
+        return outcome.result()
+
+    def stop(self) -> None:
+        """Lets the thread end behind the calls that it was given."""
+        if self._calls is not None:
+            self._calls.put(None)
+            self._calls = None
+
+
+async def in_daemon_thread(call: Callable[[], T]) -> T:
+    """Runs a user's code in a thread of its own: one that hangs holds up no shutdown."""
+    thread = DaemonThread("weaver-user-code", patience_s=USER_CODE_S)
+    try:
+        return await thread.run(call)
+    finally:
+        thread.stop()
+
+
+def _work_off(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := calls.get()) is not None:
+        work()
+        del work
+
+
+@atexit.register
+def _interrupt_all() -> None:
+    _ending.set()
+    raise_in: Any = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    inside = dict(_inside)
+    for thread in inside:
+        raise_in(ctypes.c_ulong(thread), ctypes.py_object(_ProgramEnds))
+    for out, patience_s in inside.values():
+        out.wait(None if patience_s == math.inf else patience_s)
+
+
+os.register_at_fork(after_in_child=_inside.clear)  # the child has none of these threads
