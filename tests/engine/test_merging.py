@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -26,12 +27,13 @@ from weaver.engine.engine import TorchEngine
 from weaver.engine.merging import merge_adapter
 from weaver.engine.store import ModelStore
 from weaver.engine.trainer import TorchTrainer
-from weaver.errors import CheckpointCorruptError, StorageError, UnsupportedError
+from weaver.errors import CheckpointCorruptError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.zoo import Zoo
     from weaver.types import LoraConfig
 
 pytestmark = [
@@ -120,24 +122,49 @@ def test_shards_stay_and_the_dtype_is_the_bases(tmp_path: Path, dtype: torch.dty
         assert_merged_equals_peft(base, adapter, merged)
 
 
+def test_files_with_other_names_are_merged_too(
+    trainer: TorchTrainer, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(trainer, "llama", tmp_path / "adapter", config=LORA)
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(model_folder("llama"), base)
+    merged.mkdir()
+    weights = load_file(base / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in weights.items()}, base / "model.safetensors")
+    merge_adapter(Catalog({"base": base}, allow_paths=False).facts("base"), adapter, merged)
+    assert_merged_equals_peft(base, adapter, merged)
+
+
+def test_all_chat_templates_are_in_a_merged_model(zoo: Zoo, tmp_path: Path) -> None:
+    base = zoo.model("gpt_neox", "named")
+    store = ModelStore(
+        Catalog({"base": base}, allow_paths=False),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        threads=1,
+    )
+    adapter = save_adapter(TorchTrainer(store), "base", tmp_path / "adapter", config=LORA)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    merge_adapter(store.catalog.facts("base"), adapter, merged)
+    assert_merged_equals_peft(base, adapter, merged)
+    made, had = map(transformers.AutoTokenizer.from_pretrained, (merged, base))
+    assert made.chat_template == had.chat_template and len(had.chat_template) == 2
+    assert all(path.is_file() for path in merged.iterdir())
+
+
 def test_what_cannot_be_merged_is_named(
     trainer: TorchTrainer, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapter = save_adapter(trainer, "llama", tmp_path / "adapter", config=LORA)
     base = tmp_path / "base"
-    base.mkdir()
-    for file in model_folder("llama").iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(model_folder("llama"), base)
     facts = Catalog({"base": base}, allow_paths=False).facts("base")
-    weights = load_file(base / "model.safetensors")
-    save_file({n.removeprefix("model."): t for n, t in weights.items()}, base / "model.safetensors")
 
     def merge(name: str) -> None:
         (tmp_path / name).mkdir()
         merge_adapter(facts, adapter, tmp_path / name)
 
-    with pytest.raises(UnsupportedError, match=r"base have no model\.layers\.0.* merge it with P"):
-        merge("renamed")
     (base / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(StorageError, match="base model's files are complete"):
         merge("broken")

@@ -15,7 +15,6 @@ SIZES: Mapping[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
@@ -37,7 +36,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             },
         },
     ),
-    "wide": ("qwen3", {"vocab_size": 2**17, "head_dim": 8, "num_hidden_layers": 1}),
+    "wide": ("qwen3", {"vocab_size": 2**18, "head_dim": 8, "num_hidden_layers": 1}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, **MIXTURE}),
@@ -70,8 +69,10 @@ def random_model(family: str, *, vocab_size: int, seed: int = 7, **settings: Any
     `settings` are of its configuration, such as `eos_token_id`; `wide` keeps its own vocabulary.
     """
     model_type, own = FAMILIES[family]
+    grouped = hasattr(AutoConfig.for_model(model_type), "num_key_value_heads")
+    heads = {"num_key_value_heads": 2} if grouped else {}
     config = AutoConfig.for_model(
-        model_type, **{**SIZES, "vocab_size": vocab_size, **own, **settings}
+        model_type, **{**SIZES, **heads, "vocab_size": vocab_size, **own, **settings}
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

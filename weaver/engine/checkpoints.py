@@ -193,10 +193,11 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 def _write_tokenizer(run: Run, folder: Path) -> None:
     try:
-        tokenizer = run.model.facts.tokenizer
+        files = run.model.facts.tokenizer_files()
     except UnsupportedError:
         return  # the base model has none either
-    tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:

@@ -10,20 +10,22 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from weaver.engine.adapters import read_adapter, read_json
 from weaver.engine.lora import adapter_from_tensors
+from weaver.engine.models import read_module, without_progress_bars
 from weaver.engine.weight_files import CONFIG, INDEX, WEIGHTS, folder_of, tied_weights
-from weaver.errors import StorageError, UnsupportedError
+from weaver.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from weaver.engine.catalog import ModelFacts
-    from weaver.engine.lora import Adapter
+    from weaver.engine.lora import Adapter, LoraPair
 
 BESIDE = {".json", ".jinja", ".txt", ".model"}
 """Of the files that are copied: the tokenizer and the generation settings."""
@@ -32,25 +34,30 @@ BESIDE = {".json", ".jinja", ".txt", ".model"}
 def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     """Writes the base's files with W + scale·B·A in the adapter's layers into an empty folder.
 
-    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time.
-    A tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
+    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time,
+    or the whole model where its files name their tensors in another way than transformers does. A
+    tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
 
     Raises:
         CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
-        UnsupportedError: a variant of LoRA, or the base's files name their layers in another way.
+        UnsupportedError: a variant of LoRA, or the base cannot be read.
         StorageError: the disk is full or not writable.
     """
     tensors, config = read_adapter(adapter, facts=facts)
     scale = config.alpha / config.rank
-    source = folder_of(facts.source)
+    made = adapter_from_tensors(tensors, scale=scale, device=torch.device("cpu"))
+    source, untied = folder_of(facts.source), _untied(facts, tensors)
+    changed = {f"{path}.weight" for path in made.pairs}
     try:
-        _write(
-            source,
-            folder,
-            adapter_from_tensors(tensors, scale=scale, device=torch.device("cpu")),
-            untied=_untied(facts, tensors),
-            name=facts.info.name,
-        )
+        index = _index(source)
+        if changed <= index["weight_map"].keys() | untied.keys():
+            _write_shards(source, folder, made, index=index, untied=untied)
+        else:
+            _write_whole(facts, folder, made, untied=untied)
+        _copy_others(facts, source, folder)
+        if untied:
+            settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
+            (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"merging {facts.info.name} failed: {error}",
@@ -58,14 +65,24 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
         ) from error
 
 
-def _write(
-    source: Path, folder: Path, adapter: Adapter, *, untied: Mapping[str, str], name: str
+def _index(source: Path) -> dict[str, Any]:
+    """What the index of a model's shards says; also of one that is in a single file."""
+    if (source / INDEX).is_file():
+        return read_json(source / INDEX)
+    with safe_open(source / WEIGHTS, framework="pt") as file:
+        return {"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}
+
+
+def _write_shards(
+    source: Path,
+    folder: Path,
+    adapter: Adapter,
+    *,
+    index: dict[str, Any],
+    untied: Mapping[str, str],
 ) -> None:
     """`untied` maps the name of a head's weight to that of the embedding it was tied to."""
-    sharded = (source / INDEX).is_file()
-    index: dict[str, Any] = read_json(source / INDEX) if sharded else {"weight_map": {}}
-    merged: set[str] = set()
-    for shard in sorted(set(index["weight_map"].values())) or [WEIGHTS]:
+    for shard in sorted(set(index["weight_map"].values())):
         weights = load_file(source / shard)
         for head, embedding in untied.items():
             weights.pop(head, None)
@@ -73,27 +90,40 @@ def _write(
                 weights[head] = weights[embedding].clone()
                 index["weight_map"][head] = shard
         for path, pair in adapter.pairs.items():
-            weight = weights.get(f"{path}.weight")
-            if weight is not None:
-                total = weight.float() + adapter.scale * (pair.b @ pair.a)
-                weights[f"{path}.weight"] = total.to(weight.dtype)
-                merged.add(path)
+            if f"{path}.weight" in weights:
+                weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
         save_file(weights, folder / shard, metadata={"format": "pt"})
-    missing = sorted(adapter.pairs.keys() - merged)
-    if missing:
-        raise UnsupportedError(
-            f"the files of {name} have no {missing[0]}.weight ({len(missing)} layers in all).",
-            field="merge",
-            hint="Export the adapter alone, and merge it with PEFT.",
-        )
+    if (source / INDEX).is_file():
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_whole(
+    facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
+) -> None:
+    dtype = facts.config.dtype or torch.float32
+    module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+    if untied:
+        module.config.tie_word_embeddings = False
+    for path, pair in adapter.pairs.items():
+        layer = module.get_submodule(path)
+        layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
+    with without_progress_bars():
+        module.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
+    return (weight.float() + scale * (pair.b @ pair.a)).to(weight.dtype)
+
+
+def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.suffix in BESIDE and file.name != INDEX:
             shutil.copyfile(file, folder / file.name)
-    if sharded:
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if untied:
-        settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+        for name, content in facts.tokenizer_files().items():
+            (folder / name).write_bytes(content)
 
 
 def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
