@@ -19,6 +19,8 @@ from weaver.errors import InvalidParamsError, OperationCancelledError, WaitTimeo
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
+    from weaver.client.origin import Origin
+
 T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -35,12 +37,13 @@ class OperationHandle(Generic[T]):
     leaves the operation alone; `cancel()` is what withdraws it.
     """
 
-    __slots__ = ("_cancel", "_finished", "_sent", "label", "outcome")
+    __slots__ = ("_cancel", "_finished", "_origin", "_sent", "label", "outcome")
 
-    def __init__(self, label: str, *, cancel: Callable[[], bool]) -> None:
+    def __init__(self, label: str, *, origin: Origin, cancel: Callable[[], bool]) -> None:
         self.label = label
         """What it is, for logs and messages: `forward_backward (seq 3 of run-1)`."""
         self._cancel = cancel
+        self._origin = origin
         self._finished = anyio.Event()
         self._sent = False
         self.outcome: Future[T] = Future()
@@ -55,9 +58,11 @@ class OperationHandle(Generic[T]):
         Raises:
             WaitTimeoutError: not finished in time; the operation goes on.
             OperationCancelledError: it was cancelled.
+            UnsupportedError: it is not there yet, and this is a fork or another event loop.
             WeaverError: whatever made the operation fail.
         """
         if not self.done():
+            self._origin.check()
             await anyio.lowlevel.checkpoint()  # so that polling with timeout 0 lets others run
         for wait_s in self.waits(timeout):
             with anyio.move_on_after(wait_s):
@@ -99,7 +104,10 @@ class OperationHandle(Generic[T]):
         whose slots are freed. A gradient pass or step that is running finishes. Its place in the
         order is kept, so later operations do not wait for it.
         """
-        return not self.done() and self._cancel()
+        if self.done():
+            return False
+        self._origin.check()
+        return self._cancel()
 
     @property
     def status(self) -> Status:

@@ -7,6 +7,7 @@ signature, for the type checker too.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import inspect
 import threading
 import weakref
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 from anyio.from_thread import run_sync, start_blocking_portal
 from anyio.lowlevel import current_token
 
+from weaver.client.origin import Process
 from weaver.errors import ClosedError
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Handle(Generic[T]):
             WeaverError: whatever made the operation fail.
         """
         for wait_s in self._inner.waits(timeout):
-            self._portal.check_thread()
+            self._portal.check_caller()
             with suppress(TimeoutError):
                 self._inner.outcome.exception(wait_s)
         return self._inner.outcome.result()
@@ -72,27 +74,29 @@ class Portal:
     """Opens an `AsyncServiceClient` in a thread of its own, until `close`, exit or collection."""
 
     def __init__(self, client: AsyncServiceClient) -> None:
+        self._process = Process()
         with ExitStack() as stack:
             self._loop = stack.enter_context(start_blocking_portal(name="weaver"))
             self._token = self._loop.call(current_token)
             self._thread_id = self._loop.call(threading.get_ident)
             stack.enter_context(self._loop.wrap_async_context_manager(client))
             self._stack = stack.pop_all()
-        self._collected = weakref.finalize(self, _close_elsewhere, self._stack)
+        self._collected = weakref.finalize(self, _close_elsewhere, self._stack, self._process)
         self._collected.atexit = False
         # At exit the engine must stop first: a thread inside torch would crash the interpreter.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
 
     def close(self) -> None:
-        """Leaves the client and ends the thread; a second call does nothing."""
+        """Leaves the client and ends the thread; a second call, or one in a fork, does nothing."""
         if self._collected.detach():
             atexit.unregister(self._at_exit)
-            self._stack.close()
+            _close(self._stack, self._process)
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Runs an async function and waits; an interrupted wait cancels only the waiting."""
         self._check_open()
+        self._process.check()
         future = self._loop.start_task_soon(function)
         try:
             return future.result()
@@ -102,11 +106,16 @@ class Portal:
     def run(self, function: Callable[[], T]) -> T:
         """Runs a plain function in the loop's thread: half the time of a task there."""
         self._check_open()
-        self.check_thread()
+        self.check_caller()
         return run_sync(function, token=self._token)
 
-    def check_thread(self) -> None:
-        """Raises RuntimeError in the loop's own thread, which would wait for itself."""
+    def check_caller(self) -> None:
+        """
+        Raises:
+            UnsupportedError: in a fork, which has no such thread.
+            RuntimeError: in the loop's own thread, which would wait for itself.
+        """
+        self._process.check()
         if threading.get_ident() == self._thread_id:
             raise RuntimeError("a sync client was used in its own event loop's thread.")
 
@@ -176,9 +185,16 @@ def queued(
     return replace
 
 
-def _close_elsewhere(stack: ExitStack) -> None:
+def _close(stack: ExitStack, process: Process) -> None:
+    if process.is_here:
+        stack.close()
+    else:  # never collected: the generator in it, finished, would wait for a thread of the parent
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stack))
+
+
+def _close_elsewhere(stack: ExitStack, process: Process) -> None:
     # Garbage may be collected in any thread, the loop's own included, where closing would block.
-    threading.Thread(target=stack.close, name="weaver-close", daemon=True).start()
+    threading.Thread(target=_close, args=(stack, process), name="weaver-close", daemon=True).start()
 
 
 def _close_if_alive(portal: weakref.ref[Portal]) -> None:

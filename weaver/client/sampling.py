@@ -155,7 +155,7 @@ class AsyncSamplingClient:
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
-        return await self._session.tokenizers.get(self.base_model)
+        return await self._session.get_tokenizer(self.base_model)
 
     def _operation(
         self,

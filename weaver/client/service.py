@@ -98,7 +98,8 @@ class AsyncServiceClient:
 
     async def __aexit__(self, *exc: object) -> None:
         # The task groups inside are not told of the block's own error, which they would wrap.
-        await self._stack.aclose()
+        if self._open is None or self._open.origin.is_here:  # what a fork inherits is not its own
+            await self._stack.aclose()
 
     async def close(self) -> None:
         """Fails what is pending with `ClosedError` and ends the session; saved state stays."""

@@ -18,6 +18,7 @@ import anyio.abc
 
 from weaver import wire
 from weaver.client.handle import OperationHandle
+from weaver.client.origin import Origin
 from weaver.errors import (
     ClosedError,
     InvalidRequestError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.protocol import Operation, Outcome, Service, SessionInfo
+    from weaver.tokenizers import PreTrainedTokenizer
     from weaver.types import JsonDict, SampleDelta
 
 R = TypeVar("R", bound=Value)
@@ -92,7 +94,8 @@ class Session:
     def __init__(self, service: Service, info: SessionInfo, *, tokenizers: TokenizerCache) -> None:
         self.id = info.session_id
         self.deterministic = info.deterministic
-        self.tokenizers = tokenizers
+        self.origin = Origin()
+        self._tokenizers = tokenizers
         self._service = service
         self._prefix = uuid.uuid4().hex
         self._ids = itertools.count(1)
@@ -108,6 +111,11 @@ class Session:
         self._ended: WeaverError | None = None
 
     # --- what the clients call ---
+
+    async def get_tokenizer(self, base_model: str) -> PreTrainedTokenizer:
+        """Loaded once; also from a session that has ended, if it was loaded before."""
+        self.origin.check()
+        return await self._tokenizers.get(base_model)
 
     @property
     def service(self) -> Service:
@@ -140,7 +148,9 @@ class Session:
         seq = None if run_id is None else next(self._seqs[run_id])
         ticket = Ticket(self._new_id(), run_id, seq, reply, adds_gradient)
         where = f" (seq {seq} of {run_id})" if run_id else ""
-        ticket.handle = OperationHandle(label + where, cancel=lambda: self._cancel(ticket))
+        ticket.handle = OperationHandle(
+            label + where, origin=self.origin, cancel=lambda: self._cancel(ticket)
+        )
         self._open.add(ticket.handle)
         self._outbox.append(ticket)
         return ticket
@@ -161,7 +171,7 @@ class Session:
         """
         self.check_open()
         handle: OperationHandle[T] = OperationHandle(
-            label, cancel=lambda: any([part.cancel() for part in parts])
+            label, origin=self.origin, cancel=lambda: any([part.cancel() for part in parts])
         )
         self._open.add(handle)
         self._tasks.start_soon(self._finish, handle, parts, finish)
@@ -190,7 +200,12 @@ class Session:
                 self._to_send.set()
 
     def check_open(self) -> None:
-        """Raises the error that ended the session, if any."""
+        """
+        Raises:
+            UnsupportedError: called in a fork, or from another event loop.
+            WeaverError: what ended the session, if anything did.
+        """
+        self.origin.check()
         if self._ended is not None:
             raise self._ended
 
@@ -203,6 +218,7 @@ class Session:
 
     async def close(self) -> None:
         """Sends what is queued, says goodbye and fails whatever is unfinished as closed."""
+        self.origin.check()
         if self._ended is None:
             self._end(ClosedError("the client was closed.", hint="Open a new one."))
             with anyio.move_on_after(CLOSE_S, shield=True):

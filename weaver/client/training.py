@@ -48,7 +48,7 @@ class AsyncTrainingClient:
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
-        return await self._session.tokenizers.get(self.base_model)
+        return await self._session.get_tokenizer(self.base_model)
 
     async def get_info(self) -> types.TrainingRun:
         """The run as the service knows it: its step, status and metadata."""
