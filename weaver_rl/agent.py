@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weaver.tokenizers import encode_text
 from weaver.types import ModelInput
 from weaver_rl.conversations import render, reply_content
+from weaver_rl.encoding import encode_behind
 from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Reply, Segment, Trajectory
 
@@ -155,7 +156,7 @@ class Agent:
         tokens = (
             encode_text(self.tokenizer, new)
             if special
-            else self.tokenizer.encode(new, add_special_tokens=False)
+            else next(encode_behind(self.tokenizer, self._tokens[-1:], new))
         )
         self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 

@@ -6,17 +6,20 @@ Agents call `render`; `loops.supervised` calls `to_datum`, whose examples are on
     {"messages": [{"role": "user", ...}, ...]}        messages of the roles asked for are learned
     {"text": "2+2=4", "spans": [[4, 5]]}              characters of the spans; all without `spans`
 
-Each piece is encoded on its own, as when a model reads a prompt and writes behind it.
+Tokens are those of the whole text, split where a sampler would have begun to write.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.loss_specs import check_length
-from weaver.tokenizers import end_tokens
+from weaver.tokenizers import encode_text, end_tokens, render_chat
 from weaver.types import Datum, ModelInput
+from weaver_rl.encoding import encode_split
+from weaver_rl.examples import Chat, Completion, read_example
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 Piece = tuple[str, bool]
 """A text, and whether it is learned."""
+Span = tuple[int, int]
+"""Characters of a text, from the first to the one behind the last."""
 
 
 def reply_content(
@@ -39,38 +44,60 @@ def reply_content(
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     generate: bool = True,
+    options: Mapping[str, Any] | None = None,
+    where: str | None = None,
 ) -> str:
     """The conversation as text; with `generate` up to where the next reply begins. "" for none.
 
+    Args:
+        options: other variables of the template.
+        where: what errors name; None: the chat template, or the messages.
+
     Raises:
         ConfigError: the tokenizer has no chat template, or it knows no tools.
+        InvalidRequestError: the template refuses a message, or cannot write its content.
     """
     if not messages and not generate:
         return ""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "the model's tokenizer has no chat template.",
-            field="chat_template",
+            field=where or "chat_template",
             hint="Use agent.complete(text), or give task['prompt'] as a text.",
         )
-    if tools and "tools" not in str(template):
+    place = where or "messages"
+    show = partial(
+        render_chat, tokenizer, tools=tools, generate=generate, options=options, field=place
+    )
+    text = show(messages)
+    if tools and "tools" not in tokenizer.get_chat_template(tools=list(tools)):
         raise ConfigError(
             "the model's chat template does not show tools.",
-            field="chat_template",
+            field=where or "chat_template",
             hint="Describe them in a system message: agent.system(weaver_rl.describe(tools)).",
         )
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tools=[dict(tool) for tool in tools] or None,
-        add_generation_prompt=generate,
-        tokenize=False,
-    )
-    return str(text)
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str):
+            without = show([*messages[:i], {**message, "content": ""}, *messages[i + 1 :]])
+            _check_written(content, text=text, without=without, where=f"{place}[{i}].content")
+    return text
+
+
+def _check_written(content: Any, *, text: str, without: str, where: str) -> None:
+    """Refuses a content that is no text where a template wrote it as Python's, or left it out."""
+    parts = list(content or ())
+    raw = any(text.count(str(one)) > without.count(str(one)) for one in (content, *parts))
+    if raw or not all(part.get("text", "").strip() in text for part in parts):
+        raise InvalidRequestError(
+            f"is {content!r:.80}, which the chat template cannot write.",
+            field=where,
+            hint="Give a text.",
+        )
 
 
 def to_datum(
@@ -85,17 +112,20 @@ def to_datum(
     """A `cross_entropy` datum; weights are 1 where the target is learned.
 
     Raises:
-        InvalidRequestError: not an example, nothing to learn, or longer than `max_length` tokens.
+        InvalidRequestError: not an example, nothing to learn, or longer than `max_length` tokens;
+            the chat template refuses it, or rewrites or continues what was learned.
         ContextLengthError: longer than the model's context.
-        ConfigError: a chat template is missing, or rewrites earlier messages.
+        ConfigError: a chat template or an end token is missing.
     """
-    parts = pieces(tokenizer, example, roles=roles, where=where)
-    special = "messages" not in example  # templates write their own BOS
-    datum = from_pieces(tokenizer, parts, special=special)
-    if not datum.loss_fn_inputs["weights"].to_numpy().any():
-        raise InvalidRequestError(
-            "has nothing to learn.", field=where, hint=f"The learned roles are {tuple(roles)}."
-        )
+    read = read_example(example, where=where)
+    if isinstance(read, Chat):
+        text, spans = _chat(tokenizer, read, roles)
+    elif isinstance(read, Completion):
+        text, spans = _completion(tokenizer, read, where)
+    else:
+        text, spans = read.text, list(read.spans)
+    # templates write their own BOS
+    datum = _datum(tokenizer, text, spans, special=not isinstance(read, Chat), where=where)
     length = datum.model_input.length + 1
     if max_length is not None and length > max_length:
         raise InvalidRequestError(
@@ -111,86 +141,98 @@ def to_datum(
 def from_pieces(
     tokenizer: PreTrainedTokenizerBase, parts: Sequence[Piece], *, special: bool = True
 ) -> Datum:
-    """Texts as one sequence, each encoded on its own; weight 1 on the tokens of the learned ones.
+    """Texts as one, encoded as a whole; weight 1 on the tokens of the learned ones.
 
     Args:
         special: whether the tokenizer's special tokens (BOS) come first.
+
+    Raises:
+        InvalidRequestError: nothing is learned, or no token can end where a learned text ends.
     """
-    tokens: list[int] = []
-    learned: list[float] = []
-    for text, wanted in parts:
-        new = tokenizer.encode(text, add_special_tokens=special and not tokens)
-        tokens += new
-        learned += [float(wanted)] * len(new)
+    spans: list[Span] = []
+    text = ""
+    for part, learned in parts:
+        if learned and part:
+            spans.append((len(text), len(text) + len(part)))
+        text += part
+    return _datum(tokenizer, text, spans, special=special, where="parts")
+
+
+def _datum(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    special: bool,
+    where: str,
+) -> Datum:
+    encode = (
+        partial(encode_text, tokenizer)
+        if special
+        else partial(tokenizer.encode, add_special_tokens=False)
+    )
+    borders = [border for span in spans for border in span]
+    tokens, counts = encode_split(tokenizer, text, borders, encode=encode, where=where)
+    learned = [0.0] * len(tokens)
+    for start, end in zip(counts[::2], counts[1::2], strict=True):
+        learned[start:end] = [1.0] * (end - start)
+    if not any(learned[1:]):
+        raise InvalidRequestError(
+            "has nothing to learn.",
+            field=where,
+            hint="Give a text of two tokens, or a message of the learned roles.",
+        )
     return Datum(
         model_input=ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": learned[1:]},
     )
 
 
-def pieces(
-    tokenizer: PreTrainedTokenizerBase,
-    example: Mapping[str, Any],
-    *,
-    roles: Collection[str] = ("assistant",),
-    where: str = "example",
-) -> list[Piece]:
-    """The example's text in order, split where learning begins and ends. Raises as `to_datum`."""
-    if "messages" in example:
-        return _chat(tokenizer, example["messages"], roles, where)
-    if "prompt" in example and "completion" in example:
-        end = str(tokenizer.eos_token or "")
-        return [(example["prompt"], False), (example["completion"].removesuffix(end) + end, True)]
-    if "text" in example:
-        return _spans(example["text"], example.get("spans"), where)
-    raise InvalidRequestError(
-        f"has the fields {', '.join(map(repr, example)) or 'none'}.",
-        field=where,
-        hint="Give prompt and completion, messages, or text.",
-    )
-
-
-def _spans(text: str, spans: Sequence[Sequence[int]] | None, where: str) -> list[Piece]:
-    if spans is None:
-        return [(text, True)]
-    made: list[Piece] = []
-    at = 0
-    for start, end in spans:
-        if not at <= start < end <= len(text):
-            raise InvalidRequestError(
-                f"has the span [{start}, {end}] in {len(text)} characters.",
-                field=where,
-                hint="Spans ascend and do not overlap.",
-            )
-        made += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    return [piece for piece in (*made, (text[at:], False)) if piece[0]]
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, read: Completion, where: str
+) -> tuple[str, list[Span]]:
+    ends = tuple(end_tokens(tokenizer))
+    if not ends:
+        raise ConfigError(
+            "the model's tokenizer has no token to end a completion with.",
+            field=where,
+            hint='Give {"text": ..., "spans": ...}, and sample with a stop string.',
+        )
+    end = "" if read.completion.endswith(ends) else ends[0]
+    text = read.prompt + read.completion + end
+    return text, [(len(read.prompt), len(text))]
 
 
 def _chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
-    roles: Collection[str],
-    where: str,
-) -> list[Piece]:
-    full = render(tokenizer, messages, generate=False)
-    end = str(tokenizer.eos_token or "")
-    made: list[Piece] = []
-    at = 0
-    for i, message in enumerate(messages):
-        if message["role"] not in roles:
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, roles: Collection[str]
+) -> tuple[str, list[Span]]:
+    show = partial(render, tokenizer, tools=chat.tools, options=chat.options, where=chat.where)
+    full = show(chat.messages, generate=False)
+    ends = end_tokens(tokenizer)
+    spans: list[Span] = []
+    for i, message in enumerate(chat.messages):
+        if i < chat.learned_from or message["role"] not in roles or message.get("weight") == 0:
             continue
-        opening = render(tokenizer, messages[:i], generate=message["role"] == "assistant")
-        closing = render(tokenizer, messages[: i + 1], generate=False)
-        if not (full.startswith(closing) and closing.startswith(opening)):
+        replies = message["role"] == "assistant"
+        opening = show(chat.messages[:i], generate=replies)
+        closing = show(chat.messages[: i + 1], generate=False)
+        said = closing[len(opening) :]
+        # what the template writes behind an end is never sampled
+        find = said.find if replies else said.rfind
+        behind = [at + len(end) for end in ends if (at := find(end)) >= 0]
+        said = said[: min(behind, default=len(said))]
+        if not closing.startswith(opening) or not full.startswith(opening + said):
             raise ConfigError(
-                f"the chat template rewrites message {i} when others follow.",
-                field=where,
+                f"the chat template rewrites message {i} when others follow, or opens it otherwise "
+                "when it is sampled.",
+                field=chat.where,
                 hint="Cut the conversation behind it, and give each as an example.",
             )
-        said = closing[len(opening) :]
-        if end and end in said:  # what the template writes behind it is never sampled
-            said = said[: said.rfind(end) + len(end)]
-        made += [(full[at : len(opening)], False), (said, True)]
-        at = len(opening) + len(said)
-    return [piece for piece in (*made, (full[at:], False)) if piece[0]]
+        if replies and not behind:
+            raise ConfigError(
+                f"the chat template ends message {i} with no token at which sampling ends.",
+                field=chat.where,
+                hint="Let it write the tokenizer's eos_token there, or give prompt and completion.",
+            )
+        spans.append((len(opening), len(opening) + len(said)))
+    return full, spans

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,18 @@ from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundE
 from weaver_rl.storage import encode, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from weaver_rl.types import Task
+
+
+class Row(dict[str, Any]):
+    """A row of a file, which knows its place through splits and shuffles: `"words.jsonl[3]"`."""
+
+    def __init__(self, row: Task, *, where: str) -> None:
+        super().__init__(row)
+        self.where = where
 
 
 def read_tasks(path: Path, *, fields: Sequence[str] = ("prompt",)) -> list[Task]:
@@ -45,7 +54,7 @@ def read_tasks(path: Path, *, fields: Sequence[str] = ("prompt",)) -> list[Task]
             f"{path} has no known format.", field="path", hint="Use .jsonl, .parquet or a dataset."
         )
     check_tasks(rows, fields=fields, source=str(path))
-    return rows
+    return [Row(row, where=f"{path}[{i}]") for i, row in enumerate(rows)]
 
 
 def check_tasks(
@@ -68,6 +77,29 @@ def check_tasks(
                 field=f"{source}[{i}]",
                 hint=f"It has {', '.join(map(repr, task)) or 'none'}.",
             )
+        check_unicode(task, field=f"{source}[{i}]")
+
+
+def check_unicode(value: object, *, field: str) -> None:
+    """Raises `InvalidRequestError` where a text in `value`, at any depth, is no Unicode; names it.
+
+    JSON may hold one half of a surrogate pair, which no tokenizer and no file takes.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"has half a surrogate pair at character {error.start}.",
+                field=field,
+                hint="Write the whole character, or leave it out.",
+            ) from None
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            check_unicode(item, field=f"{field}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_unicode(item, field=f"{field}[{i}]")
 
 
 def split_tasks(
@@ -147,17 +179,18 @@ def _content(task: Task) -> str:
 
 def _read_jsonl(path: Path) -> list[Task]:
     rows: list[Task] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    rows.append(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                broken = isinstance(error, UnicodeDecodeError)
                 raise InvalidRequestError(
-                    f"line {number} is not JSON: {error}.",
+                    f"line {number} is not {'UTF-8' if broken else 'JSON'}: {error}.",
                     field=str(path),
-                    hint="Write one object a line.",
+                    hint="Save it as UTF-8." if broken else "Write one object a line.",
                 ) from None
     return rows
 
@@ -166,11 +199,14 @@ def _read_parquet(path: Path) -> list[Task]:
     with requiring("Parquet", "rl"):
         from pyarrow import ArrowException, parquet
     try:
-        rows: list[Task] = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
+        rows: list[Task] = table.to_pylist()
     except ArrowException as error:
         raise InvalidRequestError(
             f"is not a Parquet file: {error}", field=str(path), hint="Write it again."
         ) from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, table, error) from None
     return rows
 
 
@@ -193,5 +229,22 @@ def _read_dataset(path: Path) -> list[Task]:
             field=str(path),
             hint=f"Choose one: {path / next(iter(dataset))}.",
         )
-    rows: Iterable[Task] = dataset
-    return list(rows)
+    try:
+        rows: list[Task] = list(dataset)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, dataset.with_format("arrow")[:], error) from None
+    return rows
+
+
+def _not_utf8(path: Path, table: Any, error: UnicodeDecodeError) -> InvalidRequestError:
+    """Names the first text of an Arrow table whose bytes are none."""
+    place = ""
+    for name in table.column_names:
+        for i, value in enumerate(table[name]):
+            try:
+                value.as_py()
+            except UnicodeDecodeError:
+                place = place or f"[{i}].{name}"
+    return InvalidRequestError(
+        f"is not UTF-8: {error}.", field=f"{path}{place}", hint="Write it again as UTF-8."
+    )

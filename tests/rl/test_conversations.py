@@ -74,7 +74,7 @@ def test_a_chat_is_the_text_of_its_template() -> None:
 def test_refused(example: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidRequestError, match=match) as caught:
         made(example, max_length=50, where="examples[3]")
-    assert caught.value.field == "examples[3]"
+    assert str(caught.value).startswith("examples[3]")
 
 
 def test_a_template_that_rewrites_history_is_refused() -> None:

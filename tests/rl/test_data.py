@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,6 +44,8 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
         (['{"prompt": "a"}', '{"text": "b"}'], "a.jsonl[1]", "'prompt'"),
         (['{"prompt": "a"}', '{"prompt": null}'], "a.jsonl[1]", "'prompt'"),
         (["[1, 2]"], "a.jsonl[0]", "list"),
+        (["[" * 100_000], "a.jsonl", "line 1 is not JSON"),
+        (['{"prompt": "a", "info": [{"x": "\\ud83d"}]}'], "a.jsonl[0].info[0].x", "surrogate"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, lines: list[str], field: str, words: str) -> None:
@@ -50,6 +53,34 @@ def test_bad_rows_are_named(tmp_path: Path, lines: list[str], field: str, words:
         read_tasks(write(tmp_path / "a.jsonl", *lines))
     assert caught.value.field is not None
     assert caught.value.field.endswith(field)
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf{"prompt": "\xc3\xa9"}\r\n\r\n')
+    assert read_tasks(lines) == [{"prompt": "é"}]
+    lines.write_bytes('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"))
+    with pytest.raises(InvalidRequestError, match=r"a\.jsonl: line 2 is not UTF-8: .*0xe9"):
+        read_tasks(lines)
+    bad = pa.array([b"a", b"\xe9"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": ["a", "b"], "answer": bad})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    Dataset(table).save_to_disk(str(tmp_path / "d"))
+    for path in (tmp_path / "a.parquet", tmp_path / "d"):
+        with pytest.raises(InvalidRequestError, match="not UTF-8") as caught:
+            read_tasks(path)
+        assert caught.value.field == f"{path}[1].answer"
+
+
+def test_a_row_knows_its_place_wherever_it_goes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *(json.dumps(task) for task in TASKS))
+    train, test = split_tasks(read_tasks(path), held_out=3)
+    for task in pickle.loads(pickle.dumps([*train, *test])):
+        assert task.where == f"{path}[{TASKS.index(task)}]"
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ async def to_datums(
             roles=plan.roles,
             max_length=plan.max_length,
             context_length=client.model_info.context_length,
-            where=f"{source}[{i}]",
+            where=getattr(example, "where", f"{source}[{i}]"),
         )
         for i, example in enumerate(examples)
     ]
