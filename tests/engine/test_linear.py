@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from weaver.engine.linear import PREPACK_MIN_SIZE, FrozenLinear
+from weaver.engine import linear as linear_module
+from weaver.engine.linear import PREPACK_MIN_SIZE, FrozenLinear, prepackable
 from weaver.engine.lora import Adapter, LoraPair, Routing
 from weaver.errors import EngineError
 
@@ -62,7 +67,7 @@ def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
     plain, frozen, _ = make(LARGE, bias=False)
     assert plain.weight.numel() >= PREPACK_MIN_SIZE
     assert torch.equal(frozen.weight, plain.weight)
-    assert (frozen._weight is None) == torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    assert (frozen._weight is None) == prepackable(torch.float32)
     small_plain, small, _ = make(SMALL, bias=False)
     assert small.weight.data_ptr() == small_plain.weight.data_ptr()
 
@@ -73,12 +78,44 @@ def test_the_packed_path_gives_the_same_bits_again() -> None:
     assert torch.equal(first, second)
 
 
-def test_bfloat16_weights_are_as_close_as_their_precision() -> None:
+@pytest.mark.parametrize("capable", [True, False])
+def test_bfloat16_weights_are_as_close_as_their_precision(
+    monkeypatch: pytest.MonkeyPatch, capable: bool
+) -> None:
+    if not capable:
+        monkeypatch.setattr(linear_module, "prepackable", lambda dtype: False)
     plain, frozen, _ = make(LARGE, bias=True, dtype=torch.bfloat16)
     x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).bfloat16()
-    torch.testing.assert_close(frozen.project(x), plain(x).detach(), atol=2e-2, rtol=2e-2)
-    y = plain(x).detach()
-    torch.testing.assert_close(frozen.project_back(y), y @ plain.weight, atol=5e-2, rtol=5e-2)
+    weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
+    y = linear(x.double(), weight, bias)
+    torch.testing.assert_close(frozen.project(x).double(), y, atol=2e-2, rtol=2e-2)
+    back = frozen.project_back(y.bfloat16()).double()
+    torch.testing.assert_close(back, y.bfloat16().double() @ weight, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
+def test_a_lesser_processor_gets_plain_products_where_it_cannot_prepack(isa: str) -> None:
+    """oneDNN and torch are told to use less than this machine has, and then asked."""
+    program = (
+        "import torch; from tests.engine.test_linear import *\n"
+        "test_bfloat16_weights_are_as_close_as_their_precision(pytest.MonkeyPatch(), True)\n"
+        "test_large_weights_are_kept_packed_and_given_back_exactly()\n"
+        "for rows in (1, 7, 600):\n"
+        "    test_values_and_gradients_by_segment_equal_plain_autograd(LARGE, True, rows)\n"
+        "print(prepackable(torch.bfloat16))"
+    )
+    lesser = {
+        "ONEDNN_MAX_CPU_ISA": isa,
+        "ATEN_CPU_CAPABILITY": "avx2" if isa == "AVX2" else "default",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **lesser},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_rows_that_do_not_fit_the_routing_are_a_defect() -> None:

@@ -4,10 +4,10 @@
 weight [out, in], A [R, in], B [out, R].
 
 The path is chosen by a fixed rule, not by a stopwatch, so that two processes on one machine always
-compute the same bits: on a CPU with oneDNN, weights of at least `PREPACK_MIN_SIZE` elements are
-kept in oneDNN's blocked layout; everything else is `F.linear`. Measured on two-core AMD machines in
-fp32, it is 1.2 to 2.4 times as fast at training sizes and 1.7 to 3 times at 1 to 32 rows; below the
-threshold the call's overhead of about 15 us eats the gain.
+compute the same bits: on a CPU whose oneDNN prepacks the dtype, weights of at least
+`PREPACK_MIN_SIZE` elements are kept in its blocked layout; everything else is `F.linear`. Measured
+on two-core AMD machines in fp32, it is 1.2 to 2.4 times as fast at training sizes and 1.7 to 3
+times at 1 to 32 rows; below the threshold the call's overhead of about 15 us eats the gain.
 
 Memory of a prepacked weight: the blocked copy replaces the original (a tied embedding keeps its
 own), and the first backward pass adds a blocked transpose: 1x for sampling, 2x for training.
@@ -15,6 +15,7 @@ own), and the first backward pass adds a blocked transpose: 1x for sampling, 2x 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,10 +133,24 @@ _routed: Callable[..., torch.Tensor] = _RoutedLinear.apply
 def _prepacks(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
-        and torch._C._has_mkldnn
         and weight.numel() >= PREPACK_MIN_SIZE
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and prepackable(weight.dtype)
     )
+
+
+@cache
+def prepackable(dtype: torch.dtype) -> bool:
+    """Whether this processor's oneDNN prepacks weights of a dtype, found by trying a small one.
+
+    For bfloat16 it needs AVX-512 or avx_ne_convert, and there is no function that tells.
+    """
+    try:
+        _packed_linear(
+            torch.ones(1, 64, dtype=dtype), _prepack(torch.ones(64, 64, dtype=dtype)), None
+        )
+    except (RuntimeError, AttributeError):  # AttributeError: a torch without oneDNN
+        return False
+    return True
 
 
 def _prepack(weight: torch.Tensor) -> torch.Tensor:
