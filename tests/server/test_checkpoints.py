@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import threading
+import time
 from datetime import UTC, datetime, timedelta
+from multiprocessing import Pipe, get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +26,9 @@ from weaver.errors import (
 from weaver.server import checkpoints as module
 from weaver.server.checkpoints import Checkpoints, Location
 from weaver.types import CheckpointInfo, LoraConfig
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 WHERE = Location("run-1", "weights", "x")
 PATH = str(WHERE)
@@ -241,13 +249,45 @@ def test_a_lifetime_ends(disk: Checkpoints, home: Path, clock: Clock) -> None:
     assert not (home / "runs/run-1/weights/y").exists() and content(disk) == "one"
 
 
-def test_what_a_dead_process_left_is_swept(disk: Checkpoints, home: Path) -> None:
+def test_what_a_killed_process_left_is_swept_and_a_living_one_keeps_its_draft(
+    disk: Checkpoints, home: Path
+) -> None:
+    write(disk)
+    location = Location("run-1", "weights", "y")
+    others: list[Path] = []
+    receiver, sender = Pipe(duplex=False)
+    child = get_context("spawn").Process(target=draft_and_wait, args=(home, location, sender))
+    child.start()
+    try:
+        others.append(receiver.recv())
+        mine = disk.draft(location, lambda folder: None)
+        disk.sweep()
+        assert others[0].exists() and mine.exists()
+    finally:
+        child.kill()
+        child.join()
+    disk.sweep()
+    assert not others[0].exists() and mine.exists() and content(disk) == "one"
+
+
+def draft_and_wait(home: Path, location: Location, made: Connection) -> None:
+    made.send(Checkpoints(home).draft(location, lambda folder: None))
+    time.sleep(60)
+
+
+def test_where_folders_cannot_be_locked_an_old_draft_is_abandoned(
+    disk: Checkpoints, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(lock: int, how: int) -> None:
+        raise OSError(errno.EBADF, "as on some network file systems")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     write(disk)
     draft = home / "runs/run-1/weights/.draft-0"
     draft.mkdir()
+    mine = disk.draft(Location("run-1", "weights", "z"), lambda folder: None)
     disk.sweep()
     assert draft.exists()
-    mine = disk.draft(Location("run-1", "weights", "z"), lambda folder: None)
     for folder in (draft, mine):  # or the clock has jumped
         os.utime(folder, (0, 0))
     disk.sweep()

@@ -6,9 +6,11 @@ import json
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 
 from tests.contracts.caller import Caller
+from tests.server.test_durability import until
 from weaver.engine.engine import TorchEngine
 from weaver.engine.fake import FakeEngine
 from weaver.server import exports
@@ -42,6 +44,19 @@ async def test_a_merged_model_goes_with_its_checkpoint_or_its_day(home: Path) ->
         assert merged(home) == set()
         await service.export_checkpoint(second, merge=True)  # and comes back when it is asked for
         assert merged(home) == {"b"}
+
+
+async def test_a_start_removes_what_killed_saves_and_merges_left(home: Path) -> None:
+    drafts = [home / folder / "run-1/weights/.draft-1" for folder in ("runs", "live", "merged")]
+    for draft in drafts:
+        draft.mkdir(parents=True)
+
+    async def all_gone() -> bool:
+        return not any(draft.exists() for draft in drafts)
+
+    async with LocalService(FakeEngine(), home=home):
+        with anyio.fail_after(5):
+            await until(all_gone)
 
 
 async def test_only_the_newest_few_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

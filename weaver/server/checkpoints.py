@@ -1,12 +1,14 @@
 """Checkpoints on disk: `weaver://<run_id>/<weights|sampler>/<name>` under the service's home.
 
 The folder is the truth: nothing is cached, so that several processes can share a home. A checkpoint
-is complete or absent: it is written beside its place, flushed, and renamed into it. All functions
+is complete or absent: it is written beside its place, flushed, and renamed into it. Such a draft is
+locked while its process lives: one without a lock is what a killed process has left. All functions
 block; the service calls them from worker threads.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -42,7 +44,7 @@ GROUPS = ("weights", "sampler")
 MANIFEST = "manifest.json"
 REPLACED, DRAFT = ".replaced-", ".draft-"
 ABANDONED_AFTER_S = 24 * 3600.0
-"""A half-written folder this old belongs to a process that died."""
+"""A draft this old belongs to a process that died, where the file system has no locks to tell."""
 
 
 def now_utc() -> datetime:
@@ -100,8 +102,8 @@ class Checkpoints:
         self.root = home / folder
         self._now = now
         self._changing = threading.RLock()
-        self._drafts: set[Path] = set()
-        """Of this process."""
+        self._drafts: dict[Path, int | None] = {}
+        """Of this process, with the descriptors that hold their locks."""
 
     def write(
         self,
@@ -138,8 +140,8 @@ class Checkpoints:
         draft = self._folder(location).parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             with _storage_errors(f"saving {location}"):
-                self._drafts.add(draft)
-                draft.mkdir(parents=True)
+                self._drafts[draft] = None
+                self._drafts[draft] = _make_own(draft)
                 fill(draft)
         except BaseException:
             self._drop(draft)
@@ -173,7 +175,9 @@ class Checkpoints:
 
     def _drop(self, draft: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
-        self._drafts.discard(draft)
+        lock = self._drafts.pop(draft, None)
+        if lock is not None:
+            os.close(lock)
 
     def get(self, path: str) -> CheckpointInfo:
         """Raises what `manifest` raises."""
@@ -250,8 +254,8 @@ class Checkpoints:
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
-        for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts:
-            if time.time() - draft.stat().st_mtime > ABANDONED_AFTER_S:
+        for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts.keys():
+            if _is_abandoned(draft):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _folder(self, location: Location) -> Path:
@@ -295,6 +299,39 @@ class Checkpoints:
 def _replaced(place: Path) -> Path:
     """Where the former content of `place` is while a new one takes its place."""
     return place.parent / f"{REPLACED}{place.name}"
+
+
+def _make_own(draft: Path) -> int | None:
+    """Makes the folder and locks it, until its descriptor is closed or the process ends."""
+    while True:
+        draft.mkdir(parents=True, exist_ok=True)
+        lock = os.open(draft, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(draft.stat(), os.fstat(lock)):
+                return lock
+        except FileNotFoundError:  # another process swept it before it was locked
+            pass
+        except OSError:  # no locks on this file system, or none of folders
+            os.close(lock)
+            return None
+        os.close(lock)
+
+
+def _is_abandoned(draft: Path) -> bool:
+    try:
+        lock = os.open(draft, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - os.fstat(lock).st_mtime > ABANDONED_AFTER_S
+    finally:
+        os.close(lock)
+    return True
 
 
 def _swap(draft: Path, place: Path) -> None:

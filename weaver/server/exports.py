@@ -83,7 +83,8 @@ class Exports:
             return file.read(CHUNK_BYTES)
 
     def sweep(self) -> None:
-        """Deletes merged models whose checkpoint is gone."""
+        """Deletes merged models whose checkpoint is gone, and what a killed merge has left."""
+        self._merged.sweep()
         merged = self._merged.list()  # before the others: what is made meanwhile is kept
         kept = {info.path for info in self._checkpoints.list()}
         for info in merged:

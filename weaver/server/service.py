@@ -201,10 +201,10 @@ class LocalService(ScopedService):
     async def _sweep(self) -> None:
         parts = self._parts
         while True:
-            await anyio.sleep(min(self._sweep_every_s, self.limits.session_timeout_s / 2))
             for disk in (parts.checkpoints, self._live, parts.exports):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
+            await anyio.sleep(min(self._sweep_every_s, self.limits.session_timeout_s / 2))
             await parts.intake.close_silent()
             await parts.executor.settle()  # what could not be journaled before
             await parts.executor.unload_idle()
