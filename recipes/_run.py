@@ -69,13 +69,15 @@ class Flags:
         return SamplingParams(max_tokens=self.max_tokens)
 
 
-def split_tasks(flags: Flags, own: Sequence[rl.Task]) -> tuple[list[rl.Task], list[rl.Task]]:
-    """Those of `--tasks`, or the recipe's `own`: to train on, and held out.
+def split_tasks(
+    flags: Flags, own: Sequence[rl.Task], *, asked: Sequence[str] = ("prompt", "answer")
+) -> tuple[list[rl.Task], list[rl.Task]]:
+    """Those of `--tasks`, which have the fields `asked`, or the recipe's `own`: to train on, and
+    held out.
 
     Raises:
         InvalidRequestError: a task lacks a field, or too many are held out; names it.
     """
-    asked = ("prompt", "answer")
     tasks = rl.read_tasks(Path(flags.tasks), fields=asked) if flags.tasks else own
     return rl.split_tasks(tasks, held_out=flags.held_out)
 
@@ -125,8 +127,11 @@ async def dry_run(
 def finished(run: rl.Run, metrics: Mapping[str, float]) -> Mapping[str, float]:
     """Writes the report; says how good the model became, and where to read on."""
     assert run.folder is not None
-    low, high = metrics["eval/low"], metrics["eval/high"]
-    print(f"Held out, greedy: {metrics['eval/mean']:.3f} [{low:.3f}, {high:.3f}]")
+    if "eval/mean" in metrics:
+        low, high = metrics["eval/low"], metrics["eval/high"]
+        print(f"Held out, greedy: {metrics['eval/mean']:.3f} [{low:.3f}, {high:.3f}]")
+    elif "eval/loss" in metrics:
+        print(f"Held out: a loss of {metrics['eval/loss']:.3f} nats per token")
     print(f"Report: {rl.write_report(run.folder)}")
     return metrics
 

@@ -17,7 +17,7 @@ from weaver_rl.loops.policy import Result, off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.loops.step import LogprobGapError
-from weaver_rl.loops.supervised import SupervisedPlan, supervised
+from weaver_rl.loops.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.report import write_report
@@ -69,6 +69,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "TensorBoardLogger",
+    "TooLong",
     "Trained",
     "Trajectory",
     "WandbLogger",

@@ -138,6 +138,15 @@ def to_datum(
     return datum
 
 
+def cut_datum(datum: Datum, length: int) -> Datum | None:
+    """The first `length` tokens of one that `to_datum` made; None: nothing in them is learned."""
+    kept = {name: data.tolist()[: length - 1] for name, data in datum.loss_fn_inputs.items()}
+    if not any(kept["weights"]):
+        return None
+    tokens = ModelInput.from_ints(datum.model_input.to_ints()[: length - 1])
+    return Datum(model_input=tokens, loss_fn_inputs=kept)
+
+
 def from_pieces(
     tokenizer: PreTrainedTokenizerBase, parts: Sequence[Piece], *, special: bool = True
 ) -> Datum:

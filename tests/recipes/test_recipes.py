@@ -58,7 +58,7 @@ def test_a_dry_run_scores_four_replies_and_writes_nothing(
 @RECIPES
 def test_a_dry_run_refuses_what_a_run_would(recipe: ModuleType) -> None:
     Path("tasks.jsonl").write_text('{"prompt": "rev:ab="}\n')
-    with pytest.raises(InvalidRequestError, match="answer"):
+    with pytest.raises(InvalidRequestError, match=r"tasks\.jsonl\[0\]: has .*(answer|completion)"):
         recipe.main(recipe.Flags(dry_run=True, tasks="tasks.jsonl", held_out=0))
     with pytest.raises(ConfigError, match="--out"):
         recipe.main(recipe.Flags(dry_run=True, resume=True))
@@ -66,7 +66,7 @@ def test_a_dry_run_refuses_what_a_run_would(recipe: ModuleType) -> None:
         long = {"prompt": "English: x", "answer": "x" * 2000}
         Path("tasks.jsonl").write_text(f"{json.dumps(long)}\n")
         for dry in (True, False):
-            with pytest.raises(ContextLengthError, match=r"examples\[0\].* context is 1024"):
+            with pytest.raises(ContextLengthError, match=r"tasks\.jsonl\[0\].* context is 1024"):
                 sft.main(sft.Flags(dry_run=dry, tasks="tasks.jsonl", held_out=0, out=Path("no")))
     for wrong in ({"rank": 0}, {"learning_rate": -1.0}):
         with pytest.raises(InvalidParamsError, match=next(iter(wrong))):
@@ -88,6 +88,51 @@ def test_a_short_run_leaves_its_report_and_goes_on(
     assert "Report: run/report.html" in said
     assert "Held out, greedy: " in said
     assert Path("run/report.html").stat().st_size > 10_000
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "no" * i}]}
+    for i in range(1, 25)
+]
+
+
+def write_rows(*rows: object) -> str:
+    Path("chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return "chat.jsonl"
+
+
+def test_chats_are_fine_tuned_on(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = sft.Flags(tasks=write_rows(*CHATS), out=Path("run"), held_out=4, steps=12, epochs=9)
+    assert "eval/mean" not in sft.main(flags)
+    first, *_, last = read_lines(Path("run", "metrics.jsonl"))
+    assert last["eval/loss"] < first["eval/loss"]
+    assert "Held out: a loss of " in capsys.readouterr().out
+    sft.main(sft.Flags(tasks="chat.jsonl", held_out=4, dry_run=True))
+    assert "20 examples for weaver-nano are sound" in capsys.readouterr().out
+
+
+def test_a_broken_chat_is_named_by_its_row_in_the_file() -> None:
+    tasks = write_rows(*CHATS, {"messages": [{"role": "user"}]})
+    for dry in (True, False):
+        with pytest.raises(InvalidRequestError, match=r"chat\.jsonl\[24\]\.messages\[0\]\.content"):
+            sft.main(sft.Flags(tasks=tasks, held_out=4, dry_run=dry, out=Path("no")))
+
+
+def test_a_chat_with_an_answer_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": chat["messages"][:1], "answer": "no"} for chat in CHATS]
+    metrics = sft.main(sft.Flags(tasks=write_rows(*rows), held_out=4, dry_run=True))
+    assert 0 <= metrics["eval/mean"] <= 1
+
+
+def test_chats_that_are_too_long_are_counted() -> None:
+    flags = {"tasks": write_rows(*CHATS), "max_length": 40, "held_out": 4, "dry_run": True}
+    with pytest.raises(
+        InvalidRequestError, match=r"chat\.jsonl\[\d+\]: has 4\d tokens, more than 40"
+    ):
+        sft.main(sft.Flags(**flags))
+    cut, dropped = (sft.main(sft.Flags(**flags, too_long=how)) for how in ("cut", "drop"))
+    assert (cut["data/cut"], cut["data/dropped"]) == (dropped["data/dropped"], 0)
+    assert 0 < dropped["data/dropped"] < 20
 
 
 def test_wandb_has_what_metrics_jsonl_has(monkeypatch: pytest.MonkeyPatch) -> None:

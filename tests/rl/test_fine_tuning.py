@@ -19,7 +19,7 @@ from weaver_rl.loggers import Loggers
 from weaver_rl.loops.pipeline import filtered
 from weaver_rl.loops.rejection import Keep, rejection, select
 from weaver_rl.loops.run import Run
-from weaver_rl.loops.supervised import SupervisedPlan, batches, supervised
+from weaver_rl.loops.supervised import SupervisedPlan, batches, supervised, to_datums
 from weaver_rl.plan import Plan
 from weaver_rl.run_folder import open_run_folder
 from weaver_rl.types import Group
@@ -120,6 +120,39 @@ async def test_bad_examples_are_named(tmp_path: Path) -> None:
             await supervised(trainer, EXAMPLES, PLAN, held_out=[EXAMPLES[0], {"x": 1}])
     with pytest.raises(ConfigError, match="epochs"):
         SupervisedPlan(epochs=0)
+
+
+@pytest.mark.anyio
+async def test_long_examples_are_refused_cut_or_dropped(tmp_path: Path) -> None:
+    plan = replace(PLAN, max_length=6)  # tokens; the prompt has two or three, the end one
+    examples = [*EXAMPLES[:3], {"prompt": "9=", "completion": "abcdef"}, {"text": "abcdefgh"}]
+    silent = {"prompt": "123456789", "completion": "a"}  # all that is learned is cut off
+    memory = Memory()
+    async with fake_service(tmp_path) as service:
+        trainer = await service.create_model(base_model="fake")
+        whole = (await to_datums(trainer, examples, PLAN)).datums
+        with pytest.raises(InvalidRequestError, match=r"examples\[3\]: has 9 tokens, more than 6"):
+            await to_datums(trainer, examples, plan)
+        cut = await to_datums(trainer, [*examples, silent], replace(plan, too_long="cut"))
+        assert (cut.cut, cut.dropped) == (2, 1)
+        for kept, given in zip(cut.datums, whole, strict=True):
+            assert kept.model_input.to_ints() == given.model_input.to_ints()[:5]
+            for name, data in kept.loss_fn_inputs.items():
+                assert data.tolist() == given.loss_fn_inputs[name].tolist()[:5]
+        drop = replace(plan, too_long="drop")
+        dropped = await to_datums(trainer, [*examples, silent], drop)
+        assert (dropped.cut, dropped.dropped, dropped.datums) == (0, 3, whole[:3])
+        with pytest.raises(InvalidRequestError, match="held_out: are all longer than 6 tokens"):
+            await supervised(trainer, examples, drop, held_out=[silent])
+        context = trainer.model_info.context_length
+        long = {"text": "a" * (context + 2)}
+        kept = (await to_datums(trainer, [long], replace(PLAN, too_long="cut"))).datums[0]
+        assert kept.model_input.length == context
+        await supervised(trainer, [*examples, silent], drop, run=Run(loggers=Loggers(memory)))
+    assert memory.rows[max(memory.rows)]["data/dropped"] == 3
+    for wrong in ({"too_long": "skip"}, {"max_length": 1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            replace(PLAN, **wrong)
 
 
 def test_select() -> None:

@@ -6,15 +6,16 @@ submitted before the last is awaited, so that the engine never waits for this lo
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from weaver.errors import ConfigError
-from weaver_rl.conversations import to_datum
+from weaver.errors import ConfigError, InvalidRequestError
+from weaver_rl.conversations import cut_datum, to_datum
 from weaver_rl.data import check_tasks
 from weaver_rl.loops.policy import Result
 from weaver_rl.loops.run import Run
@@ -32,6 +33,22 @@ if TYPE_CHECKING:
     Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
 
 
+log = logging.getLogger(__name__)
+
+TooLong = Literal["refuse", "cut", "drop"]
+"""Of an example longer than `max_length`. refuse: an error that names it; cut: its first tokens are
+learned, and one of which nothing is left to learn is dropped; drop: it is left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What a model would learn from a data set, and what of it was too long."""
+
+    datums: list[Datum]
+    cut: int = 0
+    dropped: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedPlan(Steps):
     """`SupervisedPlan(epochs=3, batch_tokens=4096, learning_rate=1e-3)`"""
@@ -44,11 +61,16 @@ class SupervisedPlan(Steps):
     roles: tuple[str, ...] = ("assistant",)
     """Of messages that are learned."""
     max_length: int | None = None
-    """Tokens of the longest example allowed."""
+    """Tokens of the longest example; None, and at most: what the model's context holds."""
+    too_long: TooLong = "refuse"
 
     def __post_init__(self) -> None:
         Steps.__post_init__(self)
         at_least(1, self, "epochs", "batch_tokens")
+        if self.too_long not in get_args(TooLong):
+            raise ConfigError(f"is {self.too_long!r}.", field="too_long", hint="refuse, cut, drop.")
+        if self.max_length is not None:
+            at_least(2, self, "max_length")
         if self.steps is not None and self.steps < 0:
             raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
 
@@ -73,8 +95,9 @@ async def supervised(
     """
     check_tasks(examples, fields=(), source="examples")
     run = run or Run()
-    data = await to_datums(trainer, examples, plan)
-    tests = await to_datums(trainer, held_out, plan, source="held_out")
+    encoded = await to_datums(trainer, examples, plan)
+    data = encoded.datums
+    tests = (await to_datums(trainer, held_out, plan, source="held_out")).datums
     lengths = [datum.model_input.length for datum in data]
     planned = (
         batch
@@ -86,6 +109,8 @@ async def supervised(
 
     async def measure() -> dict[str, float]:
         measured: dict[str, float] = {}
+        if plan.too_long != "refuse":
+            measured |= {"data/cut": encoded.cut, "data/dropped": encoded.dropped}
         if tests:
             measured["eval/loss"] = (await trainer.forward(tests)).metrics["loss"]
         if evaluate is not None:
@@ -123,25 +148,41 @@ async def to_datums(
     plan: SupervisedPlan,
     *,
     source: str = "examples",
-) -> list[Datum]:
-    """What the model of `client` would learn from each example; dry runs call it too.
+) -> Encoded:
+    """What the model of `client` would learn from the examples; dry runs call it too.
 
     Raises:
         InvalidRequestError: one cannot be learned, or is longer than the plan or the model's
-            context allow; names it.
+            context allow and the plan refuses such; names it. Or none is left.
     """
     tokenizer = await client.get_tokenizer()
-    return [
-        to_datum(
+    context = client.model_info.context_length
+    most = min(plan.max_length or context + 1, context + 1)  # the last token is only predicted
+    refuse = plan.too_long == "refuse"
+    datums: list[Datum] = []
+    cut = dropped = 0
+    for i, example in enumerate(examples):
+        datum = to_datum(
             tokenizer,
             example,
             roles=plan.roles,
-            max_length=plan.max_length,
-            context_length=client.model_info.context_length,
+            max_length=plan.max_length if refuse else None,
+            context_length=context if refuse else None,
             where=getattr(example, "where", f"{source}[{i}]"),
         )
-        for i, example in enumerate(examples)
-    ]
+        kept: Datum | None = datum
+        if datum.model_input.length + 1 > most:
+            kept = cut_datum(datum, most) if plan.too_long == "cut" else None
+            cut, dropped = cut + (kept is not None), dropped + (kept is None)
+        if kept is not None:
+            datums.append(kept)
+    if cut or dropped:
+        log.warning("%s: %d cut to %d tokens, %d dropped.", source, cut, most, dropped)
+    if examples and not datums:
+        raise InvalidRequestError(
+            f"are all longer than {most} tokens.", field=source, hint="Raise max_length, or cut."
+        )
+    return Encoded(datums=datums, cut=cut, dropped=dropped)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:
