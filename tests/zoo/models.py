@@ -61,6 +61,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """transformers' `model_type` and what differs from `SIZES`. `wide` has a large vocabulary, and
 logits that spread as those of real models do."""
+NO_MLP = {"qwen3_moe", "mixtral", "opt"}
+"""Families whose feed-forward layers an adapter is refused for."""
 
 
 def random_model(family: str, *, vocab_size: int, seed: int = 7, **settings: Any) -> Any:

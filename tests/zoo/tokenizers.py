@@ -6,6 +6,7 @@ a chat template. What they differ in is said in `TOKENIZERS`.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import (
@@ -82,24 +83,31 @@ def _sentencepiece(
 
     `prefix` says where a space is put before text: `always` between specials, or at the `first`.
     """
-    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    learner = _with_spaces(Tokenizer(models.BPE()), prefix)
+    first = [*special, *BYTES]
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=first, show_progress=False)
+    learner.train_from_iterator(TEXTS * 5, trainer)
+    learned = json.loads(learner.to_str())["model"]  # put anew: no byte is a special token
+    merges = [tuple(pair) for pair in learned["merges"]]
+    model = models.BPE(learned["vocab"], merges, byte_fallback=True, unk_token="<unk>")
+    raw = _with_spaces(Tokenizer(model), prefix)
+    raw.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in special])
+    raw.add_tokens([AddedToken(name, special=False, normalized=False) for name in extra])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return _wrapped(raw, unk_token="<unk>", **settings)
+
+
+def _with_spaces(raw: Tokenizer, prefix: str) -> Tokenizer:
     if prefix == "first":
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
         spaces = normalizers.Replace(" ", "▁")
         steps = [normalizers.Prepend("▁"), spaces] if prefix else [spaces]
         raw.normalizer = normalizers.Sequence(steps)
-    trainer = trainers.BpeTrainer(
-        vocab_size=380, special_tokens=[*special, *BYTES], show_progress=False
-    )
-    raw.train_from_iterator(TEXTS * 5, trainer)
-    plain = {"normalized": False, "special": False}
-    raw.add_tokens([AddedToken(name, **plain) for name in extra])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return _wrapped(raw, unk_token="<unk>", **settings)
+    return raw
 
 
 def _unigram(**settings: Any) -> Any:
