@@ -194,7 +194,7 @@ def test_a_training_batch_takes_at_most_8_bytes_a_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{1, 2}, float("nan"), float("inf"), "\ud800", object(), {1: "a"}, 1j]
+    "value", [b"x", {1, 2}, float("nan"), float("inf"), "\ud800", object(), {1: "a"}, 1j]
 )
 def test_metadata_that_json_cannot_hold_is_refused(value: object) -> None:
     operation = protocol.CreateModel(base_model="m", user_metadata={"x": value})
@@ -256,6 +256,14 @@ MALFORMED = {
     "too many dimensions": message({"$tensor": ["i4", [1] * 70, 0]}, b"abcd"),
     "shape of floats": message({"$tensor": ["i4", [1.0], 0]}, b"abcd"),
     "reference is a number": message({"$tensor": 3}, b"abcd"),
+    "30,000 dimensions": message({"$list": ["i4", [2**63 - 1] * 30_000, 0]}),
+    "30,000 empty dimensions": message({"$tensor": ["f8", [0] * 30_000, 0]}),
+    "shape of truths": message({"$tensor": ["i4", [True], 0]}, b"abcd"),
+    "shape of giants": message({"$tensor": ["i4", [10**4000] * 8, 0]}, b"abcd"),
+    "offset of a giant": message({"$tensor": ["i4", [1], 10**4000]}, b"abcd"),
+    "dtype of a million letters": message({"$tensor": ["i" * 10**6, [1], 0]}, b"abcd"),
+    "bytes in a list": message([{"$bytes": ["u1", [3], 0]}], b"abc"),
+    "bytes as text": message({"note": {"$bytes": ["u1", [3], 0]}, "x": 1}, b"abc"),
     "reserved key": message({"$other": 3}),
 }
 
@@ -311,6 +319,58 @@ def test_a_wrong_field_is_named() -> None:
             SUBMISSIONS,
         )
     assert caught.value.code == "invalid_params"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" + b"[]," * 600_000, b"{}," * 600_000, b'"a",' * 600_000, b"1," * 4_300_000],
+    ids=["lists", "mappings", "texts", "numbers"],
+)
+def test_json_that_would_take_long_to_parse_is_refused_before_it_is(header: bytes) -> None:
+    with pytest.raises(TooLargeError, match="JSON"):
+        wire.decode(message(header), ANY)
+
+
+def test_what_inflates_too_much_is_refused_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = message([{"$list": ["f4", [2**23], 0]}], bytes(2**25))
+    assert len(data) < 2000
+    monkeypatch.setattr(wire, "decompress", pytest.fail)
+    with pytest.raises(TooLargeError, match="limit is 1024"):
+        wire.decode(data, ANY)
+
+
+@pytest.mark.parametrize("megabytes", [1, 20])
+def test_arrays_that_compress_well_are_sent_so_that_they_may_be_read(megabytes: int) -> None:
+    tokens = megabytes * 2**18
+    datum = types.Datum(
+        model_input=np.ones(tokens, np.int64), loss_fn_inputs={"weights": np.ones(tokens)}
+    )
+    assert wire.decode(wire.encode(datum), TypeAdapter(types.Datum)) == datum
+
+
+def test_numbers_in_lists_are_counted_before_they_are_made() -> None:
+    data = wire.encode([types.ModelInput.from_ints(range(60)), types.ModelInput.from_ints([1])])
+    inputs = TypeAdapter(tuple[types.ModelInput, ...])
+    assert len(wire.decode(data, inputs, limits=wire.WireLimits(list_numbers=60))) == 2
+    with pytest.raises(TooLargeError, match="numbers"):
+        wire.decode(data, inputs, limits=wire.WireLimits(list_numbers=59))
+
+
+def test_a_list_of_numbers_takes_no_memory_where_none_belongs() -> None:
+    data = message([{"$list": ["f4", [2**21], 0]}], np.random.default_rng(0).bytes(2**23))
+    tracemalloc.start()
+    with pytest.raises(InvalidRequestError):
+        wire.decode(data, SUBMISSIONS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * 2**23
+
+
+def test_metadata_get_their_lists_back() -> None:
+    operation = protocol.CreateModel(
+        base_model="m", user_metadata={"a": list(range(30)), "b": {"c": [[0.5] * 20]}}
+    )
+    assert wire.decode(wire.encode(operation), TypeAdapter(protocol.CreateModel)) == operation
 
 
 LIMITS = wire.WireLimits(header_bytes=2**16, array_bytes=2**16)

@@ -233,7 +233,7 @@ def from_code(
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: the nearest valid one, or all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:80], names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
 
 

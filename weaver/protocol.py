@@ -14,35 +14,39 @@ answer; the same (session, run, seq) or id with another body is a `ConflictError
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from weaver import types
+from weaver import fields, types
 from weaver.errors import InvalidNameError, WeaverError, from_code
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 # --- operations ---------------------------------------------------------------------------------
 
 
 class CreateModel(types.Value):
     kind: Literal["create_model"] = "create_model"
-    base_model: str
+    base_model: fields.PathText
     training_mode: types.TrainingMode = "lora"
     lora_config: types.LoraConfig | None = None
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Of the adapter's initial values, where `lora_config.seed` is None."""
-    user_metadata: types.JsonDict = Field(default_factory=dict)
+    user_metadata: fields.JsonDict = Field(default_factory=dict)
 
 
 class ForwardBackward(types.Value):
     """`backward=False` is the verb `forward`: no gradient is kept."""
 
     kind: Literal["forward_backward"] = "forward_backward"
-    datums: tuple[types.Datum, ...]
-    loss_fn: str
-    loss_fn_config: Mapping[str, float | str] = Field(default_factory=dict)
+    datums: Annotated[tuple[types.Datum, ...], Field(fail_fast=True)]
+    loss_fn: fields.ShortText
+    loss_fn_config: fields.Options = Field(default_factory=dict)
     backward: bool = True
+    labels: tuple[fields.ShortText, ...] = ()
+    """Of the submitter, for its datums: the result brings them back."""
 
 
 class OptimStep(types.Value):
@@ -59,7 +63,7 @@ class SaveCheckpoint(types.Value):
 
     kind: Literal["save_checkpoint"] = "save_checkpoint"
     purpose: Literal["state", "sampler"]
-    name: str | None = None
+    name: fields.ShortText | None = None
     include_optimizer: bool = True
     ttl_seconds: int | None = Field(default=None, ge=1, le=2**31, strict=True)
     overwrite: bool = False
@@ -67,7 +71,7 @@ class SaveCheckpoint(types.Value):
 
 class LoadCheckpoint(types.Value):
     kind: Literal["load_checkpoint"] = "load_checkpoint"
-    path: str
+    path: fields.PathText
     """`weaver://...` or a folder that `save_state` wrote."""
     include_optimizer: bool = False
 
@@ -76,15 +80,19 @@ class OpenSampler(types.Value):
     """Makes weights ready to sample; both None is refused."""
 
     kind: Literal["open_sampler"] = "open_sampler"
-    base_model: str | None = None
-    model_path: str | None = None
+    base_model: fields.PathText | None = None
+    model_path: fields.PathText | None = None
     """`weaver://...` or a folder: an adapter in PEFT's layout, or a whole model."""
 
 
 class Sample(types.Value):
     kind: Literal["sample"] = "sample"
-    sampler_id: str
-    prompt: types.ModelInput | str | tuple[types.Message, ...]
+    sampler_id: fields.PathText
+    prompt: (
+        types.ModelInput
+        | fields.LongText
+        | Annotated[tuple[types.Message, ...], Field(fail_fast=True)]
+    )
     """Text is encoded with the model's tokenizer; messages with its chat template."""
     params: types.SamplingParams = types.SamplingParams()
     num_samples: int = Field(default=1, ge=0, le=4096)
@@ -98,7 +106,7 @@ class ReleaseSampler(types.Value):
     before are finished."""
 
     kind: Literal["release_sampler"] = "release_sampler"
-    sampler_id: str
+    sampler_id: fields.PathText
 
 
 Operation = Annotated[
@@ -126,6 +134,7 @@ class ModelCreated(types.Value):
 class GradientsDone(types.Value):
     kind: Literal["gradients_done"] = "gradients_done"
     output: types.ForwardBackwardResult
+    labels: tuple[fields.ShortText, ...] = ()
 
 
 class StepDone(types.Value):
@@ -192,7 +201,7 @@ class ErrorInfo(types.Value):
         return from_code(self.code, self.message, field=self.field, hint=self.hint)
 
 
-Name = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
+Name = Annotated[str, Field(strict=True, max_length=256, pattern=r"^[^\x00]*$")]
 """What every database can keep."""
 
 
@@ -209,7 +218,7 @@ class Submission(types.Value):
     lost_gradient: bool = False
     """Set in the tombstone of a gradient pass, without which the run's batch lacks a part: the next
     `optim_step` fails with `GradientsDiscardedError`, as after a pass that was refused."""
-    note: str | None = None
+    note: Annotated[str, Field(strict=True, max_length=1024)] | None = None
     """Of the submitter, for itself: the outcome brings it back, also after a restart."""
 
 
@@ -243,7 +252,7 @@ class SessionState(types.Value):
     """Operations without an outcome."""
     unnamed_samplers: int
     """Samplers that live as long as the session."""
-    user_metadata: types.JsonDict = Field(default_factory=dict)
+    user_metadata: fields.JsonDict = Field(default_factory=dict)
     """What its client gave when it opened it."""
 
 
@@ -286,7 +295,9 @@ def check_name(name: N, *, field: str = "name") -> N:
 class Service(Protocol):
     """What a client needs. Every method may raise `WeaverError`; none waits without a bound."""
 
-    async def open_session(self, *, user_metadata: types.JsonDict | None = None) -> SessionInfo: ...
+    async def open_session(
+        self, *, user_metadata: fields.JsonDict | None = None
+    ) -> SessionInfo: ...
 
     async def close_session(self, session_id: str) -> None:
         """Cancels the session's samples and forgets its unnamed samplers; its runs stay."""

@@ -14,11 +14,33 @@ import numpy.typing as npt
 from weaver.errors import InvalidDatumError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
 DTYPES: tuple[str, ...] = ("int64", "float32")
+MAX_DIMENSIONS = 8
+"""Of an array that comes in a message; no operation has more."""
+
+
+class Numbers:
+    """A list of numbers of a message, float or int [N], before the type of its field is known.
+
+    Python objects take ten times the memory, so only fields that are lists of numbers make them.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def tolist(self) -> list[Any]:
+        """NaN stands for None."""
+        values: list[Any] = self.array.tolist()
+        return [None if x != x else x for x in values] if self.array.dtype.kind == "f" else values
 
 
 class TensorData:
@@ -128,12 +150,18 @@ def as_token_ids(tokens: object) -> tuple[int, ...]:
 def _as_array(data: object, dtype: str | None, field: str) -> npt.NDArray[Any]:
     if isinstance(data, TensorData):
         data = data.to_numpy()
+    if isinstance(data, Numbers):
+        data = data.array
     if dtype is not None and dtype not in DTYPES:
         raise InvalidDatumError(f"unknown dtype {dtype!r}.", field=field, hint=f"Use {DTYPES}.")
     if hasattr(data, "detach"):  # a torch tensor, on any device and in any dtype
         tensor: Any = data
         tensor = tensor.detach().cpu()
         data = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if isinstance(data, (list, tuple)) and _holds_text(
+        data
+    ):  # each would take as much as the longest
+        raise InvalidDatumError("has text in it.", field=field, hint="Pass integers or floats.")
     try:
         array = np.array(data)
     except (ValueError, TypeError) as error:
@@ -159,3 +187,11 @@ def _as_array(data: object, dtype: str | None, field: str) -> npt.NDArray[Any]:
     if kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise InvalidDatumError("has values that do not fit int64.", field=field)
     return np.ascontiguousarray(array.astype(target)).reshape(array.shape)
+
+
+def _holds_text(items: Sequence[object]) -> bool:
+    kinds = set(map(type, items))
+    if str in kinds or bytes in kinds:
+        return True
+    nested = kinds & {list, tuple}
+    return bool(nested) and any(_holds_text(x) for x in items if isinstance(x, (list, tuple)))

@@ -7,19 +7,37 @@ T for the tokens of one sequence; log-probabilities are in nats.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError, nearest
+from weaver.fields import (
+    MAX_NAMES,
+    Floats,
+    Integers,
+    LongText,
+    ShortText,
+    StopTexts,
+    few,
+    listed,
+)
+from weaver.fields import JsonDict as JsonDict
 from weaver.tensors import TensorData, as_token_ids
 
 TrainingMode = Literal["lora", "full_ft"]
 StopReason = Literal["stop", "length"]
 CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
-JsonDict = dict[str, Any]
 
 
 class Value(BaseModel, Mapping[str, Any]):
@@ -37,6 +55,8 @@ class Value(BaseModel, Mapping[str, Any]):
     """Attributes that read as keys, beside the fields."""
 
     def __init__(self, **data: Any) -> None:
+        if len(data) > MAX_NAMES:  # pydantic would describe each that it does not know
+            data = dict(list(data.items())[:MAX_NAMES])
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -76,7 +96,7 @@ class ModelInput(Value):
     """A sequence of tokens in chunks: `ModelInput.from_ints([1, 2, 3])`."""
 
     _error = InvalidDatumError
-    chunks: tuple[EncodedTextChunk, ...] = ()
+    chunks: Annotated[tuple[EncodedTextChunk, ...], Field(fail_fast=True)] = ()
 
     @classmethod
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
@@ -121,7 +141,9 @@ class Datum(Value):
 
     _error = InvalidDatumError
     model_input: ModelInput
-    loss_fn_inputs: Mapping[str, TensorData] = Field(default_factory=dict)
+    loss_fn_inputs: Annotated[Mapping[ShortText, TensorData], BeforeValidator(few)] = Field(
+        default_factory=dict
+    )
 
     @field_validator("model_input", mode="before")
     @classmethod
@@ -152,8 +174,8 @@ class Datum(Value):
 class Message(Value):
     """One chat message: `{"role": "user", "content": "Hello"}`."""
 
-    role: str
-    content: str
+    role: ShortText
+    content: LongText
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -212,7 +234,7 @@ class SamplingParams(Value):
     """Drops tokens less likely than `min_p` times the likeliest (arXiv:2407.01082)."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides positive and multiplies negative logits of tokens seen (arXiv:1909.05858)."""
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
+    stop: Annotated[StopTexts, BeforeValidator(_stop_strings), Field(max_length=256)] = ()
     """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them.
 
     They may be or contain special tokens ("<|im_end|>"), though `text` has none.
@@ -266,13 +288,13 @@ class OptimStepResult(Value):
 class SampledSequence(Value):
     """One continuation. All lists have one entry for each of its tokens."""
 
-    tokens: tuple[int, ...]
+    tokens: Integers
     """What was sampled, with the tokens that completed a stop."""
     text: str
     """The decoded tokens, without special tokens and without the stop string."""
-    logprobs: tuple[float, ...]
+    logprobs: Floats
     """Of the policy: untempered, unfiltered."""
-    sampling_logprobs: tuple[float, ...]
+    sampling_logprobs: Floats
     """Of the distribution that was drawn from: after penalty, temperature, top-k, top-p, min-p."""
     stop_reason: StopReason
     weights_version: int = 0
@@ -281,17 +303,17 @@ class SampledSequence(Value):
 
 class SampleResult(Value):
     sequences: tuple[SampledSequence, ...]
-    prompt_tokens: tuple[int, ...] = ()
-    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_tokens: Integers = ()
+    prompt_logprobs: Annotated[tuple[float | None, ...] | None, BeforeValidator(listed)] = None
 
 
 class SampleDelta(Value):
     """A piece of a streamed sample: the new tokens of sequence `index`."""
 
     index: int
-    tokens: tuple[int, ...]
+    tokens: Integers
     text: str
-    logprobs: tuple[float, ...]
+    logprobs: Floats
     stop_reason: StopReason | None = None
     """Set in the last piece of a sequence."""
 
@@ -350,7 +372,7 @@ class TrainingRun(Value):
 class MetricPoint(Value):
     """One logged number: `MetricPoint(name="reward", value=0.5, step=3)`."""
 
-    name: str = Field(max_length=256, pattern=r"^[^\x00]*$")
+    name: ShortText = Field(pattern=r"^[^\x00]*$")
     value: float
     step: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     occurred_at: datetime | None = None
@@ -362,13 +384,13 @@ def _named(error: ValidationError, cls: type[Value]) -> InvalidRequestError:
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequestError):
         return cause
-    field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+    field = ".".join(str(part)[:80] for part in problem["loc"]) or cls.__name__
     if problem["type"] == "extra_forbidden":
         return cls._error(
             f"{cls.__name__} has no such field.", field=field, hint=nearest(field, cls.model_fields)
         )
     if problem["type"] == "missing":
         return cls._error(f"{cls.__name__} needs it.", field=field, hint="Pass a value.")
-    given = repr(problem["input"])
+    given = reprlib.repr(problem["input"])
     given = given if len(given) <= 60 else f"{given[:57]}..."
     return cls._error(f"is {given}.", field=field, hint=f"{problem['msg']}.")

@@ -62,9 +62,10 @@ class Operations:
     def execute(self, batch: Sequence[tuple[Run | None, Ticket]]) -> Sequence[Result | WeaverError]:
         """One operation and its run, or several `forward_backward` that share a pass."""
         gradients = [
-            gradient_job(run.run_id, ticket.submission.operation)
+            (gradient_job(run.run_id, operation), operation.labels)
             for run, ticket in batch
-            if run is not None and isinstance(ticket.submission.operation, ForwardBackward)
+            if run is not None
+            and isinstance(operation := ticket.submission.operation, ForwardBackward)
         ]
         if gradients:
             done = attempt(lambda: self._forward_backward(gradients))
@@ -129,11 +130,14 @@ class Operations:
         return ModelCreated(run=run.describe(), model=model)
 
     def _forward_backward(
-        self, jobs: Sequence[GradientJob]
+        self, labelled: Sequence[tuple[GradientJob, tuple[str, ...]]]
     ) -> Sequence[GradientsDone | WeaverError]:
+        outputs = self.engine.trainer.forward_backward([job for job, _ in labelled])
         return [
-            output if isinstance(output, WeaverError) else GradientsDone(output=output)
-            for output in self.engine.trainer.forward_backward(jobs)
+            output
+            if isinstance(output, WeaverError)
+            else GradientsDone(output=output, labels=labels)
+            for output, (_, labels) in zip(outputs, labelled, strict=True)
         ]
 
     def _optim_step(self, run: Run, operation: OptimStep) -> StepDone:

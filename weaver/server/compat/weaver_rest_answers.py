@@ -36,7 +36,6 @@ class Note(Body):
     """What a resend of the same request has in common with it."""
     artifact: bool = False
     """The checkpoint was made to be downloaded."""
-    datum_ids: tuple[str | None, ...] = ()
     sampler_id: str | None = None
     samples: int = 0
     old_logprobs: bool = False
@@ -124,13 +123,13 @@ def catalog_json(model: ModelInfo) -> JsonDict:
 
 def _answer(result: Result, note: Note) -> JsonDict:
     match result:
-        case GradientsDone(output=passed):
+        case GradientsDone(output=passed, labels=labels):
             outputs: list[JsonDict] = [
                 {name: values.tolist() for name, values in output.items()}
                 for output in passed.loss_fn_outputs
             ]
-            for output, datum_id in zip(outputs, note.datum_ids, strict=False):
-                output |= {} if datum_id is None else {"datum_id": datum_id}
+            for output, datum_id in zip(outputs, labels, strict=False):
+                output |= {"datum_id": datum_id} if datum_id else {}
             metrics = dict(passed.metrics)
             return {"result": {"loss_fn_outputs": outputs, "metrics": metrics}, "metrics": metrics}
         case StepDone(output=step):

@@ -53,7 +53,7 @@ class Point(MetricPoint):
 
 
 class MetricsBody(Body):
-    metrics: tuple[Point, ...] = Field(max_length=10_000)
+    metrics: tuple[Point, ...] = Field(max_length=10_000, fail_fast=True)
 
 
 # --- sessions -----------------------------------------------------------------------------------

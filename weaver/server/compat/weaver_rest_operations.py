@@ -24,6 +24,7 @@ from pydantic_core import to_json
 from weaver.errors import NotFoundError, ServiceConnectionError
 from weaver.protocol import Submission
 from weaver.server.compat.weaver_rest_answers import Note, envelope
+from weaver.wire import beside
 
 if TYPE_CHECKING:
     from fastapi import Response
@@ -229,15 +230,18 @@ async def _resend_key(request: Request) -> str | None:
     if not trace and b'"seq_id"' not in body:
         return None
     digest = hashlib.blake2b(f"{trace}\n{request.url.path}\n".encode(), digest_size=16)
-    digest.update(body)
+    await beside(len(body), partial(digest.update, body))
     return digest.hexdigest()
 
 
 async def answered(desk: Desk, entry: Entry, *, hold_s: float = HOLD_S) -> Response:
     """The operation's envelope, with its outcome if that comes within `hold_s`."""
     await desk.wait(entry, hold_s)
-    told = partial(envelope, entry.id, entry.outcome, entry.note)
-    return JsonResponse(await to_thread.run_sync(told))
+
+    def told() -> Response:
+        return JsonResponse(envelope(entry.id, entry.outcome, entry.note))
+
+    return await to_thread.run_sync(told)
 
 
 class JsonResponse(JSONResponse):

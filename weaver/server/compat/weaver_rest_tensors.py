@@ -24,6 +24,8 @@ from pydantic_core import from_json
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, TooLargeError
+from weaver.tensors import MAX_DIMENSIONS
+from weaver.wire_arrays import RATIO, RATIO_FREE_BYTES
 
 if TYPE_CHECKING:
     from typing import Self, TypeVar
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     B = TypeVar("B", bound="Body")
 
 DECODED_BYTES = 512 * 2**20
+MULTIPART = "multipart/form-data"
 
 
 class Body(BaseModel):
@@ -49,12 +52,18 @@ class Body(BaseModel):
             InvalidRequestError: it is not what it should be, with the field at fault.
             TooLargeError: its tensors have more than `DECODED_BYTES`.
         """
-        data = await request.body()
+        data, front = await request.body(), request.state.front
         media_type = request.headers.get("Content-Type", "")
-        return await wire.beside(len(data), partial(parse, data, media_type, cls))
+        announced = len(data) if not media_type.startswith(MULTIPART) else DECODED_BYTES
+        async with front.reading.of(announced):
+            read = partial(parse, data, media_type, cls)
+            return await wire.beside(announced, read, limiter=front.readers)
 
 
 TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
+
+
+Dimension = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class PackInfo(Body):
@@ -74,14 +83,14 @@ class Reference(Body):
     format: Literal["raw-tensor"] = "raw-tensor"
     codec: Literal["raw"] = "raw"
     dtype: Literal["int64", "int32", "float32", "float64"]
-    shape: tuple[int, ...] = Field(max_length=8)
+    shape: tuple[Dimension, ...] = Field(max_length=MAX_DIMENSIONS, fail_fast=True)
     offset: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
 
 
 def parse(data: bytes, media_type: str, kind: type[B]) -> B:
     """See `Body.read`."""
-    if not media_type.startswith("multipart/form-data"):
+    if not media_type.startswith(MULTIPART):
         return wire.validate(_json(data or b"{}"), kind.model_validate, name="body")
     head, pack = _parts(data, media_type)
     manifest = wire.validate(_json(head), Manifest.model_validate, name="manifest")
@@ -90,6 +99,7 @@ def parse(data: bytes, media_type: str, kind: type[B]) -> B:
 
 
 def _json(data: bytes) -> Any:
+    wire.check_json(data)
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -116,9 +126,10 @@ def _parts(data: bytes, media_type: str) -> tuple[bytes, memoryview]:
 
 def _unpacked(pack: memoryview, info: PackInfo) -> memoryview:
     size = info.decoded_size_bytes
-    if size > DECODED_BYTES:
+    limit = min(DECODED_BYTES, max(RATIO_FREE_BYTES, RATIO * len(pack)))
+    if size > limit:
         raise TooLargeError(
-            f"has {size} bytes when decoded, the limit is {DECODED_BYTES}.",
+            f"has {size} bytes when decoded, the limit is {limit}.",
             field="tensor_pack",
             hint="Send fewer datums at once.",
         )
@@ -155,11 +166,7 @@ def _array(reference: Reference, pack: memoryview) -> npt.NDArray[Any]:
     dtype = np.dtype(reference.dtype).newbyteorder("<")
     start, end = reference.offset, reference.offset + reference.size_bytes
     shape = reference.shape
-    if (
-        min(shape, default=0) < 0
-        or math.prod(shape) * dtype.itemsize != reference.size_bytes
-        or end > len(pack)
-    ):
+    if math.prod(shape) * dtype.itemsize != reference.size_bytes or end > len(pack):
         raise InvalidRequestError(
             f"has a tensor of shape {list(shape)} at {start} that is not in its pack.",
             field="tensor_pack",

@@ -104,11 +104,13 @@ def _pass(body: ForwardBody | BackwardBody) -> ForwardBackward:
         for name, value in given.loss_fn_config.items()
         if name not in IGNORED_OPTIONS
     }
+    ids = [datum.datum_id or "" for datum in given.data]
     return ForwardBackward(
         datums=tuple(datum.to_native(given.loss_fn) for datum in given.data),
         loss_fn=LOSSES.get(given.loss_fn, given.loss_fn),
         loss_fn_config=options,
         backward=isinstance(body, BackwardBody),
+        labels=tuple(ids) if any(ids) else (),
     )
 
 
@@ -157,8 +159,7 @@ async def ordered(
         if isinstance(operation, LoadCheckpoint):  # its path may be an id
             path = (await find_checkpoint(desk.service, operation.path)).path
             operation = operation.model_copy(update={"path": path})
-        ids = [d.datum_id for d in body.given.data] if hasattr(body, "given") else []
-        note = Note(artifact=artifact, datum_ids=tuple(ids) if any(ids) else ())
+        note = Note(artifact=artifact)
         entry = await desk.submit(request, operation, note, run_id=model_id)
     return await answered(desk, entry)
 

@@ -7,7 +7,7 @@ all that the server does for an operation beside it. Their OpenAPI parameters ar
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-SUBMISSIONS = TypeAdapter(tuple[Submission, ...])
+SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
 BINARY: dict[str, Any] = {
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 }
@@ -48,11 +48,14 @@ async def submit(request: Request) -> Response:
         raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
     data = await request.body()
     read = partial(wire.decode, data, SUBMISSIONS, limits=front.message_limits)
-    submissions = await wire.beside(len(data), read)
-    if len(submissions) > (limit := front.service.limits.submissions):
-        raise TooLargeError(f"{len(submissions)} submissions in a request, the limit is {limit}.")
-    request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
-    await service.submit(request.path_params["session_id"], submissions)
+    announced = wire.announced_bytes(data)
+    async with front.reading.of(announced):
+        submissions = await wire.beside(announced, read, limiter=front.readers)
+        count, limit = len(submissions), front.service.limits.submissions
+        if count > limit:
+            raise TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
+        request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
+        await service.submit(request.path_params["session_id"], submissions)
     front.metrics.submitted(submissions)
     return JSONResponse(Accepted(accepted=len(submissions)).model_dump(), status_code=202)
 

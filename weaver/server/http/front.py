@@ -11,6 +11,7 @@ import anyio
 
 from weaver.errors import AuthenticationError
 from weaver.server.compat.weaver_rest_ids import PREFIX
+from weaver.server.http.budget import Budget
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
 from weaver.server.tenancy import Caller
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "application/vnd.weaver"
 JSON_BODY_BYTES = 4 * 2**20
-REST_JSON_BYTES = 64 * 2**20
-"""There, JSON carries training data: a million tokens."""
+REST_JSON_BYTES = 32 * 2**20
+"""There, JSON carries training data: half a million tokens."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
 """A key that was good is not looked up again for so long: two queries an operation, each a tenth of
@@ -46,6 +47,10 @@ class Front:
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
     metrics: ServerMetrics = field(init=False)
+    reading: Budget = field(init=False)
+    """Of what bodies announce, until what they hold is accepted."""
+    readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
+    """Threads for that. More of them would take the interpreter from the event loop."""
     replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
@@ -59,11 +64,16 @@ class Front:
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.service.activity)
+        self.reading = Budget(2 * self.message_limits.message_bytes)
 
     @property
     def message_limits(self) -> WireLimits:
-        size = self.service.limits.body_bytes
-        return WireLimits(header_bytes=min(size, MESSAGE_HEADER_BYTES), array_bytes=size)
+        size, tokens = self.service.limits.body_bytes, self.service.limits.operation_tokens
+        return WireLimits(
+            header_bytes=min(size, MESSAGE_HEADER_BYTES),
+            array_bytes=size,
+            list_numbers=tokens and 2 * tokens,
+        )
 
     def body_bytes(self, media_type: str, path: str) -> int:
         """The limit of a body."""

@@ -6,12 +6,15 @@ need none: their ids do the same, durably.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 from fastapi.routing import APIRoute
+
+from weaver.wire import check_json
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -32,11 +35,9 @@ class Replies:
     """The last `KEPT` answers."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
-    async def once(
-        self, key: tuple[str, ...], respond: Callable[[], Awaitable[Response]]
-    ) -> Response:
+    async def once(self, key: bytes, respond: Callable[[], Awaitable[Response]]) -> Response:
         """The answer of the first `respond` for this key that gave one; waits while it runs."""
         while (entry := self._entries.get(key)) is not None:
             await entry.done.wait()
@@ -62,10 +63,14 @@ class OnceRoute(APIRoute):
 
         async def handle_once(request: Request) -> Response:
             key = request.headers.get("Idempotency-Key")
-            if key is None or request.method == "GET":
+            if request.method == "GET":
+                return await handle(request)
+            check_json(await request.body())
+            if key is None:
                 return await handle(request)
             replies: Replies = request.state.front.replies
             place = (request.state.caller.project, request.method, str(request.url), key)
-            return await replies.once(place, lambda: handle(request))
+            digest = hashlib.sha256(repr(place).encode()).digest()  # headers may be long
+            return await replies.once(digest, lambda: handle(request))
 
         return handle_once

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import Field
 
 from weaver import wire
+from weaver.fields import ShortText
 from weaver.protocol import Export, Service, SessionInfo, SessionState
 from weaver.server.http.exchange import BINARY
 from weaver.server.http.front import MEDIA_TYPE, Front
@@ -34,7 +35,7 @@ class SessionRequest(Value):
 
 
 class CancelRequest(Value):
-    submission_ids: tuple[str, ...] = Field(max_length=10_000)
+    submission_ids: tuple[ShortText, ...] = Field(max_length=10_000, fail_fast=True)
 
 
 class TtlRequest(Value):
@@ -42,7 +43,7 @@ class TtlRequest(Value):
 
 
 class MetricsRequest(Value):
-    points: tuple[MetricPoint, ...] = Field(max_length=10_000)
+    points: tuple[MetricPoint, ...] = Field(max_length=10_000, fail_fast=True)
 
 
 # Dependencies are coroutines because the framework calls plain functions in a thread.

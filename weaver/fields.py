@@ -1,0 +1,57 @@
+"""The kinds of fields that values have: bounded texts, lists of numbers, free-form data.
+
+`weaver.types` and `weaver.protocol` are made of them. Whatever comes from outside has a bound here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from weaver.errors import InvalidParamsError
+from weaver.tensors import Numbers
+
+MAX_NAMES = 64
+"""Of fields or options of one value; none has as many."""
+ShortText = Annotated[str, Field(strict=True, max_length=256)]
+"""Names and roles. `strict` is without bytes, which pydantic would read as text."""
+StopText = Annotated[str, Field(strict=True, max_length=1024)]
+StopTexts = Annotated[tuple[StopText, ...], Field(fail_fast=True)]
+PathText = Annotated[str, Field(strict=True, max_length=4096)]
+"""Paths of any kind, and what may be one: a base model, a sampler's id."""
+LongText = Annotated[str, Field(strict=True, max_length=2**24)]
+"""What a model reads; its context is a bound of its own."""
+
+
+def _plain(value: object) -> object:
+    """Free-form data as a message has it, with plain lists."""
+    try:
+        return _unpacked(value)
+    except RecursionError:
+        raise InvalidParamsError(
+            "has no end.", field="user_metadata", hint="Use plain JSON values in metadata."
+        ) from None
+
+
+def _unpacked(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _unpacked(item) for key, item in value.items()}
+    return [_unpacked(item) for item in value] if isinstance(value, list) else listed(value)
+
+
+def few(value: object) -> object:
+    if isinstance(value, Mapping) and len(value) > MAX_NAMES:
+        raise ValueError(f"{len(value)} names, the limit is {MAX_NAMES}")
+    return value
+
+
+def listed(value: object) -> object:
+    return value.tolist() if isinstance(value, Numbers) else value
+
+
+Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
+JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(listed)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
