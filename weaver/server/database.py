@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from weaver.errors import ConfigError, ServiceConnectionError, StorageError
+from weaver.errors import ConfigError, ConflictError, ServiceConnectionError, StorageError
 from weaver.server.tables import (
     answers_table,
     metadata,
@@ -70,15 +70,89 @@ UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (
 VERSION = len(UPGRADES) + 1
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are brought up to date."""
-DISK_FULL = "53100"
-"""PostgreSQL's code."""
+SERVING = 0x57454157
+"""PostgreSQL's advisory lock that a server holds while it serves."""
+DISK_FULL, LOCK_TIMEOUT = "53100", "55P03"
+"""PostgreSQL's codes."""
 CONNECT_S = 5
 BUSY_S = 5
-"""A write to SQLite waits so long for that of another process."""
+"""A write to SQLite waits so long for that of another process; a server at its start for another
+that ends on its PostgreSQL database."""
+
+
+class Writer:
+    """Where the one who writes a database takes its connections.
+
+    On PostgreSQL one who writes `alone` uses a single connection, which holds a lock for as long as
+    it lives: whoever has lost the connection cannot write beside the next owner.
+    """
+
+    def __init__(self, database: sa.Engine) -> None:
+        self.database = database
+        self._alone = False
+        self._connection: sa.Connection | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other servers off a PostgreSQL database; SQLite's home has a lock file for that.
+
+        Raises:
+            ConflictError: another server has it.
+        """
+        self._alone = self.database.dialect.name == "postgresql"
+        try:
+            with self.begin():
+                pass
+            yield
+        finally:
+            self._alone = False
+            self._close()
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A connection in a transaction of its own."""
+        if not self._alone:
+            with self.database.begin() as connection:
+                yield connection
+            return
+        held = self._held()
+        with held.begin():
+            yield held
+
+    def _held(self) -> sa.Connection:
+        if self._connection is not None:
+            try:
+                with self._connection.begin():
+                    self._connection.execute(sa.select(1))
+                return self._connection
+            except sa.exc.DBAPIError:  # the server was started anew, or the way to it was cut
+                self._close()
+        self._connection = self.database.connect()
+        try:
+            with self._connection.begin():
+                self._connection.exec_driver_sql(f"SET LOCAL lock_timeout = {1000 * BUSY_S}")
+                self._connection.execute(sa.select(sa.func.pg_advisory_lock(SERVING)))
+        except sa.exc.DBAPIError as error:
+            self._close()
+            if getattr(error.orig, "sqlstate", None) != LOCK_TIMEOUT:
+                raise
+            raise ConflictError(
+                "another server uses this PostgreSQL database.",
+                field="database_url",
+                hint="Stop that one, or give each server a database of its own.",
+            ) from None
+        return self._connection
+
+    def _close(self) -> None:
+        """Lets go of the lock with the connection, which does not go back to the pool."""
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
 
 
 @contextmanager
-def transaction(database: sa.Engine, *, at_once: bool = False) -> Iterator[sa.Connection]:
+def transaction(database: sa.Engine | Writer, *, at_once: bool = False) -> Iterator[sa.Connection]:
     """A connection whose changes are kept together, or not at all.
 
     `at_once` does not wait where another process writes to SQLite.
@@ -86,10 +160,11 @@ def transaction(database: sa.Engine, *, at_once: bool = False) -> Iterator[sa.Co
     Raises:
         ServiceConnectionError: the database is away; it may be waited for.
         StorageError: it failed.
+        ConflictError: another server has taken it over.
     """
     try:
         with database.begin() as connection:
-            if database.dialect.name == "sqlite":
+            if connection.dialect.name == "sqlite":
                 _set_busy(connection, 0 if at_once else int(1000 * BUSY_S))
             yield connection
     except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:  # drivers raise such too
@@ -102,7 +177,7 @@ def transaction(database: sa.Engine, *, at_once: bool = False) -> Iterator[sa.Co
             raise ServiceConnectionError(
                 "another process holds the database.", hint="Try again when it lets go of it."
             ) from error
-        if away and not full and database.dialect.name != "sqlite":
+        if away and not full and not isinstance(cause, sqlite3.Error):
             raise ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
             ) from error

@@ -17,7 +17,7 @@ from anyio import CancelScope, to_thread
 
 from weaver import wire
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
-from weaver.server.database import transaction
+from weaver.server.database import Writer, transaction
 from weaver.server.rows import (
     entry_of,
     executed_of,
@@ -123,6 +123,7 @@ class SqlStore:
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database
+        self.writer = Writer(database)
         self._writes: list[_Write] = []
         self._writing = anyio.Lock()
         self._acknowledged: list[dict[str, Any]] = []
@@ -303,7 +304,7 @@ class SqlStore:
         failure = None
         try:
             made = [statement for write in writes for statement in write.make()]
-            with transaction(self._database, at_once=at_once) as connection:
+            with transaction(self.writer, at_once=at_once) as connection:
                 for statement, rows in made:
                     if rows:
                         connection.execute(statement, rows)

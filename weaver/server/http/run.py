@@ -67,6 +67,7 @@ async def run_server(
 
     Raises:
         ConfigError: it cannot listen there, or would be open to others without keys.
+        ConflictError: another server has its home or its database.
     """
     if not settings.auth and not is_loopback(settings.host):
         raise ConfigError(
@@ -78,10 +79,12 @@ async def run_server(
         listener = stack.enter_context(_listen(settings.host, settings.port))
         database = open_database(settings.home, settings.database_url)
         stack.callback(database.dispose)
+        store = SqlStore(database)
+        stack.enter_context(store.writer.alone())
         async with LocalService(
             engine,
             home=settings.home,
-            store=SqlStore(database),
+            store=store,
             deterministic=settings.deterministic,
             durability=settings.durability,
             limits=settings.limits,

@@ -1,0 +1,93 @@
+"""One server at a time writes a PostgreSQL database, whatever happens to its connections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import sqlalchemy as sa
+
+from weaver.errors import ConflictError
+from weaver.server import database as module
+from weaver.server.database import SERVING, Writer, open_database, transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.postgres import Postgres
+
+HOLDERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' "
+    f"AND objid = {SERVING}"
+)
+
+
+@pytest.fixture
+def url(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(module, "BUSY_S", 0.2)
+    return postgres.emptied()
+
+
+@pytest.fixture
+def writers(url: str, tmp_path: Path) -> Iterator[tuple[Writer, Writer]]:
+    first, second = (open_database(tmp_path, url) for _ in range(2))
+    yield Writer(first), Writer(second)
+    first.dispose()
+    second.dispose()
+
+
+def write(writer: Writer, resource: str) -> None:
+    with transaction(writer) as connection:
+        row = {"resource": resource, "project": "default"}
+        connection.execute(module.owners_table.insert(), [row])
+
+
+def written(writer: Writer) -> set[str]:
+    with writer.database.begin() as connection:
+        return set(connection.scalars(sa.select(module.owners_table.c.resource)))
+
+
+def lose_connection(writer: Writer) -> None:
+    """As a network does: the database ends the session that holds the lock."""
+    with writer.database.begin() as connection:
+        assert connection.exec_driver_sql(HOLDERS).all()
+
+
+def test_a_second_server_is_refused_until_the_first_has_ended(
+    writers: tuple[Writer, Writer],
+) -> None:
+    first, second = writers
+    with first.alone():
+        write(first, "run/1")
+        with pytest.raises(ConflictError, match="another server"), second.alone():
+            pass
+        write(first, "run/2")
+    with second.alone():
+        write(second, "run/3")
+    assert written(first) == {"run/1", "run/2", "run/3"}
+
+
+def test_who_has_lost_the_database_writes_nothing_beside_the_next_owner(
+    writers: tuple[Writer, Writer],
+) -> None:
+    first, second = writers
+    with first.alone():
+        lose_connection(first)
+        with second.alone():
+            for _ in range(2):
+                with pytest.raises(ConflictError, match="another server"):
+                    write(first, "run/1")
+        write(first, "run/2")
+    assert written(first) == {"run/2"}
+
+
+def test_a_lost_connection_is_made_anew(writers: tuple[Writer, Writer]) -> None:
+    first, second = writers
+    with first.alone():
+        write(first, "run/1")
+        lose_connection(first)
+        write(first, "run/2")
+        with pytest.raises(ConflictError), second.alone():
+            pass
+    assert written(first) == {"run/1", "run/2"}
