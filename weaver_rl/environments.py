@@ -17,7 +17,7 @@ from weaver.errors import ConfigError, WeaverError
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
 from weaver_rl.boundary import attempt_async
 from weaver_rl.gather import gather
-from weaver_rl.rewards import checked, is_async, scorer
+from weaver_rl.rewards import checked, copy_of, is_async, scorer
 from weaver_rl.types import Failure, Score, Task
 
 if TYPE_CHECKING:
@@ -38,13 +38,17 @@ class GroupEnvironment:
 
 
 def single_turn(
-    reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: int = 0
+    reward: Reward | GroupReward,
+    *,
+    timeout_s: float = 30.0,
+    processes: int = 0,
+    concurrency: int = 256,
 ) -> GroupEnvironment:
     """Asks `task["prompt"]`, a text or a list of chat messages, and scores the reply.
 
-    `timeout_s` and `processes` are those of `rewards.scorer`.
+    `timeout_s`, `processes` and `concurrency` are those of `rewards.scorer`.
     """
-    score = scorer(reward, timeout_s=timeout_s, processes=processes)
+    score = scorer(reward, timeout_s=timeout_s, processes=processes, concurrency=concurrency)
 
     async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
         return await score(task, await respond_all(agents, task["prompt"]))
@@ -73,7 +77,7 @@ def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvi
         through = (WeaverError, BudgetExceeded)  # the service failed: the run must stop; no budget
         with anyio.move_on_after(budget.seconds):
             try:
-                played = partial(environment, agent, task)
+                played = partial(environment, agent, copy_of(task))
                 value = await attempt_async(played, "environment", through=through)
             except BudgetExceeded:
                 return Score(0.0, {"budget_exceeded": 1.0})

@@ -8,21 +8,24 @@ time-out, and what raises, hangs or is not a finite number becomes a `Failure`, 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import numbers
 import os
 import pickle
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
-import anyio.from_thread
 import anyio.to_process
 import numpy as np
+from anyio import CapacityLimiter
 from anyio.lowlevel import current_token
 
 from weaver.errors import ConfigError
@@ -42,6 +45,8 @@ Reward = Callable[[Task, Reply], Value | Awaitable[Value]]
 GroupFunction = Callable[[Task, Sequence[Reply]], Sequence[Value] | Awaitable[Sequence[Value]]]
 Scorer = Callable[[Task, Sequence[Reply]], Awaitable[list[Score | Failure]]]
 T = TypeVar("T")
+LARGEST = float(np.finfo(np.float32).max)
+"""Of rewards: what is trained on has 32 bits."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -60,7 +65,7 @@ def group_reward(function: GroupFunction) -> GroupReward:
 def weighted(rewards: Mapping[Reward, float]) -> Reward:
     """The weighted sum of rewards, each logged under its function's name.
 
-    `weighted({exact: 1.0, brevity: 0.1})`. Async if one of them is.
+    `weighted({exact: 1.0, brevity: 0.1})`. It answers an awaitable if one of them does.
     """
     names = [name_of(reward) for reward in rewards]
     if not rewards or len(set(names)) < len(names):
@@ -73,20 +78,28 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
             metrics |= {name: score.reward, **score.metrics}
         return Score(sum(w * s.reward for (_, _, w), s in zip(parts, values, strict=True)), metrics)
 
-    def sync_sum(task: Task, reply: Reply) -> Score:
-        return total([as_score(reward(task, reply), name) for name, reward, _ in parts])
+    async def finish(values: Sequence[Any]) -> Score:
+        return total(
+            [
+                as_score(await value if inspect.isawaitable(value) else value, name)
+                for (name, _, _), value in zip(parts, values, strict=True)
+            ]
+        )
 
-    async def async_sum(task: Task, reply: Reply) -> Score:
-        values = []
-        for name, reward, _ in parts:
-            if is_async(reward):
-                value = await reward(task, reply)  # type: ignore[misc]  # is_async says so
-            else:
-                value = await in_daemon_thread(partial(reward, task, reply))
-            values.append(as_score(value, name))
-        return total(values)
+    def weigh(task: Task, reply: Reply) -> Score | Awaitable[Score]:
+        values: list[Any] = []
+        try:
+            for _, reward, _ in parts:
+                values.append(reward(task, reply))
+        except BaseException:
+            for value in filter(inspect.iscoroutine, values):
+                value.close()
+            raise
+        if any(map(inspect.isawaitable, values)):
+            return finish(values)
+        return total([as_score(v, name) for (name, _, _), v in zip(parts, values, strict=True)])
 
-    return async_sum if any(map(is_async, rewards)) else sync_sum
+    return weigh
 
 
 def judge(
@@ -125,17 +138,26 @@ def last_number(text: str) -> float:
     return float(numbers[-1])
 
 
-def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: int = 0) -> Scorer:
+def scorer(
+    reward: Reward | GroupReward,
+    *,
+    timeout_s: float = 30.0,
+    processes: int = 0,
+    concurrency: int = 256,
+) -> Scorer:
     """What scores the replies to a task concurrently; one `Score` or `Failure` for each.
+
+    Each call gets a copy of the task of its own, and what it answers is awaited if it can be.
 
     Args:
         timeout_s: for each call, from when it begins to run. A sync one that hangs keeps its
             thread, but nothing waits for it; in a process it is killed.
         processes: at most so many worker processes for a CPU-heavy sync reward, which must be
-            importable (a function of a module, not a lambda); 0: threads.
+            importable (a function of a module, not a lambda); 0: threads, four a processor.
+        concurrency: at most so many async calls wait at the same time.
 
     Raises:
-        ConfigError: not callable, or an async reward with processes.
+        ConfigError: not callable, an async reward with processes, or a concurrency below 1.
     """
     grouped = isinstance(reward, GroupReward)
     function: Callable[..., Any] = reward.function if isinstance(reward, GroupReward) else reward
@@ -148,35 +170,73 @@ def scorer(reward: Reward | GroupReward, *, timeout_s: float = 30.0, processes: 
         raise ConfigError("an async reward has no use for processes.", field="processes")
     if processes:
         _check_importable(function)
-    places = processes or 4 * (os.cpu_count() or 1)
+    if concurrency < 1:
+        raise ConfigError(f"is {concurrency}.", field="concurrency", hint="At least 1.")
+    name = name_of(function)
     # Of each event loop its own: one of asyncio cannot serve trio.
-    limiters: WeakKeyDictionary[object, anyio.CapacityLimiter] = WeakKeyDictionary()
+    limiters: WeakKeyDictionary[object, tuple[CapacityLimiter, CapacityLimiter]]
+    limiters = WeakKeyDictionary()
 
-    async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
-        if asynchronous:
-            return await attempt_async(partial(function, task, argument), "reward")
-        if processes:
-            call = partial(attempt, partial(function, dict(task), argument), "reward")
-            limiter = anyio.CapacityLimiter(1)  # `timed` counts the places
-            return await anyio.to_process.run_sync(call, cancellable=True, limiter=limiter)
-        return await in_daemon_thread(partial(attempt, partial(function, task, argument), "reward"))
-
-    async def timed(task: Task, argument: Reply | Sequence[Reply]) -> Any:
-        limiter = anyio.CapacityLimiter(places)
-        async with limiters.setdefault(current_token().native_token, limiter):
+    async def timed(call: Callable[[], Awaitable[Any]], limiter: CapacityLimiter) -> Any:
+        async with limiter:
             # The time runs from when it has a place.
             with anyio.move_on_after(timeout_s):
-                return await run(task, argument)
-        name = name_of(function)
+                return await call()
         return Failure("reward", "timeout", f"{name} did not return within {timeout_s:g} s.")
+
+    async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
+        places = processes or 4 * (os.cpu_count() or 1)
+        new = CapacityLimiter(places), CapacityLimiter(concurrency)
+        working, waiting = limiters.setdefault(current_token().native_token, new)
+        call = partial(_with_copy, function, task, argument)
+        if not asynchronous:
+            work = partial(_in_process, call, name) if processes else partial(_in_thread, call)
+            value = await timed(work, working)
+            if not inspect.isawaitable(value):
+                return value
+            call = partial(_same, value)
+        return await timed(partial(attempt_async, call, "reward"), waiting)
 
     async def score(task: Task, replies: Sequence[Reply]) -> list[Score | Failure]:
         if grouped:
-            return _as_list(await timed(task, replies), len(replies), name_of(function))
-        values = await gather([partial(timed, task, reply) for reply in replies])
-        return [checked(value, name_of(function)) for value in values]
+            return scores_of(await run(task, replies), len(replies), name)
+        values = await gather([partial(run, task, reply) for reply in replies])
+        return [checked(value, name) for value in values]
 
     return score
+
+
+def copy_of(task: Task) -> Task:
+    """A task that user code may change; what cannot be copied in it is shared."""
+    copied = attempt(partial(copy.deepcopy, task), "reward")
+    return dict(task) if isinstance(copied, Failure) else copied
+
+
+def _with_copy(function: Callable[..., Any], task: Task, argument: object) -> Any:
+    return function(copy_of(task), argument)
+
+
+def _same(value: T) -> T:
+    return value
+
+
+async def _in_thread(call: Callable[[], Any]) -> Any:
+    return await in_daemon_thread(partial(attempt, call, "reward"))
+
+
+async def _in_process(call: Callable[[], Any], name: str) -> Any:
+    work = partial(attempt, call, "reward")
+
+    async def run() -> Any:
+        limiter = CapacityLimiter(1)  # `timed` counts the places
+        try:
+            return await anyio.to_process.run_sync(work, cancellable=True, limiter=limiter)
+        except anyio.BrokenWorkerProcess as error:
+            raise ChildProcessError(
+                f"the worker process of {name} ended: a crash, a kill, or no memory."
+            ) from error
+
+    return await attempt_async(run, "reward")
 
 
 def checked(value: object, source: str, *, where: Place = "reward") -> Score | Failure:
@@ -189,6 +249,20 @@ def checked(value: object, source: str, *, where: Place = "reward") -> Score | F
         return Failure(where, "bad_value", str(error))
 
 
+def scores_of(
+    values: object, count: int, source: str, *, where: Place = "reward"
+) -> list[Score | Failure]:
+    """What was given for a group of `count`, one for each; a `Failure` of it all is everybody's."""
+    if isinstance(values, Failure):
+        return [values] * count
+    unordered = isinstance(values, (str, bytes, Mapping, Set))
+    listed = attempt(lambda: list(islice(values, count + 1)), where)  # type: ignore[call-overload]
+    if unordered or isinstance(listed, Failure) or len(listed) != count:
+        message = f"{source} gave {_shown(values)}: it must give one value for each of"
+        return [Failure(where, "bad_value", f"{message} {count} replies.")] * count
+    return [checked(value, source, where=where) for value in listed]
+
+
 def as_score(value: object, source: str) -> Score:
     """A number or a `Score` of finite numbers as a `Score`.
 
@@ -196,14 +270,29 @@ def as_score(value: object, source: str) -> Score:
         TypeError, ValueError: None, text, NaN ...; names `source`.
     """
     score = value if isinstance(value, Score) else Score(value)  # type: ignore[arg-type]
-    for name, number in (("reward", score.reward), *score.metrics.items()):
-        if not isinstance(number, (numbers.Real, np.bool_)):
-            raise TypeError(
-                f"{source} gave {number!r} as {name}: a reward is a float or a Score of floats."
-            )
-        if not np.isfinite(float(number)):
-            raise ValueError(f"{source} gave {number} as {name}: it must be finite.")
-    return Score(float(score.reward), {k: float(v) for k, v in score.metrics.items()})
+    if not isinstance(score.metrics, Mapping):
+        raise TypeError(f"{source} gave {_shown(score.metrics)} as metrics: a mapping is needed.")
+    metrics = {str(k): _as_float(v, source, str(k)) for k, v in score.metrics.items()}
+    return Score(_as_float(score.reward, source, "reward"), metrics)
+
+
+def _as_float(value: Any, source: str, name: str) -> float:
+    gave = f"{source} gave {_shown(value)} as {name}"
+    try:
+        number = value.item() if hasattr(value, "item") else value  # an array or tensor of one
+        if not isinstance(number, (numbers.Real, Decimal)):
+            raise TypeError("it is no number")
+        found = float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{gave}: a reward is a float or a Score of floats ({error}).") from None
+    if not abs(found) <= LARGEST:
+        raise ValueError(f"{gave}: it must be finite, in 32 bits too.")
+    return found
+
+
+def _shown(value: object) -> str:
+    text = attempt(partial(repr, value), "reward")
+    return type(value).__name__ if isinstance(text, Failure) else text[:200]
 
 
 def is_async(function: object) -> bool:
@@ -224,15 +313,6 @@ def _check_importable(function: object) -> None:
             field="reward",
             hint="Define it with def in a module, or leave processes at 0.",
         ) from None
-
-
-def _as_list(values: object, count: int, source: str) -> list[Score | Failure]:
-    if isinstance(values, Failure):
-        return [values] * count
-    if not isinstance(values, (Sequence, np.ndarray)) or len(values) != count:
-        message = f"{source} gave {values!r}: it must give one value for each of {count} replies."
-        return [Failure("reward", "bad_value", message)] * count
-    return [checked(value, source) for value in values]
 
 
 def name_of(function: object) -> str:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError, WeaverError
 from weaver_rl.agent import Agent
+from weaver_rl.boundary import attempt_async
 from weaver_rl.gather import gather
+from weaver_rl.rewards import scores_of
 from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Failure, Group, Rollout, Score
 
@@ -66,7 +68,9 @@ async def sample_groups(
             for sample in range(group_size)
         ]
         begin = time.monotonic()
-        outcomes = await environment.play(agents, task)
+        playing = partial(environment.play, agents, task)
+        played = await attempt_async(playing, "environment", through=(WeaverError,))
+        outcomes = scores_of(played, group_size, "the environment", where="environment")
         seconds = time.monotonic() - begin
         rollouts = [
             _rollout(task, agent, outcome, seconds)

@@ -30,6 +30,7 @@ from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver_rl.boundary import attempt, attempt_async
 from weaver_rl.rewards import is_async, name_of
+from weaver_rl.storage import plain
 from weaver_rl.types import Failure
 
 if TYPE_CHECKING:
@@ -101,23 +102,20 @@ def parse_calls(text: str) -> list[ToolCall]:
 
 
 async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 30.0) -> str:
-    """What the tool returned, as text; every error is a text for the model, never raised."""
+    """What the tool returned, as text; every error is a text for the model, never raised.
+
+    What is no text becomes JSON, what has no such form its own text.
+    """
     if call.error:
         return f"error: {call.error}"
     known = {name_of(tool): tool for tool in tools}
     if call.name not in known:
         return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
-    tool = known[call.name]
-    use = partial(tool, **call.arguments)
     with anyio.move_on_after(timeout_s):
-        value = attempt(lambda: inspect.signature(tool).bind(**call.arguments), "tool")
-        if not isinstance(value, Failure) and is_async(tool):
-            value = await attempt_async(use, "tool")
-        elif not isinstance(value, Failure):
-            value = await in_daemon_thread(partial(attempt, use, "tool"))
+        value = await _use(known[call.name], call.arguments)
         if isinstance(value, Failure):  # the model may try again
-            return f"error: {value.message}"
-        return value if isinstance(value, str) else json.dumps(value, default=str)
+            return _text(f"error: {value.message}")
+        return _text(value)
     return f"error: {call.name} took longer than {timeout_s:g} s"
 
 
@@ -144,7 +142,7 @@ async def use_tools(
 def _parse(text: str) -> ToolCall:
     try:
         call = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ToolCall("", {}, f"the call is not JSON: {error}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall("", {}, 'a call is {"name": "...", "arguments": {...}}')
@@ -152,6 +150,32 @@ def _parse(text: str) -> ToolCall:
     if not isinstance(arguments, dict):
         return ToolCall(call["name"], {}, "arguments must be an object")
     return ToolCall(call["name"], arguments)
+
+
+async def _use(tool: Tool, arguments: Mapping[str, Any]) -> Any:
+    """What a tool answers, awaited where it can be, or the `Failure`."""
+
+    def call() -> Any:
+        inspect.signature(tool).bind(**arguments)
+        return tool(**arguments)
+
+    if is_async(tool):
+        return await attempt_async(call, "tool")
+    value = await in_daemon_thread(partial(attempt, call, "tool"))
+    return await attempt_async(lambda: value, "tool") if inspect.isawaitable(value) else value
+
+
+def _text(value: Any) -> str:
+    """For the model: text as it is, JSON where there is such a form; whole Unicode."""
+    for form in (_plain_text, str):
+        text = attempt(partial(form, value), "tool")
+        if isinstance(text, str):
+            return text.encode("utf-8", "replace").decode()
+    return f"error: the result, a {type(value).__name__}, has no text"
+
+
+def _plain_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(plain(value))
 
 
 def _json_type(hint: object, where: str) -> dict[str, Any]:

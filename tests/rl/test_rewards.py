@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import itertools
+import os
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import numpy as np
 import pytest
+import torch
 
 from weaver.errors import ConfigError
-from weaver_rl.rewards import Reward, group_reward, scorer, weighted
+from weaver_rl.rewards import Reward, as_score, checked, group_reward, scorer, weighted
 from weaver_rl.types import Failure, Reply, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from weaver_rl.types import Task
 
@@ -226,3 +233,240 @@ def test_weighted_wants_names_that_differ() -> None:
         weighted({exact: 1.0, functools.partial(exact): 1.0})
     with pytest.raises(ConfigError, match="distinct names"):
         weighted({})
+
+
+class Panic(BaseException):
+    """As pyo3 raises where Rust panics."""
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+async def cancelled_elsewhere(task: Task, reply: Reply) -> float:
+    raise asyncio.CancelledError
+
+
+async def gives_up(task: Task, reply: Reply) -> float:
+    gone = asyncio.ensure_future(asyncio.sleep(60))
+    gone.cancel()
+    await gone
+    return 1.0
+
+
+async def cancels_itself(task: Task, reply: Reply) -> float:
+    current = asyncio.current_task()
+    assert current is not None
+    current.cancel()
+    await asyncio.sleep(60)
+    return 1.0
+
+
+def raises(error: BaseException) -> Reward:
+    def reward(task: Task, reply: Reply) -> float:
+        raise error
+
+    return reward
+
+
+def raises_async(error: BaseException) -> Reward:
+    async def reward(task: Task, reply: Reply) -> float:
+        raise error
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        cancelled_elsewhere,
+        gives_up,
+        cancels_itself,
+        *(form(e) for form in (raises, raises_async) for e in (Panic("x"), Mute(), SystemExit(3))),
+        raises(asyncio.CancelledError()),
+        group_reward(cancelled_elsewhere),  # type: ignore[arg-type]
+    ],
+)
+def test_no_exception_of_a_reward_ends_the_run(reward: Reward) -> None:
+    for failure in asyncio.run(scorer(reward)(TASK, REPLIES)):
+        assert isinstance(failure, Failure)
+        assert (failure.where, failure.kind) == ("reward", "raised")
+
+
+def test_a_cancellation_of_the_caller_goes_through() -> None:
+    async def sleeps(task: Task, reply: Reply) -> float:
+        await anyio.sleep_forever()
+        return 1.0
+
+    async def main(reward: Reward) -> None:
+        scoring = asyncio.ensure_future(scorer(reward)(TASK, REPLIES))
+        await asyncio.sleep(0.02)
+        scoring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await scoring
+
+    for reward in (sleeps, group_reward(sleeps)):  # type: ignore[arg-type]
+        asyncio.run(main(reward))  # type: ignore[arg-type]
+
+
+def wrapped(task: Task, reply: Reply) -> Awaitable[Score]:
+    return async_exact(task, reply)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "reward",
+    [
+        wrapped,
+        functools.partial(wrapped),
+        lambda task, reply: async_exact(task, reply),
+        weighted({lambda task, reply: async_exact(task, reply): 1.0}),
+        weighted({async_exact: 1.0}),
+    ],
+)
+async def test_an_awaitable_is_awaited_wherever_it_comes_from(reward: Reward) -> None:
+    scores = await scorer(reward)(TASK, REPLIES)
+    assert [score.reward for score in scores if isinstance(score, Score)] == [1.0, 0.0]
+
+
+@pytest.mark.anyio
+async def test_a_group_may_be_awaited_and_listed_in_any_way() -> None:
+    async def ranks(task: Task, replies: Sequence[Reply]) -> Sequence[float]:
+        return [1.0, 0.0]
+
+    for function in (
+        lambda task, replies: ranks(task, replies),
+        lambda task, replies: torch.tensor([1.0, 0.0]),
+        lambda task, replies: (float(r is replies[0]) for r in replies),
+        lambda task, replies: map(np.array, [1, 0]),
+    ):
+        scores = await scorer(group_reward(function))(TASK, REPLIES)
+        assert [score.reward for score in scores if isinstance(score, Score)] == [1.0, 0.0]
+    for wrong in (lambda task, replies: {1.0, 0.0}, lambda task, replies: itertools.count()):
+        failures = await scorer(group_reward(wrong))(TASK, REPLIES)
+        assert [f.kind for f in failures if isinstance(f, Failure)] == ["bad_value"] * 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array(0.5),
+        np.array([0.5]),
+        np.float16(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor([0.5], dtype=torch.bfloat16),
+        Decimal("0.5"),
+        Fraction(1, 2),
+        Score(np.array(0.5)),  # type: ignore[arg-type]
+    ],
+)
+def test_every_number_counts(value: Any) -> None:
+    assert as_score(value, "it").reward == 0.5
+    assert as_score(Score(0.0, {"x": value.reward if isinstance(value, Score) else value}), "it")
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 1, np.int8(1)])
+def test_so_does_a_truth(value: Any) -> None:
+    assert as_score(value, "it") == Score(1.0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        10**400,
+        10**5000,  # too long for a text
+        1e300,
+        Fraction(10**400),
+        Decimal("1e400"),
+        Decimal("sNaN"),
+        np.float64("nan"),
+        np.array([0.5, 0.5]),
+        np.array("0.5"),
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([]),
+        1j,
+        b"1",
+        [0.5],
+        Score(Score(1.0)),  # type: ignore[arg-type]
+        Score(1.0, [0.5]),  # type: ignore[arg-type]
+        Score(1.0, {"x": None}),  # type: ignore[dict-item]
+        Score(1.0, {"x": 10**400}),
+        raises,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_number_is_named(value: object) -> None:
+    failure = checked(value, "it")
+    assert isinstance(failure, Failure)
+    assert failure.kind == "bad_value"
+    assert failure.message.startswith("it gave ")
+
+
+@pytest.mark.anyio
+async def test_a_reward_changes_a_copy_of_its_task() -> None:
+    def greedy(task: Task, reply: Reply) -> float:
+        task["gold"].append(reply.text)
+        task["seen"] = True  # type: ignore[index]
+        return float(len(task["gold"]))
+
+    async def async_greedy(task: Task, reply: Reply) -> float:
+        return greedy(task, reply)
+
+    for reward in (greedy, async_greedy):
+        task = {"prompt": "a", "gold": ["b"], "lock": threading.Lock()}
+        shared = scorer(reward)
+        assert [s for s in await shared({"gold": ["b"]}, REPLIES)] == [Score(2.0), Score(2.0)]
+        await shared(task, REPLIES)  # what cannot be copied is shared
+        assert "seen" not in task
+
+
+def dies(task: Task, reply: Reply) -> float:
+    if reply.text == "abc":
+        os._exit(139)
+    return 1.0
+
+
+def unsendable(task: Task, reply: Reply) -> Any:
+    return lambda: 1.0
+
+
+def unreadable(task: Task, reply: Reply) -> float:
+    os.write(1, b"not of the protocol")
+    return 1.0
+
+
+@pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+async def test_a_worker_process_that_dies_fails_one_rollout() -> None:
+    scores = await scorer(dies, processes=1)(TASK, [*REPLIES, REPLIES[0]])
+    assert [isinstance(score, Failure) for score in scores] == [False, True, False]
+    [failure] = [score for score in scores if isinstance(score, Failure)]
+    assert "worker process of dies ended" in failure.message
+    for reward in (unsendable, unreadable):
+        (failed,) = await scorer(reward, processes=1)(TASK, REPLIES[:1])
+        assert isinstance(failed, Failure)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("declared", [True, False])
+async def test_async_rewards_wait_together(declared: bool) -> None:
+    waiting = most = 0
+
+    async def asks(task: Task, reply: Reply) -> float:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await anyio.sleep(0.5)
+        waiting -= 1
+        return 1.0
+
+    reward = asks if declared else (lambda task, reply: asks(task, reply))
+    assert all(isinstance(s, Score) for s in await scorer(reward)(TASK, REPLIES * 32))
+    assert most == 64
+    most = 0
+    await scorer(reward, concurrency=3)(TASK, REPLIES * 4)
+    assert most == 3
+    with pytest.raises(ConfigError, match="concurrency"):
+        scorer(reward, concurrency=0)

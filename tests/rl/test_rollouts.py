@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -21,6 +23,9 @@ from weaver_rl.environments import (
 )
 from weaver_rl.rollouts import FailureWatch, RolloutsFailedError, sample_groups
 from weaver_rl.types import Group, Reply, Score, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TASKS = [{"prompt": "a=", "answer": "x"}, {"prompt": "b=", "answer": "y"}]
 
@@ -146,3 +151,36 @@ def test_failures_are_shown_once_and_end_the_run(caplog: pytest.LogCaptureFixtur
 def test_nothing_failed() -> None:
     FailureWatch(max_rate=0.0).check([group(1.0)])
     FailureWatch(max_rate=0.0).check([])
+
+
+@pytest.mark.anyio
+async def test_an_environment_changes_a_copy_of_its_task() -> None:
+    async def changes(agent: Agent, task: Task) -> float:
+        task["seen"] = task.get("seen", 0) + 1  # type: ignore[index]
+        return float(task["seen"])
+
+    groups, _ = await play(changes)
+    assert [g.rewards for g in groups] == [(1.0,) * 3] * 2
+    assert [g.task for g in groups] == TASKS
+
+
+def test_a_cancellation_within_an_environment_is_its_failure() -> None:
+    async def cancelled(agent: Agent, task: Task) -> float:
+        raise asyncio.CancelledError
+
+    groups, _ = asyncio.run(play(cancelled))
+    failures = [r.failure for g in groups for r in g.rollouts if r.failure is not None]
+    assert [(f.where, f.kind) for f in failures] == [("environment", "raised")] * 6
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("wrong", [None, [1.0], [1.0, "2", None], KeyError("gold")])
+async def test_a_group_environment_of_ones_own_is_user_code_too(wrong: object) -> None:
+    async def own(agents: Sequence[Agent], task: Task) -> Any:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return wrong
+
+    groups, _ = await play(GroupEnvironment(own))
+    failed = [[r.failure is not None for r in g.rollouts] for g in groups]
+    assert failed == [[wrong != [1.0, "2", None], True, True]] * 2

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import itertools
+import sys
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
+import numpy as np
 import pytest
 
 from tests.rl.scripted import CHATML, TOOLS, ScriptedSampler, byte_tokenizer
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent
+from weaver_rl.rewards import name_of
 from weaver_rl.tools import ToolCall, describe, parse_calls, run_call, schema, use_tools
 
 
@@ -140,3 +146,70 @@ def test_rounds_are_bounded() -> None:
 
     anyio.run(run)
     assert agent.trajectory.turns == 3
+
+
+class Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+def endless() -> list[object]:
+    inner: list[object] = []
+    inner.append(inner)
+    return inner
+
+
+async def later() -> str:
+    return "later"
+
+
+class Panic(BaseException):
+    """As pyo3 raises where Rust panics."""
+
+
+def panics() -> None:
+    raise Panic("in Rust")
+
+
+async def cancelled_elsewhere() -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        (lambda: {(0, 0): "x"}, '{"(0, 0)": "x"}'),
+        (lambda: np.array([1, 2]), "[1, 2]"),
+        (lambda: np.float32(0.5), "0.5"),
+        (lambda: {"b", "a"}, '["a", "b"]'),
+        (lambda: b"x", '''"b'x'"'''),
+        (lambda: "half \ud83d of it", "half ? of it"),
+        (lambda: {"half": "\ud83d"}, '{"half": "\\ud83d"}'),
+        (lambda: float("nan"), "null"),
+        (lambda: None, "null"),
+        (later, "later"),
+        (lambda: later(), "later"),
+        (functools.partial(later), "later"),
+        (lambda: endless(), "[[...]]"),
+        (lambda: Mute(), "error: the result, a Mute, has no text"),
+        (lambda: 10**5000, "error: the result, a int, has no text"),
+        (panics, "error: Panic: in Rust"),
+        (cancelled_elsewhere, "error: CancelledError: "),
+        (lambda: sys.exit(3), "error: SystemExit: 3"),
+    ],
+    ids=itertools.count(),
+)
+def test_every_result_becomes_a_text(tool: Any, text: str) -> None:
+    call = ToolCall(name_of(tool), {})
+    assert asyncio.run(run_call(call, [tool])) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 20_000, '{"a":' * 20_000, "1" * 5000, "null", '"x"', '{"name": 1}', "", "\ud83d", "{"],
+    ids=itertools.count(),
+)
+def test_every_call_that_cannot_be_read_says_so(text: str) -> None:
+    [call] = parse_calls(f"<tool_call>{text}</tool_call>")
+    assert call.error
+    assert asyncio.run(run_call(call, [])).startswith("error: ")
