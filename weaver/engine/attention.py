@@ -61,8 +61,10 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = Heads(query, key, value, scaling, sliding_window)
     if packed_batch.cache is None:
-        return packed_attention(heads, packed_batch), None
-    return packed_batch.cache.attend(int(module.layer_idx), heads), None
+        output = packed_attention(heads, packed_batch)
+    else:
+        output = packed_batch.cache.attend(int(module.layer_idx), heads)
+    return output.contiguous(), None  # models take views of it
 
 
 def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
@@ -79,7 +81,7 @@ def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
         mask = None
         if window is not None and window < length:
             mask = _window_mask(batch, length, window=window, like=q)
-        q_n, k_n, v_n = (x.view(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
+        q_n, k_n, v_n = (x.reshape(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
         o = scaled_dot_product_attention(
             q_n,
             k_n,

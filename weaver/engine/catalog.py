@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from weaver.engine.foreign import first_line, refusing
 from weaver.engine.lora import Target, find_targets, has_fused_experts
 from weaver.errors import UnknownModelError, UnsupportedError
 from weaver.tokenizers import end_tokens
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
+HINT = "Choose a decoder-only model with plain causal attention, such as Llama or Qwen3."
 HUB_TIMEOUT_S = 0.8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Without one of them transformers makes up an empty tokenizer."""
@@ -66,7 +68,7 @@ class ModelFacts:
                 self.source, trust_remote_code=False, local_files_only=only_here(self.source)
             )
         except (OSError, ValueError, KeyError) as error:
-            raise _no_tokenizer(name, _first_line(error)) from error
+            raise _no_tokenizer(name, first_line(error)) from error
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
@@ -126,14 +128,14 @@ class Catalog:
     def _config(self, name: str, source: str) -> Any:
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise self._unknown(name, "the folder has no config.json.")
-        try:
-            return AutoConfig.from_pretrained(
-                source, trust_remote_code=False, local_files_only=only_here(source)
-            )
-        except OSError as error:
-            raise self._unknown(name, f"cannot be read or fetched: {_first_line(error)}") from error
-        except (ValueError, KeyError) as error:
-            raise _unsupported(name, _first_line(error)) from error
+        with refusing(f"{name} cannot run here", hint=HINT):
+            try:
+                return AutoConfig.from_pretrained(
+                    source, trust_remote_code=False, local_files_only=only_here(source)
+                )
+            except OSError as error:
+                reason = f"cannot be read or fetched: {first_line(error)}"
+                raise self._unknown(name, reason) from error
 
     def _unknown(self, name: str, reason: str) -> UnknownModelError:
         others = (
@@ -151,6 +153,11 @@ def read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mode
     Raises:
         UnsupportedError: see `Catalog.facts`.
     """
+    with refusing(f"{name} cannot run here", hint=HINT):
+        return _read_facts(name, source, config=config, public_name=public_name)
+
+
+def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:
     _check_config(name, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -182,6 +189,10 @@ def read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mode
 
 
 def _check_config(name: str, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = dict(quantised).get("quant_method", "in an unknown way")
+        raise _unsupported(name, f"its weights are quantised ({method}); use those it was made of.")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise _unsupported(name, f"{config.model_type} is not a causal language model.")
     if config.get_text_config() is not config or config.is_encoder_decoder:
@@ -230,7 +241,7 @@ def _unsupported(name: str, reason: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} cannot run here: {reason}",
         field="base_model",
-        hint="Choose a decoder-only model with plain causal attention, such as Llama or Qwen3.",
+        hint=HINT,
     )
 
 
@@ -240,7 +251,3 @@ def _no_tokenizer(name: str, reason: str) -> UnsupportedError:
         field="base_model",
         hint="Put tokenizer.json and tokenizer_config.json into its folder.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]

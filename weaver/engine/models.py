@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from weaver.engine.attention import register
 from weaver.engine.catalog import only_here
+from weaver.engine.foreign import refusing
 from weaver.engine.kv_cache import CacheShape
 from weaver.engine.linear import FrozenLinear
 from weaver.engine.lora import Routing
-from weaver.engine.packing import pack
+from weaver.engine.weight_files import folder_of, weight_without_fractions
 from weaver.errors import CheckpointMismatchError, EngineError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from weaver.engine.catalog import ModelFacts
     from weaver.engine.lora import Adapter
     from weaver.engine.packing import PackedBatch
-
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +94,6 @@ class LoadedModel:
         if not trainable:
             self._freeze()
         self.head = Head.of(module.get_submodule(path), path, facts.config)
-        self._check()
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -132,23 +129,6 @@ class LoadedModel:
                 parent, _, name = path.rpartition(".")
                 frozen = FrozenLinear(layer, path=path, routing=self.routing)
                 setattr(self.module.get_submodule(parent), name, frozen)
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        """Refuses an architecture that mixes packed sequences, or has another head than `Head`."""
-        batch = pack([[0, 1, 2], [0, 1, 2]], adapters=[None, None], device=self.device)
-        ours = self.logits(self.hidden_states(batch), [None] * 6)
-        theirs = self._call(self.module, batch).logits[0]
-        for one, other, reason in (
-            (ours, theirs.float(), "transforms its logits in a way that is unknown here"),
-            (ours[:3], ours[3:], "lets packed sequences see each other"),
-        ):
-            if not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):
-                raise UnsupportedError(
-                    f"{self.info.name} ({self.info.architecture}) {reason}.",
-                    field="base_model",
-                    hint="Choose another model.",
-                )
 
 
 def load_model(
@@ -187,27 +167,36 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
     Raises:
         UnsupportedError: its weights cannot be read; speaks of it as `name`.
     """
-    try:
-        with without_progress_bars():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation=register(),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=only_here(str(source)),
-                output_loading_info=True,
-            )
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UnsupportedError(
-            f"the weights of {name} cannot be read: {str(error).splitlines()[0]}",
-            field="base_model",
-            hint="Weights must be complete safetensors files beside config.json.",
-        ) from error
+    reading = refusing(
+        f"the weights of {name} cannot be read",
+        hint="Weights must be complete safetensors files that fit the config.json beside them.",
+    )
+    with reading, without_progress_bars():
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=register(),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=only_here(str(source)),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        quantised = weight_without_fractions(folder_of(str(source)))
+    if quantised is not None:
+        raise _damaged(name, f"are quantised: {quantised} is not of floats.")
+    for parameter, stored, wanted in sorted(report["mismatched_keys"]):
+        raise _damaged(
+            name,
+            f"do not fit config.json: {parameter} is {list(stored)}, not {list(wanted)}.",
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise _damaged(name, f"lack {missing[0]} ({len(missing)} in all).")
+    for unknown in sorted(report["unexpected_keys"]):  # a bias, or a scale of quantised weights
+        if _has_parameters(module, unknown.rpartition(".")[0]):
+            raise _damaged(name, f"have {unknown}, which config.json does not.")
     for parameter in module.parameters():  # else a view of the file, which may be overwritten
         parameter.data = parameter.data.clone()
     try:
@@ -217,9 +206,16 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
     return module
 
 
+def _has_parameters(module: torch.nn.Module, path: str) -> bool:
+    layer = dict(module.named_modules()).get(path)
+    return layer is not None and any(True for _ in layer.parameters(recurse=False))
+
+
 def _damaged(name: str, how: str) -> UnsupportedError:
     return UnsupportedError(
-        f"the weights of {name} {how}", field="base_model", hint="Download the model again."
+        f"the weights of {name} {how}",
+        field="base_model",
+        hint="Download the model again, with its own config.json and unquantised.",
     )
 
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.engine.lora import Adapter, adapter_from_tensors
+from weaver.engine.model_check import check_model
 from weaver.engine.models import LoadedModel, check_finite, load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from weaver.engine.base import WeightSnapshot
-    from weaver.engine.catalog import Catalog
+    from weaver.engine.catalog import Catalog, ModelFacts
 
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it gives: 6 ms a step against 660 ms."""
@@ -44,22 +47,24 @@ class ModelStore:
         self.dtype = dtype
         self.threads = threads
         self._models: dict[str, LoadedModel] = {}
+        self._checked: set[tuple[str, bool]] = set()
+        """Names, and whether trainable, of what is known to run here."""
 
     def base(self, name: str) -> LoadedModel:
         """The shared frozen model.
 
         Raises:
-            UnknownModelError, UnsupportedError, EngineError: see `load_model`.
+            UnknownModelError, UnsupportedError, EngineError: see `load_model` and `check_model`.
         """
         if name not in self._models:
             facts = self.catalog.facts(name)
-            self._models[name] = load_model(facts, device=self.device, dtype=self.dtype)
+            self._models[name] = self._load(facts, dtype=self.dtype)
         return self._models[name]
 
     def own(self, name: str) -> LoadedModel:
         """A trainable model of one run's own, in float32 whatever the base's dtype."""
         facts = self.catalog.facts(name)
-        return load_model(facts, device=self.device, dtype=torch.float32, trainable=True)
+        return self._load(facts, dtype=torch.float32, trainable=True)
 
     def publish(self, snapshot: WeightSnapshot) -> PublishedWeights:
         """The snapshot on its base model.
@@ -73,10 +78,28 @@ class ModelStore:
         tensors, lora = snapshot.tensors, snapshot.lora_config
         if lora is None:
             facts = self.catalog.facts(snapshot.base_model)
-            model = load_model(facts, device=self.device, dtype=self.dtype, weights=tensors)
+            model = self._load(facts, dtype=self.dtype, weights=tensors)
             return PublishedWeights(model, None, snapshot.version)
         adapter = adapter_from_tensors(tensors, scale=lora.alpha / lora.rank, device=self.device)
         return PublishedWeights(self.base(snapshot.base_model), adapter, snapshot.version)
+
+    def _load(
+        self,
+        facts: ModelFacts,
+        *,
+        dtype: torch.dtype,
+        trainable: bool = False,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> LoadedModel:
+        """Loads a model; the first time, also makes sure that it is computed rightly."""
+        model = load_model(
+            facts, device=self.device, dtype=dtype, trainable=trainable, weights=weights
+        )
+        if (facts.info.name, trainable) not in self._checked:
+            self.use_threads(model)
+            check_model(model)
+            self._checked.add((facts.info.name, trainable))
+        return model
 
     def use_threads(self, model: LoadedModel) -> None:
         """Sets torch's threads for the coming call: as configured, or by the model's size."""

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from weaver.engine.checkpoints import read_checkpoint, write_checkpoint
+from weaver.engine.foreign import is_out_of_memory
 from weaver.engine.logprobs import Queries, target_scores
 from weaver.engine.lora import choose_targets, new_adapter
 from weaver.engine.models import check_finite
@@ -145,7 +146,7 @@ class TorchTrainer:
                     with torch.set_grad_enabled(tasks[0].job.backward):
                         _run_pass(alive, device=self._store.device)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             for task in tasks:
                 task.error = EngineError(
@@ -263,9 +264,3 @@ def _differentiate(tasks: Sequence[_Task], loss: torch.Tensor) -> None:
     gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
     for task, group in zip(tasks, parameters, strict=True):
         task.add_gradient([next(gradients) for _ in group])
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "can't allocate memory" in str(error)
-    )

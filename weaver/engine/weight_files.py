@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
 
 def folder_of(source: str) -> Path:
     """Where a model's files are: a folder, or the cache of the hub."""
@@ -34,6 +36,19 @@ def tied_weights(facts: ModelFacts) -> Mapping[str, str]:
     """Names of weights that the files need not have, and of those that they are tied to."""
     tied = AutoModelForCausalLM._model_mapping[type(facts.config)]._tied_weights_keys
     return tied or {} if facts.config.tie_word_embeddings else {}
+
+
+def weight_without_fractions(folder: Path) -> str | None:
+    """The first weight that is stored as integers or bytes, as quantised ones are."""
+    shards = {WEIGHTS}
+    if (folder / INDEX).is_file():
+        shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    for shard in sorted(shards):
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():
+                if name.endswith(".weight") and file.get_slice(name).get_dtype() not in FLOATS:
+                    return str(name)
+    return None
 
 
 def stored_tensor(facts: ModelFacts, name: str) -> torch.Tensor | None:
