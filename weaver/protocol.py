@@ -100,6 +100,11 @@ class Sample(types.Value):
     include_prompt_logprobs: bool = False
     stream: bool = False
 
+    @property
+    def encoded(self) -> bool:
+        """Whether the prompt is of tokens already."""
+        return isinstance(self.prompt, types.ModelInput)
+
 
 class ReleaseSampler(types.Value):
     """Lets go of a sampler without a name that this session made; samples of it that were submitted

@@ -12,7 +12,12 @@ from tests.zoo.tokenizers import CHATML
 from weaver import ServiceClient
 from weaver.engine.engine import TorchEngine
 from weaver.engine.prompts import encode_prompt
-from weaver.errors import InvalidRequestError, TokenOutOfRangeError, UnsupportedError
+from weaver.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    TokenOutOfRangeError,
+    UnsupportedError,
+)
 from weaver.types import Message, SamplingParams
 
 if TYPE_CHECKING:
@@ -113,3 +118,29 @@ def test_the_engine_names_the_model_as_the_caller_does(zoo: Zoo) -> None:
     with pytest.raises(InvalidRequestError, match="template of strict refuses it: System role"):
         engine.encode("strict", [SYSTEM])
     engine.close()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(
+    zoo: Zoo, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, folder = TorchEngine(), str(zoo.model(tokenizer=name))
+    facts = engine._catalog.facts(folder)
+    longest = max(facts.tokenizer.get_vocab(), key=len)
+    assert facts.longest_text == facts.info.context_length * len(longest)
+    monkeypatch.setattr("weaver.engine.engine.encode_prompt", lambda *_, **__: [1])
+    assert engine.encode(folder, "a" * facts.longest_text) == [1]
+    monkeypatch.setattr("weaver.engine.engine.encode_prompt", pytest.fail)
+    long = "a" * (facts.longest_text + 1)
+    for prompt in (long, [Message(role="user", content=long)], [USER, REPLY, USER] * len(long)):
+        with pytest.raises(ContextLengthError, match="characters") as caught:
+            engine.encode(folder, prompt)
+        assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_no_text_that_fits_is_too_long(zoo: Zoo, name: str) -> None:
+    tokenizer = zoo.tokenizer(name)
+    longest = max(map(len, tokenizer.get_vocab()))
+    for text in ("it is " * 40, "    " * 90, "é日本\n" * 50, longest * "a", "\u0301e" * 60):
+        assert len(text) <= longest * len(tokenizer.encode(text))

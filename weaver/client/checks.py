@@ -94,13 +94,13 @@ def as_prompt(
         check_text(prompt, field=field)
         return prompt
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (Mapping, Message)):
-        messages = tuple(
+        for i, message in enumerate(prompt):
+            for name, text in message.items() if isinstance(message, Mapping) else ():
+                if isinstance(text, str):
+                    check_text(text, field=f"{field}[{i}].{name}")
+        return tuple(
             as_value(Message, message, field=f"{field}[{i}]") for i, message in enumerate(prompt)
         )
-        for i, message in enumerate(messages):
-            check_text(message.role, field=f"{field}[{i}].role")
-            check_text(message.content, field=f"{field}[{i}].content")
-        return messages
     if isinstance(prompt, ModelInput):
         tokens = prompt
     elif isinstance(prompt, (list, tuple, range)) or hasattr(prompt, "shape"):

@@ -185,7 +185,10 @@ class Engine(Protocol):
     def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
         """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
 
+        Like `get_model` it may run beside other methods, in any number of threads.
+
         Raises:
+            ContextLengthError: it cannot fit the model's context, however it is encoded.
             UnsupportedError: messages, and the tokenizer has no chat template.
             InvalidRequestError: the template or the tokenizer refuses it, with its words.
         """
@@ -195,7 +198,7 @@ class Engine(Protocol):
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         """Writes the whole model with the adapter of a checkpoint folder into an empty folder.
 
-        The one method that may run beside others, once `get_model` has answered for the base.
+        It may run beside others, once `get_model` has answered for the base.
 
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError

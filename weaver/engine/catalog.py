@@ -20,12 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver.engine.foreign import first_line, refusing
 from weaver.engine.lora import Target, find_targets, has_fused_experts
-from weaver.errors import UnknownModelError, UnsupportedError
+from weaver.errors import ContextLengthError, UnknownModelError, UnsupportedError
 from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from weaver.types import Message
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -69,6 +71,22 @@ class ModelFacts:
             )
         except (OSError, ValueError, KeyError) as error:
             raise _no_tokenizer(name, first_line(error)) from error
+
+    @cached_property
+    def longest_text(self) -> int:
+        """The characters that can fit the context: what is longer has too many tokens anyhow."""
+        return self.info.context_length * max(map(len, self.tokenizer.get_vocab()))
+
+    def check_text(self, prompt: str | Sequence[Message]) -> None:
+        """Raises ContextLengthError where encoding a text would take long, and for nothing."""
+        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+        if (length := sum(map(len, texts))) > self.longest_text:
+            raise ContextLengthError(
+                f"has {length} characters; the model's context of {self.info.context_length} "
+                f"tokens holds at most {self.longest_text}.",
+                field="prompt",
+                hint="Shorten it.",
+            )
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:

@@ -73,8 +73,9 @@ class TorchEngine:
         return self._catalog.facts(base_model).info
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
-        tokenizer = self._catalog.facts(base_model).tokenizer
-        return encode_prompt(tokenizer, prompt, name=base_model)
+        facts = self._catalog.facts(base_model)
+        facts.check_text(prompt)
+        return encode_prompt(facts.tokenizer, prompt, name=base_model)
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return self._catalog.facts(base_model).tokenizer_files()

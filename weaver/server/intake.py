@@ -5,12 +5,13 @@ Called by `LocalService`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio import CancelScope
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from weaver.errors import (
     ConflictError,
@@ -20,7 +21,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ReleaseSampler, Sample
-from weaver.server.attempt import attempt_async
+from weaver.server.attempt import attempt, attempt_async
 from weaver.server.reach import Reach
 from weaver.server.validation import refusal
 
@@ -45,6 +46,12 @@ class Intake:
     limits: Limits
     gap_timeout_s: float
     now: Callable[[], datetime]
+    encode: Callable[[Sample], Sample]
+    """Makes tokens of a prompt that is text."""
+    encoding: defaultdict[str, CapacityLimiter] = field(
+        default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
+    )
+    """Of each project: one text at a time."""
 
     async def take(self, session: Session, submissions: Sequence[Submission]) -> None:
         """Journals what is new and puts it in its place; a refused operation gets its outcome.
@@ -72,6 +79,11 @@ class Intake:
         run_id = submission.run_id or ""
         run = self.known.runs.get(run_id) if reach.has_run(run_id) else None
         error = ticket.error or refusal(submission, run, reach=reach, limits=self.limits)
+        operation = submission.operation
+        if error is None and isinstance(operation, Sample) and not operation.encoded:
+            error = await self._encode(ticket, operation)
+            if ticket.settled:  # it was cancelled meanwhile
+                return
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
         if isinstance(submission.operation, ReleaseSampler) and error is None:
@@ -91,6 +103,17 @@ class Intake:
             )
         if error is not None:
             await self.executor.settle((ticket, error))
+
+    async def _encode(self, ticket: Ticket, operation: Sample) -> WeaverError | None:
+        """Beside the engine; answers why it cannot be encoded, or is too large then."""
+        encoded = await to_thread.run_sync(
+            partial(attempt, partial(self.encode, operation)),
+            limiter=self.encoding[ticket.session.caller.project],
+        )
+        if isinstance(encoded, WeaverError):
+            return encoded
+        ticket.submission = ticket.submission.model_copy(update={"operation": encoded})
+        return attempt(partial(self.limits.check_operation, encoded))
 
     def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""

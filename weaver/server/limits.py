@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from weaver.errors import QuotaExceededError, TooLargeError
 from weaver.protocol import CreateModel, ForwardBackward, Sample
+from weaver.types import ModelInput
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation
@@ -27,7 +28,7 @@ class Limits:
     submissions: int = 1024
     """Of one request."""
     operation_tokens: int | None = 2**22
-    """Of the datums of a gradient pass; of a sample, those that it may draw."""
+    """Of the datums of a gradient pass; of a sample, those of its prompt and those it may draw."""
     metadata_bytes: int | None = 2**16
     """Of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
     pending_operations: int | None = 2**14
@@ -50,8 +51,9 @@ class Limits:
                 self.check_metadata(metadata)
             case ForwardBackward(datums=datums):
                 tokens = sum(datum.model_input.length for datum in datums)
-            case Sample(num_samples=count, params=params):
-                tokens = count * params.max_tokens
+            case Sample(prompt=prompt, num_samples=count, params=params):
+                read = prompt.length if isinstance(prompt, ModelInput) else 0
+                tokens = read + count * params.max_tokens
         if self.operation_tokens is not None and tokens > self.operation_tokens:
             raise TooLargeError(
                 f"the operation has {tokens} tokens, the limit is {self.operation_tokens}.",

@@ -130,6 +130,14 @@ class Samplers:
             ),
         )
 
+    def encode(self, operation: Sample) -> Sample:
+        """The same with the tokens of its text; in any thread, beside whatever else runs."""
+        assert not isinstance(operation.prompt, ModelInput)
+        ready = self._loaded.get(operation.sampler_id)
+        name = ready.model.name if ready else self._find(operation.sampler_id)[0]
+        tokens = ModelInput.from_ints(self._engine.encode(name, operation.prompt))
+        return operation.model_copy(update={"prompt": tokens})
+
     def release(self, sampler_id: str) -> None:
         """Forgets weights once running samples are done with them; ignores unknown ids."""
         loaded = self._loaded.pop(sampler_id, None)
@@ -188,12 +196,8 @@ class Samplers:
 
     def _add(self, job_id: str, operation: Sample, project: str) -> None:
         loaded = self._get(operation.sampler_id)
-        prompt = operation.prompt
-        tokens = (
-            prompt.to_ints()
-            if isinstance(prompt, ModelInput)
-            else self._engine.encode(loaded.model.name, prompt)
-        )
+        assert isinstance(operation.prompt, ModelInput)  # text was encoded when it was accepted
+        tokens = operation.prompt.to_ints()
         _check_sample(operation, tokens, loaded.model)
         params = operation.params
         if params.seed is None:  # drawn from the id, so that a restart in its middle repeats it
@@ -220,20 +224,7 @@ class Samplers:
         elif ready is not None:
             self._loaded.move_to_end(sampler_id)
             return ready
-        expires_at = None
-        if sampler_id.startswith(BASE):
-            base_model, folder = sampler_id.removeprefix(BASE), None
-        elif sampler_id.startswith(SCHEME):
-            checkpoint, folder = self._open(sampler_id)
-            base_model, expires_at = checkpoint.base_model, checkpoint.expires_at
-        elif sampler_id in self._folders:
-            base_model, folder = self._folders[sampler_id]
-        else:
-            raise NotFoundError(
-                f"no sampler has the id {sampler_id!r}.",
-                field="sampler_id",
-                hint="Open it with create_sampling_client.",
-            )
+        base_model, folder, expires_at = self._find(sampler_id)
         model = self._engine.get_model(base_model)
         weights_id = self._weights_id(sampler_id)
         version = self._engine.sampler.load(weights_id, base_model, folder)
@@ -246,6 +237,21 @@ class Samplers:
         )
         self._keep(sampler_id, loaded)
         return loaded
+
+    def _find(self, sampler_id: str) -> tuple[str, Path | None, datetime | None]:
+        """The base model of a sampler, the folder of its weights, and when they expire."""
+        if sampler_id.startswith(BASE):
+            return sampler_id.removeprefix(BASE), None, None
+        if sampler_id.startswith(SCHEME):
+            checkpoint, folder = self._open(sampler_id)
+            return checkpoint.base_model, folder, checkpoint.expires_at
+        if sampler_id in self._folders:
+            return *self._folders[sampler_id], None
+        raise NotFoundError(
+            f"no sampler has the id {sampler_id!r}.",
+            field="sampler_id",
+            hint="Open it with create_sampling_client.",
+        )
 
     def _open(self, path: str) -> tuple[CheckpointInfo, Path]:
         """A checkpoint, or a sampler without a name that was kept."""

@@ -111,13 +111,22 @@ class LocalService(ScopedService):
             ledger=Ledger(recovery, runs=known.runs, activity=self.activity),
             merge_tokens=0 if deterministic else merge_tokens,
         )
+        intake = Intake(
+            executor,
+            store,
+            known,
+            limits,
+            gap_timeout_s=gap_timeout_s,
+            now=now,
+            encode=self._operations.samplers.encode,
+        )
         parts = Parts(
             thread=thread,
             store=store,
             checkpoints=checkpoints,
             exports=Exports(engine, checkpoints, home=home, now=now),
             executor=executor,
-            intake=Intake(executor, store, known, limits, gap_timeout_s=gap_timeout_s, now=now),
+            intake=intake,
             known=known,
             deterministic=deterministic,
             now=now,

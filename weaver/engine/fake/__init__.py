@@ -71,11 +71,11 @@ class FakeEngine:
         return self._models[base_model]
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
-        with self.call("encode", prompt):
-            if not isinstance(prompt, str):
-                turns = "".join(f"{message.role}: {message.content}\n" for message in prompt)
-                prompt = f"{turns}assistant: "
-            return list(prompt.encode())
+        self.hook("encode", prompt)
+        if not isinstance(prompt, str):
+            turns = "".join(f"{message.role}: {message.content}\n" for message in prompt)
+            prompt = f"{turns}assistant: "
+        return list(prompt.encode())
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         self.get_model(base_model)
