@@ -50,6 +50,17 @@ def test_templates_by_name_reach_the_clients(zoo: Zoo, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_client_s_tokenizer_is_the_model_s(zoo: Zoo, tmp_path: Path, name: str) -> None:
+    facts = Catalog({}, allow_paths=True).facts(str(zoo.model("llama", name)))
+    tokenizer, own = load_tokenizer(facts.tokenizer_files(), tmp_path), zoo.tokenizer(name)
+    assert tokenizer.chat_template == own.chat_template
+    assert end_tokens(tokenizer) == end_tokens(own)
+    for text in ("What is it?", " Yes.\n", "é 😀  a", *end_tokens(own)):
+        assert tokenizer.encode(text) == own.encode(text)
+        assert tokenizer.decode(own.encode(text)) == own.decode(own.encode(text))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_text_has_one_beginning_and_no_end(zoo: Zoo, name: str) -> None:
     tokenizer = zoo.tokenizer(name)
     for text in ("What is it?", "a", " a", ""):

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weaver.tokenizers import encode_text
+from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import ModelInput
 from weaver_rl.conversations import render, reply_content
-from weaver_rl.encoding import encode_behind
+from weaver_rl.encoding import decode_behind, encode_behind
 from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Reply, Segment, Trajectory
 
@@ -78,7 +78,10 @@ class Agent:
     ) -> None:
         self.tokenizer = tokenizer
         self._sampler = sampler
-        self._sampling = sampling
+        size = sampler.model_info.vocab_size
+        ends = {token for token in end_tokens(tokenizer).values() if token < size}
+        stops = tuple(ends.union(sampling.stop_token_ids))  # the template may be set on this side
+        self._sampling = sampling.model_copy(update={"stop_token_ids": stops})
         self._seed = seed
         self._budget = budget or Budget()
         self._rows: list[Row] = []
@@ -170,7 +173,7 @@ class Agent:
             weights_version=sequence.weights_version,
             prompt_tokens=self._tokens,
         )
-        self._text += str(self.tokenizer.decode(list(sequence.tokens), skip_special_tokens=False))
+        self._text += decode_behind(self.tokenizer, self._tokens, sequence.tokens)
         columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
         self._rows += [
             (token, 1, logprob, drawn, sequence.weights_version)

@@ -22,7 +22,7 @@ from weaver_rl.encoding import encode_split
 from weaver_rl.examples import Chat, Completion, read_example
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -81,21 +81,45 @@ def render(
             hint="Describe them in a system message: agent.system(weaver_rl.describe(tools)).",
         )
     for i, message in enumerate(messages):
-        content = message.get("content")
-        if not isinstance(content, str):
-            without = show([*messages[:i], {**message, "content": ""}, *messages[i + 1 :]])
-            _check_written(content, text=text, without=without, where=f"{place}[{i}].content")
+        _check_shown(
+            message,
+            text,
+            around=(messages[:i], messages[i + 1 :]),
+            show=show,
+            where=f"{place}[{i}]",
+        )
     return text
 
 
-def _check_written(content: Any, *, text: str, without: str, where: str) -> None:
-    """Refuses a content that is no text where a template wrote it as Python's, or left it out."""
-    parts = list(content or ())
+def _check_shown(
+    message: Mapping[str, Any],
+    text: str,
+    *,
+    around: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
+    show: Callable[[Sequence[Mapping[str, Any]]], str],
+    where: str,
+) -> None:
+    """Refuses calls, and a content that is no text, that the template left out of `text`, or wrote
+    as Python would; by what it shows of the messages `around` with less between them."""
+    content = message.get("content")
+    if message.get("tool_calls"):
+        bare = {name: value for name, value in message.items() if name != "tool_calls"}
+        if show([*around[0], {**bare, "content": content or ""}, *around[1]]) == text:
+            raise InvalidRequestError(
+                "is not shown by the chat template.",
+                field=f"{where}.tool_calls",
+                hint="Write the calls into the content.",
+            )
+    if isinstance(content, str):
+        return
+    without = show([*around[0], {**message, "content": ""}, *around[1]])
+    parts = list(content) if isinstance(content, list | tuple) else []
     raw = any(text.count(str(one)) > without.count(str(one)) for one in (content, *parts))
-    if raw or not all(part.get("text", "").strip() in text for part in parts):
+    said = [str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part]
+    if raw or not all(one.strip() in text for one in said):
         raise InvalidRequestError(
             f"is {content!r:.80}, which the chat template cannot write.",
-            field=where,
+            field=f"{where}.content",
             hint="Give a text.",
         )
 
@@ -113,9 +137,9 @@ def to_datum(
 
     Raises:
         InvalidRequestError: not an example, nothing to learn, or longer than `max_length` tokens;
-            the chat template refuses it, or rewrites or continues what was learned.
+            or the chat template refuses it.
         ContextLengthError: longer than the model's context.
-        ConfigError: a chat template or an end token is missing.
+        ConfigError: a chat template or an end token is missing, or it rewrites earlier messages.
     """
     read = read_example(example, where=where)
     if isinstance(read, Chat):

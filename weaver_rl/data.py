@@ -96,6 +96,7 @@ def check_unicode(value: object, *, field: str) -> None:
             ) from None
     elif isinstance(value, Mapping):
         for name, item in value.items():
+            check_unicode(name, field=field)
             check_unicode(item, field=f"{field}.{name}")
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):

@@ -6,6 +6,7 @@ not encoded piece by piece, since SentencePiece's tokenizers put a space before 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import InvalidRequestError
@@ -39,6 +40,7 @@ def encode_split(
     Raises:
         InvalidRequestError: no tokens with such a border say the text.
     """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     tokens = encode(text)
     base: list[int] = []
     start = 0
@@ -51,15 +53,13 @@ def encode_split(
         )
         head = next((one for one in heads if tokens[: len(one)] == one), None)
         if head is None:
-            said = tokenizer.decode(tokens)
+            said = decode(tokens)
             split = (
                 (one, one + more)
                 for one in heads
                 for more in encode_behind(tokenizer, one, text[border:])
             )
-            head, tokens = next(
-                (both for both in split if tokenizer.decode(both[1]) == said), (None, tokens)
-            )
+            head, tokens = next((both for both in split if decode(both[1]) == said), (None, tokens))
             if head is None:
                 raise InvalidRequestError(
                     f"has no border between tokens behind {text[max(0, border - 20) : border]!r}.",
@@ -80,9 +80,21 @@ def encode_behind(
     last token's text is encoded with it, or another, and taken away again.
     """
     last = str(tokenizer.decode(list(tokens[-1:])))
-    for anchor in (last, *ANCHORS):
+    for anchor in (last, *ANCHORS) if tokens else ():
         before = tokenizer.encode(anchor, add_special_tokens=False)
         both = tokenizer.encode(anchor + text, add_special_tokens=False)
         if anchor and both[: len(before)] == before:
             yield both[len(before) :]
     yield tokenizer.encode(text, add_special_tokens=False)
+
+
+def decode_behind(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens: Sequence[int]
+) -> str:
+    """What `tokens` say behind `before`: alone, decoders leave out the space that begins a text."""
+    head, whole = (
+        str(tokenizer.decode([*before[-1:], *more], skip_special_tokens=False))
+        for more in ((), tokens)
+    )
+    alone = str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+    return whole[len(head) :] if whole.startswith(head) else alone

@@ -109,15 +109,16 @@ def _template(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             tools = json.loads(tools or "[]")
         except ValueError as error:
             _refuse(f"{where}.tools", f"is not JSON: {error}.", "Give a list of schemas.")
-    if isinstance(tools, Mapping) or not all(hasattr(tool, "keys") for tool in tools or ()):
+    listed = isinstance(tools, Iterable) and not isinstance(tools, Mapping)
+    if not listed or not all(hasattr(tool, "keys") for tool in tools):
         _refuse(f"{where}.tools", f"is {tools!r:.80}.", "Give a list of JSON schemas.")
-    if "functions" in given and not tools:
+    if "functions" in given and "tools" not in given:
         hint = 'Write tools: [{"type": "function", "function": {...}}, ...].'
         _refuse(f"{where}.functions", "is not read.", hint)
     options = given.get("chat_template_kwargs", {})
     if not hasattr(options, "keys"):
         _refuse(f"{where}.chat_template_kwargs", f"is {options!r:.80}.", "Give an object.")
-    return {"tools": tuple(tools or ()), "options": dict(options)}
+    return {"tools": tuple(tools), "options": dict(options)}
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -142,6 +143,11 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         _refuse(f"{where}.role", f"is {message.get('role')!r}.", MESSAGE)
     if message.get("weight", 1) not in (0, 1):
         _refuse(f"{where}.weight", f"is {message['weight']!r}.", "1 is learned, 0 is not.")
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        if not isinstance(calls, Iterable) or isinstance(calls, str | Mapping):
+            _refuse(f"{where}.tool_calls", f"is {calls!r:.80}.", "Give a list of calls.")
+        message["tool_calls"] = list(calls)  # of an array, too
     message["content"] = _content(message, where)
     return message
 

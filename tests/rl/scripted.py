@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from weaver.tokenizers import end_tokens
 from weaver.types import SampledSequence, SampleResult
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _wrapped(inner: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
 class ScriptedSampler:
     """Has what agents use of an `AsyncSamplingClient`. `script(turn, prompt)` gives each reply.
 
-    A reply that does not end with the tokenizer's EOS counts as cut off.
+    A reply that does not end with one of the tokenizer's ends counts as cut off.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ScriptedSampler:
     ) -> None:
         self.tokenizer = tokenizer
         self.script = script
-        self.model_info = SimpleNamespace(context_length=context_length)
+        self.model_info = SimpleNamespace(context_length=context_length, vocab_size=len(tokenizer))
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
 
@@ -116,7 +117,7 @@ class ScriptedSampler:
         return SampleResult(sequences=tuple(sequences), prompt_tokens=tuple(tokens))
 
     def _sequence(self, reply: list[int]) -> SampledSequence:
-        stopped = bool(reply) and reply[-1] == self.tokenizer.eos_token_id
+        stopped = bool(reply) and reply[-1] in end_tokens(self.tokenizer).values()
         return SampledSequence(
             tokens=tuple(reply),
             text=str(self.tokenizer.decode(reply, skip_special_tokens=True)),

@@ -20,6 +20,7 @@ from tests.rl.scripted import (
     metaspace_tokenizer,
 )
 from weaver.errors import ConfigError
+from weaver.tokenizers import end_tokens
 from weaver.types import SamplingParams
 from weaver_rl import datums
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
@@ -27,6 +28,7 @@ from weaver_rl.objectives import Behaviour
 from weaver_rl.types import Group, Rollout
 
 if TYPE_CHECKING:
+    from tests.zoo import Zoo
     from weaver_rl.types import Segment, Trajectory
 
 TOKENIZERS = {"bytes": byte_tokenizer, "metaspace": metaspace_tokenizer}
@@ -164,6 +166,41 @@ def test_a_template_that_rewrites_history_splits_the_trajectory() -> None:
     assert "hmm" not in second
     assert "one" in second
     assert trajectory.segments[1].mask[: len(sampler.prompts[1])] == (0,) * len(sampler.prompts[1])
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "phi3", "unigram", "gemma", "qwen"])
+def test_a_conversation_goes_on_behind_the_reply(zoo: Zoo, name: str) -> None:
+    tokenizer = zoo.tokenizer(name)
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "What is it?"), ("assistant", "Yes."), ("user", "The cat?"))
+    ]
+    prompt, whole = (
+        tokenizer.apply_chat_template(
+            messages[:n], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        for n in (1, 3)
+    )
+    end = end_tokens(tokenizer)[list(end_tokens(tokenizer))[-1]]
+    reply = whole[len(prompt) : whole.index(end, len(prompt)) + 1]
+    sampler = ScriptedSampler(tokenizer, lambda turn, prompt: reply)
+    trajectory = converse(sampler, ["What is it?", "The cat?"])
+    assert sampler.prompts == [prompt, whole]
+    assert len(trajectory.segments) == 1
+
+
+def test_a_reply_ends_at_what_this_side_s_template_ends_it_with() -> None:
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "</think>"))
+    sampler = ScriptedSampler(tokenizer, lambda turn, prompt: "x")
+    agent = Agent(
+        sampler,  # type: ignore[arg-type]
+        tokenizer,
+        sampling=SamplingParams(stop_token_ids=[7]),
+        seed=1,
+    )
+    anyio.run(agent.chat, "hello")
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</think>"])
+    assert set(sampler.params[0].stop_token_ids) == {7, *ends}
 
 
 def test_text_is_completed_as_it_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from tests.zoo import TOKENIZERS, Zoo
@@ -88,6 +89,17 @@ def test_usual_forms_are_read(row: dict[str, Any], same: dict[str, Any]) -> None
     assert learned(tokenizer, one) == learned(tokenizer, two)
 
 
+def test_rows_of_arrays_are_read() -> None:
+    """As pandas gives them."""
+    tokenizer = tokenizer_of(SHOWS_ALL)
+    calls = {**CALL, "tool_calls": np.array(CALL["tool_calls"], dtype=object)}
+    row = {"messages": np.array([USER, calls], dtype=object), "tools": np.array(TOOLS, object)}
+    same = {"messages": [USER, CALL], "tools": TOOLS}
+    assert text_of(tokenizer, to_datum(tokenizer, row)) == text_of(
+        tokenizer, to_datum(tokenizer, same)
+    )
+
+
 def test_only_the_completion_of_a_chat_is_learned() -> None:
     tokenizer = tokenizer_of(SHOWS_ALL)
     datum = to_datum(tokenizer, {"prompt": [USER, REPLY, AGAIN], "completion": [NO]})
@@ -150,6 +162,10 @@ def test_tools_and_options_reach_the_template(zoo: Zoo) -> None:
         ({"messages": [{"role": "user", "content": ["a"]}]}, ".messages[0].content[0]", "str"),
         ({"conversations": [{"from": "who", "value": "x"}]}, ".conversations[0].from", "Known"),
         ({"conversations": [{"from": "gpt"}]}, ".conversations[0].content", "missing"),
+        ({"messages": [USER, {**CALL, "tool_calls": []}]}, ".messages[1].content", "null"),
+        ({"messages": [USER, {**CALL, "tool_calls": "x"}]}, ".messages[1].tool_calls", "list"),
+        ({"messages": [USER, REPLY], "tools": [{"\ud800": 1}]}, ".tools[0]", "surrogate"),
+        ({"messages": [USER, REPLY], "tools": 3}, ".tools", "schemas"),
         ({"messages": [USER, REPLY], "tools": "{"}, ".tools", "not JSON"),
         ({"messages": [USER, REPLY], "tools": [3]}, ".tools", "schemas"),
         ({"messages": [USER, REPLY], "functions": [{}]}, ".functions", "tools"),
@@ -165,6 +181,7 @@ def test_a_broken_row_is_named(row: Any, place: str, words: str) -> None:
 
 NAIVE = SHOWS_ALL.replace("{% if m.content is string %}{{ m.content }}", "{{ m.get('content') }}")
 NAIVE = NAIVE.replace("{% else %}", "{% if m.never %}")
+MUTE = SHOWS_ALL.replace("{% if 'tool_calls' in m %}", "{% if m.never %}")
 DEAF = SHOWS_ALL.replace("{% for part in m.content or [] %}{{ part.text }}{% endfor %}", "")
 
 
@@ -174,6 +191,9 @@ DEAF = SHOWS_ALL.replace("{% for part in m.content or [] %}{{ part.text }}{% end
         (NAIVE, [{"role": "user", "content": PARTS}, REPLY], ".messages[0].content"),
         (NAIVE, [USER, CALL], ".messages[1].content"),  # writes "None"
         (DEAF, [{"role": "user", "content": PARTS}, REPLY], ".messages[0].content"),
+        (MUTE, [USER, CALL], ".messages[1].tool_calls"),
+        (MUTE, [USER, {**CALL, "content": "a"}, USER, REPLY], ".messages[1].tool_calls"),
+        ("{% macro a(x) %}{{ a(x) }}{% endmacro %}{{ a(1) }}", [USER, REPLY], ".messages"),
         (SHOWS_ALL + "{{ raise_exception('no') }}", [USER, REPLY], ".messages"),
         ("{{ messages[0].content + 1 }}", [USER, REPLY], ".messages"),
         ("{% if %}", [USER, REPLY], ".messages"),
