@@ -34,11 +34,14 @@ class Option:
 
 POSITIVE = Option(None, 0.0, open_minimum=True)
 COMMON = {"temperature": Option(1.0, 0.0, open_minimum=True), "denominator": POSITIVE}
-CLIP = {"clip_low_threshold": Option(0.8, 0.0), "clip_high_threshold": Option(1.2, 0.0)}
 TRUNCATION = {"ratio_cap": POSITIVE, "entropy_coef": Option(0.0), "kl_coef": Option(0.0)}
 RATIO_INPUTS = ("target_tokens", "logprobs", "advantages")
 REDUCTIONS = ("mean", "sum")
 WEIGHT_NAMES = ("weights", "loss_mask")
+
+
+def _clip(low: float, high: float) -> dict[str, Option]:
+    return {"clip_low_threshold": Option(low, 0.0), "clip_high_threshold": Option(high, 0.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,11 @@ class LossSpec:
 LOSS_SPECS: Mapping[str, LossSpec] = {
     "cross_entropy": LossSpec(("target_tokens",)),
     "importance_sampling": LossSpec(RATIO_INPUTS, TRUNCATION),
-    "ppo": LossSpec(RATIO_INPUTS, {**CLIP, **TRUNCATION, "dual_clip": Option(None, 1.0, True)}),
-    "cispo": LossSpec(RATIO_INPUTS, CLIP),
-    "gspo": LossSpec(RATIO_INPUTS, CLIP),
+    "ppo": LossSpec(
+        RATIO_INPUTS, {**_clip(0.8, 1.2), **TRUNCATION, "dual_clip": Option(None, 1.0, True)}
+    ),
+    "cispo": LossSpec(RATIO_INPUTS, _clip(0.0, 4.0)),
+    "gspo": LossSpec(RATIO_INPUTS, _clip(1 - 3e-4, 1 + 4e-4)),
     "dro": LossSpec(RATIO_INPUTS, {"beta": Option(0.05, 0.0)}),
     "surrogate": LossSpec(("target_tokens", "surrogate_weights"), weighted=False),
 }

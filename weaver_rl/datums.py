@@ -52,7 +52,7 @@ def examples(
     advantages_P_G: FloatPG,
     *,
     behaviour: Behaviour,
-    aggregate: Aggregate,
+    aggregate: Aggregate | None,
 ) -> list[Example]:
     """The segments of all rollouts that did not fail; those without a sampled token are left out.
 
@@ -75,7 +75,7 @@ def examples(
     return made
 
 
-def denominator(batch: Sequence[Example], aggregate: Aggregate, *, max_tokens: int) -> float:
+def denominator(batch: Sequence[Example], aggregate: Aggregate | None, *, max_tokens: int) -> float:
     """What the summed loss of a batch is divided by; see `Objective.aggregate`. At least 1."""
     rollouts = len({example.rollout for example in batch})
     if aggregate == "constant":

@@ -48,9 +48,10 @@ class Objective:
     loss_fn: str = "importance_sampling"
     config: Mapping[str, float] = field(default_factory=dict)
     """Options of the loss: clip thresholds, `dual_clip`, `ratio_cap`, `entropy_coef`, `beta`."""
-    aggregate: Aggregate = "token"
+    aggregate: Aggregate | None = None
     """How a batch becomes one number. token: mean over sampled tokens (DAPO). sequence: mean over
-    rollouts of each one's mean (GRPO). constant: sum / (rollouts · max_tokens) (Dr. GRPO)."""
+    rollouts of each one's mean (GRPO, GSPO). constant: sum / (rollouts · max_tokens) (Dr. GRPO).
+    None becomes "sequence" for `gspo`, as in its paper, "token" for the others."""
     correction: Correction | None = None
     """What makes up for samples of older weights; asynchronous loops want it named.
 
@@ -65,6 +66,9 @@ class Objective:
     """β of the KL penalty in the loss, per nat."""
 
     def __post_init__(self) -> None:
+        if self.aggregate is None:
+            usual: Aggregate = "sequence" if self.loss_fn == "gspo" else "token"
+            object.__setattr__(self, "aggregate", usual)
         if self.loss_fn not in LOSSES:
             raise ConfigError(
                 f"no policy loss is called {self.loss_fn!r}.",

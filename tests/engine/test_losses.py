@@ -16,7 +16,7 @@ from tests.engine.conftest import datum, job
 from weaver.engine import losses
 from weaver.engine.logprobs import Scores
 from weaver.engine.objective import RATIO_LOSSES, Objective
-from weaver.loss_specs import LOSS_SPECS
+from weaver.loss_specs import LOSS_SPECS, check_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +110,7 @@ def np_ppo(
 
 
 def np_cispo(
-    c: Case, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
+    c: Case, clip_low_threshold: float = 0.0, clip_high_threshold: float = 4.0
 ) -> tuple[Array, Array]:
     weight = np.clip(np.exp(c.lp - c.q), clip_low_threshold, clip_high_threshold) * c.A
     return -weight * c.lp, -weight
@@ -144,7 +144,7 @@ def np_weighted(c: Case, loss_fn: str, config: Mapping[str, Any]) -> tuple[float
 
 
 def np_gspo(
-    c: Case, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
+    c: Case, clip_low_threshold: float = 1 - 3e-4, clip_high_threshold: float = 1 + 4e-4
 ) -> tuple[float, Array]:
     loss, gradient = 0.0, np.zeros_like(c.lp)
     start = 0
@@ -172,7 +172,8 @@ CONFIGS: Sequence[tuple[str, dict[str, Any]]] = [
     ("ppo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05, "dual_clip": 1.3}),
     ("ppo", {"ratio_cap": 1.5, "clip_high_threshold": 3.0, "kl_coef": 0.1}),
     ("cispo", {}),
-    ("cispo", {"clip_low_threshold": 0.0, "clip_high_threshold": 1.5}),
+    ("cispo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
+    ("cispo", {"clip_high_threshold": 1.5}),
     ("gspo", {}),
     ("gspo", {"clip_low_threshold": 0.95, "clip_high_threshold": 1.05}),
     ("dro", {}),
@@ -275,6 +276,43 @@ def test_golden_numbers_of_the_other_losses() -> None:
     }
     for name, values in expected.items():
         assert found[name].tolist() == pytest.approx(values, rel=1e-6), name
+
+
+@pytest.mark.parametrize("ratio", [3.0, 1.0, 0.5, 0.1, 1e-3])
+def test_cispo_lets_go_of_what_the_policy_has_left(ratio: float) -> None:
+    options = check_loss("cispo", None)
+    low, high = (float(options[f"clip_{side}_threshold"]) for side in ("low", "high"))
+    lp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    token = losses.cispo(
+        lp, torch.zeros(1), -torch.ones(1), clip_low_threshold=low, clip_high_threshold=high
+    )
+    (slope,) = torch.autograd.grad(token.value.sum(), lp)
+    assert slope.item() == pytest.approx(ratio, rel=1e-6)
+
+
+def test_gspo_clips_where_its_paper_does() -> None:
+    options = check_loss("gspo", None)
+    low, high = (float(options[f"clip_{side}_threshold"]) for side in ("low", "high"))
+    q, both, length = torch.full((2,), -1.0).double(), torch.ones(2).bool(), torch.tensor([2])
+    for moved, A, learns in (
+        (3e-4, 1.0, True),
+        (5e-4, 1.0, False),
+        (-2e-4, -1.0, True),
+        (-4e-4, -1.0, False),
+        (-4e-4, 1.0, True),
+    ):
+        lp = (q + moved).requires_grad_()
+        token = losses.gspo(
+            lp,
+            q,
+            torch.full((2,), A),
+            counted=both,
+            lengths=length,
+            clip_low_threshold=low,
+            clip_high_threshold=high,
+        )
+        (slope,) = torch.autograd.grad(token.value.sum(), lp)
+        assert bool(slope.any()) is learns
 
 
 @pytest.mark.parametrize("loss_fn", sorted(RATIO_LOSSES))

@@ -40,6 +40,13 @@ def test_refused(kwargs: dict[str, object], match: str) -> None:
         Objective(**kwargs)  # type: ignore[arg-type]
 
 
+def test_gspo_weighs_rollouts_alike_unless_it_is_told_otherwise() -> None:
+    assert {name: Objective(loss_fn=name).aggregate for name in LOSSES} == {
+        name: "sequence" if name == "gspo" else "token" for name in LOSSES
+    }
+    assert Objective(loss_fn="gspo", aggregate="token").aggregate == "token"
+
+
 def test_options_belong_to_their_loss() -> None:
     assert Objective(loss_fn="ppo", config={"dual_clip": 3.0}).config["dual_clip"] == 3.0
     with pytest.raises(InvalidLossConfigError, match="no option 'dual_clip'"):

@@ -77,7 +77,8 @@ def cispo(
 ) -> TokenLoss:
     """-stop(clip(r, low, high))·lp·A: CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4).
 
-    The weight is clipped, never the gradient: every token keeps ∇lp.
+    The weight is clipped, never the gradient: every token keeps ∇lp. The method clips above only: a
+    low threshold above 0 goes on pushing, at that weight, what the policy has left.
     """
     ratio = torch.exp(lp - q).detach()
     weight = ratio.clamp(clip_low_threshold, clip_high_threshold)
