@@ -11,6 +11,7 @@ Tokens are those of the whole text, split where a sampler would have begun to wr
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,7 @@ def _check_shown(
                 field=f"{where}.tool_calls",
                 hint="Write the calls into the content.",
             )
+        _check_calls(message["tool_calls"], text, where=f"{where}.tool_calls")
     if isinstance(content, str):
         return
     without = show([*around[0], {**message, "content": ""}, *around[1]])
@@ -122,6 +124,24 @@ def _check_shown(
             field=f"{where}.content",
             hint="Give a text.",
         )
+
+
+def _check_calls(calls: Sequence[Any], text: str, *, where: str) -> None:
+    """Refuses arguments that the template wrote as a text in a text, or as Python would."""
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if not isinstance(arguments, str | dict | list):
+            continue
+        is_text = isinstance(arguments, str)
+        written = json.dumps(arguments, ensure_ascii=False)
+        wrong = written if is_text else str(arguments)
+        if wrong in text and (is_text or wrong != written):
+            raise InvalidRequestError(
+                f"is written as {wrong:.80} by the chat template.",
+                field=f"{where}[{i}].function.arguments",
+                hint=f"Give {'an object' if is_text else 'the JSON as a text'} there.",
+            )
 
 
 def to_datum(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
 
+import numpy as np
+
 from weaver.errors import InvalidRequestError
 from weaver_rl.data import check_unicode
 
@@ -118,7 +120,7 @@ def _template(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     options = given.get("chat_template_kwargs", {})
     if not hasattr(options, "keys"):
         _refuse(f"{where}.chat_template_kwargs", f"is {options!r:.80}.", "Give an object.")
-    return {"tools": tuple(tools), "options": dict(options)}
+    return {"tools": tuple(map(_without_nulls, tools)), "options": dict(options)}
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -147,7 +149,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         calls = message["tool_calls"]
         if not isinstance(calls, Iterable) or isinstance(calls, str | Mapping):
             _refuse(f"{where}.tool_calls", f"is {calls!r:.80}.", "Give a list of calls.")
-        message["tool_calls"] = list(calls)  # of an array, too
+        message["tool_calls"] = [_without_nulls(call) for call in calls]
     message["content"] = _content(message, where)
     return message
 
@@ -169,6 +171,14 @@ def _content(message: Mapping[str, Any], where: str) -> str | list[dict[str, Any
             _refuse(place, f"is a part of type {kind!r}.", hint)
         parts.append({"type": "text", "text": part["text"]})
     return parts
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column the fields of all others, as nulls."""
+    if hasattr(value, "keys"):
+        items = ((name, value[name]) for name in value.keys())
+        return {name: _without_nulls(item) for name, item in items if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list | np.ndarray) else value
 
 
 def _text(value: Any, where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from tests.zoo import TOKENIZERS, Zoo
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver_rl.conversations import to_datum
+from weaver_rl.data import read_tasks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from weaver.types import Datum
 
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -179,6 +183,11 @@ def test_a_broken_row_is_named(row: Any, place: str, words: str) -> None:
     assert caught.value.hint
 
 
+def call_of(arguments: Any) -> dict[str, Any]:
+    return {**CALL, "tool_calls": [{"function": {"name": "rain", "arguments": arguments}}]}
+
+
+PYTHONIC = SHOWS_ALL.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments")
 NAIVE = SHOWS_ALL.replace("{% if m.content is string %}{{ m.content }}", "{{ m.get('content') }}")
 NAIVE = NAIVE.replace("{% else %}", "{% if m.never %}")
 MUTE = SHOWS_ALL.replace("{% if 'tool_calls' in m %}", "{% if m.never %}")
@@ -193,6 +202,8 @@ DEAF = SHOWS_ALL.replace("{% for part in m.content or [] %}{{ part.text }}{% end
         (DEAF, [{"role": "user", "content": PARTS}, REPLY], ".messages[0].content"),
         (MUTE, [USER, CALL], ".messages[1].tool_calls"),
         (MUTE, [USER, {**CALL, "content": "a"}, USER, REPLY], ".messages[1].tool_calls"),
+        (SHOWS_ALL, [USER, call_of('{"a": "b"}')], ".messages[1].tool_calls[0].function.arguments"),
+        (PYTHONIC, [USER, call_of({"a": "b"})], ".messages[1].tool_calls[0].function.arguments"),
         ("{% macro a(x) %}{{ a(x) }}{% endmacro %}{{ a(1) }}", [USER, REPLY], ".messages"),
         (SHOWS_ALL + "{{ raise_exception('no') }}", [USER, REPLY], ".messages"),
         ("{{ messages[0].content + 1 }}", [USER, REPLY], ".messages"),
@@ -206,6 +217,41 @@ def test_what_a_template_cannot_write_is_refused(
     with pytest.raises(InvalidRequestError, match="template") as caught:
         to_datum(tokenizer_of(template), {"messages": messages}, where="chat.jsonl[3]")
     assert caught.value.field == f"chat.jsonl[3]{place}"
+
+
+def test_arguments_are_learned_as_json_however_they_are_given() -> None:
+    as_text = tokenizer_of(PYTHONIC)
+    datum = to_datum(as_text, {"messages": [USER, call_of('{"a": "b"}')]})
+    assert learned(as_text, datum) == '{"a": "b"}<|im_end|>'
+
+
+@pytest.mark.parametrize("call", [3, "rain", {"function": "rain"}, {"function": {"name": "rain"}}])
+def test_calls_of_any_shape_are_shown_or_refused(call: Any) -> None:
+    tokenizer = tokenizer_of(SHOWS_ALL)
+    row = {"messages": [USER, {"role": "assistant", "content": "None", "tool_calls": [call]}]}
+    assert json.dumps(call) in learned(tokenizer, to_datum(tokenizer, row))
+    with pytest.raises(InvalidRequestError, match="template refuses it"):
+        to_datum(tokenizer_of("{{ messages[1].tool_calls[0].function.name + 1 }}"), row)
+
+
+def test_fields_that_only_arrow_has_filled_in_are_not_shown(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def row(name: str) -> dict[str, Any]:
+        return {
+            "tools": [{"name": name, "parameters": {"properties": {name: {"type": "string"}}}}],
+            "messages": [USER, call_of({name: "x"})],
+        }
+
+    rows = [row("city"), row("day")]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    tokenizer = tokenizer_of(SHOWS_ALL)
+    for read, given in zip(read_tasks(tmp_path / "a.parquet", fields=()), rows, strict=True):
+        assert read != given
+        one, two = (text_of(tokenizer, to_datum(tokenizer, each)) for each in (read, given))
+        assert "null" not in one
+        assert one == two
 
 
 def test_a_system_message_that_a_template_refuses_is_named(zoo: Zoo) -> None:
