@@ -135,4 +135,5 @@ def _interrupt_all() -> None:
         out.wait(None if patience_s == math.inf else patience_s)
 
 
-os.register_at_fork(after_in_child=_inside.clear)  # the child has none of these threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inside.clear)  # the child has none of these threads

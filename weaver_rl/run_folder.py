@@ -1,6 +1,7 @@
 """The folder of one run: what lies where, and where a run goes on in it; loops open it first.
 
 runs/reverse/
+├── lock                        held by the process that writes the folder
 ├── config.json                 what the run was started with
 ├── metrics.jsonl               one line a step
 ├── transcripts/000012.jsonl    the rollouts of step 12
@@ -18,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from contextlib import suppress
+import os
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from weaver.errors import (
     ConfigError,
     ConflictError,
 )
+from weaver.locks import hold_lock, release_lock
 from weaver_rl.storage import (
     encode,
     naming_storage,
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256")}
 """What a digest in a config stands for."""
+OTHER_FOLDER = "Wait for it or end it, or choose another folder."
+_locks: dict[tuple[int, Path], int] = {}
+"""Of the folders that this process has opened, by its number: a fork has opened none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +90,43 @@ def open_run_folder(
 ) -> RunFolder:
     """Makes the folder, or opens the one of a run that goes on, and writes its config.
 
+    This process has the folder from then on, until it ends or calls `release_run_folder`.
+
     Args:
         config: everything that decides the results; compared with the folder's own on resume.
         may_differ: top-level names that a resumed run may change, such as `steps`.
 
     Raises:
-        ConflictError: the folder holds a run and `resume` is off.
+        ConflictError: the folder holds a run and `resume` is off, or another process has it.
         ConfigError: it holds a run of another config; names the first field that differs.
         StorageError: it cannot be written.
     """
     folder = RunFolder(path)
     wanted = plain(config)
+    with naming_storage(path), ExitStack() as stack:
+        if _key(folder) not in _locks:
+            what = f"the run folder {path}"
+            _locks[_key(folder)] = hold_lock(path, what=what, hint=OTHER_FOLDER)
+            stack.callback(release_run_folder, folder)
+        _write_config(folder, wanted, resume=resume, may_differ=may_differ)
+        stack.pop_all()
+    return folder
+
+
+def release_run_folder(folder: RunFolder) -> None:
+    """Lets other processes open the folder; nothing more is written there by this one."""
+    if (lock := _locks.pop(_key(folder), None)) is not None:
+        release_lock(lock)
+
+
+def _key(folder: RunFolder) -> tuple[int, Path]:
+    return os.getpid(), folder.path.resolve()
+
+
+def _write_config(
+    folder: RunFolder, wanted: Any, *, resume: bool, may_differ: Collection[str]
+) -> None:
+    path = folder.path
     if folder.config.exists():
         if not resume:
             raise ConflictError(
@@ -103,11 +135,9 @@ def open_run_folder(
                 hint="Pass resume=True to go on with it, or choose another folder.",
             )
         _check_same(read_config(folder), wanted, path, may_differ)
-    with naming_storage(path):
-        folder.transcripts.mkdir(parents=True, exist_ok=True)
-        folder.checkpoints.mkdir(exist_ok=True)
+    folder.transcripts.mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
     write_atomically(folder.config, encode(wanted, indent=2) + b"\n")
-    return folder
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:

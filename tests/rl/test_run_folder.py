@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from weaver.errors import ConfigError, ConflictError, StorageError
-from weaver_rl.run_folder import open_run_folder, read_config, rewind
+from weaver_rl.loops.run import open_run
+from weaver_rl.run_folder import open_run_folder, read_config, release_run_folder, rewind
 from weaver_rl.storage import append_line, read_lines
 
 if TYPE_CHECKING:
@@ -71,3 +75,35 @@ def test_rewind(tmp_path: Path) -> None:
     rewind(folder, 3)
     assert [row["step"] for row in read_lines(folder.metrics)] == [1, 2, 3]
     assert sorted(file.stem for file in folder.transcripts.iterdir())[-1] == "000003"
+
+
+def test_one_process_has_a_folder(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+import weaver_rl as rl
+from weaver import ConflictError
+try:
+    rl.open_run_folder(Path(sys.argv[1]), {"a": 1}, resume=True)
+except ConflictError as error:
+    print(error)
+"""
+
+    def other() -> str:
+        command = [sys.executable, "-c", program, tmp_path]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    with open_run(tmp_path, {"a": 1}, tasks=[], steps=1, display=False):
+        assert f"(process {os.getpid()} on" in other()
+    (tmp_path / "config.json").unlink()
+    assert other() == ""
+    folder = open_run_folder(tmp_path, {"a": 1}, resume=True)
+    assert open_run_folder(tmp_path, {"a": 1}, resume=True) == folder  # in one process
+    assert "in use" in other()
+    with pytest.raises(ConfigError, match="started with"):
+        open_run_folder(tmp_path, {"a": 2}, resume=True)
+    assert "in use" in other()  # it is held still
+    release_run_folder(folder)
+    with pytest.raises(ConfigError, match="started with"):
+        open_run_folder(tmp_path, {"a": 2}, resume=True)
+    assert other() == ""  # what was refused holds nothing

@@ -7,9 +7,7 @@ no other process on this home has it, too.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -19,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 
-from weaver.errors import ConflictError, EngineError, RunNotFoundError, WeaverError
+from weaver.errors import EngineError, RunNotFoundError, WeaverError
+from weaver.locks import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Location
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+OTHER_HOME = "Close that one, or use another home (WEAVER_HOME)."
 
 
 KEEP, KEEP_S = "keep", 86_400.0
@@ -130,7 +130,9 @@ class Recovery:
             ConflictError: another process has it.
         """
         if self.store.durable and run.lock is None:
-            run.lock = hold_lock(self.live.root / run.run_id, what=f"run {run.run_id}")
+            run.lock = hold_lock(
+                self.live.root / run.run_id, what=f"run {run.run_id}", hint=OTHER_HOME
+            )
 
     def due(self, run: Run, *, at_once: bool) -> bool:
         """Whether a snapshot should be taken, now that a step has ended.
@@ -246,27 +248,8 @@ def forget_files(folder: Path) -> None:
 def release(run: Run) -> None:
     """Lets other processes have the run."""
     if run.lock is not None:
-        os.close(run.lock)
+        release_lock(run.lock)
         run.lock = None
-
-
-def hold_lock(folder: Path, *, what: str) -> int:
-    """A descriptor of the lock file in `folder`; it ends with the process, however that ends.
-
-    Raises:
-        ConflictError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConflictError(
-            f"{what} is in use by another process.",
-            hint="Close that one, or use another home (WEAVER_HOME).",
-        ) from None
-    return lock
 
 
 def _place(run: Run, number: int) -> Location:

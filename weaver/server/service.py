@@ -6,13 +6,13 @@ tasks, leaving ends them. It closes neither the engine nor the store; who made t
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CancelScope, to_thread
 
+from weaver.locks import hold_lock, release_lock
 from weaver.server.activity import Activity
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints, now_utc
@@ -24,7 +24,7 @@ from weaver.server.known import Known
 from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
-from weaver.server.recovery import Durability, Recovery, hold_lock, release
+from weaver.server.recovery import OTHER_HOME, Durability, Recovery, release
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.scoped import Parts, ScopedService
@@ -148,7 +148,9 @@ class LocalService(ScopedService):
     async def __aenter__(self) -> Self:
         parts = self._parts
         if parts.store.keeps_sessions:
-            self._lock = hold_lock(self._live.root, what=f"the home {self._live.root.parent}")
+            self._lock = hold_lock(
+                self._live.root, what=f"the home {self._live.root.parent}", hint=OTHER_HOME
+            )
         try:
             tickets = await restore(parts.store, self._live, parts.known)
         except BaseException:
@@ -205,7 +207,7 @@ class LocalService(ScopedService):
         for run in self._parts.known.runs.values():
             release(run)
         if self._lock is not None:
-            os.close(self._lock)
+            release_lock(self._lock)
 
     async def _sweep(self) -> None:
         parts = self._parts

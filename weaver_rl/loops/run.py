@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,14 @@ from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
 from weaver_rl.rewards import name_of
-from weaver_rl.run_folder import Manifest, manifests, open_run_folder, restore, save_checkpoint
+from weaver_rl.run_folder import (
+    Manifest,
+    manifests,
+    open_run_folder,
+    release_run_folder,
+    restore,
+    save_checkpoint,
+)
 from weaver_rl.transcripts import write_transcripts
 
 if TYPE_CHECKING:
@@ -149,7 +156,7 @@ def open_run(
     Raises:
         ConfigError: `resume` without a folder, or another config or other tasks than the run was
             started with; names the first field that differs. Nothing was changed.
-        ConflictError: the folder holds a run and `resume` is off.
+        ConflictError: the folder holds a run and `resume` is off, or another process has it.
         StorageError: it cannot be written.
         MissingDependencyError: the display's or the logger's package is not installed.
     """
@@ -159,20 +166,20 @@ def open_run(
     loggers: list[Logger] = []
     run = Run(checkpoint_every=checkpoint_every)
     config = {k: name_of(v) if callable(v) else v for k, v in config.items()}
-    if path is not None:
-        config["task_set"] = digest(tasks)
-        folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
-        loggers.append(JsonlLogger(folder.metrics))
-    if wandb_project is not None:
-        newest = next(manifests(folder), None) if folder is not None else None
-        state = newest.loggers.get("wandb") if newest is not None else None
-        loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
-    if display:  # the last, since it takes the terminal until it is closed
-        shown = Display(steps=steps)
-        run.waiting_for = shown.waiting_for
-        loggers.append(shown)
-    run.folder, run.loggers = folder, Loggers(*loggers)
-    try:
+    with ExitStack() as stack:
+        if path is not None:
+            config["task_set"] = digest(tasks)
+            folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
+            stack.callback(release_run_folder, folder)
+            loggers.append(JsonlLogger(folder.metrics))
+        if wandb_project is not None:
+            newest = next(manifests(folder), None) if folder is not None else None
+            state = newest.loggers.get("wandb") if newest is not None else None
+            loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
+        if display:  # the last, since it takes the terminal until it is closed
+            shown = Display(steps=steps)
+            run.waiting_for = shown.waiting_for
+            loggers.append(shown)
+        run.folder, run.loggers = folder, Loggers(*loggers)
+        stack.callback(run.loggers.close)
         yield run
-    finally:
-        run.loggers.close()
