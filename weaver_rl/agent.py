@@ -16,6 +16,7 @@ from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import ModelInput
 from weaver_rl.conversations import render, reply_content
 from weaver_rl.encoding import decode_behind, encode_behind
+from weaver_rl.examples import read_messages
 from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Reply, Segment, Trajectory
 
@@ -107,6 +108,7 @@ class Agent:
         Raises:
             BudgetExceeded: no turn, token or context is left.
             ConfigError: the tokenizer has no chat template.
+            InvalidRequestError: the template refuses it.
         """
         return await self.respond([{"role": role, "content": text}], max_tokens=max_tokens)
 
@@ -119,7 +121,7 @@ class Agent:
         return await self.respond(text, max_tokens=max_tokens)
 
     async def respond(self, prompt: Prompt, *, max_tokens: int | None = None) -> Reply:
-        """`complete` for a text, `chat` for messages."""
+        """`complete` for a text, `chat` for messages, which are checked."""
         (reply,) = await respond_all([self], prompt, max_tokens=max_tokens)
         return reply
 
@@ -149,7 +151,7 @@ class Agent:
             self._messages.append({"role": "user", "content": prompt})
             new, special = prompt, not self._rows
         else:
-            self._messages += prompt
+            self._messages += read_messages(prompt, "prompt")
             full = render(self.tokenizer, self._messages, tools=self._tools)
             if not full.startswith(self._text):
                 self._done.append(_segment(self._rows))

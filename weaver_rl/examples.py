@@ -1,8 +1,8 @@
 """Rows of a data set as supervised examples: what each form says, checked before it is encoded.
 
-`conversations.to_datum` reads its rows here, and its docs show the forms. Rows may be of the
-usual other format (`conversations` of `from` and `value`), and fields may be null, as `datasets`
-fills those that a row lacks.
+`conversations.to_datum` reads its rows here, whose docs show the forms, and agents their messages.
+Rows may be of the usual other format (`conversations` of `from` and `value`), and fields may be
+null, as `datasets` fills those that a row lacks.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_example(row: Any, *, where: str) -> Chat | Completion | Text:
     chat = next((name for name in ("messages", "conversations") if name in given), None)
     if chat is not None:
         field = f"{where}.{chat}"
-        messages = _messages(given[chat], field)
+        messages = read_messages(given[chat], field)
         system = given.get("system")
         if isinstance(system, str) and system and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": system}, *messages)
@@ -88,8 +88,8 @@ def read_example(row: Any, *, where: str) -> Chat | Completion | Text:
                 prompt=_text(prompt, f"{where}.prompt"),
                 completion=_text(completion, f"{where}.completion"),
             )
-        before = _messages(prompt, f"{where}.prompt")
-        behind = _messages(completion, f"{where}.completion")
+        before = read_messages(prompt, f"{where}.prompt")
+        behind = read_messages(completion, f"{where}.completion")
         return Chat(
             messages=(*before, *behind),
             where=f"{where}.prompt + completion",
@@ -123,7 +123,8 @@ def _template(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"tools": tuple(map(_without_nulls, tools)), "options": dict(options)}
 
 
-def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+def read_messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Chat messages with roles and contents, without nulls. Raises as `read_example`."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         _refuse(where, f"is a {type(value).__name__}.", f"Give a list of messages. {MESSAGE}")
     messages = tuple(_message(one, f"{where}[{i}]") for i, one in enumerate(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
@@ -19,7 +19,7 @@ from tests.rl.scripted import (
     byte_tokenizer,
     metaspace_tokenizer,
 )
-from weaver.errors import ConfigError
+from weaver.errors import ConfigError, InvalidRequestError
 from weaver.tokenizers import end_tokens
 from weaver.types import SamplingParams
 from weaver_rl import datums
@@ -187,6 +187,25 @@ def test_a_conversation_goes_on_behind_the_reply(zoo: Zoo, name: str) -> None:
     trajectory = converse(sampler, ["What is it?", "The cat?"])
     assert sampler.prompts == [prompt, whole]
     assert len(trajectory.segments) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ([{"role": "user", "text": "hi"}], "prompt[0].content"),
+        ([{"content": "hi"}], "prompt[0].role"),
+        ([], "prompt"),
+        (3, "prompt"),
+    ],
+)
+def test_messages_that_would_be_shown_as_nothing_are_refused(prompt: Any, field: str) -> None:
+    agent = agent_of(ScriptedSampler(byte_tokenizer(), lambda turn, prompt: "x"))
+    with pytest.raises(InvalidRequestError) as caught:
+        anyio.run(agent.respond, prompt)
+    assert caught.value.field == field
+    said = {"from": "human", "value": "hi", "name": None}
+    anyio.run(agent.respond, [said])
+    assert agent.messages[0] == {"role": "user", "content": "hi"}
 
 
 def test_a_reply_ends_at_what_this_side_s_template_ends_it_with() -> None:
