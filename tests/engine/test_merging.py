@@ -122,6 +122,19 @@ def test_shards_stay_and_the_dtype_is_the_bases(tmp_path: Path, dtype: torch.dty
         assert_merged_equals_peft(base, adapter, merged)
 
 
+def test_a_head_with_a_tied_bias_is_untied_whole(tmp_path: Path) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    sizes = SIZES | {"num_key_value_heads": 4}
+    save_tiny(transformers.BertGenerationConfig(**sizes, is_decoder=True), base)
+    catalog = Catalog({"base": base}, allow_paths=False)
+    store = ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    config = LORA.model_copy(update={"train_mlp": False, "train_unembed": True})
+    adapter = save_adapter(TorchTrainer(store), "base", tmp_path / "adapter", config=config)
+    merged.mkdir()
+    merge_adapter(catalog.facts("base"), adapter, merged)
+    assert_merged_equals_peft(base, adapter, merged)
+
+
 def test_files_with_other_names_are_merged_too(
     trainer: TorchTrainer, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -217,3 +217,18 @@ def test_a_checkpoint_that_cannot_be_read_is_corrupt_not_a_defect(
     )
     with pytest.raises(CheckpointCorruptError, match="not fit"):
         trainer.load("run", broken, include_optimizer=False)
+
+
+def test_one_key_head_for_all_queries_is_right(tmp_path: Path) -> None:
+    config = transformers.GPTBigCodeConfig(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, multi_query=True
+    )
+    save_tiny(config, tmp_path)
+    assert store_of(tmp_path).base("base").cache_shape.num_kv_heads == 1
+
+
+def test_latent_attention_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(**SIZES | {"num_key_value_heads": 4}, kv_lora_rank=16)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="latent attention"):
+        store_of(tmp_path).catalog.facts("base")

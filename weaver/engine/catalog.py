@@ -199,7 +199,9 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
         public_name=public_name,
         config=config,
         num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        num_kv_heads=1
+        if getattr(config, "multi_query", False)
+        else getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         targets=find_targets(model, head),
         fused_experts=has_fused_experts(model),
@@ -215,6 +217,8 @@ def _check_config(name: str, config: Any) -> None:
         raise _unsupported(name, f"{config.model_type} is not a causal language model.")
     if config.get_text_config() is not config or config.is_encoder_decoder:
         raise _unsupported(name, f"{config.model_type} is more than a text decoder.")
+    if getattr(config, "kv_lora_rank", None):
+        raise _unsupported(name, "it has latent attention.")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise _unsupported(name, "it caps its attention logits.")
     if getattr(config, "use_bidirectional_attention", None):

@@ -81,7 +81,7 @@ def _write_shards(
     index: dict[str, Any],
     untied: Mapping[str, str],
 ) -> None:
-    """`untied` maps the name of a head's weight to that of the embedding it was tied to."""
+    """`untied` maps the names of a head's tensors to those that they were tied to."""
     for shard in sorted(set(index["weight_map"].values())):
         weights = load_file(source / shard)
         for head, embedding in untied.items():
@@ -102,8 +102,11 @@ def _write_whole(
 ) -> None:
     dtype = facts.config.dtype or torch.float32
     module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
-    if untied:
+    for name in untied:
         module.config.tie_word_embeddings = False
+        owner, _, leaf = name.rpartition(".")
+        own = torch.nn.Parameter(module.get_parameter(name).detach().clone())
+        setattr(module.get_submodule(owner), leaf, own)
     for path, pair in adapter.pairs.items():
         layer = module.get_submodule(path)
         layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
@@ -127,10 +130,7 @@ def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
 
 
 def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
-    """The tied weights, by name, that the adapter changes, and what each was tied to."""
+    """All tied weights, by name, and what each was tied to, where the adapter changes one."""
     changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
-    return {
-        k: v
-        for k, v in tied_weights(facts).items()
-        if any(name.endswith(f".{k}") for name in changed)
-    }
+    tied = tied_weights(facts)
+    return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}
