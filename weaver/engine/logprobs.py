@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from weaver.engine.linear import FrozenLinear
+from weaver.engine.softmax import scored, token_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +49,12 @@ class Queries:
     active: torch.Tensor
     """bool: rows whose gradient is wanted; the others are scored without one."""
 
-    def take(self, rows: torch.Tensor) -> Queries:
+    @property
+    def divisor(self) -> torch.Tensor | None:
+        """`temperature` [T, 1], or None where it is 1 everywhere."""
+        return self.temperature[:, None] if bool((self.temperature != 1).any()) else None
+
+    def take(self, rows: torch.Tensor | slice) -> Queries:
         return Queries(
             targets=self.targets[rows],
             temperature=self.temperature[rows],
@@ -118,19 +124,15 @@ def _general(
 
     def score(h: torch.Tensor, lengths: list[int], asked: Queries) -> tuple[torch.Tensor, ...]:
         with model.routing.of(lengths, batch.adapters):
-            logits = model.head.logits(h) / asked.temperature[:, None]
-        normalised = torch.log_softmax(logits, dim=-1)
-        logprobs = normalised.gather(1, asked.targets[:, None]).squeeze(1)
-        if not entropy:
-            return logprobs, torch.zeros_like(logprobs)
-        return logprobs, -(normalised.exp() * normalised).sum(-1)
+            logits = model.head.logits(h)
+        return scored(logits, asked.targets, asked.divisor, entropy)
 
     if len(hidden) * model.info.vocab_size <= KEPT_ELEMENTS:
         logprobs, entropies = score(hidden, counts, queries)
         return logprobs, entropies
     pieces: list[tuple[torch.Tensor, ...]] = []
     for rows in _chunks(len(hidden), model.info.vocab_size):
-        asked = queries.take(torch.arange(rows.start, rows.stop, device=hidden.device))
+        asked = queries.take(rows)
         lengths = _lengths_within(counts, rows)
         pieces.append(
             checkpoint(
@@ -159,18 +161,16 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), linear.out_features):
             logits = head.finish(linear.project(hidden[rows]).float())
-            temperature = queries.temperature[rows, None]
-            target = queries.targets[rows, None]
-            tempered = logits / temperature if bool((temperature != 1).any()) else logits
-            total = torch.logsumexp(tempered, dim=-1, keepdim=True)
-            logprobs[rows] = (tempered.gather(1, target) - total).squeeze(1)
-            if not entropy and gradient is None:
-                continue
-            p = torch.exp(tempered - total)
-            if entropy:
-                entropies[rows] = total.squeeze(1) - torch.linalg.vecdot(p, tempered)
-            if gradient is not None:
-                p.neg_().scatter_add_(1, target, torch.ones_like(total)).div_(temperature)
+            asked = queries.take(rows)
+            targets, temperature = asked.targets, asked.divisor
+            p = None if gradient is None else torch.empty_like(logits)
+            logprobs[rows], entropies[rows] = token_scores(
+                logits, targets, temperature, entropy=entropy, policy=p
+            )
+            if gradient is not None and p is not None:
+                p.neg_()[torch.arange(len(p)), targets] += 1
+                if temperature is not None:
+                    p.div_(temperature)
                 d_z = head.finish_back(p, logits).to(hidden.dtype)
                 gradient[rows] = linear.project_back(d_z)
         ctx.save_for_backward(gradient)

@@ -19,6 +19,7 @@ from weaver.engine.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.packing import pack
 from weaver.engine.sample_jobs import RunningJob
 from weaver.engine.sampling import draw_uniforms, row_params, sample
+from weaver.engine.softmax import token_scores
 from weaver.engine.store import ModelStore, PublishedWeights
 from weaver.errors import NotFoundError
 
@@ -184,8 +185,8 @@ class TorchSampler:
             logits = job.weights.model.logits(
                 hidden[start : start + len(some)], [job.weights.adapter] * len(some)
             )
-            index = torch.tensor(some, device=logits.device)[:, None]
-            job.score(logits.log_softmax(-1).gather(-1, index)[:, 0].tolist())
+            scores, _ = token_scores(logits, torch.tensor(some, device=logits.device))
+            job.score(scores.tolist())
 
     def _begin(self) -> None:
         """Draws the first tokens of samples that have a place, and gives them a row."""

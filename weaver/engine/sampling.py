@@ -122,8 +122,10 @@ def sample(
     if len(params.greedy_rows):
         tokens[params.greedy_rows] = scaled[params.greedy_rows].argmax(-1)
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    # a softmax's largest value is 1 / Σ exp(z - max z), all that is missing of the log-softmax
-    return Draws(tokens, chosen - logits.amax(-1) + policy.amax(-1).log(), sampling_logprobs)
+    # a softmax's largest value is 1 / Σ exp(z - max z), all that is missing of the log-softmax;
+    # torch divides by a sum that is up to 1e-4 off, so that only a second sum makes it exact
+    share = policy.amax(-1) / policy.sum(-1)
+    return Draws(tokens, chosen - logits.amax(-1) + share.log(), sampling_logprobs)
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -159,7 +161,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def _draw_plain(
     weights: torch.Tensor, params: RowParams, rows: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probabilities; `weights` are probabilities [F, V]."""
+    """Tokens and log-probabilities; `weights` [F, V] are probabilities but for a factor."""
     min_p = params.min_p[rows]
     if bool(min_p.any()):
         weights = weights.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), 0)
