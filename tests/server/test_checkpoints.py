@@ -304,6 +304,6 @@ def test_everything_is_flushed_before_it_is_renamed(
     disk: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(module, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(module, "flush", lambda path: flushed.append(path.name))
     write(disk)
     assert flushed[:2] == [".manifest.json", "data"] and flushed[-1] == "weights"

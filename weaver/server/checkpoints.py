@@ -8,20 +8,19 @@ block; the service calls them from worker threads.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
 import os
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from weaver.errors import (
     CheckpointCorruptError,
@@ -32,6 +31,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import SAFE_NAME, check_name
+from weaver.server.drafts import flush, is_abandoned, make_own, sha256
 from weaver.types import CheckpointInfo, Value
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ SCHEME = "weaver://"
 GROUPS = ("weights", "sampler")
 MANIFEST = "manifest.json"
 REPLACED, DRAFT = ".replaced-", ".draft-"
-ABANDONED_AFTER_S = 24 * 3600.0
-"""A draft this old belongs to a process that died, where the file system has no locks to tell."""
 
 
 def now_utc() -> datetime:
@@ -91,6 +89,8 @@ class Manifest(Value):
     """Of its files, by name."""
     author: str = ""
     """Whose submission wrote it."""
+    last_seqs: Mapping[str, int] = Field(default_factory=dict)
+    """Of a snapshot: the last seq of each session that is in it."""
 
 
 class Checkpoints:
@@ -141,14 +141,21 @@ class Checkpoints:
         try:
             with _storage_errors(f"saving {location}"):
                 self._drafts[draft] = None
-                self._drafts[draft] = _make_own(draft)
+                self._drafts[draft] = make_own(draft)
                 fill(draft)
         except BaseException:
             self._drop(draft)
             raise
         return draft
 
-    def commit(self, draft: Path, info: CheckpointInfo, *, author: str = "") -> CheckpointInfo:
+    def commit(
+        self,
+        draft: Path,
+        info: CheckpointInfo,
+        *,
+        author: str = "",
+        last_seqs: Mapping[str, int] | None = None,
+    ) -> CheckpointInfo:
         """The second half: flushes a draft to the disk and puts it in its place."""
         place = self._folder(Location.parse(info.path))
         try:
@@ -163,10 +170,13 @@ class Checkpoints:
                         "expires_at": _expiry(now, info.ttl_seconds),
                     }
                 )
-                sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
-                _write_manifest(draft, Manifest(checkpoint=info, sha256=sums, author=author))
+                sums = {str(path.relative_to(draft)): sha256(path) for path in files}
+                manifest = Manifest(
+                    checkpoint=info, sha256=sums, author=author, last_seqs=last_seqs or {}
+                )
+                _write_manifest(draft, manifest)
                 for path in (*files, draft):
-                    _flush(path)
+                    flush(path)
                 with self._changing:
                     _swap(draft, place)
         finally:
@@ -214,7 +224,7 @@ class Checkpoints:
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise _corrupt(folder, name, "is missing")
-            if _sha256(file) != expected:
+            if sha256(file) != expected:
                 raise _corrupt(folder, name, "has changed since it was written")
         return manifest.checkpoint, folder
 
@@ -255,7 +265,7 @@ class Checkpoints:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
         for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts.keys():
-            if _is_abandoned(draft):
+            if is_abandoned(draft):
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _folder(self, location: Location) -> Path:
@@ -301,39 +311,6 @@ def _replaced(place: Path) -> Path:
     return place.parent / f"{REPLACED}{place.name}"
 
 
-def _make_own(draft: Path) -> int | None:
-    """Makes the folder and locks it, until its descriptor is closed or the process ends."""
-    while True:
-        draft.mkdir(parents=True, exist_ok=True)
-        lock = os.open(draft, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.samestat(draft.stat(), os.fstat(lock)):
-                return lock
-        except FileNotFoundError:  # another process swept it before it was locked
-            pass
-        except OSError:  # no locks on this file system, or none of folders
-            os.close(lock)
-            return None
-        os.close(lock)
-
-
-def _is_abandoned(draft: Path) -> bool:
-    try:
-        lock = os.open(draft, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return time.time() - os.fstat(lock).st_mtime > ABANDONED_AFTER_S
-    finally:
-        os.close(lock)
-    return True
-
-
 def _swap(draft: Path, place: Path) -> None:
     """Puts `draft` at `place`. At every moment, a reader (or a crash) finds the old or the new."""
     replaced = _replaced(place)
@@ -341,7 +318,7 @@ def _swap(draft: Path, place: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
     draft.rename(place)
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -352,7 +329,7 @@ def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     draft = folder / f".{MANIFEST}"
     draft.write_text(manifest.model_dump_json(indent=1, exclude={"checkpoint": {"folder"}}))
-    _flush(draft)
+    flush(draft)
     draft.rename(folder / MANIFEST)
 
 
@@ -380,20 +357,6 @@ def _corrupt(folder: Path, file: str, what: str) -> CheckpointCorruptError:
         field="path",
         hint="Load another checkpoint; delete this one.",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ so that a newer program brings them up to date before it uses them. A list of fu
 that: Alembic would add a dependency, a folder of scripts and a configuration for a few tables.
 
 A commit to SQLite (`synchronous=NORMAL`) outlives the process, kill -9 included, but the last ones
-may be lost when the machine itself loses power; PostgreSQL waits for the disk.
+may be lost when the machine itself loses power, unless it is flushed, as before anything that it
+replaces is deleted; PostgreSQL waits for the disk.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ SERVING = 0x57454157
 DISK_FULL, LOCK_TIMEOUT = "53100", "55P03"
 """PostgreSQL's codes."""
 CONNECT_S = 5
+NORMAL, FULL = 1, 2
+"""SQLite's `synchronous`: whether a commit waits for the disk."""
 BUSY_S = 5
 """A write to SQLite waits so long for that of another process; a server at its start for another
 that ends on its PostgreSQL database."""
@@ -152,10 +155,13 @@ class Writer:
 
 
 @contextmanager
-def transaction(database: sa.Engine | Writer, *, at_once: bool = False) -> Iterator[sa.Connection]:
+def transaction(
+    database: sa.Engine | Writer, *, at_once: bool = False, flush: bool = False
+) -> Iterator[sa.Connection]:
     """A connection whose changes are kept together, or not at all.
 
-    `at_once` does not wait where another process writes to SQLite.
+    `at_once` does not wait where another process writes to SQLite. `flush` makes SQLite wait until
+    these changes, and all before them, are on the disk.
 
     Raises:
         ServiceConnectionError: the database is away; it may be waited for.
@@ -165,7 +171,8 @@ def transaction(database: sa.Engine | Writer, *, at_once: bool = False) -> Itera
     try:
         with database.begin() as connection:
             if connection.dialect.name == "sqlite":
-                _set_busy(connection, 0 if at_once else int(1000 * BUSY_S))
+                _set(connection, "busy_timeout", 0 if at_once else int(1000 * BUSY_S))
+                _set(connection, "synchronous", FULL if flush else NORMAL)
             yield connection
     except (sa.exc.SQLAlchemyError, OverflowError, UnicodeError) as error:  # drivers raise such too
         cause = getattr(error, "orig", None) or error
@@ -259,10 +266,9 @@ def upgrade(connection: sa.Connection) -> None:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _set_busy(connection: sa.Connection, busy_ms: int) -> None:
-    if connection.info.get("busy_ms") != busy_ms:
-        connection.connection.cursor().execute(f"PRAGMA busy_timeout={busy_ms}")
-        connection.info["busy_ms"] = busy_ms
+def _set(connection: sa.Connection, pragma: str, value: int) -> None:
+    if connection.info.get(pragma) != value:
+        connection.connection.cursor().execute(f"PRAGMA {pragma}={value}")
+        connection.info[pragma] = value

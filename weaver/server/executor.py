@@ -224,8 +224,7 @@ class Executor:
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
             if run is not None:
-                run.executed += 1
-                ticket.number = run.executed
+                ticket.number = run.execute(ticket)
                 if isinstance(result, (StepDone, CheckpointLoaded)):
                     changed.append((run, result))
             if isinstance(result, ModelCreated):

@@ -97,7 +97,7 @@ class Intake:
             self.executor.enqueue(ticket, run)
             self._watch(run, session)
         else:
-            error = ConflictError(
+            error = error or ConflictError(
                 f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
                 hint="Submit it again with the next seq.",
             )
@@ -153,6 +153,7 @@ class Intake:
         for run in list(self.known.runs.values()):
             await self.give_up(run, session)
             run.lane.forget(session_id)
+            run.last_seqs.pop(session_id, None)
         self.executor.release(session.unnamed_samplers)
         session.close()
         await self.store.close_session(session_id)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
-    from weaver.server.checkpoints import Checkpoints
+    from weaver.server.checkpoints import Checkpoints, Manifest
     from weaver.server.engine_thread import EngineThread
     from weaver.server.runs import Run
     from weaver.server.store import Executed, RunRecord, Store
@@ -82,6 +82,7 @@ class Recovery:
                     raise RunNotFoundError(
                         f"{run.run_id} was deleted.", field="run_id", hint="See list_runs()."
                     )
+                record = await adopt(self.store, self.live, run, record)
                 done = await self.store.executed(run.run_id, after=record.snapshot)
                 or_raise(await self.thread.attempt(partial(self._restore, run, record, done)))
         except WeaverError:
@@ -165,7 +166,7 @@ class Recovery:
     async def _commit(self, run: Run, draft: Path, number: int) -> None:
         place = str(_place(run, number))
         info = run.checkpoint(place, "weights_and_optimizer", step=run.snapshot_step)
-        write = partial(self.live.commit, draft, info)
+        write = partial(self.live.commit, draft, info, last_seqs=dict(run.last_seqs))
         async with run.committing:  # one after another: each prunes what the former held
             done = await to_thread.run_sync(partial(attempt, write), abandon_on_cancel=True)
             failure = done if isinstance(done, WeaverError) else None
@@ -235,6 +236,39 @@ class Recovery:
                 )
                 return None
         return reason
+
+
+async def adopt(store: Store, live: Checkpoints, run: Run, record: RunRecord) -> RunRecord:
+    """Lets a run go on from its newest snapshot, where its record names an older one.
+
+    So it is when the machine lost power: the snapshot was on the disk, the last commits were not.
+    Nothing that is in the snapshot is executed again.
+
+    Raises:
+        StorageError: the database or the folder cannot be read or written.
+    """
+    newest = or_raise(await to_thread.run_sync(attempt, partial(_newest, live, run.run_id)))
+    number = 0 if newest is None else int(newest.checkpoint.name)
+    if newest is None or number <= record.snapshot:
+        return record
+    await store.put_snapshot(run.run_id, number)
+    run.step = newest.checkpoint.step
+    for session_id, seq in newest.last_seqs.items():
+        run.last_seqs[session_id] = max(seq, run.last_seqs.get(session_id, 0))
+    if number > record.executed:
+        logger.warning(
+            "%s goes on from a snapshot at step %d, which is newer than the database: "
+            "outcomes of its last operations are lost",
+            run.run_id,
+            run.step,
+        )
+    return replace(record, snapshot=number, executed=max(number, record.executed))
+
+
+def _newest(live: Checkpoints, run_id: str) -> Manifest | None:
+    snapshots = [one for one in live.list(run_id) if one.kind != "sampler" and one.name.isdecimal()]
+    newest = max(snapshots, key=lambda one: int(one.name), default=None)
+    return None if newest is None else live.manifest(newest.path)
 
 
 def forget_files(folder: Path) -> None:

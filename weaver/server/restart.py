@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from anyio import to_thread
 from weaver.errors import OperationError, WeaverError
 from weaver.protocol import Outcome, Submission
 from weaver.server.attempt import attempt_async
-from weaver.server.recovery import forget_files
+from weaver.server.recovery import adopt, forget_files
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket
 from weaver.server.tenancy import Caller
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from weaver.server.known import Known
     from weaver.server.store import Entry, Store
 
+logger = logging.getLogger(__name__)
+
 
 async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]:
     """Takes up runs, open sessions and pending work.
@@ -33,11 +36,16 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
     Raises:
         StorageError: the database cannot be read; a damaged entry in it fails alone.
     """
-    known.runs.update({record.run.run_id: Run.of(record) for record in await store.runs()})
+    records = {record.run.run_id: record for record in await store.runs()}
+    known.runs.update({run_id: Run.of(record) for run_id, record in records.items()})
     known.owners.update(await store.owners())
     await _finish_deletions(store, live, known)
     if not store.keeps_sessions:
         return []
+    for run in list(known.runs.values()):
+        taken = await attempt_async(partial(adopt, store, live, run, records[run.run_id]))
+        if isinstance(taken, WeaverError):
+            logger.warning("the snapshots of %s cannot be looked at: %s", run.run_id, taken)
     sessions = {one.session_id: Session.of(one) for one in await store.sessions()}
     known.sessions.update({id: one for id, one in sessions.items() if not one.closed})
     entries = await store.entries()
@@ -47,9 +55,14 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
     for session_id, session in known.sessions.items():
         session.restore(by_session[session_id])
     next_seqs = _next_seqs(entries)
+    for run in known.runs.values():
+        for session_id, seq in run.last_seqs.items():
+            place = session_id, run.run_id
+            next_seqs[place] = max(seq + 1, next_seqs.get(place, 1))
     for (session_id, run_id), seq in next_seqs.items():
         if run_id in known.runs:
             known.runs[run_id].lane.inbox(session_id).next_seq = seq
+            known.runs[run_id].last_seqs[session_id] = seq - 1
     tickets = _tickets(entries, known.runs, sessions=sessions, next_seqs=next_seqs)
     await to_thread.run_sync(_take_up_samplers, live, known.sessions)
     return tickets
@@ -67,7 +80,7 @@ async def _finish_deletions(store: Store, live: Checkpoints, known: Known) -> No
             await to_thread.run_sync(forget_files, folder)
 
 
-def _next_seqs(entries: Sequence[Entry]) -> Mapping[tuple[str, str], int]:
+def _next_seqs(entries: Sequence[Entry]) -> dict[tuple[str, str], int]:
     """For each session and run, the seq whose turn it is: after the last that was executed.
 
     Where nothing that was executed is remembered, the first that is.
@@ -98,6 +111,11 @@ def _tickets(
         session = sessions.setdefault(entry.session_id, nobody)
         if isinstance(entry.submission, Submission):
             tickets.append(session.ticket(entry.submission))
+            if entry.seq and entry.seq < next_seqs.get((entry.session_id, entry.run_id or ""), 1):
+                tickets[-1].error = OperationError(
+                    "it was carried out, and its outcome lost with the database's last commits.",
+                    hint="What it did to its run has lasted; look at the run's step.",
+                )
         elif entry.submission is not None:
             tickets.append(session.ticket(_stand_in(entry, lost_gradient=True)))
             tickets[-1].error = entry.submission

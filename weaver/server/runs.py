@@ -21,6 +21,7 @@ from weaver.types import (
 )
 
 if TYPE_CHECKING:
+    from weaver.server.sessions import Ticket
     from weaver.server.store import RunRecord
 
 
@@ -45,6 +46,8 @@ class Run:
     seed: int = 0
     executed: int = 0
     """The number of the last operation that was executed."""
+    last_seqs: dict[str, int] = field(default_factory=dict)
+    """Of each session, the last seq that was executed."""
     snapshot_step: int = 0
     snapshot_at: float = field(default_factory=time.monotonic)
     committing: anyio.Lock = field(default_factory=anyio.Lock)
@@ -74,6 +77,13 @@ class Run:
     def heard(self, now: datetime) -> None:
         """Notes that a request came."""
         self.last_request_at, self.heard_at, self.stopped = now, time.monotonic(), False
+
+    def execute(self, ticket: Ticket) -> int:
+        """Counts an operation that was executed; answers its number."""
+        self.executed += 1
+        if ticket.submission.seq is not None:
+            self.last_seqs[ticket.session.session_id] = ticket.submission.seq
+        return self.executed
 
     def describe(self) -> TrainingRun:
         return TrainingRun(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from weaver.protocol import Result, Submission
     from weaver.server.store import Entry, SessionRecord
 
+MOST_LOST = 2**20
+"""So many outcomes may be lost with a machine's power; a cursor above that is made up."""
 UNREAD_STREAMS = 64
 """So many streams stay readable after their samples ended and were acknowledged, the newest."""
 
@@ -104,6 +106,10 @@ class Session:
     _places: dict[tuple[str, int], str] = field(default_factory=dict)
     _outcomes: deque[Outcome] = field(default_factory=deque)
     _cursor: int = 0
+    _restored: int = 0
+    """The last cursor that the journal knew when this process took the session up."""
+    _lost: int = 0
+    """The last cursor that the client knew and the journal did not, as power was lost."""
     _changed: anyio.Event = field(default_factory=anyio.Event)
 
     @classmethod
@@ -200,6 +206,9 @@ class Session:
     def show(self, ticket: Ticket, outcome: Outcome) -> None:
         """Makes it collectable; to be called in the order of `outcome`."""
         del self.tickets[ticket.submission.id]
+        if outcome.cursor <= self._lost:
+            self._cursor += 1
+            outcome = outcome.model_copy(update={"cursor": self._cursor})
         self._outcomes.append(outcome)
         if self._follower is not None:
             self._follower(outcome)
@@ -221,9 +230,12 @@ class Session:
             elif entry.outcome is not None:
                 self._outcomes.append(entry.outcome)
         self._outcomes = deque(sorted(self._outcomes, key=lambda outcome: outcome.cursor))
+        self._restored = self._cursor
 
     def acknowledge(self, after: int) -> list[str]:
         """Forgets the outcomes up to a cursor; answers whose they were."""
+        if self._cursor < after < self._cursor + MOST_LOST:
+            self._count_on_behind(after)
         forgotten = []
         while self._outcomes and self._outcomes[0].cursor <= after:
             forgotten.append(self._outcomes.popleft().submission_id)
@@ -257,6 +269,16 @@ class Session:
             raise ClosedError("this session was closed.", hint="Open another one.")
         newest_first = takewhile(lambda outcome: outcome.cursor > after, reversed(self._outcomes))
         return list(newest_first)[::-1]
+
+    def _count_on_behind(self, lost: int) -> None:
+        """Gives what ended since the restart cursors that the client does not take for known."""
+        known = [one for one in self._outcomes if one.cursor <= self._restored]
+        fresh = list(self._outcomes)[len(known) :]
+        self._lost, self._cursor = lost, lost + len(fresh)
+        renumbered = [
+            one.model_copy(update={"cursor": lost + i}) for i, one in enumerate(fresh, start=1)
+        ]
+        self._outcomes = deque([*known, *renumbered])
 
     def follow(
         self, follower: Callable[[Outcome], None]

@@ -110,6 +110,7 @@ class _Write:
     """Called in the thread that commits; it answers the same when it is called again."""
     size_bytes: int
     """About; little for a file is there before a thread has begun."""
+    flush: bool
     done: bool = False
     error: WeaverError | None = NOT_WRITTEN
     """None once it is in the database."""
@@ -254,7 +255,8 @@ class SqlStore:
                 (snapshot, ALWAYS),
                 (operations_table.delete().where(held, sa.not_(IS_OPEN)), ALWAYS),
                 (body.values(body=None), ALWAYS),
-            ]
+            ],
+            flush=True,
         )
 
     async def answers(self, run_id: str) -> Sequence[Answer]:
@@ -277,10 +279,14 @@ class SqlStore:
     # --- the database ---------------------------------------------------------------------------
 
     async def _write(
-        self, make: Callable[[], Statements], *, size_bytes: int = wire.LARGE_BYTES + 1
+        self,
+        make: Callable[[], Statements],
+        *,
+        size_bytes: int = wire.LARGE_BYTES + 1,
+        flush: bool = False,
     ) -> None:
         """Durable when it returns. Who finds the database free commits what all others wait for."""
-        write = _Write(cache(make), size_bytes=size_bytes)
+        write = _Write(cache(make), size_bytes=size_bytes, flush=flush)
         self._writes.append(write)
         with CancelScope(shield=True):
             async with self._writing:
@@ -304,7 +310,8 @@ class SqlStore:
         failure = None
         try:
             made = [statement for write in writes for statement in write.make()]
-            with transaction(self.writer, at_once=at_once) as connection:
+            flush = any(write.flush for write in writes)
+            with transaction(self.writer, at_once=at_once, flush=flush) as connection:
                 for statement, rows in made:
                     if rows:
                         connection.execute(statement, rows)

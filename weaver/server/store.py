@@ -146,7 +146,10 @@ class Store(Protocol):
         """
 
     async def put_snapshot(self, run_id: str, number: int) -> None:
-        """A snapshot holds all up to `number`, which is not needed any more."""
+        """A snapshot holds all up to `number`, which is not needed any more.
+
+        Outlives a loss of power when it returns: former snapshots may then be deleted.
+        """
 
     async def answers(self, run_id: str) -> Sequence[Answer]:
         """Those of what was settled, in that order; none where clients do not outlive them."""
