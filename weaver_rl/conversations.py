@@ -175,7 +175,7 @@ def to_datum(
         raise InvalidRequestError(
             f"has {length} tokens, more than {max_length}.",
             field=where,
-            hint="Shorten it, leave it out, or raise max_length.",
+            hint='Shorten it, raise max_length, or choose too_long="cut" or "drop".',
         )
     if context_length is not None:
         check_length(datum.model_input.length, context_length, field=where)

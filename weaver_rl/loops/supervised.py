@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from anyio.lowlevel import checkpoint
 
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver_rl.conversations import cut_datum, to_datum
@@ -162,6 +163,7 @@ async def to_datums(
     datums: list[Datum] = []
     cut = dropped = 0
     for i, example in enumerate(examples):
+        await checkpoint()  # a data set takes minutes, and the session has to be kept alive
         datum = to_datum(
             tokenizer,
             example,
