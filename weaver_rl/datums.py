@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FloatN = npt.NDArray[np.float64]
 IntN = npt.NDArray[np.int64]
+LARGEST = 300.0
+"""Nats of a log-ratio that is exponentiated for a metric; far beyond that is no number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,10 +107,29 @@ def kl_datum(example: Example) -> Datum:
     return to_datum(flat, "dro")
 
 
-def with_kl_reward(example: Example, *, beta: float) -> Example:
-    """Takes β·(log π − log π_ref) of each sampled token off its advantage (both untempered)."""
-    penalty = beta * (example.policy - example.reference) * example.mask
-    return replace(example, advantages=example.advantages - penalty)
+def with_kl_reward(example: Example, *, beta: float, behind: float = 0.0) -> Example:
+    """Takes the penalties β·(log π − log π_ref) (untempered) off the advantages, as returns.
+
+    Each sampled token answers for its own penalty and for those behind it, since it decided what
+    came there (the reward of arXiv:2501.03262). Its own alone is the gradient of a KL in the loss
+    (arXiv:2510.01555). Left out: a discount, and a baseline of the penalties.
+
+    Args:
+        behind: the sum of the penalties in later segments of the rollout.
+    """
+    to_go = np.cumsum(_penalties(example, beta)[::-1])[::-1] + behind
+    return replace(example, advantages=example.advantages - to_go * example.mask)
+
+
+def with_kl_rewards(batch: Sequence[Example], *, beta: float) -> list[Example]:
+    """`with_kl_reward` of whole rollouts: their segments follow each other in the batch."""
+    behind: dict[int, float] = {}
+    made: list[Example] = []
+    for example in reversed(batch):
+        later = behind.get(example.rollout, 0.0)
+        made.append(with_kl_reward(example, beta=beta, behind=later))
+        behind[example.rollout] = later + float(_penalties(example, beta).sum())
+    return made[::-1]
 
 
 def corrected(
@@ -119,20 +140,59 @@ def corrected(
     Token: min(exp(now − q), cap) (arXiv:2505.24298 decouples the same way). Sequence: the ratio of
     the whole rollout, all its segments together. None: no weight.
     """
-    gaps = [(lp - e.q) * e.mask for e, lp in zip(batch, now, strict=True)]
-    totals: dict[int, float] = {}
-    for example, gap in zip(batch, gaps, strict=True):
-        totals[example.rollout] = totals.get(example.rollout, 0.0) + float(gap.sum())
+    ratios = _log_ratios(batch, now, by_rollout=objective.correction == "sequence")
     ceiling = np.log(max(objective.correction_cap, 1e-30))
-    made: list[Example] = []
-    for example, gap, lp in zip(batch, gaps, now, strict=True):
-        log_ratio = {
-            "token": gap,
-            "sequence": np.full_like(gap, totals[example.rollout]),
-        }.get(objective.correction or "none")
-        weight = 1.0 if log_ratio is None else np.exp(np.minimum(log_ratio, ceiling))
-        made.append(replace(example, q=lp * example.mask, weights=example.weights * weight))
-    return made
+    weighs = objective.correction in ("token", "sequence")
+    return [
+        replace(
+            example,
+            q=lp * example.mask,
+            weights=example.weights * (np.exp(np.minimum(ratio, ceiling)) if weighs else 1.0),
+        )
+        for example, ratio, lp in zip(batch, ratios, now, strict=True)
+    ]
+
+
+def off_policy_metrics(
+    batch: Sequence[Example], now: Sequence[FloatN], *, objective: Objective
+) -> dict[str, float]:
+    """How far the trainer's policy `now` ([N] each) is from the sampler, before any correction.
+
+    Over sampled tokens, r = π_now/q: `off_policy/kl` estimates KL(sampler ‖ trainer), in nats a
+    token (k3, kl_approx of Schulman 2020); `/ess` is the effective sample size (Σr)²/Σr² as a
+    fraction of the tokens; `/ratio_max` the largest r; `/truncated_fraction` the share of r (of the
+    whole rollout for the correction "sequence") above the cap: `ratio_cap`, or `correction_cap`.
+    """
+    masks = np.concatenate([example.mask > 0 for example in batch])
+    by_rollout = _log_ratios(batch, now, by_rollout=objective.correction == "sequence")
+    log_r = np.concatenate(_log_ratios(batch, now, by_rollout=False))[masks]
+    r = np.exp(np.minimum(log_r, LARGEST))
+    relative = np.exp(log_r - log_r.max())
+    cap = objective.config.get("ratio_cap", objective.correction_cap)
+    beyond = np.concatenate(by_rollout)[masks] > np.log(max(cap, 1e-30))
+    return {
+        "off_policy/kl": float((r - 1 - log_r).mean()),
+        "off_policy/ess": float(relative.mean() ** 2 / (relative**2).mean()),
+        "off_policy/ratio_max": float(r.max()),
+        "off_policy/truncated_fraction": float(beyond.mean()),
+    }
+
+
+def one_ratio(batch: Sequence[Example], now: Sequence[FloatN]) -> list[Example]:
+    """Shifts q so that the mean of now − q is that of the whole rollout in each of its segments.
+
+    The ratio of the engine's `gspo` covers a datum, that of its paper a rollout. With q shifted at
+    these very weights value, clip and gradient are the rollout's: d log s = Σ ∇lp / (all tokens).
+    """
+    gaps = _log_ratios(batch, now, by_rollout=False)
+    totals = _by_rollout(batch, gaps)
+    counts = _by_rollout(batch, [example.mask for example in batch])
+    return [
+        replace(
+            e, q=e.q + e.mask * (gap.sum() / e.mask.sum() - totals[e.rollout] / counts[e.rollout])
+        )
+        for e, gap in zip(batch, gaps, strict=True)
+    ]
 
 
 def logprob_gap(batch: Iterable[Example], now: Iterable[FloatN], *, version: int) -> float | None:
@@ -147,6 +207,28 @@ def logprob_gap(batch: Iterable[Example], now: Iterable[FloatN], *, version: int
             gap = float(np.abs(lp - example.q)[here].max())
             largest = gap if largest is None else max(largest, gap)
     return largest
+
+
+def _log_ratios(
+    batch: Sequence[Example], now: Sequence[FloatN], *, by_rollout: bool
+) -> list[FloatN]:
+    """now − q at sampled tokens, 0 elsewhere; or its sum over the rollout at every token."""
+    gaps = [(lp - e.q) * e.mask for e, lp in zip(batch, now, strict=True)]
+    if not by_rollout:
+        return gaps
+    totals = _by_rollout(batch, gaps)
+    return [np.full_like(gap, totals[e.rollout]) for e, gap in zip(batch, gaps, strict=True)]
+
+
+def _by_rollout(batch: Sequence[Example], values: Sequence[FloatN]) -> dict[int, float]:
+    totals: dict[int, float] = {}
+    for example, value in zip(batch, values, strict=True):
+        totals[example.rollout] = totals.get(example.rollout, 0.0) + float(value.sum())
+    return totals
+
+
+def _penalties(example: Example, beta: float) -> FloatN:
+    return beta * (example.policy - example.reference) * example.mask
 
 
 def _example(

@@ -66,8 +66,9 @@ def rollout_metrics(
 def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The engine's metrics of one step's `forward_backward` and `optim_step` calls, as one.
 
-    `loss_sum`, `weight_sum` and `num_tokens` are added; `*_min` and `*_max` are extremes; the loss
-    is Σ loss_sum / Σ weight_sum; the others are means weighted by `weight_sum` where a call has it.
+    `loss_sum`, `weight_sum` and `num_tokens` are added; `*_min` and `*_max` are extremes; `loss` is
+    the mean of what each call minimised; the others are means weighted by `weight_sum` where a call
+    has it, unless weights of both signs give that no meaning.
     """
     names = {name for one in passes for name in one}
     merged: dict[str, float] = {}
@@ -80,10 +81,8 @@ def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         elif name.endswith(("_min", "_max")):
             merged[f"train/{name}"] = float(values.min() if name.endswith("min") else values.max())
         else:
-            weights = weights if weights.sum() > 0 else np.ones_like(weights)
-            merged[f"train/{name}"] = float((values * weights).sum() / weights.sum())
-    if merged.get("train/weight_sum", 0.0) > 0 and "train/loss_sum" in merged:
-        merged["train/loss"] = merged["train/loss_sum"] / merged["train/weight_sum"]
+            plain = name == "loss" or weights.min() < 0 or not weights.any()
+            merged[f"train/{name}"] = float(np.average(values, weights=None if plain else weights))
     return merged
 
 

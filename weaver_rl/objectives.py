@@ -12,9 +12,10 @@ token under the policy now, `q` under the weights that sampled it, r = exp(lp �
 | `dro`                 | −(lp·A − ½β(lp−q)²)             | arXiv:2405.19107                    |
 | `cross_entropy`       | −lp·A, no ratio                 | REINFORCE                           |
 
-Two different additions pull the policy towards a reference model (both need `reference=`):
-`kl_reward` takes β·(log π − log π_ref) off each token's advantage; `kl_loss` adds β·½(lp − lp_ref)²
-to the loss, whose gradient is, on the policy's own samples, that of the reverse KL.
+Two additions pull the policy towards a reference model (both need `reference=`). `kl_reward` is a
+penalty in the reward: β·(log π − log π_ref) of a token and of all behind it is taken off its
+advantage, the gradient of the KL of whole rollouts. `kl_loss` adds β·½(lp − lp_ref)² to the loss:
+on the policy's own samples, the gradient of each token's own KL, what comes behind it left out.
 """
 
 from __future__ import annotations
@@ -112,17 +113,29 @@ class Behaviour:
     """Which log-probabilities of a sample are q, and the temperature of `lp` that matches them."""
 
     tempered: bool
-    """q is `sampling_logprobs`; else `logprobs`."""
+    """q is `sampling_logprobs`; else `logprobs`, which are untempered."""
     temperature: float
+    """Of the policy that is trained."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the sampler tells the q that belongs to `temperature`."""
+        return self.tempered or self.temperature == 1
+
+    @property
+    def told(self) -> float:
+        """The temperature of the log-probabilities that the sampler tells."""
+        return self.temperature if self.tempered else 1.0
 
 
 def behaviour(params: SamplingParams) -> Behaviour:
     """The q for which r = 1 exactly on the policy's own samples.
 
-    Temperature alone: q is the distribution drawn from, and the loss tempers the policy likewise;
-    the tempered policy is what is trained. With top-k, top-p, min-p, a repetition penalty or
-    temperature 0 the distribution drawn from is not one that a loss can compute: q is then the
-    policy itself, untempered, so r = 1 holds; what the filter did to the distribution is ignored.
+    The policy at the temperature of sampling is what is trained (at 1 where that is 0). Temperature
+    alone: q is the distribution drawn from. With top-k, top-p, min-p or a repetition penalty that
+    is not one that a loss can compute: q is then the policy at that temperature, unfiltered, so
+    r = 1 holds; what the filter did to the distribution is ignored. The sampler tells that q at
+    temperature 1 only; at another, `policy_step` asks the trainer for it.
     """
     filtered = (
         params.temperature == 0
@@ -131,4 +144,4 @@ def behaviour(params: SamplingParams) -> Behaviour:
         or params.min_p > 0
         or params.repetition_penalty != 1
     )
-    return Behaviour(False, 1.0) if filtered else Behaviour(True, params.temperature)
+    return Behaviour(not filtered, params.temperature or 1.0)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from weaver.errors import ConfigError
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
-from weaver_rl.objectives import Objective
+from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.rewards import name_of
 
 ZeroVariance = Literal["keep", "drop", "resample"]
@@ -113,6 +113,14 @@ class Plan(Steps):
                 field="objective.correction",
                 hint='Use Objective(loss_fn="ppo", correction="ratio"), '
                 '"token", "sequence" or "none".',
+            )
+        corrects = self.max_staleness > 0 and loss.correction != "none"
+        if corrects and not behaviour(self.sampling).known:
+            raise ConfigError(
+                f"a temperature of {self.sampling.temperature:g} with top-k, top-p, min-p or a "
+                "repetition penalty: of older samples no log-probability at it is known.",
+                field="sampling",
+                hint='Use temperature 1, no filter, max_staleness 0 or correction="none".',
             )
 
     @property

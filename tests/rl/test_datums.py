@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rl.helpers import group, rollout, segment
+from weaver.engine import losses
 from weaver.loss_specs import check_datums
 from weaver_rl import datums
 from weaver_rl.objectives import LOSSES, Aggregate, Behaviour, Objective
@@ -145,9 +147,120 @@ def test_kl_in_the_reward_and_in_the_loss() -> None:
     example = replace(example, reference=np.array([-9.0, -1.5, -0.51]))
     got = datums.with_kl_reward(example, beta=0.1)
     np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 0.0])
+    back = replace(example, reference=np.array([-9.0, -0.5, -1.51]))  # the penalty is behind
+    got = datums.with_kl_reward(back, beta=0.1)
+    np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 1.0])
     inputs = datums.kl_datum(example).loss_fn_inputs
     np.testing.assert_allclose(inputs["logprobs"], [0, -1.5, -0.51])
     assert not np.any(inputs["advantages"])
+
+
+def test_a_token_answers_for_penalties_of_later_segments_of_its_rollout_alone() -> None:
+    batch = made(
+        rollout(1.0, segment([1], [2, 3]), segment([1], [4])), rollout(1.0, segment([1], [5]))
+    )
+    batch = [replace(e, policy=e.mask * 0.0, reference=e.mask * -1.0) for e in batch]  # 1 nat each
+    got = datums.with_kl_rewards(batch, beta=0.1)
+    for example, advantages in zip(got, ([0.7, 0.8], [0.9], [1.9]), strict=True):
+        np.testing.assert_allclose(example.advantages, advantages)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_gradient_of_the_kl_reward_is_that_of_the_kl_of_whole_rollouts(seed: int) -> None:
+    """E[Σ β(log π − log π_ref)] of two tokens, summed exactly, against finite differences."""
+    rng = np.random.default_rng(seed)
+    theta, ref = rng.normal(size=(2, 4, 3))  # row 0: the first token; row 1 + a: behind a
+    beta, pairs = 0.5, [(a, b) for a in range(3) for b in range(3)]
+
+    def logs(of: np.ndarray) -> np.ndarray:
+        return of - np.log(np.exp(of).sum(1, keepdims=True))
+
+    def penalty(of: np.ndarray) -> float:
+        p, r = logs(of), logs(ref)
+        both = [(p[0, a] + p[1 + a, b], r[0, a] + r[1 + a, b]) for a, b in pairs]
+        return beta * sum(np.exp(lp) * (lp - lr) for lp, lr in both)
+
+    found, right = np.zeros((4, 3)), np.zeros((4, 3))
+    p, r = logs(theta), logs(ref)
+    for a, b in pairs:
+        (example,) = made(rollout(0.0, segment([0], [a, b])))
+        policy, reference = (np.array([of[0, a], of[1 + a, b]]) for of in (p, r))
+        example = replace(example, policy=policy, reference=reference, advantages=np.zeros(2))
+        A = datums.with_kl_reward(example, beta=beta).advantages
+        for row, token, advantage in ((0, a, A[0]), (1 + a, b, A[1])):
+            slope = np.eye(3)[token] - np.exp(p[row])  # ∇ log π(token)
+            found[row] -= np.exp(policy.sum()) * advantage * slope
+    for place in np.ndindex(4, 3):
+        step = np.zeros((4, 3))
+        step[place] = 1e-5
+        right[place] = (penalty(theta + step) - penalty(theta - step)) / 2e-5
+    np.testing.assert_allclose(found, right, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [None, "ratio", "token", "sequence", "none"])
+def test_how_far_the_sampler_is_shows_whatever_is_corrected(name: str | None) -> None:
+    batch = made(rollout(1.0, segment([1], [2, 3]), segment([1], [4])), rollout(0.0))
+    moved = [np.array([1.0, -0.5]), np.array([-0.6]), np.array([0.0, 0.0, 0.2])]
+    now = [e.q + d * e.mask for e, d in zip(batch, moved, strict=True)]
+    objective = Objective(correction=name)  # type: ignore[arg-type]
+    r = np.exp([1.0, -0.5, -0.6, 0.0, 0.2])
+    got = datums.off_policy_metrics(batch, now, objective=objective)
+    assert got == pytest.approx(
+        {
+            "off_policy/kl": (r - 1 - np.log(r)).mean(),
+            "off_policy/ess": r.sum() ** 2 / (r**2).sum() / 5,
+            "off_policy/ratio_max": np.e,
+            "off_policy/truncated_fraction": 0.0 if name == "sequence" else 0.2,
+        }
+    )
+    capped = Objective(config={"ratio_cap": 1.1}, correction=name)  # type: ignore[arg-type]
+    share = datums.off_policy_metrics(batch, now, objective=capped)["off_policy/truncated_fraction"]
+    assert share == pytest.approx(0.4)
+
+
+def test_what_has_moved_without_bound_is_still_a_number() -> None:
+    batch = made(rollout(1.0))
+    for moved in (2000.0, -2000.0):
+        now = [e.q + moved * e.mask for e in batch]
+        got = datums.off_policy_metrics(batch, now, objective=Objective())
+        assert np.isfinite(list(got.values())).all()
+
+
+def test_the_ratio_of_gspo_covers_a_rollout() -> None:
+    batch = made(rollout(1.0, segment([1], [2, 3]), segment([1], [4])), rollout(0.0))
+    moved = (np.array([0.1, 0.3]), np.array([-0.7]), np.array([0.0, 0.2, 0.4]))
+    now = [e.q + d for e, d in zip(batch, moved, strict=True)]
+    shifted = datums.one_ratio(batch, now)
+    means = [((lp - e.q) * e.mask).sum() / e.mask.sum() for e, lp in zip(shifted, now, strict=True)]
+    np.testing.assert_allclose(means, [-0.1, -0.1, 0.3])
+    assert all(not e.q[e.mask == 0].any() for e in shifted)
+    (_, one), (_, two) = (
+        gspo([e], [lp]) for e, lp in zip(shifted[:2], now[:2], strict=True)
+    )  # the engine sees each segment alone
+    value, whole = gspo(batch[:2], now[:2])
+    np.testing.assert_allclose([*one, *two], whole, rtol=1e-12)
+    assert value == pytest.approx(-3 * np.exp(-0.1))
+
+
+def gspo(batch: list[datums.Example], now: list[np.ndarray]) -> tuple[float, list[float]]:
+    """Loss of these examples as one sequence, with its gradient, as the engine has it."""
+    lp = torch.tensor(np.concatenate(now), requires_grad=True)
+    q, A, w, mask = (
+        torch.tensor(np.concatenate([getattr(e, name) for e in batch]))
+        for name in ("q", "advantages", "weights", "mask")
+    )
+    token = losses.gspo(
+        lp,
+        q,
+        A,
+        counted=mask > 0,
+        lengths=torch.tensor([len(lp)]),
+        clip_low_threshold=0.5,
+        clip_high_threshold=2.0,
+    )
+    loss = (w * token.value).sum()
+    (gradient,) = torch.autograd.grad(loss, lp)
+    return loss.item(), gradient.tolist()
 
 
 def test_the_gap_counts_only_tokens_of_these_weights() -> None:

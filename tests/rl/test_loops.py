@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -105,6 +105,7 @@ VARIANTS = {
     "cross_entropy": {"objective": "cross_entropy"},
     "dr_grpo": {"objective": Objective(aggregate="constant"), "advantage": "dr_grpo"},
     "tempered": {"sampling": SamplingParams(max_tokens=6, temperature=0.7)},
+    "filtered": {"sampling": SamplingParams(max_tokens=6, temperature=0.7, top_p=0.999)},
     "token": {"objective": Objective(correction="token")},
     "sequence": {"objective": Objective(correction="sequence")},
     "kl_reward": {"objective": Objective(kl_reward=0.01)},
@@ -216,6 +217,46 @@ async def test_zero_learning_rate_changes_nothing(tmp_path: Path) -> None:
     before, _ = await trained(tmp_path / "1", replace(PLAN, steps=0))
     after, _ = await trained(tmp_path / "2", replace(PLAN, learning_rate=0.0))
     assert after == before
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("change", [{}, {"passes": 2, "minibatches": 2, "objective": "ppo"}])
+async def test_a_filter_leaves_the_temperature_that_is_trained_at(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = replace(PLAN, sampling=SamplingParams(max_tokens=6, temperature=0.6), **change)
+    unfelt = plain.sampling.model_copy(update={"top_p": 1 - 1e-9})
+    expected, rows = await trained(tmp_path / "1", plain)
+    found, filtered = await trained(tmp_path / "2", replace(plain, sampling=unfelt))
+    assert found[1:] == pytest.approx(expected[1:], abs=1e-5)
+    for name in ("gap/max", "off_policy/kl"):
+        assert filtered[6][name] <= 1e-4
+    assert filtered[6]["train/loss"] == pytest.approx(rows[6]["train/loss"], abs=1e-5)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("correction", ["ratio", "token", "sequence", "none"])
+async def test_older_samples_show_whatever_corrects_them(correction: Any, tmp_path: Path) -> None:
+    plan = replace(PLAN, max_staleness=2, objective=Objective(correction=correction))
+    _, rows = await trained(tmp_path, plan)
+    assert rows[1]["off_policy/kl"] == pytest.approx(0, abs=1e-8)
+    assert rows[1]["off_policy/ess"] == pytest.approx(1, abs=1e-6)
+    assert rows[6]["off_policy/kl"] > 1e-3
+    assert rows[6]["off_policy/ess"] < 0.999
+    assert rows[6]["off_policy/ratio_max"] > 1.01
+    assert 0 <= rows[6]["off_policy/truncated_fraction"] <= 1
+
+
+@pytest.mark.anyio
+async def test_the_loss_holds_all_that_was_minimised(tmp_path: Path) -> None:
+    plan = replace(PLAN, steps=3, objective=Objective(loss_fn="cross_entropy", kl_loss=0.5))
+    _, rows = await trained(tmp_path / "1", plan, reference=True)
+    _, plain = await trained(tmp_path / "2", replace(plan, objective="cross_entropy", steps=1))
+    assert rows[1]["train/kl_loss"] == pytest.approx(0, abs=1e-9)
+    assert rows[1]["train/loss"] == pytest.approx(plain[1]["train/loss"])
+    row = rows[3]
+    policy = row["train/loss_sum"] / row["tokens/sampled"]
+    assert row["train/loss"] == pytest.approx(policy + row["train/kl_loss"])
 
 
 @pytest.mark.anyio

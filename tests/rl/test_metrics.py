@@ -64,11 +64,24 @@ def test_passes_are_merged_by_weight() -> None:
         {"grad_norm": 0.7},
     ]
     metrics = train_metrics(passes)
-    assert metrics["train/loss"] == 1.25
+    assert metrics["train/loss"] == 1.5  # two steps, which minimised 1 and 2
     assert metrics["train/weight_sum"] == 4.0
     assert (metrics["train/ratio_min"], metrics["train/ratio_max"]) == (0.9, 1.5)
     assert metrics["train/grad_norm"] == 0.7
     assert train_metrics([]) == {}
+
+
+@pytest.mark.parametrize("weight_sums", [(0.1, -3.0), (-2.0, -2.0), (0.0, 0.0), (5.0, 1.0)])
+def test_the_loss_is_what_was_minimised_whatever_the_signs(weight_sums: tuple[float, ...]) -> None:
+    """Weights of `cross_entropy` are advantages, whose sum is about 0 and of any sign."""
+    metrics = train_metrics(
+        [
+            {"loss": loss, "loss_sum": loss * 40, "weight_sum": total, "num_tokens": 60.0, "x": 2.0}
+            for loss, total in zip((0.5, 0.3), weight_sums, strict=True)
+        ]
+    )
+    assert metrics["train/loss"] == pytest.approx(0.4)
+    assert metrics["train/x"] == pytest.approx(2.0)
 
 
 def test_a_fully_masked_step_has_no_nan() -> None:

@@ -68,7 +68,10 @@ def test_staleness_wants_a_named_correction() -> None:
         (SamplingParams(), Behaviour(True, 1.0)),
         (SamplingParams(temperature=0.7), Behaviour(True, 0.7)),
         (SamplingParams(temperature=0.7, top_k=-1), Behaviour(True, 0.7)),
-        (SamplingParams(temperature=0.7, top_p=0.9), Behaviour(False, 1.0)),
+        (SamplingParams(temperature=0.7, top_p=0.9), Behaviour(False, 0.7)),
+        (SamplingParams(temperature=1.3, top_k=9), Behaviour(False, 1.3)),
+        (SamplingParams(temperature=1.3, min_p=0.1), Behaviour(False, 1.3)),
+        (SamplingParams(temperature=1.3, repetition_penalty=1.1), Behaviour(False, 1.3)),
         (SamplingParams(top_k=5), Behaviour(False, 1.0)),
         (SamplingParams(min_p=0.1), Behaviour(False, 1.0)),
         (SamplingParams(repetition_penalty=1.1), Behaviour(False, 1.0)),
@@ -77,3 +80,15 @@ def test_staleness_wants_a_named_correction() -> None:
 )
 def test_behaviour(params: SamplingParams, want: Behaviour) -> None:
     assert behaviour(params) == want
+    assert want.known is (want.tempered or params.temperature in (0, 1))
+
+
+def test_older_samples_need_a_q_at_their_temperature() -> None:
+    filtered = SamplingParams(temperature=0.7, top_p=0.9)
+    for name in ("ratio", "token", "sequence"):
+        objective = Objective(correction=name)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="sampling"):
+            Plan(steps=1, objective=objective, max_staleness=1, sampling=filtered)
+        Plan(steps=1, objective=objective, max_staleness=1, sampling=SamplingParams(top_p=0.9))
+    Plan(steps=1, objective=Objective(correction="none"), max_staleness=1, sampling=filtered)
+    Plan(steps=1, sampling=filtered)

@@ -1,10 +1,11 @@
 """One step of a policy: from groups of rollouts to new weights. Both RL loops call it.
 
 1. Advantages from rewards; datums from trajectories; the KL penalty in the reward, if any.
-2. A forward pass, if the objective replaces q by the policy of now.
+2. A forward pass, if the objective replaces q by the policy of now, or the sampler told no q.
 3. For each pass and minibatch: forward_backward, a second one for the KL in the loss, optim_step;
    all are submitted before the first is awaited.
-4. The trainer's log-probabilities are compared with the sampler's, and must agree.
+4. The trainer's log-probabilities are compared with the sampler's, before any correction: of the
+   same weights they must agree; of older ones, how far they are apart is logged.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Stepped:
     metrics: dict[str, float]
     advantages_P_G: FloatPG
     trained: tuple[tuple[Example, FloatN], ...]
-    """Each with the trainer's log-probabilities [N] when it was first trained on."""
+    """With the sampler's q, each, and the trainer's log-probabilities [N] at the same temperature
+    when it was first trained on; at the step's beginning where a forward pass came first."""
     version: int
     """Optimizer steps of the run, now."""
 
@@ -85,31 +87,35 @@ async def policy_step(
     if objective.needs_reference:
         batch = await _with_reference(batch, reference)
     if objective.kl_reward:
-        batch = [datums.with_kl_reward(example, beta=objective.kl_reward) for example in batch]
-    before: list[FloatN] | None = None
-    gap: float | None = None
-    if objective.recomputes:
-        before = await _forward(trainer, batch, plan)
-        gap = datums.logprob_gap(batch, before, version=version)
-        batch = datums.corrected(batch, before, objective=objective)
-    submitted = _submit(trainer, batch, plan, step=step)
+        batch = datums.with_kl_rewards(batch, beta=objective.kl_reward)
+    sampled, now = batch, None
+    if objective.recomputes or not acted.known:
+        now = await _forward(trainer, batch, temperature=acted.told)
+        gap = datums.logprob_gap(batch, now, version=version)
+        batch = datums.corrected(batch, now, objective=objective)
+    if not acted.known:
+        tempered = await _forward(trainer, batch, temperature=acted.temperature)
+        batch = [replace(e, q=lp * e.mask) for e, lp in zip(batch, tempered, strict=True)]
+    submitted = await _submit(trainer, batch, plan, step=step)
     results = [await one.gradient for one in submitted]
-    if before is None:
+    if now is None:
         part = [batch[i] for i in submitted[0].indices]
         gap = datums.logprob_gap(part, _logprobs(results[0]), version=version)
+        seen = {
+            i: lp
+            for one, result in zip(submitted[: plan.minibatches], results, strict=False)
+            for i, lp in zip(one.indices, _logprobs(result), strict=True)
+        }
+        now = [seen[i] for i in range(len(batch))]
     metrics = await _metrics(submitted, results, gap)
+    metrics |= datums.off_policy_metrics(sampled, now, objective=objective)
     if objective.needs_reference:
         metrics["train/kl_reference"] = _mean_kl(batch)
     _check_gap(gap, plan)
-    seen = {
-        i: lp
-        for one, result in zip(submitted[: plan.minibatches], results, strict=False)
-        for i, lp in zip(one.indices, _logprobs(result), strict=True)
-    }
     return Stepped(
         metrics=metrics,
         advantages_P_G=advantages_P_G,
-        trained=tuple((example, seen[i]) for i, example in enumerate(batch)),
+        trained=tuple(zip(sampled, now, strict=True)),
         version=version + len(submitted),
     )
 
@@ -124,16 +130,20 @@ def minibatches(batch: Sequence[Example], count: int, *, seed: Sequence[int]) ->
     return [[i for i, e in enumerate(batch) if e.rollout in part] for part in parts]
 
 
-def _submit(
+async def _submit(
     trainer: AsyncTrainingClient, batch: Sequence[Example], plan: Plan, *, step: int
 ) -> list[_Submitted]:
     objective, acted = plan.loss, behaviour(plan.sampling)
     given = {**objective.config, "temperature": acted.temperature}
     adam = plan.adam_params(step)
+    torn = objective.loss_fn == "gspo" and len({e.rollout for e in batch}) < len(batch)
     submitted = []
     for number in range(plan.passes):
         for indices in minibatches(batch, plan.minibatches, seed=(plan.seed, step, number)):
             part = [batch[i] for i in indices]
+            if torn:  # the engine's ratio covers a segment; that of the paper, a rollout
+                here = await _forward(trainer, part, temperature=acted.temperature)
+                part = datums.one_ratio(part, here)
             total = datums.denominator(
                 part, objective.aggregate, max_tokens=plan.sampling.max_tokens
             )
@@ -163,18 +173,19 @@ async def _metrics(
     metrics["train/grad_norm"] = max(step["grad_norm"] for step in steps)
     if kl_losses:
         metrics["train/kl_loss"] = float(np.mean(kl_losses))
+        metrics["train/loss"] += metrics["train/kl_loss"]
     if gap is not None:
         metrics["gap/max"] = gap
     return metrics
 
 
 async def _forward(
-    trainer: AsyncTrainingClient, batch: Sequence[Example], plan: Plan
+    trainer: AsyncTrainingClient, batch: Sequence[Example], *, temperature: float
 ) -> list[FloatN]:
-    """The trainer's log-probabilities of the targets now, [N] each, at the loss' temperature."""
-    data = [datums.to_datum(example, "importance_sampling") for example in batch]
-    config = {"temperature": behaviour(plan.sampling).temperature, "denominator": 1.0}
-    return _logprobs(await trainer.forward(data, "importance_sampling", loss_fn_config=config))
+    """The trainer's log-probabilities of the targets now, [N] each."""
+    data = [datums.to_datum(example, "cross_entropy") for example in batch]
+    config = {"temperature": temperature, "denominator": 1.0}
+    return _logprobs(await trainer.forward(data, "cross_entropy", loss_fn_config=config))
 
 
 async def _with_reference(
