@@ -43,7 +43,6 @@ SLOW = sorted({*covering(list(FAMILIES), list(TOKENIZERS), DTYPES, MODES)} - {*Q
 MEMBERS = [
     pytest.param(*row, id="-".join(row), marks=[] if row in QUICK else [pytest.mark.slow])
     for row in (*QUICK, *SLOW)
-    if not (row[0] in {"gemma2", "gemma3"} and row[2] == "bfloat16")  # a soft cap of the logits
 ]
 CHAT = [
     {"role": "user", "content": "What is it?"},
