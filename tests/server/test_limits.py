@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from tests.contracts.caller import FORWARD, GRADIENT, STEP
+from tests.contracts.caller import FORWARD, GRADIENT, HELLO, STEP, TEXT
 from tests.contracts.caller import Caller as Client
 from tests.server.http.helpers import ADDRESS, running
 from tests.server.test_service import Recorder
@@ -19,6 +20,7 @@ from weaver.errors import NotFoundError, QuotaExceededError, TooLargeError
 from weaver.protocol import (
     CheckpointSaved,
     CreateModel,
+    ForwardBackward,
     GradientsDone,
     ModelCreated,
     ReleaseSampler,
@@ -26,14 +28,19 @@ from weaver.protocol import (
     Sampled,
     SamplerReleased,
     SaveCheckpoint,
+    StepDone,
 )
+from weaver.server import intake, recovery
+from weaver.server.database import open_database
 from weaver.server.limits import Limits
+from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
+from weaver.server.sql_store import SqlStore
 from weaver.server.tenancy import Caller
-from weaver.types import ModelInput, SamplingParams
+from weaver.types import Datum, ModelInput, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from weaver.protocol import Service
@@ -67,6 +74,110 @@ async def projects(
         )
         async with first, second:
             yield first, second
+
+
+@EVERYWHERE
+async def test_bytes_that_wait_or_were_not_collected(home: Path, kind: str) -> None:
+    record = Recorder()
+    limits = Limits(pending_bytes=100_000)
+    async with projects(kind, home, limits, engine=FakeEngine(hook=record)) as (a, b):
+        client, other = await Client.open(a), await Client.open(b)
+        record.hold = "load_sampler"
+        sample = Sample(sampler_id="base:fake", prompt="x" * 40_000)
+        taken = await client.send(*(client.stamp(sample) for _ in range(2)))
+        await record.until_held()
+        third = client.stamp(sample)
+        with pytest.raises(QuotaExceededError, match="bytes"):
+            await client.send(third)
+        with pytest.raises(TooLargeError, match="100000"):
+            await client.send(client.stamp(sample.model_copy(update={"prompt": "x" * 100_001})))
+        await other.send(other.stamp(sample))  # another project's bytes are its own
+        record.go_on.set()
+        for submission_id in taken:
+            await client.outcome(submission_id)
+        await client.send(third)
+
+
+async def test_outcomes_count_until_they_are_collected(home: Path) -> None:
+    long = ForwardBackward(datums=(HELLO,) * 500, loss_fn="cross_entropy", backward=False)
+    async with LocalService(FakeEngine(), home=home, limits=Limits(pending_bytes=2**20)) as service:
+        client = await Client.open(service)
+        run = await client.create()
+        [session] = service._parts.known.sessions.values()
+        before = session.held_bytes
+        sent = client.stamp(long, run)
+        await client.send(sent)
+        assert session.held_bytes - before > wire.about_bytes(sent) * 0.99
+        outcome = await client.outcome(sent.id)
+        assert session.held_bytes - before >= 500 * 4 * len(TEXT[:-1])
+        await service.collect(client.session_id, after=outcome.cursor, timeout_s=0)
+        assert session.held_bytes == 0
+        assert service.activity.held_bytes == 0
+
+
+async def saved(service: LocalService, run: str) -> None:
+    for _ in range(1000):
+        known = service._parts.known.runs[run]
+        if known.unsaved_bytes == 0 and not known.committing.locked():
+            return
+        await anyio.sleep(0.01)
+    raise AssertionError("no snapshot was taken")
+
+
+async def test_gradient_passes_that_no_snapshot_holds(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "UNSAVED_BYTES", 10_000)
+    database = open_database(home)
+    limits, often = Limits(pending_bytes=20_000), Durability(snapshot_every_s=0.0)
+    passes = ForwardBackward(datums=(HELLO,) * 20, loss_fn="cross_entropy")
+    async with LocalService(
+        FakeEngine(), home=home, store=SqlStore(database), limits=limits, durability=often
+    ) as service:
+        client = await Client.open(service)
+        run = await client.create()
+        for _ in range(50):
+            ended = await client.outcome(await client.start(passes, run))
+            if ended.error is not None:
+                break
+        assert ended.error is not None
+        assert ended.error.code == QuotaExceededError.code
+        assert await client.refused(STEP, run_id=run) == "gradients_discarded"
+        await saved(service, run)
+        for _ in range(20):  # no more than a step is needed in between
+            await client.do(passes, GradientsDone, run_id=run)
+            await client.do(STEP, StepDone, run_id=run)
+            await saved(service, run)
+    database.dispose()
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["large", "many"])
+async def test_what_is_large_is_looked_at_beside_the_event_loop(
+    home: Path, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    threads: set[int] = set()
+
+    def noting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            threads.add(threading.get_ident())
+            return work(*args, **kwargs)
+
+        return noted
+
+    for name in ("fingerprint", "refusal"):
+        monkeypatch.setattr(intake, name, noting(getattr(intake, name)))
+    tokens = [1] * 20_000
+    datum = Datum(model_input=tokens, loss_fn_inputs={"target_tokens": tokens})
+    operation = ForwardBackward(
+        datums=(HELLO,) * 1000 if many else (datum,), loss_fn="cross_entropy"
+    )
+    async with LocalService(FakeEngine(), home=home) as service:
+        client = await Client.open(service)
+        run = await client.create()
+        threads.clear()
+        await client.start(operation, run)
+        assert threads
+        assert threading.get_ident() not in threads
 
 
 @EVERYWHERE

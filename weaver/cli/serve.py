@@ -67,6 +67,9 @@ SessionTimeout = Annotated[
 BodyBytes = Annotated[int, _option("MAX_BODY_BYTES", "Of a request.", least=2**16)]
 OperationTokens = Annotated[int, _option("MAX_OPERATION_TOKENS", "Of an operation.", least=1)]
 Pending = Annotated[int, _option("MAX_PENDING", "Operations of a project.", least=256)]
+PendingBytes = Annotated[
+    int, _option("MAX_PENDING_BYTES", "Of a project's operations and outcomes.", least=2**26)
+]
 Runs = Annotated[int | None, _option("MAX_RUNS", "Of a project.", least=0)]
 StoredBytes = Annotated[
     int | None, _option("MAX_STORED_BYTES", "Checkpoints of a project.", least=0)
@@ -104,6 +107,7 @@ def serve(
     max_body_bytes: BodyBytes = 2**28,
     max_operation_tokens: OperationTokens = 2**22,
     max_pending: Pending = 16_384,
+    max_pending_bytes: PendingBytes = 2**30,
     max_runs: Runs = None,
     max_stored_bytes: StoredBytes = None,
     auth: Auth = True,
@@ -132,6 +136,7 @@ def serve(
             body_bytes=max_body_bytes,
             operation_tokens=max_operation_tokens,
             pending_operations=max_pending,
+            pending_bytes=max_pending_bytes,
             runs=max_runs,
             stored_bytes=max_stored_bytes,
             session_timeout_s=session_timeout,

@@ -76,6 +76,11 @@ class Activity:
         for session in self._sessions.values():
             yield from session.tickets.values()
 
+    @property
+    def held_bytes(self) -> int:
+        """About, of what waits, runs or was not collected."""
+        return sum(session.held_bytes for session in self._sessions.values())
+
     def pending_of(self, run_id: str) -> list[OperationInfo]:
         """A run's, and the samples of its weights; what runs comes first."""
         mine = [describe(ticket) for ticket in self.pending() if run_of(ticket) == run_id]

@@ -19,6 +19,7 @@ from weaver.protocol import (
     CheckpointSaved,
     ForwardBackward,
     ModelCreated,
+    OptimStep,
     ReleaseSampler,
     Sample,
     Sampled,
@@ -217,7 +218,7 @@ class Executor:
                 self._lanes[run.lane] = self._lanes.pop(run.lane)  # to the back of the queue
         self._turns.serve({_project(ticket) for _, ticket in batch})
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
-        if not batch:
+        if not batch or self._stopped:  # which may have emptied the engine
             return
         results = list(await self._call(partial(self._operations.execute, batch)))
         changed: list[tuple[Run, Result]] = []
@@ -225,6 +226,8 @@ class Executor:
             result = results[i]
             if run is not None:
                 ticket.number = run.execute(ticket)
+                if self._recovery.store.durable:
+                    run.unsaved_bytes += ticket.size_bytes
                 if isinstance(result, (StepDone, CheckpointLoaded)):
                     changed.append((run, result))
             if isinstance(result, ModelCreated):
@@ -233,7 +236,10 @@ class Executor:
                 self._pin(ticket, result)
         ended = [(ticket, result) for (_, ticket), result in zip(batch, results, strict=True)]
         await self.settle(*ended, runs=[run.describe() for run, _ in changed])
-        for run, result in changed:
+        for i, (run, ticket) in enumerate(batch):
+            if run is None or not _empties(ticket, results[i]):
+                continue
+            result = results[i]
             if run.loaded and self._recovery.due(run, at_once=isinstance(result, CheckpointLoaded)):
                 rest = await self._recovery.snapshot(run)
                 if rest is not None:
@@ -296,6 +302,12 @@ class Executor:
         for ticket, _ in ended:
             self._samples.pop(ticket.job_id, None)
         await self.settle(*ended)
+
+
+def _empties(ticket: Ticket, result: Result | WeaverError) -> bool:
+    """Whether no gradient is left after it, so that a snapshot holds all."""
+    stepped = isinstance(ticket.submission.operation, OptimStep)  # or cleared, if that failed
+    return stepped or isinstance(result, CheckpointLoaded)
 
 
 def _project(ticket: Ticket) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
+from weaver import wire
 from weaver.errors import (
     ConflictError,
     NotFoundError,
@@ -20,9 +21,10 @@ from weaver.errors import (
     OperationError,
     WeaverError,
 )
-from weaver.protocol import ReleaseSampler, Sample
+from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
 from weaver.server.attempt import attempt, attempt_async
 from weaver.server.reach import Reach
+from weaver.server.sessions import fingerprint
 from weaver.server.validation import refusal
 
 if TYPE_CHECKING:
@@ -62,28 +64,35 @@ class Intake:
             StorageError, ServiceConnectionError: it could not be journaled. Nothing was accepted.
         """
         async with session.submitting:
-            fresh = session.unseen(submissions)
+            weighed = await _weigh(submissions)
+            fresh = session.unseen(submissions, [body for body, _ in weighed])
+            sizes = {one.id: size for one, (_, size) in zip(submissions, weighed, strict=True)}
             with CancelScope(shield=True):  # journaled means accepted, also if the caller is gone
                 try:
-                    self.limits.check_pending(self._pending(session), new=len(fresh))
+                    mine = self._of_project(session)
+                    pending = sum(one.unfinished for one in mine)
+                    self.limits.check_pending(pending, new=len(fresh))
+                    held, new = sum(s.held_bytes for s in mine), sum(sizes[s.id] for s in fresh)
+                    self.limits.check_bytes(held, new=new)
                     await self.store.append(session.session_id, fresh)
                 except WeaverError:
                     session.forget(fresh)
                     raise
                 for submission in fresh:
-                    await self.accept(session.ticket(submission))
+                    await self.accept(session.ticket(submission, sizes[submission.id]))
 
     async def accept(self, ticket: Ticket) -> None:
         submission, session = ticket.submission, ticket.session
         reach = Reach(session.caller, self.known)
         run_id = submission.run_id or ""
         run = self.known.runs.get(run_id) if reach.has_run(run_id) else None
-        error = ticket.error or refusal(submission, run, reach=reach, limits=self.limits)
+        check = partial(self._refusal, ticket, run, reach=reach)
+        error = ticket.error or await wire.beside(ticket.size_bytes, check)
         operation = submission.operation
         if error is None and isinstance(operation, Sample) and not operation.encoded:
             error = await self._encode(ticket, operation)
-            if ticket.settled:  # it was cancelled meanwhile
-                return
+        if ticket.settled and run is None:  # it was cancelled meanwhile
+            return
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
         if isinstance(submission.operation, ReleaseSampler) and error is None:
@@ -164,10 +173,33 @@ class Intake:
             if session.silent_for(self.limits.session_timeout_s):
                 await attempt_async(partial(self.close, session.session_id))
 
-    def _pending(self, session: Session) -> int:
+    def _of_project(self, session: Session) -> list[Session]:
         project = session.caller.project
-        mine = (s for s in self.known.sessions.values() if s.caller.project == project)
-        return sum(one.unfinished for one in mine)
+        return [s for s in self.known.sessions.values() if s.caller.project == project]
+
+    def _refusal(self, ticket: Ticket, run: Run | None, *, reach: Reach) -> WeaverError | None:
+        operation = ticket.submission.operation
+        if run is not None and isinstance(operation, ForwardBackward) and operation.backward:
+            mine = [one for one in list(self.known.runs.values()) if one.project == run.project]
+            unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
+            error = attempt(partial(self.limits.check_journal, unsaved))
+            if error is not None:
+                return error
+        return refusal(ticket.submission, run, reach=reach, limits=self.limits)
+
+
+async def _weigh(submissions: Sequence[Submission]) -> list[tuple[bytes, int]]:
+    """Fingerprint and size of each; of many or large ones beside the event loop."""
+
+    def weigh() -> list[tuple[bytes, int]]:
+        return [(fingerprint(one), wire.about_bytes(one)) for one in submissions]
+
+    parts = sum(
+        len(s.operation.datums) if isinstance(s.operation, ForwardBackward) else 1
+        for s in submissions
+    )
+    size = wire.about_bytes(submissions) if parts <= 64 else wire.LARGE_BYTES + 1
+    return await wire.beside(size, weigh)
 
 
 def _forget_sampler(session: Session, sampler_id: str) -> WeaverError | None:

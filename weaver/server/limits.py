@@ -33,6 +33,9 @@ class Limits:
     """Of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
     pending_operations: int | None = 2**14
     """Of a project; those whose outcome its client has not collected."""
+    pending_bytes: int | None = 2**30
+    """About, of these operations and of outcomes that are kept; and of the gradient passes of a
+    project's runs that no snapshot holds, so that the journal does."""
     runs: int | None = None
     """Of a project."""
     stored_bytes: int | None = None
@@ -71,6 +74,29 @@ class Limits:
                 hint="Name things in it, and keep them elsewhere.",
             )
 
+    def check_bytes(self, pending: int, *, new: int) -> None:
+        """Raises QuotaExceededError: trying again later helps; TooLargeError: it does not."""
+        limit = self.pending_bytes
+        if limit is not None and new > limit:
+            raise TooLargeError(
+                f"the operations have {new} bytes, those of a project may have {limit}.",
+                hint="Split them.",
+            )
+        if limit is not None and new and pending + new > limit:
+            raise QuotaExceededError(
+                f"{pending + new} bytes would be pending, the limit of a project is {limit}.",
+                hint="Collect results before sending more.",
+            )
+
+    def check_journal(self, unsaved: int) -> None:
+        """Raises QuotaExceededError: no more gradient passes before a step."""
+        if self.pending_bytes is not None and unsaved > self.pending_bytes:
+            raise QuotaExceededError(
+                f"{unsaved} bytes of gradient passes would be in no snapshot of the project's "
+                f"runs, the limit is {self.pending_bytes}.",
+                hint="Take an optim_step, or delete runs.",
+            )
+
     def check_pending(self, pending: int, *, new: int) -> None:
         """Raises QuotaExceededError: trying again later helps."""
         limit = self.pending_operations
@@ -100,5 +126,7 @@ class Limits:
 
 SERVED = Limits(session_timeout_s=600.0)
 """Of a server. A client rides out five minutes without it, and is heard of each minute."""
-EMBEDDED = Limits(operation_tokens=None, metadata_bytes=None, pending_operations=None)
+EMBEDDED = Limits(
+    operation_tokens=None, metadata_bytes=None, pending_operations=None, pending_bytes=None
+)
 """Of the engine in a user's own process."""

@@ -38,6 +38,8 @@ T = TypeVar("T")
 OTHER_HOME = "Close that one, or use another home (WEAVER_HOME)."
 
 
+UNSAVED_BYTES = 16 * 2**20
+"""A run with more in its journal alone is snapshotted after its next step, even one that failed."""
 KEEP, KEEP_S = "keep", 86_400.0
 """A file of this name keeps snapshots that are replaced, as deploy/backup.sh wants, for a day."""
 
@@ -136,34 +138,31 @@ class Recovery:
             )
 
     def due(self, run: Run, *, at_once: bool) -> bool:
-        """Whether a snapshot should be taken, now that a step has ended.
+        """Whether a snapshot should be taken, now that a step has ended and no gradient is left.
 
         `at_once` after a checkpoint was loaded, which may be deleted and not be found in a replay.
         """
         steps, passed_s = run.step - run.snapshot_step, time.monotonic() - run.snapshot_at
         enough = self.durability
-        in_turn = (
-            not run.committing.locked()
-            and steps >= enough.snapshot_every_steps
-            and passed_s >= enough.snapshot_every_s
-        )
-        return self.store.durable and (at_once or in_turn)
+        in_turn = steps >= enough.snapshot_every_steps and passed_s >= enough.snapshot_every_s
+        wanted = not run.committing.locked() and (in_turn or run.unsaved_bytes > UNSAVED_BYTES)
+        return self.store.durable and (at_once or wanted)
 
     async def snapshot(self, run: Run) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """Writes the run into a folder, which takes the engine; answers what remains to be done.
 
         The rest (waiting for the disk, and pruning the journal) can go on beside the engine.
         """
-        number = run.executed
+        number, saved_bytes = run.executed, run.unsaved_bytes
         run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
         save = partial(self.thread.engine.trainer.save, run.run_id, include_optimizer=True)
         draft = await self.thread.attempt(partial(self.live.draft, _place(run, number), save))
         if isinstance(draft, WeaverError):
             logger.warning("no snapshot of %s: %s", run.run_id, draft)
             return None
-        return partial(self._commit, run, draft, number)
+        return partial(self._commit, run, draft, number=number, saved_bytes=saved_bytes)
 
-    async def _commit(self, run: Run, draft: Path, number: int) -> None:
+    async def _commit(self, run: Run, draft: Path, *, number: int, saved_bytes: int) -> None:
         place = str(_place(run, number))
         info = run.checkpoint(place, "weights_and_optimizer", step=run.snapshot_step)
         write = partial(self.live.commit, draft, info, last_seqs=dict(run.last_seqs))
@@ -174,6 +173,7 @@ class Recovery:
                 put = partial(self.store.put_snapshot, run.run_id, number)
                 failure = await attempt_async(put)
             if failure is None:
+                run.unsaved_bytes -= saved_bytes
                 await to_thread.run_sync(partial(attempt, partial(self._prune, run, number)))
             else:
                 logger.warning("no snapshot of %s: %s", run.run_id, failure)

@@ -16,6 +16,7 @@ from weaver.server.recovery import adopt, forget_files
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket
 from weaver.server.tenancy import Caller
+from weaver.wire import about_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,14 +111,14 @@ def _tickets(
         nobody = Session(entry.session_id, Caller(""), closed=True)
         session = sessions.setdefault(entry.session_id, nobody)
         if isinstance(entry.submission, Submission):
-            tickets.append(session.ticket(entry.submission))
+            tickets.append(session.ticket(entry.submission, about_bytes(entry.submission)))
             if entry.seq and entry.seq < next_seqs.get((entry.session_id, entry.run_id or ""), 1):
                 tickets[-1].error = OperationError(
                     "it was carried out, and its outcome lost with the database's last commits.",
                     hint="What it did to its run has lasted; look at the run's step.",
                 )
         elif entry.submission is not None:
-            tickets.append(session.ticket(_stand_in(entry, lost_gradient=True)))
+            tickets.append(session.ticket(_stand_in(entry, lost_gradient=True), 0))
             tickets[-1].error = entry.submission
         elif not entry.executed and entry.run_id in runs and entry.seq is not None:
             error = _error(entry)

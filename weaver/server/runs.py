@@ -48,6 +48,8 @@ class Run:
     """The number of the last operation that was executed."""
     last_seqs: dict[str, int] = field(default_factory=dict)
     """Of each session, the last seq that was executed."""
+    unsaved_bytes: int = 0
+    """About, of its gradient passes that no snapshot holds; since this process began."""
     snapshot_step: int = 0
     snapshot_at: float = field(default_factory=time.monotonic)
     committing: anyio.Lock = field(default_factory=anyio.Lock)

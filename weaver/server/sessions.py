@@ -24,6 +24,7 @@ from weaver.server.streams import SampleStream
 from weaver.server.tenancy import OWNER, Caller
 from weaver.tensors import TensorData
 from weaver.types import JsonDict, Value
+from weaver.wire import about_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ class Ticket:
 
     session: Session
     submission: Submission
+    size_bytes: int = 0
+    """About, of the submission."""
     stream: SampleStream | None = None
     error: WeaverError | None = None
     """Why it was refused, cancelled or failed."""
@@ -99,6 +102,8 @@ class Session:
     streams: dict[str, SampleStream] = field(default_factory=dict)
     unnamed_samplers: list[str] = field(default_factory=list)
     closed: bool = False
+    held_bytes: int = 0
+    """About, of submissions without an outcome and of outcomes that are kept."""
     _follower: Callable[[Outcome], None] | None = None
     _heard_at: float = field(default_factory=time.monotonic)
     _polls: int = 0
@@ -135,8 +140,10 @@ class Session:
         """Whether nothing was heard of the client for so long."""
         return not (self.lasting or self._polls) and time.monotonic() > self._heard_at + seconds
 
-    def unseen(self, submissions: Sequence[Submission]) -> list[Submission]:
-        """Remembers those that are new and answers them.
+    def unseen(
+        self, submissions: Sequence[Submission], bodies: Sequence[bytes]
+    ) -> list[Submission]:
+        """Remembers those that are new and answers them; `bodies` are their fingerprints.
 
         Raises:
             ConflictError: an id or a place was used with another body; nothing is remembered.
@@ -144,8 +151,7 @@ class Session:
         prints: dict[str, bytes] = {}
         places: dict[tuple[str, int], str] = {}
         fresh = []
-        for submission in submissions:
-            body = fingerprint(submission)
+        for submission, body in zip(submissions, bodies, strict=True):
             before = prints.get(submission.id) or self._prints.get(submission.id)
             if before is not None and before != body:
                 raise ConflictError(
@@ -180,8 +186,9 @@ class Session:
             if submission.run_id is not None and submission.seq is not None:
                 del self._places[submission.run_id, submission.seq]
 
-    def ticket(self, submission: Submission) -> Ticket:
-        ticket = Ticket(self, submission)
+    def ticket(self, submission: Submission, size_bytes: int) -> Ticket:
+        ticket = Ticket(self, submission, size_bytes)
+        self.held_bytes += size_bytes
         if isinstance(submission.operation, Sample) and submission.operation.stream:
             ticket.stream = self.streams[submission.id] = SampleStream()
         self.tickets[submission.id] = ticket
@@ -209,7 +216,8 @@ class Session:
         if outcome.cursor <= self._lost:
             self._cursor += 1
             outcome = outcome.model_copy(update={"cursor": self._cursor})
-        self._outcomes.append(outcome)
+        self._keep(outcome)
+        self.held_bytes -= ticket.size_bytes
         if self._follower is not None:
             self._follower(outcome)
         if ticket.stream is not None:
@@ -226,9 +234,9 @@ class Session:
             if isinstance(entry.outcome, WeaverError):
                 error = ErrorInfo.of(entry.outcome)
                 lost = Outcome(submission_id=entry.submission_id, cursor=entry.cursor, error=error)
-                self._outcomes.append(lost)
+                self._keep(lost)
             elif entry.outcome is not None:
-                self._outcomes.append(entry.outcome)
+                self._keep(entry.outcome)
         self._outcomes = deque(sorted(self._outcomes, key=lambda outcome: outcome.cursor))
         self._restored = self._cursor
 
@@ -238,7 +246,9 @@ class Session:
             self._count_on_behind(after)
         forgotten = []
         while self._outcomes and self._outcomes[0].cursor <= after:
-            forgotten.append(self._outcomes.popleft().submission_id)
+            outcome = self._outcomes.popleft()
+            self.held_bytes -= about_bytes(outcome)
+            forgotten.append(outcome.submission_id)
             read = self.streams.get(forgotten[-1])
             if read is not None:
                 read.acknowledged = True
@@ -320,6 +330,10 @@ class Session:
         for stream in self.streams.values():
             stream.finish(error)
         self._notify()
+
+    def _keep(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self.held_bytes += about_bytes(outcome)
 
     def _notify(self) -> None:
         self._changed.set()

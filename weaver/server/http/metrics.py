@@ -71,6 +71,11 @@ class ServerMetrics(Collector):
         pending.add_metric(["running"], sum(states))
         pending.add_metric(["waiting"], len(states) - sum(states))
         yield pending
+        held = GaugeMetricFamily(
+            "weaver_pending_bytes", "About, of operations and outcomes until they are collected."
+        )
+        held.add_metric([], self._activity.held_bytes)
+        yield held
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -22,6 +22,7 @@ from weaver.server.database import open_database
 from weaver.server.http.app import create_app
 from weaver.server.http.connection import Connection
 from weaver.server.http.front import Front
+from weaver.server.http.watchdog import watch
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
 from weaver.server.service import DURABILITY, LocalService
@@ -127,7 +128,8 @@ async def _serve(front: Front, listener: socket.socket, started: Callable[[Runni
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     loop.call_soon(started, Running(address, lambda: _call(loop, stop)))
-    await server.serve(sockets=[listener])
+    async with watch():
+        await server.serve(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
