@@ -139,7 +139,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     message = {str(name): value[name] for name in value.keys() if value[name] is not None}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             _refuse(f"{where}.from", f"is {speaker!r}.", f"Known: {', '.join(SPEAKERS)}.")
         message |= {"role": SPEAKERS[speaker], "content": message.pop("value", None)}
     if not isinstance(message.get("role"), str):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.zoo import TOKENIZERS, Zoo
-from weaver.errors import ConfigError, InvalidRequestError
+from weaver.errors import ConfigError, InvalidRequestError, WeaverError
 from weaver_rl.conversations import to_datum
 from weaver_rl.data import read_tasks
 
@@ -39,8 +42,11 @@ SHOWS_ALL = (
 )
 
 
+BYTES = TOKENIZERS["qwen"]()
+
+
 def tokenizer_of(template: Any) -> Any:
-    tokenizer = TOKENIZERS["qwen"]()
+    tokenizer = copy(BYTES)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -165,6 +171,7 @@ def test_tools_and_options_reach_the_template(zoo: Zoo) -> None:
         ),
         ({"messages": [{"role": "user", "content": ["a"]}]}, ".messages[0].content[0]", "str"),
         ({"conversations": [{"from": "who", "value": "x"}]}, ".conversations[0].from", "Known"),
+        ({"conversations": [{"from": ["gpt"]}]}, ".conversations[0].from", "Known"),
         ({"conversations": [{"from": "gpt"}]}, ".conversations[0].content", "missing"),
         ({"messages": [USER, {**CALL, "tool_calls": []}]}, ".messages[1].content", "null"),
         ({"messages": [USER, {**CALL, "tool_calls": "x"}]}, ".messages[1].tool_calls", "list"),
@@ -247,9 +254,9 @@ def test_fields_that_only_arrow_has_filled_in_are_not_shown(tmp_path: Path) -> N
     rows = [row("city"), row("day")]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     tokenizer = tokenizer_of(SHOWS_ALL)
-    for read, given in zip(read_tasks(tmp_path / "a.parquet", fields=()), rows, strict=True):
-        assert read != given
-        one, two = (text_of(tokenizer, to_datum(tokenizer, each)) for each in (read, given))
+    for read, own in zip(read_tasks(tmp_path / "a.parquet", fields=()), rows, strict=True):
+        assert read != own
+        one, two = (text_of(tokenizer, to_datum(tokenizer, each)) for each in (read, own))
         assert "null" not in one
         assert one == two
 
@@ -281,3 +288,46 @@ def test_a_turn_ends_at_its_first_end(zoo: Zoo) -> None:
     assert learned(gemma, to_datum(gemma, {"messages": [USER, REPLY]})) == "yes<end_of_turn>"
     row = {"prompt": "a", "completion": "b<end_of_turn>"}
     assert learned(gemma, to_datum(gemma, row)) == "b<end_of_turn>"
+
+
+NAMES = st.sampled_from(
+    "messages conversations prompt completion text spans tools functions system role content from "
+    "value weight tool_calls function name arguments type chat_template_kwargs tokenize".split()
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.floats(),
+    st.sampled_from(["", "user", "assistant", "human", "text", "hi", "{", "[]", "\ud800", "\x00é"]),
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4)
+)
+MESSAGES = st.lists(
+    st.dictionaries(NAMES, VALUES, max_size=3).map(lambda more: {**more, **USER})
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool"]), "content": VALUES},
+        optional={"tool_calls": VALUES, "weight": VALUES},
+    ),
+    max_size=3,
+).map(lambda some: [*some, REPLY])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    row=VALUES
+    | st.dictionaries(NAMES, VALUES, max_size=4)
+    | st.fixed_dictionaries(
+        {"messages": MESSAGES}, optional={"tools": VALUES, "chat_template_kwargs": VALUES}
+    )
+    | st.fixed_dictionaries({"prompt": VALUES | MESSAGES, "completion": VALUES | MESSAGES})
+    | st.fixed_dictionaries({"text": VALUES, "spans": VALUES}),
+    template=st.sampled_from([SHOWS_ALL, NAIVE, PYTHONIC, DEAF]),
+)
+def test_no_row_raises_anything_bare(row: Any, template: str) -> None:
+    try:
+        to_datum(tokenizer_of(template), row, where="a[3]")
+    except WeaverError as error:
+        assert str(error).startswith("a[3]")
+        assert error.hint
