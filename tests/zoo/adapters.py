@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "attention": {"target_modules": r".*(q_proj|k_proj|v_proj|qkv_proj|query_key_value|out?_proj)"},
     "all": {"target_modules": "all-linear"},
+    "head": {"target_modules": ["lm_head", "q_proj", "qkv_proj", "query_key_value"]},
     "rslora": {"target_modules": "all-linear", "use_rslora": True},
     "dropout": {"target_modules": "all-linear", "lora_dropout": 0.3},
     "bfloat16": {"target_modules": "all-linear"},
     "old": {"target_modules": "all-linear"},
 }
 """Settings of PEFT's `LoraConfig`. `bfloat16` is saved in that dtype, and `old` is the file of a
-PEFT of 2023, with few settings."""
+PEFT of 2023, with few settings. Beside `head` PEFT saves copies of the base's embeddings."""
 OLD = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout")
 
 

@@ -188,10 +188,12 @@ def test_an_adapter_that_peft_saved_is_what_peft_makes_of_it(
     family: str, kind: str, zoo: Zoo, service: Callable[[str], ServiceClient]
 ) -> None:
     base = zoo.model(family, "llama3")
-    adapter = zoo.adapter(base, kind)
-    sampler = service("float32").create_sampling_client(
-        model_path=str(adapter), base_model=str(base)
-    )
+    adapter, client = zoo.adapter(base, kind), service("float32")
+    if (family, kind) == ("gpt_neox", "head"):  # its files call the head otherwise
+        with pytest.raises(UnsupportedError, match=r"lm_head\.base_layer"):
+            client.create_sampling_client(model_path=str(adapter), base_model=str(base))
+        return
+    sampler = client.create_sampling_client(model_path=str(adapter), base_model=str(base))
     tokens = zoo.tokenizer("llama3").encode("What is it? Yes. The cat sat.")
     right = theirs(base, tokens, dtype="float32", adapter=adapter)
     assert_close(sampler.compute_logprobs(types.ModelInput.from_ints(tokens))[1:], right, "float32")
