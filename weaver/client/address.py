@@ -1,10 +1,16 @@
-"""Addresses of servers, checked before anything is sent there; called by `HttpService`."""
+"""Addresses of servers, checked before anything is sent there, and hints where none answers there.
+
+Called by `HttpService`.
+"""
 
 from __future__ import annotations
 
+import traceback
 from urllib.parse import SplitResult, urlsplit
 
 from weaver.errors import ServiceConnectionError
+
+NOT_RUNNING = "Is the server running? `weaver serve` starts one; check WEAVER_BASE_URL."
 
 
 def parse_address(base_url: str) -> SplitResult:
@@ -29,6 +35,18 @@ def parse_address(base_url: str) -> SplitResult:
     if parts.path.endswith("/v1"):
         raise _refused(base_url, "has /v1 at its end, which the client adds itself")
     return parts
+
+
+def tls_hint(error: Exception) -> str:
+    """What to do about an error of TLS, which trying again does not mend; "" of any other."""
+    chain = "".join(traceback.format_exception(error))
+    if "Hostname mismatch" in chain or "IP address mismatch" in chain:
+        return "The certificate is for another name: use that in the address."
+    if "CERTIFICATE_VERIFY_FAILED" in chain:
+        return "Its authority is not known: SSL_CERT_FILE names a file of those to trust (PEM)."
+    if "WRONG_VERSION_NUMBER" in chain or "RECORD_LAYER_FAILURE" in chain:
+        return "The server speaks no TLS: try http:// in place of https://."
+    return ""
 
 
 def _refused(address: str, why: str) -> ServiceConnectionError:

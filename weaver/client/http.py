@@ -21,7 +21,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from weaver import wire
-from weaver.client.address import parse_address
+from weaver.client.address import NOT_RUNNING, parse_address, tls_hint
 from weaver.config import is_loopback
 from weaver.errors import (
     ConfigError,
@@ -101,16 +101,16 @@ class HttpService:
                 base_url=f"{self._address}/v1/",
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
                 transport=transport,
-                # Reading the certificates of authorities takes 0.1 s; plain HTTP needs none.
-                verify=parts.scheme == "https",
+                # The environment's authorities count on loopback too; 0.1 s, which HTTP saves.
+                verify=parts.scheme == "https" and httpx.create_ssl_context(),
                 trust_env=not is_loopback(parts.hostname or ""),  # a proxy has another loopback
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             )
             self._headers = dict(self._http.headers)
-        except (httpx.InvalidURL, ValueError, ImportError) as error:
+        except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
             raise ServiceConnectionError(
                 f"{self._address} cannot be used: {error}",
-                hint="Check it, and the proxy that the environment names.",
+                hint="Check it, and the proxy and the SSL_CERT_FILE that the environment names.",
             ) from None
 
     async def __aenter__(self) -> Self:
@@ -375,12 +375,12 @@ class _Outage:
         pause_s = min(FIRST_PAUSE_S * 2**self._attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
         if isinstance(error, _ComesBackError):
             pause_s = max(pause_s, error.after_s)
-        if now + pause_s > self._began + self._longest_s:
+        if (wrong := tls_hint(error)) or now + pause_s > self._began + self._longest_s:
             if isinstance(error, _ComesBackError):
                 raise error.error
             raise ServiceConnectionError(
                 f"{self._address} cannot be reached: {str(error) or type(error).__name__}.",
-                hint="Is the server running? `weaver serve` starts one; check WEAVER_BASE_URL.",
+                hint=wrong or NOT_RUNNING,
             ) from None
         self._attempts += 1
         await anyio.sleep(pause_s)
