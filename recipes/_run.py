@@ -41,7 +41,9 @@ class Flags:
     steps: int = 60
     max_tokens: int = 12
     """Of a reply."""
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """Of AdamW, gradients clipped at a norm of 1; none: by the model's size, 1e-3 for weaver-nano,
+    4e-5 to 1e-5 for billions of parameters."""
     rank: int = 8
     """Of the LoRA adapter; its alpha is four times that."""
     seed: int = 0

@@ -58,7 +58,8 @@ class Flags:
     """Of fine-tuning."""
     rl_steps: int = 40
     batch_size: int = 24
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """None: by the model's size."""
     rank: int = 8
     seed: int = 0
     base_url: str | None = None
@@ -127,7 +128,8 @@ def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float
     """The training loop; answers the loss of every step, in nats per answer token."""
     tokenizer = trainer.get_tokenizer()
     rng = Random(flags.seed)
-    adam = types.AdamParams(learning_rate=flags.learning_rate)
+    rate = flags.learning_rate or rl.schedules.for_model(trainer.model_info.num_parameters)
+    adam = types.AdamParams(learning_rate=rate, grad_clip_norm=1.0)
     losses: list[float] = []
     with closing(rl.Display(steps=flags.steps, stream=console.file)) as display:
         for step in range(flags.steps):

@@ -60,7 +60,8 @@ class Flags(_run.Flags):
     """What is done with longer ones; cut and dropped ones are counted."""
     max_tokens: int = 40
     """Of an answer in the evaluation."""
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    """Of AdamW; none: 2e-3 for weaver-nano, else by the model's size."""
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -72,13 +73,14 @@ async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS, asked=())
     examples, tests = ([example_of(one) for one in part] for part in (tasks, held_out))
     answered = all("answer" in one for one in (*tasks, *held_out))
+    rate = flags.learning_rate
     plan = rl.SupervisedPlan(
         epochs=flags.epochs,
         steps=flags.steps,
         batch_tokens=flags.batch_tokens,
         max_length=flags.max_length,
         too_long=flags.too_long,
-        learning_rate=flags.learning_rate,
+        learning_rate=2e-3 if rate is None and flags.model == "weaver-nano" else rate,
         evaluate_every=20,
         seed=flags.seed,
     )

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from weaver.errors import ConfigError
-from weaver.types import AdamParams, SamplingParams
+from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
 from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.rewards import name_of
+from weaver_rl.schedules import for_model
 
 ZeroVariance = Literal["keep", "drop", "resample"]
 """Of groups whose samples all earned the same, and so teach nothing. keep: they count in the
@@ -35,22 +36,25 @@ def at_least(lowest: int, plan: object, *names: str) -> None:
 class Steps:
     """What the optimizer does at each step of a loop, and what is done between steps."""
 
-    learning_rate: float | Schedule = 1e-3
-    """Of AdamW, or a function of the step, from 0."""
-    adam: AdamParams = field(default_factory=AdamParams)
-    """Its learning rate is replaced by `learning_rate`."""
+    learning_rate: float | Schedule | None = None
+    """Of AdamW, or a function of the step, from 0; None: by the model's size, that of
+    `schedules.for_model`."""
+    adam: AdamParams = field(default_factory=lambda: AdamParams(grad_clip_norm=1.0))
+    """Its learning rate is replaced by `learning_rate`. Gradients are clipped at a norm of 1."""
     evaluate_every: int = 0
     """Steps between evaluations, the first before step 1; 0: only at the end."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         at_least(0, self, "evaluate_every", "seed")
-        if not callable(self.learning_rate):
+        if self.learning_rate is not None and not callable(self.learning_rate):
             AdamParams(learning_rate=self.learning_rate)
 
-    def adam_params(self, step: int) -> AdamParams:
+    def adam_params(self, step: int, model: ModelInfo) -> AdamParams:
         """Those of a step, from 0."""
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        if rate is None:
+            rate = for_model(model.num_parameters)
         return self.adam.model_copy(update={"learning_rate": float(rate)})
 
     def evaluates(self, step: int, *, steps: int) -> bool:

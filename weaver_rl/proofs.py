@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weaver.types import SamplingParams
+from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import group_centred
 from weaver_rl.environments import each, single_turn
 from weaver_rl.evaluation import evaluate
@@ -37,7 +37,8 @@ MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
 WORDS = reverse_tasks(1100, seed=1)
 TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
-PLAN = Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0)
+PLAN = Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
+"""Without clipping: what a control shows must not be what clipping hides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,32 @@
-"""Learning rates as pure functions of the step, from 0; loops call them before each optimizer step.
+"""Learning rates: one for a model's size, and pure functions of the step, from 0.
 
-Every function takes the step second and answers a rate: `cosine(1e-3, 10, steps=60, warmup=5)`.
+Every schedule takes the step second and answers a rate: `cosine(1e-3, 10, steps=60, warmup=5)`.
 """
 
 from __future__ import annotations
 
 import math
+
+from weaver.errors import ConfigError
+
+
+def for_model(num_parameters: int) -> float:
+    """The rate of a LoRA adapter by the size of its model: 4e-5·(1e9 / N)^0.4, in 1e-5 to 1e-3.
+
+    1e-3 for weaver-nano (0.27 M), 7e-5 at 0.27 B, 4e-5 at 1 B, 1.7e-5 at 8 B, 1e-5 from 32 B: a
+    rule of thumb between what weaver-nano learns at and what is usual for billions. Loops use it
+    where a plan names no rate. Full fine-tuning wants about a tenth.
+
+    Raises:
+        ConfigError: the number of parameters is not known.
+    """
+    if num_parameters < 1:
+        raise ConfigError(
+            f"cannot be chosen for a model of {num_parameters} parameters.",
+            field="learning_rate",
+            hint="Name it: 4e-5 is usual for 1 B, 1e-5 for 32 B and more.",
+        )
+    return float(min(1e-3, max(1e-5, 4e-5 * (1e9 / num_parameters) ** 0.4)))
 
 
 def constant(peak: float, step: int, *, warmup: int = 0) -> float:

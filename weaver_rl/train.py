@@ -55,7 +55,7 @@ def train(
     steps: int = 60,
     groups_per_step: int = 32,
     group_size: int = 8,
-    learning_rate: float | Schedule = 1e-3,
+    learning_rate: float | Schedule | None = None,
     sampling: SamplingParams | None = None,
     objective: str | Objective = "importance_sampling",
     advantage: str | AdvantageFn = "group_centred",

@@ -10,13 +10,14 @@ import pytest
 
 from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
-from weaver.types import AdamParams, SamplingParams
+from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.data import TaskStream
 from weaver_rl.environments import single_turn
 from weaver_rl.loggers import Loggers
 from weaver_rl.loops.policy import off_policy, on_policy
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import LogprobGapError, policy_step
+from weaver_rl.loops.supervised import SupervisedPlan
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups
@@ -257,6 +258,20 @@ async def test_the_loss_holds_all_that_was_minimised(tmp_path: Path) -> None:
     row = rows[3]
     policy = row["train/loss_sum"] / row["tokens/sampled"]
     assert row["train/loss"] == pytest.approx(policy + row["train/kl_loss"])
+
+
+@pytest.mark.anyio
+async def test_without_a_rate_the_model_decides_and_gradients_are_clipped(tmp_path: Path) -> None:
+    plan = Plan(steps=1, groups_per_step=2, group_size=2, sampling=PLAN.sampling)
+    _, rows = await trained(tmp_path, plan)
+    assert rows[1]["train/learning_rate"] == pytest.approx(1e-3)
+    billions = ModelInfo(
+        name="x", architecture="x", vocab_size=9, context_length=9, num_parameters=8 * 10**9
+    )
+    for one in (plan, SupervisedPlan()):
+        adam = one.adam_params(0, billions)
+        assert adam.learning_rate == pytest.approx(1.74e-5, rel=1e-2)
+        assert adam.grad_clip_norm == 1.0
 
 
 @pytest.mark.anyio

@@ -135,7 +135,7 @@ async def _submit(
 ) -> list[_Submitted]:
     objective, acted = plan.loss, behaviour(plan.sampling)
     given = {**objective.config, "temperature": acted.temperature}
-    adam = plan.adam_params(step)
+    adam = plan.adam_params(step, trainer.model_info)
     torn = objective.loss_fn == "gspo" and len({e.rollout for e in batch}) < len(batch)
     submitted = []
     for number in range(plan.passes):

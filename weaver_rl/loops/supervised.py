@@ -120,7 +120,9 @@ async def supervised(
 
     def submit(step: int) -> Handles:
         batch = [data[i] for i in steps[step]]
-        return trainer.forward_backward(batch), trainer.optim_step(plan.adam_params(step))
+        return trainer.forward_backward(batch), trainer.optim_step(
+            plan.adam_params(step, trainer.model_info)
+        )
 
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(steps))
     ahead: Handles | None = None
