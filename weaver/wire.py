@@ -60,7 +60,7 @@ PLAIN = frozenset({int, float, bool, type(None)})
 REFERENCES = ("$tensor", "$list")
 LARGE_BYTES = 64 * 1024
 """Above this, a message is read and written beside the event loop; below, a thread takes longer."""
-JSON_MARKS = {"[": 2**19, "{": 2**19, '"': 2**20, ",": 2**22}
+JSON_MARKS = {"[": 2**17, "{": 2**17, '"': 2**19, ",": 2**21}
 """What JSON may have of each. The interpreter stands still while it is parsed: 0.3 s at most."""
 PORTION, PORTION_BYTES = 256, 16 * 2**20
 """The most that is put into one message, unless a single item takes more."""
@@ -140,9 +140,13 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
     return validate(message, adapter.validate_python)
 
 
-def check_json(data: bytes) -> None:
-    """Raises TooLargeError if it would take long to parse, and everything else stood still."""
-    for mark, limit in JSON_MARKS.items():
+def check_json(data: bytes, *, share: int = 1) -> None:
+    """Raises TooLargeError if it would take long to parse, and everything else stood still.
+
+    `share` divides the limits, for what is handled on the event loop.
+    """
+    for mark, most in JSON_MARKS.items():
+        limit = most // share
         if (count := data.count(mark.encode())) > limit:
             raise TooLargeError(
                 f"its JSON has {count} times {mark!r}, the limit is {limit}.",

@@ -65,7 +65,7 @@ class OnceRoute(APIRoute):
             key = request.headers.get("Idempotency-Key")
             if request.method == "GET":
                 return await handle(request)
-            check_json(await request.body())
+            check_json(await request.body(), share=2)
             if key is None:
                 return await handle(request)
             replies: Replies = request.state.front.replies
