@@ -4,13 +4,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format test test-slow test-clients bench clean
+.PHONY: help install demo check format lock test test-slow test-clients bench clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the proofs that take minutes"
 	@echo "make test-clients  the published clients of other projects at our server"
 	@echo "make check      formatting, lint, types, layers"
+	@echo "make lock       resolve all dependencies anew into constraints.txt"
 	@echo "make format     mend what can be mended by a tool"
 	@echo "make bench      measure against peers, as ratios"
 
@@ -18,7 +19,7 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Weaver needs Python 3.11 or newer; try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(PIP) --upgrade pip
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[all]'
@@ -43,6 +44,18 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# One pin for each package on every platform; see CONTRIBUTING.md for what is left out, and why.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	printf 'torch==2.13.0\npip\nhatchling>=1.26\n' > .venv-lock/more.in
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-lock/bin/uv pip compile --quiet --universal \
+		--python-version 3.11 --all-extras --no-annotate --no-header --upgrade \
+		pyproject.toml .venv-lock/more.in -o .venv-lock/all.txt
+	{ echo "# Made by \`make lock\`: what everything is installed with."; \
+		grep -vE '^(nvidia-|cuda-|triton|--)' .venv-lock/all.txt \
+		| sed -E 's/^(torch==[0-9.]+).*/\1/' | uniq; } > constraints.txt
+
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -63,4 +76,4 @@ bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
