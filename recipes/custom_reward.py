@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -40,6 +40,7 @@ def main(
     *,
     steps: int = 40,
     seed: int = 0,
+    max_logprob_gap: float | Literal["auto"] | None = "auto",
     out: str = "runs/custom_reward",
     dry_run: bool = False,
     base_url: str | None = None,
@@ -57,6 +58,7 @@ def main(
         steps=steps,
         sampling=SamplingParams(max_tokens=12),
         seed=seed,
+        max_logprob_gap=max_logprob_gap,
         folder=out,
         resume=True,
         base_url=base_url,

@@ -56,6 +56,8 @@ class Flags(_run.Flags):
     """Steps by which sampling may run ahead of training; above 0, name a correction."""
     correction: Literal["ratio", "token", "sequence", "none"] | None = None
     """What makes up for samples of older weights."""
+    max_logprob_gap: float | Literal["auto"] | None = "auto"
+    """Nats by which trainer and sampler may differ on a token; auto: by the model's dtype."""
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -76,6 +78,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         passes=flags.passes,
         max_staleness=flags.max_staleness,
         evaluate_every=10,
+        max_logprob_gap=flags.max_logprob_gap,
         seed=flags.seed,
     )
     ahead = flags.max_staleness > 0  # where rollouts of several steps share the engine

@@ -21,7 +21,7 @@ the first weights, and a store of what earlier rounds kept.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import tyro
@@ -50,6 +50,8 @@ class Flags(_run.Flags):
     """The most replies to a prompt that are kept; none: all."""
     unique: bool = False
     """Keep equal replies to a prompt once."""
+    max_logprob_gap: float | Literal["auto"] | None = "auto"
+    """Nats by which trainer and sampler may differ on a token; auto: by the model's dtype."""
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -67,6 +69,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         learning_rate=flags.learning_rate,
         sampling=flags.sampling,
         evaluate_every=10,
+        max_logprob_gap=flags.max_logprob_gap,
         seed=flags.seed,
     )
     planned = {"keep": asdict(keep), "reward": exact, **plan.as_config()}

@@ -331,6 +331,8 @@ class ModelInfo(Value):
     """The most tokens of one sequence."""
     num_parameters: int
     training_modes: tuple[TrainingMode, ...] = ("lora", "full_ft")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are sampled from; what is trained is float32."""
 
 
 class CheckpointInfo(Value):

@@ -12,11 +12,11 @@ from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
 from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
 from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
+from weaver_rl.gap import LogprobGapError, check_gap, rounding_gap
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from weaver_rl.loops.policy import Result, off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run, open_run
-from weaver_rl.loops.step import LogprobGapError
 from weaver_rl.loops.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
@@ -74,6 +74,7 @@ __all__ = [
     "Trajectory",
     "WandbLogger",
     "check",
+    "check_gap",
     "describe",
     "draw_curve",
     "each",
@@ -89,6 +90,7 @@ __all__ = [
     "read_tasks",
     "rejection",
     "restore",
+    "rounding_gap",
     "sample_groups",
     "save_checkpoint",
     "schedules",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weaver_rl.gap import ROUNDING
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-GAP_LIMIT = 1e-3
-"""Nats. The engine keeps 1e-4; ten times that is a defect, not rounding."""
 KL_LIMIT = 0.5
 """Nats per token between the policy and the one that sampled: far outside any trust region."""
 COLLAPSE = 0.02
@@ -24,13 +24,6 @@ ABOVE = (
         "failures",
         "{:.0%} of the rollouts failed and are left out of training. The first traceback is in the "
         "log; try the reward with weaver_rl.check(reward, tasks).",
-    ),
-    (
-        "gap/max",
-        GAP_LIMIT,
-        "gap",
-        f"Trainer and sampler disagree by up to {{:.2g}} nats on a token (bound {GAP_LIMIT:g}). "
-        "Check that both use the same weights, dtype and temperature.",
     ),
     (
         "train/kl_k3",
@@ -64,6 +57,12 @@ def find_hints(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
         for metric, limit, name, text in ABOVE
         if last.get(metric, 0.0) > limit
     }
+    gap, rounding = last.get("gap/max", 0.0), last.get("gap/rounding", ROUNDING["float32"])
+    if gap > rounding:
+        found["gap"] = (
+            f"Trainer and sampler disagree by up to {gap:.3g} nats on a token; rounding costs at "
+            f"most {rounding:.3g}. Check that both use the same weights and temperature."
+        )
     # Centred advantages make the loss of a first on-policy pass 0 while its gradient is not.
     if last.get("train/loss") == 0.0 == last.get("train/grad_norm", 0.0):
         found["loss_zero"] = (

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from weaver.errors import ConfigError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
+from weaver_rl.gap import MaxGap, check_max_gap
 from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.rewards import name_of
 from weaver_rl.schedules import for_model
@@ -97,8 +98,9 @@ class Plan(Steps):
     """Steps by which rollouts may be older than the weights that train on them; `off_policy` only.
     Above 0 the objective must name its correction."""
     max_failure_rate: float = 0.1
-    max_logprob_gap: float | None = 1e-4
-    """Nats by which trainer and sampler may differ on a token of the same weights; None: any."""
+    max_logprob_gap: MaxGap = "auto"
+    """Nats by which trainer and sampler may differ on a token of the same weights; auto: what
+    rounding in the model's dtype costs at most (`rounding_gap`); None: any."""
 
     def __post_init__(self) -> None:
         Steps.__post_init__(self)
@@ -109,6 +111,7 @@ class Plan(Steps):
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )
         advantage_fn(self.advantage)
+        check_max_gap(self.max_logprob_gap)
         loss = self.loss  # refuses what is no objective
         if self.max_staleness > 0 and loss.correction is None:
             raise ConfigError(

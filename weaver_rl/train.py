@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from weaver_rl.advantages import AdvantageFn
     from weaver_rl.environments import Environment, GroupEnvironment
+    from weaver_rl.gap import MaxGap
     from weaver_rl.objectives import Objective
     from weaver_rl.plan import Schedule
     from weaver_rl.rewards import GroupReward, Reward
@@ -62,6 +63,7 @@ def train(
     max_staleness: int = 0,
     held_out: Sequence[Task] = (),
     evaluate_every: int = 10,
+    max_logprob_gap: MaxGap = "auto",
     lora_config: Mapping[str, object] | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -99,6 +101,7 @@ def train(
         advantage=advantage,
         max_staleness=max_staleness,
         evaluate_every=evaluate_every,
+        max_logprob_gap=max_logprob_gap,
         seed=seed,
     )
     played = played_by(reward, environment)

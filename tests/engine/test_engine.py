@@ -67,6 +67,7 @@ def test_named_models_and_folders_are_described_without_weights(
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"))
     assert info.num_parameters == model.num_parameters()
+    assert [info.dtype for info in engine.list_models()] == ["float32", "float32"]
     bare = write_config(tmp_path / "bare", transformers.LlamaConfig(**SIZES))
     assert engine.get_model(str(bare)).architecture == "LlamaForCausalLM"
     with pytest.raises(UnsupportedError, match="cannot be read"):

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import pytest
 
+import weaver_rl as rl
 from weaver import AsyncServiceClient
-from weaver_rl.proofs import PROOFS, Outcome, Proof
+from weaver_rl.advantages import group_centred
+from weaver_rl.proofs import HELD_OUT, PROOFS, SAMPLING, TRAIN, Outcome, Proof
+from weaver_rl.tasks.words import exact
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from weaver_rl.advantages import AdvantageFn
+    from weaver_rl.types import BoolPG, FloatPG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -31,3 +38,33 @@ def test_proof(proof: Proof, seed: int, tmp_path: Path, monkeypatch: pytest.Monk
 
     outcome = anyio.run(run)
     assert outcome.passed, f"{proof.gate}: got {outcome.value:.3f}; {outcome.note}"
+
+
+def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
+    return -group_centred(rewards_P_G, valid_P_G)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "low", "high"), [("group_centred", 0.7, 1), (flipped, 0, 0.1)]
+)
+def test_reinforcement_in_bfloat16(
+    advantage: str | AdvantageFn, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learns as in float32, within the gap that is the default there; of flipped advantages not."""
+    monkeypatch.setenv("WEAVER_THREADS", "1")
+    monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
+    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
+    trained = rl.train(
+        "weaver-nano",
+        TRAIN,
+        exact,
+        advantage=advantage,
+        held_out=HELD_OUT,
+        evaluate_every=0,
+        steps=20,
+        groups_per_step=16,
+        sampling=SAMPLING,
+        display=False,
+    )
+    assert np.isfinite(trained.metrics["gap/max"])
+    assert low <= trained.metrics["eval/mean"] <= high, trained.metrics["eval/mean"]

@@ -25,6 +25,7 @@ def test_healthy_numbers_give_no_hint() -> None:
     assert find_hints([]) == {}
     assert find_hints([HEALTHY]) == {}
     assert find_hints([{}]) == {}
+    assert find_hints([{**HEALTHY, "gap/max": 0.1, "gap/rounding": 1.0}]) == {}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_healthy_numbers_give_no_hint() -> None:
     [
         ({"train/grad_norm": 0.0}, "loss_zero"),
         ({"gap/max": 2e-3}, "gap"),
+        ({"gap/max": 1.2, "gap/rounding": 1.0}, "gap"),
         ({"train/kl_k3": 3.0}, "kl"),
         ({"groups/zero_variance_fraction": 1.0}, "rewards_equal"),
         ({"rollout/failed_fraction": 0.25}, "failures"),

@@ -13,10 +13,11 @@ from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.data import TaskStream
 from weaver_rl.environments import single_turn
+from weaver_rl.gap import LogprobGapError
 from weaver_rl.loggers import Loggers
 from weaver_rl.loops.policy import off_policy, on_policy
 from weaver_rl.loops.run import Run
-from weaver_rl.loops.step import LogprobGapError, policy_step
+from weaver_rl.loops.step import policy_step
 from weaver_rl.loops.supervised import SupervisedPlan
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan

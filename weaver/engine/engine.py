@@ -52,6 +52,7 @@ class TorchEngine:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"is {dtype!r}.", field="dtype", hint="Use float32 or bfloat16.")
+        self._dtype = dtype
         self._catalog = Catalog(models or {}, allow_paths=allow_paths)
         self._store = ModelStore(
             self._catalog, device=_device(device), dtype=DTYPES[dtype], threads=threads
@@ -67,10 +68,11 @@ class TorchEngine:
 
     def list_models(self) -> list[ModelInfo]:
         """The configured models; any other name is still tried."""
-        return [self._catalog.facts(name).info for name in self._catalog.names()]
+        return [self.get_model(name) for name in self._catalog.names()]
 
     def get_model(self, base_model: str) -> ModelInfo:
-        return self._catalog.facts(base_model).info
+        info = self._catalog.facts(base_model).info
+        return info.model_copy(update={"dtype": self._dtype})
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
         facts = self._catalog.facts(base_model)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from weaver.errors import WeaverError
 from weaver.types import ModelInput
 from weaver_rl import datums
 from weaver_rl.advantages import advantage_fn
+from weaver_rl.gap import check_gap, rounding_gap
 from weaver_rl.gather import gather
 from weaver_rl.metrics import train_metrics
 from weaver_rl.objectives import behaviour
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
     from weaver_rl.datums import Example, FloatN
     from weaver_rl.plan import Plan
     from weaver_rl.types import FloatPG, Group
-
-
-class LogprobGapError(WeaverError):
-    """Trainer and sampler disagree about the same weights: gradients would be of another policy."""
-
-    code = "logprob_gap"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,11 +101,14 @@ async def policy_step(
             for i, lp in zip(one.indices, _logprobs(result), strict=True)
         }
         now = [seen[i] for i in range(len(batch))]
-    metrics = await _metrics(submitted, results, gap)
+    metrics = await _metrics(submitted, results)
     metrics |= datums.off_policy_metrics(sampled, now, objective=objective)
     if objective.needs_reference:
         metrics["train/kl_reference"] = _mean_kl(batch)
-    _check_gap(gap, plan)
+    if gap is not None:
+        model, told = trainer.model_info, acted.told
+        metrics |= {"gap/max": gap, "gap/rounding": rounding_gap(model, temperature=told)}
+        check_gap(gap, model, allowed=plan.max_logprob_gap, temperature=told)
     return Stepped(
         metrics=metrics,
         advantages_P_G=advantages_P_G,
@@ -164,7 +161,7 @@ async def _submit(
 
 
 async def _metrics(
-    submitted: Sequence[_Submitted], results: Sequence[ForwardBackwardResult], gap: float | None
+    submitted: Sequence[_Submitted], results: Sequence[ForwardBackwardResult]
 ) -> dict[str, float]:
     kl_losses = [(await s.kl_gradient).metrics["loss"] for s in submitted if s.kl_gradient]
     steps = [(await one.step).metrics for one in submitted]
@@ -174,8 +171,6 @@ async def _metrics(
     if kl_losses:
         metrics["train/kl_loss"] = float(np.mean(kl_losses))
         metrics["train/loss"] += metrics["train/kl_loss"]
-    if gap is not None:
-        metrics["gap/max"] = gap
     return metrics
 
 
@@ -208,13 +203,3 @@ def _mean_kl(batch: Sequence[Example]) -> float:
     """Mean over sampled tokens of log π − log π_ref, nats (k1)."""
     total = sum(float(((e.policy - e.reference) * e.mask).sum()) for e in batch)
     return total / sum(float(example.mask.sum()) for example in batch)
-
-
-def _check_gap(gap: float | None, plan: Plan) -> None:
-    if gap is not None and plan.max_logprob_gap is not None and gap > plan.max_logprob_gap:
-        raise LogprobGapError(
-            f"trainer and sampler differ by {gap:.2g} nats on a token of the same weights, "
-            f"more than {plan.max_logprob_gap:g}.",
-            field="max_logprob_gap",
-            hint="In bfloat16 about 0.1 is normal: raise it. In float32 this is a defect.",
-        )
