@@ -152,7 +152,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
     (
         "POST",
         "/v1/sessions",
-        {"content": b"[" * 99_999, "headers": "json"},
+        {"content": b"[" * 60_000, "headers": "json"},
         400,
         "invalid_request",
     ),
