@@ -86,6 +86,16 @@ def test_rows_of_two_adapters_that_are_mixed_up_are_refused(
         store_of(llama(tmp_path)).base("base")
 
 
+def test_layers_that_get_some_rows_only_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = transformers.models.llama.modeling_llama.LlamaMLP
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x[:, :2]).mean() + x)
+    with pytest.raises(UnsupportedError, match="rows, the routing has"):
+        store_of(llama(tmp_path)).base("base")
+
+
 def test_a_model_that_fails_is_refused_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.errors import UnsupportedError, WeaverError
+from weaver.errors import EngineError, UnsupportedError, WeaverError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 def refusing(what: str, *, hint: str) -> Iterator[None]:
     """Makes an UnsupportedError, `what` and the reason, of whatever is raised within.
 
-    Errors of ours and those for want of memory pass.
+    Errors of ours that have a reason already pass, and those for want of memory.
     """
     try:
         yield
-    except (WeaverError, MemoryError):
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        ours = isinstance(error, WeaverError) and not isinstance(error, EngineError)
+        if ours or is_out_of_memory(error):
             raise
         raise UnsupportedError(
             f"{what}: {first_line(error)}", field="base_model", hint=hint

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from weaver.engine.packing import AttentionCache
 
 LENGTHS = (16, 12)
-"""Tokens of the sequences; six passes of a few rows take a fraction of the time of loading."""
+"""Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""
 PIECES = ((9, 4), (5, 6), (1, 1), (1, 1))
 """Of each sequence in each of two prefill passes, and then of two steps of decoding."""
 READ = [14, 10]
