@@ -16,8 +16,17 @@ class Inbox:
 
     next_seq: int = 1
     waiting: dict[int, Ticket] = field(default_factory=dict)
+    passed: list[tuple[int, int]] = field(default_factory=list)
+    """The first and last seqs of what had its outcome before a restart, and is passed over."""
     watched: bool = False
     """A timer runs for the missing operation."""
+
+    def skip(self) -> None:
+        """Goes on behind what is passed over."""
+        for first, last in sorted(self.passed):
+            if first <= self.next_seq:
+                self.next_seq = max(self.next_seq, last + 1)
+                self.passed.remove((first, last))
 
 
 class Lane:
@@ -44,6 +53,7 @@ class Lane:
         while inbox.next_seq in inbox.waiting:
             self._ready.append(inbox.waiting.pop(inbox.next_seq))
             inbox.next_seq += 1
+            inbox.skip()
         return True
 
     def inbox(self, session_id: str) -> Inbox:
@@ -58,6 +68,7 @@ class Lane:
         if stuck:
             inbox.next_seq = max(inbox.waiting) + 1
             inbox.waiting.clear()
+            inbox.skip()
         self._ready.extend(stuck)
         return [ticket for ticket in stuck if not ticket.settled]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.known import Known
-    from weaver.server.store import Entry, Store
+    from weaver.server.store import Entry, Passed, Store
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,22 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
         by_session[entry.session_id].append(entry)
     for session_id, session in known.sessions.items():
         session.restore(by_session[session_id])
-    next_seqs = _next_seqs(entries)
+    passed = await store.passed()
+    next_seqs = _next_seqs(entries, passed)
     for run in known.runs.values():
         for session_id, seq in run.last_seqs.items():
             place = session_id, run.run_id
             next_seqs[place] = max(seq + 1, next_seqs.get(place, 1))
+    for one in passed:
+        known.sessions[one.session_id].pass_over(one)
+        if one.run_id in known.runs:
+            inbox = known.runs[one.run_id].lane.inbox(one.session_id)
+            inbox.passed.append((one.first, one.last))
     for (session_id, run_id), seq in next_seqs.items():
         if run_id in known.runs:
-            known.runs[run_id].lane.inbox(session_id).next_seq = seq
+            inbox = known.runs[run_id].lane.inbox(session_id)
+            inbox.next_seq = seq
+            inbox.skip()
             known.runs[run_id].last_seqs[session_id] = seq - 1
     tickets = _tickets(entries, known.runs, sessions=sessions, next_seqs=next_seqs)
     await to_thread.run_sync(_take_up_samplers, live, known.sessions)
@@ -81,13 +89,16 @@ async def _finish_deletions(store: Store, live: Checkpoints, known: Known) -> No
             await to_thread.run_sync(forget_files, folder)
 
 
-def _next_seqs(entries: Sequence[Entry]) -> dict[tuple[str, str], int]:
+def _next_seqs(entries: Sequence[Entry], passed: Sequence[Passed]) -> dict[tuple[str, str], int]:
     """For each session and run, the seq whose turn it is: after the last that was executed.
 
     Where nothing that was executed is remembered, the first that is.
     """
     executed: dict[tuple[str, str], int] = {}
     first: dict[tuple[str, str], int] = {}
+    for one in passed:
+        place = one.session_id, one.run_id
+        first[place] = min(first.get(place, one.first), one.first)
     for entry in entries:
         if entry.run_id is None or entry.seq is None:
             continue

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Result, Submission
-    from weaver.server.store import Entry, SessionRecord
+    from weaver.server.store import Entry, Passed, SessionRecord
 
 MOST_LOST = 2**20
 """So many outcomes may be lost with a machine's power; a cursor above that is made up."""
@@ -109,6 +109,8 @@ class Session:
     _polls: int = 0
     _prints: dict[str, bytes] = field(default_factory=dict)
     _places: dict[tuple[str, int], str] = field(default_factory=dict)
+    _passed: dict[str, int] = field(default_factory=dict)
+    """Of each run the last seq that was passed over before this process."""
     _outcomes: deque[Outcome] = field(default_factory=deque)
     _cursor: int = 0
     _restored: int = 0
@@ -240,6 +242,11 @@ class Session:
         self._outcomes = deque(sorted(self._outcomes, key=lambda outcome: outcome.cursor))
         self._restored = self._cursor
 
+    def pass_over(self, passed: Passed) -> None:
+        """Takes up what the journal remembers of refused operations, but not one by one."""
+        self._cursor = self._restored = max(self._cursor, passed.cursor)
+        self._passed[passed.run_id] = max(passed.last, self._passed.get(passed.run_id, 0))
+
     def acknowledge(self, after: int) -> list[str]:
         """Forgets the outcomes up to a cursor; answers whose they were."""
         if self._cursor < after < self._cursor + MOST_LOST:
@@ -300,7 +307,7 @@ class Session:
         for outcome in self._outcomes:
             follower(outcome)
         self._follower = follower
-        seqs: dict[str, int] = {}
+        seqs = dict(self._passed)
         for run_id, seq in self._places:
             seqs[run_id] = max(seq, seqs.get(run_id, 0))
         return [ticket.submission for ticket in self.tickets.values()], seqs

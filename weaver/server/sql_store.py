@@ -29,7 +29,7 @@ from weaver.server.rows import (
     session_row,
     settled_row,
 )
-from weaver.server.store import Answer
+from weaver.server.store import Answer, Passed
 from weaver.server.tables import (
     answers_table,
     metrics_table,
@@ -71,6 +71,19 @@ ACKNOWLEDGE = (
         operations.submission_id == sa.bindparam("of_submission"),
     )
     .values(outcome=None)
+)
+FORGET_SAMPLE = operations_table.delete().where(
+    operations.session_id == sa.bindparam("of_session"),
+    operations.submission_id == sa.bindparam("of_submission"),
+    operations.kind == "sample",
+)
+IS_ACKNOWLEDGED = sa.and_(operations.cursor.is_not(None), operations.outcome.is_(None))
+IS_PASSED = sa.and_(
+    IS_ACKNOWLEDGED,
+    operations.number.is_(None),
+    sa.not_(operations.lost_gradient),
+    operations.run_id.is_not(None),
+    operations.seq.is_not(None),
 )
 IS_OPEN = operations.session_id.in_(
     sa.select(sessions_table.c.session_id).where(sa.not_(sessions_table.c.closed))
@@ -128,6 +141,8 @@ class SqlStore:
         self._writes: list[_Write] = []
         self._writing = anyio.Lock()
         self._acknowledged: list[dict[str, Any]] = []
+        self._last: dict[str, dict[str, Any]] = {}
+        """Of each session the last that was acknowledged, which keeps the session's cursor."""
 
     async def open_session(self, session: SessionRecord) -> None:
         def make() -> Statements:
@@ -155,12 +170,18 @@ class SqlStore:
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
         def make() -> Statements:
             seen: list[dict[str, Any]] = []
+            unneeded: list[dict[str, Any]] = []
             if len(self._acknowledged) >= ACKNOWLEDGED:
                 seen, self._acknowledged = self._acknowledged, []
+                before, last = self._last, {one["of_session"]: one for one in seen}
+                unneeded = [one for one in seen if one is not last[one["of_session"]]]
+                unneeded += [before[session_id] for session_id in last if session_id in before]
+                self._last = before | last
             return [
                 (SETTLE, [settled_row(one) for one in settled]),
                 describe_runs(runs),
                 (ACKNOWLEDGE, seen),
+                (FORGET_SAMPLE, unneeded),
                 (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
             ]
 
@@ -182,10 +203,30 @@ class SqlStore:
                 *(column for column in operations_table.c if column is not operations.body),
                 sa.case((pending, operations.body)).label("body"),
             )
-            .where(sa.or_(pending, IS_OPEN))
+            .where(sa.or_(pending, sa.and_(IS_OPEN, sa.not_(IS_PASSED))))
             .order_by(operations.position)
         )
         return [entry_of(row) for row in await self._read(query)]
+
+    async def passed(self) -> Sequence[Passed]:
+        place = operations.session_id, operations.run_id
+        count = sa.func.row_number().over(partition_by=place, order_by=operations.seq)
+        islands = (
+            sa.select(
+                *place, operations.seq, operations.cursor, (operations.seq - count).label("island")
+            )
+            .where(IS_PASSED, IS_OPEN)
+            .subquery()
+        )
+        found = islands.c
+        query = sa.select(
+            found.session_id,
+            found.run_id,
+            sa.func.min(found.seq).label("first"),
+            sa.func.max(found.seq).label("last"),
+            sa.func.max(found.cursor).label("cursor"),
+        ).group_by(found.session_id, found.run_id, found.island)
+        return [Passed(**row._mapping) for row in await self._read(query)]
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         row = {
@@ -250,10 +291,18 @@ class SqlStore:
         snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
         held = sa.and_(operations.run_id == run_id, operations.number <= number)
         body = operations_table.update().where(held, operations.body.is_not(None))
+        newest = (
+            sa.select(sa.func.max(operations.number))
+            .where(held)
+            .group_by(operations.session_id, operations.kind)
+        )
+        needed = sa.or_(operations.lost_gradient, operations.number.in_(newest))
+        finished = operations_table.delete().where(held, IS_ACKNOWLEDGED, sa.not_(needed))
         await self._write(
             lambda: [
                 (snapshot, ALWAYS),
                 (operations_table.delete().where(held, sa.not_(IS_OPEN)), ALWAYS),
+                (finished, ALWAYS),
                 (body.values(body=None), ALWAYS),
             ],
             flush=True,

@@ -95,6 +95,21 @@ class Entry:
     lost_gradient: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """Operations of a session and a run, without a gap, that were refused, and whose clients know.
+
+    `first` to `last` are their seqs.
+    """
+
+    session_id: str
+    run_id: str
+    first: int
+    last: int
+    cursor: int
+    """The highest of their outcomes."""
+
+
 class Store(Protocol):
     @property
     def durable(self) -> bool:
@@ -122,7 +137,14 @@ class Store(Protocol):
         """The open ones, and those with pending work."""
 
     async def entries(self) -> Sequence[Entry]:
-        """What is pending, and all of open sessions, in the order of `append`."""
+        """What is pending, and what open sessions still need, in the order of `append`.
+
+        A sample whose client has its outcome is forgotten, and so is what a snapshot holds, but for
+        the last of each kind. What `passed` tells of is left out.
+        """
+
+    async def passed(self) -> Sequence[Passed]:
+        """What open sessions' runs pass over, without having lost a gradient."""
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         """Writes down a run at its beginning."""
@@ -190,6 +212,9 @@ class MemoryStore:
         return []
 
     async def entries(self) -> Sequence[Entry]:
+        return []
+
+    async def passed(self) -> Sequence[Passed]:
         return []
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:

@@ -1,0 +1,105 @@
+"""What of an open session's finished operations is kept, and that order outlives the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import sqlalchemy as sa
+
+from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
+from tests.server.test_durability import ALWAYS, NEVER, SAMPLE, server, train, until
+from weaver.protocol import GradientsDone, Sampled, StepDone
+from weaver.server import sql_store
+from weaver.server.database import open_database
+from weaver.server.sql_store import SqlStore
+from weaver.server.tables import operations_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+
+def rows(home: Path) -> int:
+    database = open_database(home)
+    try:
+        with database.begin() as connection:
+            return connection.scalar(sa.select(sa.func.count()).select_from(operations_table)) or 0
+    finally:
+        database.dispose()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outcomes are acknowledged to the journal one by one."""
+    monkeypatch.setattr(sql_store, "ACKNOWLEDGED", 1)
+
+
+async def test_what_a_snapshot_holds_is_forgotten_while_its_session_is_open(home: Path) -> None:
+    async with server(home, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=20)
+
+        async def forgotten() -> bool:
+            await train(caller, run, steps=1)  # a snapshot follows, in its own time
+            return rows(home) <= 12
+
+        await until(forgotten)
+        step = (await service.get_run(run)).step
+    async with server(home, durability=ALWAYS) as service:
+        caller.service = service
+        await train(caller, run, steps=1)
+        assert (await service.get_run(run)).step == step + 1
+
+
+async def test_samples_that_were_collected_are_forgotten_but_not_the_cursor(home: Path) -> None:
+    async with server(home) as service:
+        caller = await Caller.open(service)
+        for _ in range(20):
+            await caller.do(SAMPLE, Sampled)
+    assert rows(home) <= 3
+    async with server(home) as service:
+        caller.service = service
+        await caller.do(SAMPLE, Sampled)
+
+
+@pytest.mark.parametrize("gap", [False, True])
+async def test_what_was_refused_is_passed_over_without_being_read(home: Path, gap: bool) -> None:
+    async with server(home, durability=NEVER) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await caller.do(GRADIENT, GradientsDone, run_id=run)
+        late = caller.stamp(GRADIENT, run) if gap else None
+        withdrawn = [await caller.start(None, run) for _ in range(20)]
+        for one in withdrawn:
+            await caller.outcome(one)
+        await caller.do(SAMPLE, Sampled)
+        await caller.do(SAMPLE, Sampled)
+    database = open_database(home)
+    try:
+        store = SqlStore(database)
+        assert len(await store.entries()) < 6
+        [passed] = await store.passed()
+        assert passed.last - passed.first >= 18
+    finally:
+        database.dispose()
+    async with server(home, durability=NEVER) as service:
+        caller.service = service
+        if late is not None:
+            await caller.send(late)
+            await caller.result(late.id)
+        await caller.do(STEP, StepDone, run_id=run)
+
+
+async def test_a_refusal_that_lost_a_gradient_is_not_forgotten(home: Path) -> None:
+    async with server(home, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=2)
+        await caller.refused(BAD_GRADIENT, run_id=run)
+        await caller.do(SAMPLE, Sampled)
+    async with server(home, durability=ALWAYS) as service:
+        caller.service = service
+        assert await caller.refused(STEP, run_id=run) == "gradients_discarded"
