@@ -53,6 +53,7 @@ def rollout_metrics(
         metrics["groups/zero_variance_fraction"] = equal / len(groups)
         solved = [max(group.rewards, default=-np.inf) >= PASSING for group in groups]
         metrics["reward/pass_any"] = float(np.mean(solved))
+        metrics |= _noise(groups)
     if scored:
         rewards = np.array([rollout.reward for rollout in scored])
         metrics |= _summary("reward", rewards, "mean", "std", "min", "max")
@@ -89,6 +90,22 @@ def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _summary(group: str, values: npt.NDArray[Any], *statistics: str) -> dict[str, float]:
     """`{"reward/mean": 0.5, "reward/std": 0.1}`: methods of the array, each under its name."""
     return {f"{group}/{name}": float(getattr(values, name)()) for name in statistics}
+
+
+def _noise(groups: Sequence[Group]) -> dict[str, float]:
+    """`reward/noise`: standard deviation of the rewards among equal rollouts of one task."""
+    squares = count = 0.0
+    for group in groups:
+        equal: dict[object, list[float]] = {}
+        for one in group.rollouts:
+            if one.failure is None:
+                said = tuple(segment.tokens for segment in one.trajectory.segments)
+                equal.setdefault(said, []).append(one.reward)
+        for rewards in equal.values():
+            if len(rewards) > 1:
+                squares += float(np.var(rewards, ddof=1)) * (len(rewards) - 1)
+                count += len(rewards) - 1
+    return {"reward/noise": (squares / count) ** 0.5} if count else {}
 
 
 def _shape_metrics(rollouts: Sequence[Rollout], seconds: float | None) -> dict[str, float]:

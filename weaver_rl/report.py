@@ -100,9 +100,9 @@ def _subtitle(config: Mapping[str, str], rows: Sequence[Row]) -> str:
 def _hint_ranges(rows: Sequence[Row]) -> list[Row]:
     """Each kind of hint once, with the steps at which it was given and its last words."""
     given: dict[str, tuple[list[int], str]] = {}
-    begin = [_numbers(row) for row in rows[:2]]  # the first may be of an evaluation alone
-    for row in rows:
-        for name, text in find_hints([*begin, _numbers(row)]).items():
+    history = [_numbers(row) for row in rows]
+    for i, row in enumerate(rows):
+        for name, text in find_hints(history[: i + 1]).items():
             steps, _ = given.get(name, ([], ""))
             given[name] = ([*steps, row["step"]], text)
     return [

@@ -84,6 +84,15 @@ def test_the_loss_is_what_was_minimised_whatever_the_signs(weight_sums: tuple[fl
     assert metrics["train/x"] == pytest.approx(2.0)
 
 
+def test_equal_replies_that_are_scored_differently_are_noise() -> None:
+    noisy = rollout_metrics([group(1.0, 0.0, None), group(0.5, 0.5)], weights_version=0)
+    assert noisy["reward/noise"] == pytest.approx(0.5)
+    different = Group(
+        task={}, rollouts=(rollout(1.0, segment([1], [2])), rollout(0.0, segment([1], [3])))
+    )
+    assert "reward/noise" not in rollout_metrics([different], weights_version=0)
+
+
 def test_a_fully_masked_step_has_no_nan() -> None:
     metrics = train_metrics([{"loss": 0.0, "loss_sum": 0.0, "weight_sum": 0.0, "kl_k3": 0.0}])
     assert metrics["train/loss"] == 0.0
