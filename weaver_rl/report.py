@@ -97,12 +97,18 @@ def _subtitle(config: Mapping[str, str], rows: Sequence[Row]) -> str:
     return " · ".join([*named, begin])
 
 
+HINTED = 240
+"""Steps that a hint looks back in a report, besides the first two: long runs have many."""
+
+
 def _hint_ranges(rows: Sequence[Row]) -> list[Row]:
     """Each kind of hint once, with the steps at which it was given and its last words."""
     given: dict[str, tuple[list[int], str]] = {}
     history = [_numbers(row) for row in rows]
     for i, row in enumerate(rows):
-        for name, text in find_hints(history[: i + 1]).items():
+        past = max(0, i + 1 - HINTED)  # the first row may be of an evaluation alone
+        seen = [*history[: min(past, 2)], *history[past : i + 1]]
+        for name, text in find_hints(seen).items():
             steps, _ = given.get(name, ([], ""))
             given[name] = ([*steps, row["step"]], text)
     return [
