@@ -137,8 +137,7 @@ class Executor:
     async def stop_run(self, run: Run) -> None:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
         with CancelScope(shield=True):
-            for ticket in run.lane.tickets():
-                await self.cancel(ticket)
+            await self.cancel(*run.lane.tickets())
             async with self._turn:
                 await self._unload(run)
         run.stopped = True
@@ -166,15 +165,20 @@ class Executor:
         """Runs a task that lasts at most as long as this."""
         self._beside.start_soon(task)
 
-    async def cancel(self, ticket: Ticket) -> None:
-        """Ends what has not begun, and any sample."""
-        if ticket.running or ticket.settled:
-            return
-        job_id = ticket.job_id
-        if self._samples.pop(job_id, None) is not None and self._added.pop(job_id, None) is None:
-            self._cancelled.append(job_id)
-            self._wake.set()
-        await self.settle((ticket, OperationCancelledError("it was cancelled.")))
+    async def cancel(self, *tickets: Ticket) -> None:
+        """Ends what has not begun, and any sample, in one commit."""
+        ended: list[Ended] = []
+        for ticket in tickets:
+            if ticket.running or ticket.settled:
+                continue
+            job_id = ticket.job_id
+            sampled = self._samples.pop(job_id, None) is not None
+            if sampled and self._added.pop(job_id, None) is None:
+                self._cancelled.append(job_id)
+                self._wake.set()
+            ended.append((ticket, OperationCancelledError("it was cancelled.")))
+        if ended:
+            await self.settle(*ended)
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Until cancelled."""

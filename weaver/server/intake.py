@@ -143,22 +143,25 @@ class Intake:
     async def give_up(self, run: Run, session: Session) -> None:
         """Fails what waits for an operation that never came."""
         missing = run.lane.inbox(session.session_id).next_seq
+        ended: list[tuple[Ticket, OperationError]] = []
         for ticket in run.lane.give_up(session.session_id):
             error = OperationError(
                 f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
                 hint="Submit the operations again, counting on from the last seq.",
             )
-            await self.executor.settle((ticket, error))
-            self.executor.enqueue(ticket, run)
+            ended.append((ticket, error))
+        if ended:
+            await self.executor.settle(*ended)
+            self.executor.enqueue(ended[0][0], run)
 
     async def close(self, session_id: str) -> None:
         """Ends a session; what its runs have accepted is carried out."""
         session = self.known.sessions.pop(session_id, None)
         if session is None:
             return
-        for ticket in list(session.tickets.values()):
-            if isinstance(ticket.submission.operation, Sample):
-                await self.executor.cancel(ticket)
+        waiting = list(session.tickets.values())
+        samples = [one for one in waiting if isinstance(one.submission.operation, Sample)]
+        await self.executor.cancel(*samples)
         for run in list(self.known.runs.values()):
             await self.give_up(run, session)
             run.lane.forget(session_id)
