@@ -73,6 +73,26 @@ class Recorder:
         ]
 
 
+async def test_a_run_is_active_while_its_weights_sample(home: Path) -> None:
+    record = Recorder()
+    async with LocalService(FakeEngine(hook=record), home=home) as service:
+        caller = await Caller.open(service)
+        run, other = await caller.create(), await caller.create()
+        sampler = await caller.save(run, "sampler")
+        record.hold = "step"
+        sample = await caller.start(SHORT.model_copy(update={"sampler_id": sampler}))
+        await record.until_held()
+        assert (await service.get_run(run)).status == "active"
+        assert {r.run_id: r.status for r in await service.list_runs()} == {
+            run: "active",
+            other: "idle",
+        }
+        record.hold = None
+        record.go_on.set()
+        await caller.result(sample)
+        assert (await service.get_run(run)).status == "idle"
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 async def test_runs_share_a_pass_unless_results_must_not_depend_on_it(
     home: Path, deterministic: bool

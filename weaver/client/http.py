@@ -275,7 +275,7 @@ class HttpService:
         while True:
             try:
                 reply = await self._http.send(request())
-                self._check(reply)
+                self._check(reply, again=outage.attempts > 0)
                 return reply
             except (httpx.TransportError, _ComesBackError) as error:
                 await outage.pause(error)
@@ -298,14 +298,14 @@ class HttpService:
                     yield kind, data
                     data = ""
 
-    def _check(self, reply: httpx.Response) -> None:
-        """Raises the error that the reply holds, if any."""
-        if reply.is_success:
+    def _check(self, reply: httpx.Response, *, again: bool = False) -> None:
+        """Raises the error that the reply holds, if any; what is deleted `again` may be gone."""
+        gone = again and reply.status_code == 404 and reply.request.method == "DELETE"
+        if reply.is_success or gone:
             return
         error = self._error(reply)
         after = reply.headers.get("Retry-After", "")
-        passes = reply.status_code != 429 or after.isdecimal()
-        if reply.status_code in COMES_BACK and passes:
+        if reply.status_code in COMES_BACK and (reply.status_code != 429 or after.isdecimal()):
             raise _ComesBackError(error, float(after) if after.isdecimal() else 0.0)
         raise error
 
@@ -358,7 +358,7 @@ class _Outage:
         self.over()
 
     def over(self) -> None:
-        self._attempts = 0
+        self.attempts = 0
         self._began: float | None = None
 
     async def pause(self, error: httpx.TransportError | _ComesBackError) -> None:
@@ -372,7 +372,7 @@ class _Outage:
         if self._began is None:
             self._began = now
             logger.info("%s: %r; trying again for %g s", self._address, error, self._longest_s)
-        pause_s = min(FIRST_PAUSE_S * 2**self._attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+        pause_s = min(FIRST_PAUSE_S * 2**self.attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
         if isinstance(error, _ComesBackError):
             pause_s = max(pause_s, error.after_s)
         if (wrong := tls_hint(error)) or now + pause_s > self._began + self._longest_s:
@@ -382,7 +382,7 @@ class _Outage:
                 f"{self._address} cannot be reached: {str(error) or type(error).__name__}.",
                 hint=wrong or NOT_RUNNING,
             ) from None
-        self._attempts += 1
+        self.attempts += 1
         await anyio.sleep(pause_s)
 
 

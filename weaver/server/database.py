@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from weaver.server.tables import (
     answers_table,
     metadata,
     owners_table,
+    requests_table,
     schema_table,
     sessions_table,
 )
@@ -66,6 +68,7 @@ UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (
     _to_version_2,
     answers_table.create,
     _to_version_4,
+    partial(requests_table.create, checkfirst=True),
 )
 """The n-th brings the tables from version n to n + 1, from 1; without a version they are made."""
 VERSION = len(UPGRADES) + 1

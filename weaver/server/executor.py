@@ -27,6 +27,7 @@ from weaver.protocol import (
     SaveCheckpoint,
     StepDone,
 )
+from weaver.server.activity import run_of
 from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
 from weaver.server.scheduler import FairShare, Head, Turns, plan
@@ -114,6 +115,10 @@ class Executor:
         for ticket in self._held.pop((session, sampler_id), []):
             if not ticket.settled:
                 self.enqueue(ticket, None)
+
+    def sampled_runs(self) -> set[str]:
+        """Runs whose weights sample, or wait to."""
+        return {run_id for ticket in self._samples.values() if (run_id := run_of(ticket))}
 
     def release(self, sampler_ids: list[str]) -> None:
         """Lets go of sampleable weights before the next step of the sampler."""

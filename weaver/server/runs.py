@@ -87,14 +87,15 @@ class Run:
             self.last_seqs[ticket.session.session_id] = ticket.submission.seq
         return self.executed
 
-    def describe(self) -> TrainingRun:
+    def describe(self, *, sampled: bool = False) -> TrainingRun:
+        """As clients see it; `sampled` says that its weights sample now."""
         return TrainingRun(
             run_id=self.run_id,
             base_model=self.model.name,
             training_mode=self.training_mode,
             lora_config=self.lora_config,
             step=self.step,
-            status="active" if self.lane.busy else "stopped" if self.stopped else "idle",
+            status="active" if sampled or self.lane.busy else "stopped" if self.stopped else "idle",
             created_at=self.created_at,
             last_request_at=self.last_request_at,
             user_metadata=self.user_metadata,

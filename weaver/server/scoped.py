@@ -164,10 +164,16 @@ class ScopedService:
 
     async def list_runs(self) -> Sequence[TrainingRun]:
         runs = list(self._parts.known.runs.values())  # the engine's thread may add one
-        return [run.describe() for run in runs if self._reach.has_run(run.run_id)]
+        busy = self._parts.executor.sampled_runs()
+        return [
+            run.describe(sampled=run.run_id in busy)
+            for run in runs
+            if self._reach.has_run(run.run_id)
+        ]
 
     async def get_run(self, run_id: str) -> TrainingRun:
-        return (await self._run(run_id)).describe()
+        run = await self._run(run_id)
+        return run.describe(sampled=run_id in self._parts.executor.sampled_runs())
 
     async def stop_run(self, run_id: str) -> TrainingRun:
         run = await self._run(run_id)
@@ -178,11 +184,14 @@ class ScopedService:
         run = await self._run(run_id)
         await self._parts.executor.delete_run(run, checkpoints=checkpoints)
 
-    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+    async def log_metrics(
+        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+    ) -> None:
+        """Nothing, if it was done for the same `key`, at most 64 characters, before."""
         await self._run(run_id)
         now = self._parts.now()
         timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
-        await self._parts.store.add_metrics(run_id, timed)
+        await self._parts.store.add_metrics(run_id, timed, key=key)
 
     async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
         await self._run(run_id)

@@ -7,6 +7,7 @@ thread unless they are small and SQLite is free to take them at once.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +36,7 @@ from weaver.server.tables import (
     metrics_table,
     operations_table,
     owners_table,
+    requests_table,
     runs_table,
     sessions_table,
 )
@@ -55,6 +57,8 @@ Statements = list[Statement]
 operations = operations_table.c
 ACKNOWLEDGED = 64
 """So many outcomes that their clients have are forgotten together."""
+RESEND_S = 86_400.0
+"""So long a request that was carried out is known by its key."""
 OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
 SETTLE = (
     operations_table.update()
@@ -314,10 +318,16 @@ class SqlStore:
         rows = await self._read(query.order_by(answers_table.c.position))
         return [Answer(**row._mapping) for row in rows]
 
-    async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
-        rows = [metric_row(run_id, point) for point in points]
-        if rows:
-            await self._write(lambda: [(metrics_table.insert(), rows)])
+    async def add_metrics(
+        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+    ) -> None:
+        known = sa.select(requests_table).where(requests_table.c.key == key)
+        if not points or (key is not None and await self._read(known)):
+            return
+        rows, now = [metric_row(run_id, point) for point in points], time.time()
+        old = requests_table.delete().where(requests_table.c.at < now - RESEND_S)
+        done = [(old, ALWAYS), (requests_table.insert(), [{"key": key, "at": now}])] if key else []
+        await self._write(lambda: [(metrics_table.insert(), rows), *done])
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
         query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)

@@ -176,7 +176,10 @@ class Store(Protocol):
     async def answers(self, run_id: str) -> Sequence[Answer]:
         """Those of what was settled, in that order; none where clients do not outlive them."""
 
-    async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None: ...
+    async def add_metrics(
+        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+    ) -> None:
+        """Nothing, if this was done for the same `key` within the last day, by any process."""
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
         """In the order in which they were added."""
@@ -242,7 +245,9 @@ class MemoryStore:
     async def answers(self, run_id: str) -> Sequence[Answer]:
         return self._answers.get(run_id, [])
 
-    async def add_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+    async def add_metrics(
+        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+    ) -> None:
         self._metrics.setdefault(run_id, []).extend(points)
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:

@@ -93,6 +93,15 @@ answers_table = sa.Table(
 )
 """sql_store.py; the numbers that a run's operations answered, for its curves."""
 
+requests_table = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+)
+"""sql_store.py; what was done in the commit that wrote the row, so that a resend does nothing; with
+seconds since 1970."""
+
 metrics_table = sa.Table(
     "metrics",
     metadata,

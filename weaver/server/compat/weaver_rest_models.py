@@ -5,6 +5,7 @@ A session has no meaning here: it is an id that a client was given, and gives no
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ from weaver.config import is_loopback
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import CreateModel, ModelCreated
 from weaver.server.compat.weaver_rest_answers import catalog_json, checkpoint_json, run_json
-from weaver.server.compat.weaver_rest_operations import Desked
+from weaver.server.compat.weaver_rest_operations import Desked, resend_key
 from weaver.server.compat.weaver_rest_tensors import Body
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, LoraConfig, MetricPoint, TrainingMode
@@ -87,8 +88,10 @@ async def log_metrics(session: UUID, request: Request, desk: Desked) -> JsonDict
     by_run: defaultdict[str, list[MetricPoint]] = defaultdict(list)
     for point in body.metrics:
         by_run[point.model_id].append(MetricPoint(**point.model_dump(exclude={"model_id"})))
+    key = await resend_key(request)
     for run_id, points in by_run.items():
-        await desk.service.log_metrics(run_id, points)
+        name = key and hashlib.sha256(f"{key} {run_id}".encode()).hexdigest()
+        await desk.service.log_metrics(run_id, points, key=name)
     return {"accepted": len(body.metrics)}
 
 

@@ -81,7 +81,7 @@ class Desk:
             request: what asks for it.
             run_id: the run whose turn the caller holds.
         """
-        note = note.model_copy(update={"key": await _resend_key(request)})
+        note = note.model_copy(update={"key": await resend_key(request)})
         async with self._submitting:  # a resend waits for what becomes of the first
             await self._forget_old()
             session_id = await self._session()
@@ -220,7 +220,7 @@ async def desk_of(request: Request) -> Desk:
 Desked = Annotated[Desk, Depends(desk_of)]
 
 
-async def _resend_key(request: Request) -> str | None:
+async def resend_key(request: Request) -> str | None:
     """What all attempts of one call share, and no other call has.
 
     The client sends one `traceparent` with all attempts of a call. Without it only a body that has

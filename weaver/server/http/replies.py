@@ -1,7 +1,8 @@
 """The first answer to a changing request, kept so that a resend gets it again.
 
 A client that lost a reply sends the request once more with the same `Idempotency-Key`. Submissions
-need none: their ids do the same, durably.
+need none: their ids do the same, durably. Metrics are kept with the key in one commit; whatever
+else is done twice, as after a restart, has the same effect as once.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class OnceRoute(APIRoute):
             if request.method == "GET":
                 return await handle(request)
             check_json(await request.body(), share=2)
+            request.state.resend_key = None
             if key is None:
                 return await handle(request)
             replies: Replies = request.state.front.replies
             place = (request.state.caller.project, request.method, str(request.url), key)
-            digest = hashlib.sha256(repr(place).encode()).digest()  # headers may be long
-            return await replies.once(digest, lambda: handle(request))
+            digest = hashlib.sha256(repr(place).encode())  # headers may be long
+            request.state.resend_key = digest.hexdigest()
+            return await replies.once(digest.digest(), lambda: handle(request))
 
         return handle_once

@@ -5,7 +5,7 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -26,6 +26,9 @@ from weaver.types import (
     TrainingRun,
     Value,
 )
+
+if TYPE_CHECKING:
+    from weaver.server.scoped import ScopedService
 
 FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
@@ -145,8 +148,9 @@ async def delete_run(run_id: str, service: Scoped, checkpoints: bool = False) ->
 
 
 @router.post("/runs/{run_id}/metrics", status_code=204)
-async def log_metrics(run_id: str, body: MetricsRequest, service: Scoped) -> None:
-    await service.log_metrics(run_id, body.points)
+async def log_metrics(run_id: str, body: MetricsRequest, request: Request) -> None:
+    service: ScopedService = request.state.service
+    await service.log_metrics(run_id, body.points, key=request.state.resend_key)
 
 
 @router.get("/runs/{run_id}/metrics", response_model=list[MetricPoint])
