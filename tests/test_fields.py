@@ -112,7 +112,7 @@ def test_a_problem_is_described_at_once_however_often_it_is_there(make: Any) -> 
     begin = time.process_time()
     with pytest.raises(WeaverError) as caught:
         make()
-    assert time.process_time() - begin < 1.0
+    assert time.process_time() - begin < 5.0  # 26 s, were each described
     assert len(str(caught.value)) < 1000
 
 

@@ -6,7 +6,10 @@ value with the traceback, which the caller counts, shows, or tells the model.
 
 from __future__ import annotations
 
+import pickle
+import sys
 import traceback
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -37,6 +40,16 @@ def attempt(call: Callable[[], T], where: Place, *, through: Through = ()) -> T 
         raise
     except BaseException as error:
         return failure_of(error, where)
+
+
+def call_pickled(call: bytes) -> object:
+    """What a pickled `call` returns in a worker process.
+
+    A program without a file (`python -c`, a notebook) leaves the worker without a `__main__`, and
+    packages that a reward imports look for it (dill, which torch imports).
+    """
+    sys.modules.setdefault("__main__", ModuleType("__main__"))
+    return pickle.loads(call)()
 
 
 async def attempt_async(

@@ -32,7 +32,7 @@ from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent
-from weaver_rl.boundary import attempt, attempt_async
+from weaver_rl.boundary import attempt, attempt_async, call_pickled
 from weaver_rl.gather import gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
@@ -225,9 +225,8 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
 
 
 async def _in_process(call: Callable[[], Any], name: str) -> Any:
-    work = partial(attempt, call, "reward")
-
     async def run() -> Any:
+        work = partial(call_pickled, pickle.dumps(partial(attempt, call, "reward")))
         limiter = CapacityLimiter(1)  # `timed` counts the places
         try:
             return await anyio.to_process.run_sync(work, cancellable=True, limiter=limiter)

@@ -119,7 +119,7 @@ async def test_another_event_loop_is_refused(tmp_path: Path) -> None:
     release = threading.Event()
 
     def hold(name: str, argument: object) -> None:
-        if name == "step":
+        if name == "optim_step":
             release.wait(20)
 
     async with fake_client(tmp_path, hook=hold) as client:
