@@ -16,7 +16,7 @@ MaxGap = float | Literal["auto"] | None
 ROUNDING: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 1.0}
 """Nats on a token, by the dtype that is sampled in. The engine keeps the one of float32. In
 bfloat16 logits above 16 are rounded to eighths: 0.03 is a usual root mean square (ServiceNow's
-Fast-LLM, #525), 0.17 the largest of 40,000 tokens of weaver-nano, and a mixture may choose another
+Fast-LLM, #525), 0.17 the largest in 40 steps of weaver-nano, and a mixture may choose another
 expert."""
 
 

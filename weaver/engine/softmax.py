@@ -4,7 +4,8 @@
 costs up to 1e-4 nats at V = 262,144 where logits spread as in real models. `torch.sum` adds in a
 tree and costs 3e-7, so here the exponentials are made first and then summed. On a CPU this is done
 for some rows at a time that stay in the cache: at [256, 32k] and [32, 262k] forward and backward
-take 0.2 to 0.6 of the time of torch's functions over all rows.
+take 0.35 to 0.71 of the time of torch's functions over all rows, and up to twice that time at 32
+rows of 32k without an entropy (`python -m tests.benchmarks softmax`).
 
 N rows, V vocabulary. Everything is relative to a row's largest logit, so that neither a large one
 nor a low temperature costs digits.
