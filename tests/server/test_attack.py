@@ -240,10 +240,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def attacker(server: Server) -> Attacker:
+def attacker(server: Server) -> Iterator[Attacker]:
     attacker = Attacker(server)
-    attacker.run = attacker.created()
-    return attacker
+    with attacker.http:
+        attacker.run = attacker.created()
+        yield attacker
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)

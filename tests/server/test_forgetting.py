@@ -9,14 +9,18 @@ import sqlalchemy as sa
 
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.test_durability import ALWAYS, NEVER, SAMPLE, server, train, until
+from weaver.errors import WeaverError
 from weaver.protocol import GradientsDone, Sampled, StepDone
-from weaver.server import sql_store
+from weaver.server import sessions, sql_store
 from weaver.server.database import open_database
 from weaver.server.sql_store import SqlStore
 from weaver.server.tables import operations_table
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from weaver.server.recovery import Durability
+    from weaver.server.service import LocalService
 
 pytestmark = pytest.mark.anyio
 
@@ -103,3 +107,54 @@ async def test_a_refusal_that_lost_a_gradient_is_not_forgotten(home: Path) -> No
     async with server(home, durability=ALWAYS) as service:
         caller.service = service
         assert await caller.refused(STEP, run_id=run) == "gradients_discarded"
+
+
+async def remembered(service: LocalService) -> int:
+    [session] = service._parts.known.sessions.values()
+    return len(session._prints) + len(session._places) + len(session._acknowledged)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_open_session_remembers_what_a_request_may_still_bring(
+    home: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    monkeypatch.setattr(sessions, "RESEND_S", 0.0 if not restarted else 600.0)
+    async with server(home, durability=NEVER) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        for _ in range(30):
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+            await caller.do(SAMPLE, Sampled)
+        if not restarted:
+            assert await remembered(service) < 10
+    monkeypatch.setattr(sessions, "RESEND_S", 0.0)
+    async with server(home, durability=NEVER) as service:
+        caller.service = service
+        await caller.do(STEP, StepDone, run_id=run)
+        await caller.do(SAMPLE, Sampled)
+        await caller.do(SAMPLE, Sampled)
+        assert await remembered(service) < 10
+        [session] = service._parts.known.sessions.values()
+        assert session.follow(lambda _: None)[1] == caller.seqs
+
+
+@pytest.mark.parametrize("durability", [ALWAYS, NEVER])
+async def test_what_was_forgotten_is_never_done_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, durability: Durability
+) -> None:
+    monkeypatch.setattr(sessions, "RESEND_S", 0.0)
+    async with server(home, durability=durability) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        old = caller.stamp(GRADIENT, run)
+        await caller.send(old)
+        await caller.result(old.id)
+        await train(caller, run, steps=3)
+        step = (await service.get_run(run)).step
+        caller.outcomes.pop(old.id)
+        with pytest.raises(WeaverError) as caught:
+            await caller.send(old)
+            await caller.result(old.id)
+        assert caught.value.code in ("conflict", "storage_error")  # its place or its id is known
+        await train(caller, run, steps=1)
+        assert (await service.get_run(run)).step == step + 1

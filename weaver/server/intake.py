@@ -23,8 +23,8 @@ from weaver.errors import (
 )
 from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
 from weaver.server.attempt import attempt, attempt_async
+from weaver.server.fingerprint import fingerprint
 from weaver.server.reach import Reach
-from weaver.server.sessions import fingerprint
 from weaver.server.validation import refusal
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Outcome, Submission
-from weaver.server.sessions import fingerprint
+from weaver.server.fingerprint import fingerprint
 from weaver.server.store import Entry, Executed, RunRecord, SessionRecord, Settled
 from weaver.server.tenancy import Caller
 from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun

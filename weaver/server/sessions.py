@@ -9,33 +9,34 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import anyio
-import numpy as np
 
 from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
 from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, SessionState
 from weaver.server.streams import SampleStream
 from weaver.server.tenancy import OWNER, Caller
-from weaver.tensors import TensorData
-from weaver.types import JsonDict, Value
 from weaver.wire import about_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from weaver.protocol import Result, Submission
     from weaver.server.store import Entry, Passed, SessionRecord
+    from weaver.types import JsonDict
 
 MOST_LOST = 2**20
 """So many outcomes may be lost with a machine's power; a cursor above that is made up."""
+RESEND_S = 600.0
+"""So long an id outlives its acknowledgement, for requests that are still on their way."""
 UNREAD_STREAMS = 64
 """So many streams stay readable after their samples ended and were acknowledged, the newest."""
+Place = tuple[str, int]
+"""A run and a seq."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,10 +108,12 @@ class Session:
     _follower: Callable[[Outcome], None] | None = None
     _heard_at: float = field(default_factory=time.monotonic)
     _polls: int = 0
-    _prints: dict[str, bytes] = field(default_factory=dict)
-    _places: dict[tuple[str, int], str] = field(default_factory=dict)
+    _prints: dict[str, tuple[bytes, Place | None]] = field(default_factory=dict)
+    _places: dict[Place, str] = field(default_factory=dict)
     _passed: dict[str, int] = field(default_factory=dict)
-    """Of each run the last seq that was passed over before this process."""
+    """Of each run the last seq whose place is not in `_places` any more."""
+    _acknowledged: deque[tuple[float, str]] = field(default_factory=deque)
+    """The ids that will be forgotten, and since when no request should bring them."""
     _outcomes: deque[Outcome] = field(default_factory=deque)
     _cursor: int = 0
     _restored: int = 0
@@ -150,12 +153,12 @@ class Session:
         Raises:
             ConflictError: an id or a place was used with another body; nothing is remembered.
         """
-        prints: dict[str, bytes] = {}
-        places: dict[tuple[str, int], str] = {}
+        prints: dict[str, tuple[bytes, Place | None]] = {}
+        places: dict[Place, str] = {}
         fresh = []
         for submission, body in zip(submissions, bodies, strict=True):
             before = prints.get(submission.id) or self._prints.get(submission.id)
-            if before is not None and before != body:
+            if before is not None and before[0] != body:
                 raise ConflictError(
                     f"submission {submission.id} ({_what(submission)}) came with another body.",
                     field="submissions",
@@ -163,11 +166,11 @@ class Session:
                 )
             if before is not None:
                 continue
-            prints[submission.id] = body
+            place = _place(submission)
+            prints[submission.id] = body, place
             fresh.append(submission)
-            if submission.run_id is None or submission.seq is None:
+            if place is None:
                 continue
-            place = (submission.run_id, submission.seq)
             holder = places.get(place) or self._places.get(place)
             if holder is not None:
                 raise ConflictError(
@@ -184,9 +187,13 @@ class Session:
     def forget(self, submissions: Sequence[Submission]) -> None:
         """Undoes `unseen`, for a request that could not be journaled."""
         for submission in submissions:
-            del self._prints[submission.id]
-            if submission.run_id is not None and submission.seq is not None:
-                del self._places[submission.run_id, submission.seq]
+            self._let_go(submission.id)
+
+    def _let_go(self, submission_id: str) -> Place | None:
+        _, place = self._prints.pop(submission_id)
+        if place is not None:
+            self._places.pop(place, None)
+        return place
 
     def ticket(self, submission: Submission, size_bytes: int) -> Ticket:
         ticket = Ticket(self, submission, size_bytes)
@@ -229,9 +236,12 @@ class Session:
     def restore(self, entries: Sequence[Entry]) -> None:
         """Takes up what the journal remembers of this session."""
         for entry in entries:
-            self._prints[entry.submission_id] = entry.fingerprint
-            if entry.run_id is not None and entry.seq is not None:
-                self._places[entry.run_id, entry.seq] = entry.submission_id
+            place = _place(entry)
+            self._prints[entry.submission_id] = entry.fingerprint, place
+            if place is not None:
+                self._places[place] = entry.submission_id
+            if entry.cursor and entry.outcome is None:
+                self._acknowledged.append((time.monotonic(), entry.submission_id))
             self._cursor = max(self._cursor, entry.cursor)
             if isinstance(entry.outcome, WeaverError):
                 error = ErrorInfo.of(entry.outcome)
@@ -245,7 +255,10 @@ class Session:
     def pass_over(self, passed: Passed) -> None:
         """Takes up what the journal remembers of refused operations, but not one by one."""
         self._cursor = self._restored = max(self._cursor, passed.cursor)
-        self._passed[passed.run_id] = max(passed.last, self._passed.get(passed.run_id, 0))
+        self._pass(passed.run_id, passed.last)
+
+    def _pass(self, run_id: str, seq: int) -> None:
+        self._passed[run_id] = max(seq, self._passed.get(run_id, 0))
 
     def acknowledge(self, after: int) -> list[str]:
         """Forgets the outcomes up to a cursor; answers whose they were."""
@@ -256,6 +269,7 @@ class Session:
             outcome = self._outcomes.popleft()
             self.held_bytes -= about_bytes(outcome)
             forgotten.append(outcome.submission_id)
+            self._acknowledged.append((time.monotonic(), outcome.submission_id))
             read = self.streams.get(forgotten[-1])
             if read is not None:
                 read.acknowledged = True
@@ -264,6 +278,10 @@ class Session:
         unread = [id for id, stream in self.streams.items() if stream.acknowledged]
         for submission_id in unread[:-UNREAD_STREAMS]:
             del self.streams[submission_id]
+        while self._acknowledged and self._acknowledged[0][0] < time.monotonic() - RESEND_S:
+            place = self._let_go(self._acknowledged.popleft()[1])
+            if place is not None:
+                self._pass(*place)
         return forgotten
 
     async def collect(self, *, after: int, timeout_s: float) -> list[Outcome]:
@@ -347,43 +365,8 @@ class Session:
         self._changed = anyio.Event()
 
 
-def fingerprint(submission: Submission) -> bytes:
-    """16 bytes that two submissions share only if they ask for the same at the same place."""
-    digest, s = hashlib.blake2b(digest_size=16), submission
-    for part in _parts([s.run_id, s.seq, s.lost_gradient, s.operation]):
-        digest.update(part)
-    return digest.digest()
-
-
-def _parts(value: object) -> Iterator[bytes]:
-    """An unambiguous byte form of a value: each piece is led by its type and its length."""
-    if isinstance(value, TensorData):
-        yield f"{value!r}".encode()
-        yield value.to_numpy().tobytes()
-    elif isinstance(value, Value):
-        yield f"{type(value).__name__}<".encode()
-        for name in type(value).model_fields:
-            yield f"{name}=".encode()
-            yield from _parts(getattr(value, name))
-        yield b">"
-    elif isinstance(value, Mapping):
-        yield f"map{len(value)}".encode()
-        for key in sorted(value):
-            yield from _parts(key)
-            yield from _parts(value[key])
-    elif isinstance(value, (list, tuple)):
-        yield f"list{len(value)}:".encode()
-        if set(map(type, value)) == {int}:
-            try:
-                yield np.array(value, dtype=np.int64).tobytes()
-            except OverflowError:  # in a user's metadata
-                yield repr(value).encode()
-        else:
-            for item in value:
-                yield from _parts(item)
-    else:
-        text = repr(value)
-        yield f"{len(text)}:{text}".encode()
+def _place(one: Submission | Entry) -> Place | None:
+    return None if one.run_id is None or one.seq is None else (one.run_id, one.seq)
 
 
 def _what(submission: Submission) -> str:
