@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -242,7 +243,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def attacker(server: Server) -> Iterator[Attacker]:
     attacker = Attacker(server)
-    with attacker.http:
+    with closing(attacker.http):
         attacker.run = attacker.created()
         yield attacker
 
