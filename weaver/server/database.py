@@ -104,10 +104,11 @@ class Writer:
 
         Raises:
             ConflictError: another server has it.
+            ServiceConnectionError, StorageError: it is out of reach, or failed.
         """
         self._alone = self.database.dialect.name == "postgresql"
         try:
-            with self.begin():
+            with transaction(self):
                 pass
             yield
         finally:
@@ -191,9 +192,10 @@ def transaction(
             raise ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
             ) from error
-        raise StorageError(
-            f"the database failed: {cause}", hint="Check the free space and the permissions of it."
-        ) from error
+        hint = "Check the free space and the permissions of it."
+        if isinstance(error, sa.exc.IntegrityError):
+            hint = "An id was used before: give each operation an id of its own."
+        raise StorageError(f"the database failed: {cause}", hint=hint) from error
 
 
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
