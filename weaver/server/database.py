@@ -170,7 +170,7 @@ def transaction(
     Raises:
         ServiceConnectionError: the database is away; it may be waited for.
         StorageError: it failed.
-        ConflictError: another server has taken it over.
+        ConflictError: another server has taken it over, or a row's id was used before.
     """
     try:
         with database.begin() as connection:
@@ -192,10 +192,14 @@ def transaction(
             raise ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
             ) from error
-        hint = "Check the free space and the permissions of it."
         if isinstance(error, sa.exc.IntegrityError):
-            hint = "An id was used before: give each operation an id of its own."
-        raise StorageError(f"the database failed: {cause}", hint=hint) from error
+            raise ConflictError(
+                f"an id was used before: {cause}.", hint="Give each operation an id of its own."
+            ) from error
+        raise StorageError(
+            f"the database failed: {cause}",
+            hint="Check the free space and the permissions of it.",
+        ) from error
 
 
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from weaver.errors import ServiceConnectionError, StorageError
+from weaver.errors import WeaverError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.rows import error_code, executed_row
 from weaver.server.sql_store import SqlStore, describe_runs, insert_operations
@@ -64,7 +64,7 @@ class StepStore(SqlStore):
                     describe_runs(runs),
                 ]
             )
-        except (StorageError, ServiceConnectionError):
+        except WeaverError:
             for run_id in ended:  # that step did not happen, its gradients did; it may come again
                 submission, one = self._batches[run_id].pop()
                 self._submissions[one.session_id, submission.id] = submission
