@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.postgres import Postgres, programs
-from weaver.engine.fake import FakeEngine
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:

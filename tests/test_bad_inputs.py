@@ -11,9 +11,9 @@ import pytest
 
 import weaver
 from tests.client.helpers import DATUMS
+from tests.fake_engine import FakeEngine
 from weaver import Datum, ServiceClient, WeaverError, types
 from weaver.client import embedded
-from weaver.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

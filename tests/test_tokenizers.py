@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fake_engine.model import tokenizer_files
 from tests.zoo import TOKENIZERS
 from weaver.engine.catalog import Catalog
-from weaver.engine.fake.model import tokenizer_files
 from weaver.errors import InvalidNameError, InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens, load_tokenizer, render_chat
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum, ServiceClient
 from weaver.client import embedded
 from weaver.engine.base import GradientJob
-from weaver.engine.fake import FakeEngine
 from weaver.loss_specs import check_loss
 from weaver.server.service import LocalService
 from weaver.types import AdamParams, LoraConfig

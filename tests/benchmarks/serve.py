@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PAIRS, SAMPLES, CLIENTS, UPLOADS = 200, 1000, 64, 20
 SERVER = """
 import asyncio, pathlib, sys
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 from weaver.server.http.run import ServerSettings, run_server
 settings = ServerSettings(home=pathlib.Path(sys.argv[1]), port=0)
 started = lambda running: print(running.address, flush=True)

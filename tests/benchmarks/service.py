@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 from weaver.protocol import Sample
 from weaver.server.service import LocalService
 from weaver.types import ModelInput, SamplingParams

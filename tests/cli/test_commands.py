@@ -15,12 +15,12 @@ import typer
 from typer.testing import CliRunner
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from weaver.cli import app
 from weaver.cli.output import find
 from weaver.cli.serve import parse_models
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import NotFoundError, StorageError, WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.http.run import ServerSettings

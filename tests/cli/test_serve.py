@@ -21,10 +21,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.contracts.caller import Caller
+from tests.fake_engine import FakeEngine
 from weaver.cli import app
 from weaver.client.http import HttpService
 from weaver.engine.engine import TorchEngine
-from weaver.engine.fake import FakeEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
 from weaver.server.http import logs

@@ -10,9 +10,9 @@ import pytest
 
 from tests.cli.test_commands import commands, weaver
 from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.database import open_database

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum
-from weaver.engine.fake import FakeEngine
 from weaver.errors import TooLargeError
 from weaver.protocol import (
     ErrorInfo,

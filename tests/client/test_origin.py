@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORK = """
 import asyncio, gc, multiprocessing, os, sys, threading, weaver
 from weaver.client import embedded
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 
 release = threading.Event()
 embedded._torch_engine = lambda settings: FakeEngine(

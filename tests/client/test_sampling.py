@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.client.helpers import DATUMS, STEP, fake_client
+from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Message, ModelInput, SamplingParams
-from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     CheckpointNotFoundError,
     ClosedError,

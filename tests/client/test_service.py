@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from tests.client.helpers import DATUMS, STEP, fake_client
+from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient
 from weaver.client import embedded
-from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     ClosedError,
     ConfigError,

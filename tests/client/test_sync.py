@@ -18,8 +18,8 @@ import pytest
 
 import weaver
 from tests.client.helpers import DATUMS, STEP
+from tests.fake_engine import FakeEngine
 from weaver import Handle, SamplingClient, ServiceClient, TrainingClient
-from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     ClosedError,
     MissingDependencyError,
@@ -261,7 +261,7 @@ def test_the_interpreter_exits_with_work_pending(ending: str, tmp_path: Path) ->
     script = f"""
 import sys, time, weaver
 from weaver.client import embedded
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 def hook(name, argument):
     if name == "gradient": time.sleep(0.3)
 embedded._torch_engine = lambda settings: FakeEngine(hook=hook)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.caller import Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import over_asgi, over_socket
-from weaver.engine.fake import FakeEngine
 from weaver.server.database import open_database
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore

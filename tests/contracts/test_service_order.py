@@ -17,7 +17,7 @@ from weaver.types import AdamParams
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from weaver.engine.fake import FakeEngine
+    from tests.fake_engine import FakeEngine
     from weaver.protocol import Service
 
 pytestmark = pytest.mark.anyio

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from weaver.client.exports import export_to
-from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     CheckpointNotFoundError,
     InvalidNameError,

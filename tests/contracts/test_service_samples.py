@@ -8,7 +8,7 @@ import pytest
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.contracts.conftest import open_local
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 from weaver.errors import NotFoundError, OperationCancelledError
 from weaver.protocol import (
     CheckpointSaved,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from tests.fake_engine import FakeEngine
+from tests.fake_engine.model import BASE, EOS
 from weaver.engine.base import GradientJob, SampleJob
-from weaver.engine.fake import FakeEngine
-from weaver.engine.fake.model import BASE, EOS
 from weaver.loss_specs import check_loss
 from weaver.types import AdamParams, Datum, ForwardBackwardResult, SampleResult, SamplingParams
 

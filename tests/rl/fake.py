@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient
-from weaver.engine.fake import FakeEngine
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from tests.server.test_kill import FAKE, running
 from weaver import Datum, ServiceClient
-from weaver.engine.fake import FakeEngine
 from weaver.server.database import open_database
 from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.caller import FORWARD, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.test_durability import SAMPLE
 from tests.server.test_service import Recorder
-from weaver.engine.fake import FakeEngine
 from weaver.server.service import LocalService
 from weaver.server.store import MemoryStore
 

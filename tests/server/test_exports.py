@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from tests.contracts.caller import Caller
+from tests.fake_engine import FakeEngine
 from tests.server.test_durability import until
 from weaver.engine.engine import TorchEngine
-from weaver.engine.fake import FakeEngine
 from weaver.server import exports
 from weaver.server.checkpoints import now_utc
 from weaver.server.service import LocalService

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.contracts.caller import FORWARD
 from tests.contracts.caller import Caller as Client
+from tests.fake_engine import FakeEngine
 from tests.server.test_service import Recorder
 from weaver.engine.admission import in_turn
-from weaver.engine.fake import FakeEngine
 from weaver.protocol import Sample
 from weaver.server import executor
 from weaver.server.service import LocalService

@@ -16,12 +16,12 @@ import anyio
 import pytest
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from tests.server.test_durability import train, until, weights
 from tests.server.test_service import Recorder
 from weaver import AsyncServiceClient
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import CheckpointNotFoundError, ConflictError, StorageError
 from weaver.protocol import GradientsDone, Sample, SaveCheckpoint, StepDone
 from weaver.server.checkpoints import now_utc

@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from weaver.engine.base import GradientJob
-from weaver.engine.fake import FakeEngine
 from weaver.errors import NonFiniteError
 from weaver.loss_specs import check_loss
 from weaver.protocol import ForwardBackward, OptimStep
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
-    from weaver.engine.fake.model import Floats
+    from tests.fake_engine.model import Floats
     from weaver.protocol import Operation, Submission
 
 FAILING_GRADIENT = GRADIENT.model_copy(update={"datums": GRADIENT.datums * 2})

@@ -46,7 +46,7 @@ settings = ServerSettings(
 anyio.run(partial(run_server, engine, settings, started=lambda server: None))
 """
 FAKE = """
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 engine = FakeEngine(hook=lambda name, argument: time.sleep(0.004))
 """
 TORCH = """

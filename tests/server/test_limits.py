@@ -11,11 +11,11 @@ import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, HELLO, STEP, TEXT
 from tests.contracts.caller import Caller as Client
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import ADDRESS, running
 from tests.server.test_service import Recorder
 from weaver import wire
 from weaver.client.http import MEDIA_TYPE, HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import NotFoundError, QuotaExceededError, TooLargeError
 from weaver.protocol import (
     CheckpointSaved,

@@ -13,9 +13,9 @@ import pytest
 import sqlalchemy as sa
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.test_durability import ALWAYS, SAMPLE, server, train, until, weights
 from tests.server.test_service import Recorder
-from weaver.engine.fake import FakeEngine
 from weaver.protocol import GradientsDone, Sampled, StepDone
 from weaver.server.database import open_database
 from weaver.server.sql_store import SqlStore

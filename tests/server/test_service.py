@@ -11,9 +11,9 @@ import anyio
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.test_checkpoints import Clock
 from weaver.engine.base import GradientJob
-from weaver.engine.fake import FakeEngine
 from weaver.errors import ClosedError, StorageError
 from weaver.protocol import (
     CheckpointSaved,

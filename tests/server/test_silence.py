@@ -12,12 +12,12 @@ import pytest
 
 from tests.client.helpers import DATUMS
 from tests.contracts.caller import Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from tests.server.test_durability import until
 from weaver import AsyncServiceClient
 from weaver.client import session
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import NotFoundError
 from weaver.server.http.run import ServerSettings
 from weaver.server.limits import Limits

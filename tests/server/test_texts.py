@@ -8,8 +8,8 @@ import anyio
 import pytest
 
 from tests.contracts.caller import GRADIENT, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.test_service import Recorder
-from weaver.engine.fake import FakeEngine
 from weaver.errors import OperationCancelledError, TooLargeError
 from weaver.protocol import GradientsDone, ReleaseSampler, Sample, Sampled
 from weaver.server.limits import Limits

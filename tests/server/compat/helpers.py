@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from weaver.engine.fake import FakeEngine
+    from tests.fake_engine import FakeEngine
 
 CHUNKS = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
 TARGETS = {"data": [2, 3, 4], "dtype": "int64"}

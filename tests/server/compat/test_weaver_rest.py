@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.server.compat.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
-from weaver.engine.fake import FakeEngine
 from weaver.server.compat.weaver_rest_ids import session_of
 from weaver.server.limits import Limits
 

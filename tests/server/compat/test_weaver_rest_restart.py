@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 SLOW_STEPS = """
-from weaver.engine.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 engine = FakeEngine(hook=lambda name, argument: name == "optim_step" and time.sleep(4))
 """
 TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}

@@ -17,11 +17,11 @@ import httpx
 import pytest
 
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.console.browser import CHROMIUM, browsing
 from tests.server.http.helpers import serving
 from weaver import ServiceClient
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.protocol import (
     CreateModel,
     GradientsDone,

@@ -10,8 +10,8 @@ import pytest
 from anyio import to_thread
 
 from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
-from weaver.engine.fake import FakeEngine
 from weaver.protocol import GradientsDone, Sample, Sampled, StepDone
 from weaver.server.console.curves import thin
 from weaver.types import MetricPoint, SamplingParams

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from tests.fake_engine import FakeEngine
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
-from weaver.engine.fake import FakeEngine
 from weaver.server.http.connection import MAX_HEAD_BYTES
 from weaver.server.http.run import ServerSettings
 

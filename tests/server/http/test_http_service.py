@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import ADDRESS, over_socket, running, serving
 from weaver import AsyncServiceClient, Datum, wire
 from weaver.client import http
 from weaver.client.http import HttpService
-from weaver.engine.fake import FakeEngine
 from weaver.errors import (
     GradientsDiscardedError,
     InvalidRequestError,

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
+from tests.fake_engine import FakeEngine
 from tests.server.compat.helpers import CHUNKS, DATUM, passes
 from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient, wire
-from weaver.engine.fake import FakeEngine
 from weaver.protocol import CreateModel, ForwardBackward, Sample, Submission
 from weaver.server.http.front import MEDIA_TYPE
 from weaver.server.http.run import ServerSettings

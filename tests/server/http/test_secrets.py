@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient
-from weaver.engine.fake import FakeEngine
 from weaver.errors import ConfigError, WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.logs import JsonFormatter

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
-from weaver.engine.fake import FakeEngine
 from weaver.errors import ConfigError
 from weaver.server.http.run import ServerSettings
 

@@ -13,10 +13,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests.fake_engine import FakeEngine
 from tests.server.compat.helpers import Rest
 from tests.server.http.helpers import running, serving
 from weaver import Datum, ServiceClient
-from weaver.engine.fake import FakeEngine
 from weaver.errors import WeaverError
 from weaver.server.http.run import ServerSettings
 from weaver.server.http.tracing import Tracing

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.fake_engine.model import BASE, VOCAB, Floats, log_softmax, logits, read_weights
 from weaver.engine.base import WeightSnapshot
-from weaver.engine.fake.model import BASE, VOCAB, Floats, log_softmax, logits, read_weights
 from weaver.errors import NoGradientsError, NonFiniteError, UnsupportedError, WeaverError
 from weaver.loss_specs import weights_of
 from weaver.tensors import TensorData
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tests.fake_engine import FakeEngine
     from weaver.engine.base import GradientJob
-    from weaver.engine.fake import FakeEngine
     from weaver.types import AdamParams, Datum, LoraConfig, TrainingMode
 
 

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weaver.engine.admission import in_turn
-from weaver.engine.base import SampleProgress
-from weaver.engine.drafts import Draft
-from weaver.engine.fake.model import (
+from tests.fake_engine.model import (
     BASE,
     EOS,
     VOCAB,
@@ -24,6 +21,9 @@ from weaver.engine.fake.model import (
     logits,
     read_weights,
 )
+from weaver.engine.admission import in_turn
+from weaver.engine.base import SampleProgress
+from weaver.engine.drafts import Draft
 from weaver.engine.stops import Stops
 from weaver.types import SampleDelta, SampleResult
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tests.fake_engine import FakeEngine
     from weaver.engine.base import SampleJob, WeightSnapshot
-    from weaver.engine.fake import FakeEngine
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""`FakeEngine`: an engine of plain arithmetic, without torch; for tests of clients and services.
+"""`FakeEngine`: an engine of plain arithmetic, without torch, for tests and benchmarks.
 
 It learns, saves, loads and samples for real, in microseconds. A test may hand it a hook that is
 told of every call and may wait or raise.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weaver.engine.fake.model import VOCAB, read_weights, tokenizer_files
-from weaver.engine.fake.sampler import FakeSampler
-from weaver.engine.fake.trainer import FakeTrainer
+from tests.fake_engine.model import VOCAB, read_weights, tokenizer_files
+from tests.fake_engine.sampler import FakeSampler
+from tests.fake_engine.trainer import FakeTrainer
 from weaver.errors import UnknownModelError, nearest
 from weaver.types import ModelInfo
 
