@@ -8,7 +8,7 @@ import pytest
 
 from tests.fake_engine.model import tokenizer_files
 from tests.zoo import TOKENIZERS
-from weaver.engine.catalog import Catalog
+from weaver.engine.torch.catalog import Catalog
 from weaver.errors import InvalidNameError, InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens, load_tokenizer, render_chat
 

@@ -1,6 +1,6 @@
 """What every loss needs and which options it has: the table behind client and service validation.
 
-`weaver.engine.losses` holds a function for each name. All inputs have shape [T].
+`weaver.engine.torch.losses` holds a function for each name. All inputs have shape [T].
 """
 
 from __future__ import annotations

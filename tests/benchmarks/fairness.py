@@ -17,7 +17,7 @@ import anyio
 
 from tests.contracts.caller import HELLO, STEP
 from tests.contracts.caller import Caller as Client
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 from weaver.protocol import ForwardBackward, Sample
 from weaver.server.service import LocalService
 from weaver.server.tenancy import Caller

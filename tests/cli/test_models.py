@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cli.test_commands import weaver
-from weaver.engine.catalog import NANO
+from weaver.engine.torch.catalog import NANO
 from weaver.errors import InvalidNameError, ServiceConnectionError
 
 if TYPE_CHECKING:

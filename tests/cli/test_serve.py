@@ -24,7 +24,7 @@ from tests.contracts.caller import Caller
 from tests.fake_engine import FakeEngine
 from weaver.cli import app
 from weaver.client.http import HttpService
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
 from weaver.server.http import logs

@@ -96,7 +96,7 @@ async def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     true_import = builtins.__import__
 
     def no_torch(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "weaver.engine.engine":
+        if name == "weaver.engine.torch.engine":
             raise ImportError("No module named 'torch'", name="torch")
         return true_import(name, *args, **kwargs)
 

@@ -19,9 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.compatibility.tiny import VOCAB, save_tiny, tiny_config
 from tests.engine.conftest import datum, job, randomise
 from tests.engine.sampler_kit import sample_job, save_tokenizer
-from weaver.engine.catalog import Catalog
-from weaver.engine.engine import TorchEngine
-from weaver.engine.models import without_progress_bars
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.engine import TorchEngine
+from weaver.engine.torch.models import without_progress_bars
 from weaver.errors import UnsupportedError, WeaverError
 from weaver.types import LoraConfig
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from weaver.engine.base import GradientJob
-from weaver.engine.catalog import Catalog
-from weaver.engine.store import ModelStore
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.loss_specs import check_datums
 from weaver.types import Datum, ForwardBackwardResult, LoraConfig, ModelInput, TrainingMode
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from weaver.engine.sampler import TorchSampler
+    from weaver.engine.torch.sampler import TorchSampler
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LETTERS = (string.ascii_lowercase + string.digits + string.ascii_uppercase)[: VOCAB - len(SPECIAL)]

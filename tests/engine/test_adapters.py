@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import LORA, new_run, reference_model, sequences
 from tests.engine.sampler_kit import finish, sample_job
-from weaver.engine.adapters import FREE, NEUTRAL, PLAIN, read_adapter
-from weaver.engine.merging import merge_adapter
-from weaver.engine.sampler import TorchSampler
+from weaver.engine.torch.adapters import FREE, NEUTRAL, PLAIN, read_adapter
+from weaver.engine.torch.merging import merge_adapter
+from weaver.engine.torch.sampler import TorchSampler
 from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from weaver.engine.catalog import Catalog
-    from weaver.engine.store import ModelStore
-    from weaver.engine.trainer import TorchTrainer
+    from weaver.engine.torch.catalog import Catalog
+    from weaver.engine.torch.store import ModelStore
+    from weaver.engine.torch.trainer import TorchTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

@@ -22,8 +22,8 @@ from tests.engine.conftest import (
     result_of,
     sequences,
 )
-from weaver.engine.checkpoints import read_snapshot, read_state
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.checkpoints import read_snapshot, read_state
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from weaver.engine.store import ModelStore
+    from weaver.engine.torch.store import ModelStore
     from weaver.types import TrainingMode
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1)

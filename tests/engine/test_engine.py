@@ -25,7 +25,7 @@ from tests.engine.conftest import (
     sequences,
 )
 from tests.engine.sampler_kit import finish, sample_job
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
 from weaver.types import AdamParams, LoraConfig, Message
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.zoo import Zoo
-    from weaver.engine.packing import Heads, PackedBatch
+    from weaver.engine.torch.packing import Heads, PackedBatch
 
 
 BOTH_WAYS: dict[str, Any] = {**SIZES, **GEMMA, "use_bidirectional_attention": True}
@@ -165,7 +165,7 @@ def test_a_model_whose_tokens_see_other_sequences_is_refused(
             *heads[:3], is_causal=True, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setattr("weaver.engine.attention.packed_attention", leak)
+    monkeypatch.setattr("weaver.engine.torch.attention.packed_attention", leak)
     engine = TorchEngine({"tiny": model_folder("llama")})
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
@@ -174,7 +174,7 @@ def test_a_model_whose_tokens_see_other_sequences_is_refused(
 def test_a_head_that_is_not_known_is_refused(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weaver.engine.models.Head.finish", lambda self, z: 2 * z)
+    monkeypatch.setattr("weaver.engine.torch.models.Head.finish", lambda self, z: 2 * z)
     engine = TorchEngine({"tiny": model_folder("llama")})
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
@@ -234,14 +234,14 @@ def test_small_models_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr("weaver.engine.store.physical_cores", lambda: 7)
+    monkeypatch.setattr("weaver.engine.torch.store.physical_cores", lambda: 7)
     for threads in (0, 3):
         engine = TorchEngine(threads=threads)
         engine.trainer.create_run(
             "run", "weaver-nano", training_mode="lora", lora_config=LORA, seed=0
         )
         result_of(engine.trainer, job("run", [datum([3, 4, 5])], backward=False))
-        monkeypatch.setattr("weaver.engine.store.SMALL_MODEL", 0)
+        monkeypatch.setattr("weaver.engine.torch.store.SMALL_MODEL", 0)
     assert asked == [1, 1, 3, 3]  # to check the model, then to compute
 
 

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from weaver.engine.kv_cache import SMALLEST_ARENA, CachedRow, CacheShape, PrefillPass, PromptCache
-from weaver.engine.kv_cache import RowCache as Rows
-from weaver.engine.packing import Heads
+from weaver.engine.torch.kv_cache import (
+    SMALLEST_ARENA,
+    CachedRow,
+    CacheShape,
+    PrefillPass,
+    PromptCache,
+)
+from weaver.engine.torch.kv_cache import RowCache as Rows
+from weaver.engine.torch.packing import Heads
 
 LAYERS, HQ, HKV, D = 2, 4, 2, 8
 SHAPE = CacheShape(

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from tests.engine.conftest import VOCAB, sequences
-from weaver.engine import logprobs
-from weaver.engine.logprobs import Queries, target_scores
-from weaver.engine.lora import Adapter, LoraPair
-from weaver.engine.packing import pack
+from weaver.engine.torch import logprobs
+from weaver.engine.torch.logprobs import Queries, target_scores
+from weaver.engine.torch.lora import Adapter, LoraPair
+from weaver.engine.torch.packing import pack
 
 if TYPE_CHECKING:
-    from weaver.engine.models import Head
-    from weaver.engine.packing import PackedBatch
-    from weaver.engine.store import ModelStore
+    from weaver.engine.torch.models import Head
+    from weaver.engine.torch.packing import PackedBatch
+    from weaver.engine.torch.store import ModelStore
 
 CPU = torch.device("cpu")
 

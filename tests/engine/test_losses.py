@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.conftest import datum, job
-from weaver.engine import losses
-from weaver.engine.logprobs import Scores
-from weaver.engine.objective import RATIO_LOSSES, Objective
+from weaver.engine.torch import losses
+from weaver.engine.torch.logprobs import Scores
+from weaver.engine.torch.objective import RATIO_LOSSES, Objective
 from weaver.loss_specs import LOSS_SPECS, check_loss
 
 if TYPE_CHECKING:

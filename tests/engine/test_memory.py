@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import load_file
 
-from weaver.engine.memory import free_bytes, needs_of
+from weaver.engine.torch.memory import free_bytes, needs_of
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from weaver.engine.catalog import Catalog
-    from weaver.engine.trainer import TorchTrainer
+    from weaver.engine.torch.catalog import Catalog
+    from weaver.engine.torch.trainer import TorchTrainer
 
 
 def test_weights_and_adapter_are_counted_exactly(

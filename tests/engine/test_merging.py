@@ -22,11 +22,11 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
-from weaver.engine.catalog import NANO, Catalog
-from weaver.engine.engine import TorchEngine
-from weaver.engine.merging import merge_adapter
-from weaver.engine.store import ModelStore
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.catalog import NANO, Catalog
+from weaver.engine.torch.engine import TorchEngine
+from weaver.engine.torch.merging import merge_adapter
+from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import CheckpointCorruptError, StorageError
 
 if TYPE_CHECKING:

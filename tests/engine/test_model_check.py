@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import LORA, SIZES, save_tiny
-from weaver.engine import model_check
-from weaver.engine.catalog import Catalog
-from weaver.engine.store import ModelStore
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch import model_check
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import CheckpointCorruptError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def test_want_of_memory_is_no_fault_of_the_model(
 
 def test_a_model_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[bool] = []
-    monkeypatch.setattr("weaver.engine.store.check_model", lambda m: checks.append(m.trainable))
+    monkeypatch.setattr(
+        "weaver.engine.torch.store.check_model", lambda m: checks.append(m.trainable)
+    )
     store = store_of(llama(tmp_path))
     for _ in range(2):
         store.base("base")

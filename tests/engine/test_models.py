@@ -21,11 +21,11 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
-from weaver.engine.catalog import Catalog
-from weaver.engine.linear import FrozenLinear
-from weaver.engine.packing import pack
-from weaver.engine.store import ModelStore
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.linear import FrozenLinear
+from weaver.engine.torch.packing import pack
+from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import UnknownModelError
 
 if TYPE_CHECKING:

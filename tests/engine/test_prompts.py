@@ -10,8 +10,8 @@ import pytest
 from tests.zoo import TOKENIZERS
 from tests.zoo.tokenizers import CHATML
 from weaver import ServiceClient
-from weaver.engine.engine import TorchEngine
-from weaver.engine.prompts import encode_prompt
+from weaver.engine.torch.engine import TorchEngine
+from weaver.engine.torch.prompts import encode_prompt
 from weaver.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -128,9 +128,9 @@ def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(
     facts = engine._catalog.facts(folder)
     longest = max(facts.tokenizer.get_vocab(), key=len)
     assert facts.longest_text == facts.info.context_length * len(longest)
-    monkeypatch.setattr("weaver.engine.engine.encode_prompt", lambda *_, **__: [1])
+    monkeypatch.setattr("weaver.engine.torch.engine.encode_prompt", lambda *_, **__: [1])
     assert engine.encode(folder, "a" * facts.longest_text) == [1]
-    monkeypatch.setattr("weaver.engine.engine.encode_prompt", pytest.fail)
+    monkeypatch.setattr("weaver.engine.torch.engine.encode_prompt", pytest.fail)
     long = "a" * (facts.longest_text + 1)
     for prompt in (long, [Message(role="user", content=long)], [USER, REPLY, USER] * len(long)):
         with pytest.raises(ContextLengthError, match="characters") as caught:

@@ -22,7 +22,7 @@ from tests.engine.sampler_kit import (
     sample_job,
     save_tokenizer,
 )
-from weaver.engine.sampler import TorchSampler
+from weaver.engine.torch.sampler import TorchSampler
 from weaver.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import SampleProgress
-    from weaver.engine.store import ModelStore
-    from weaver.engine.trainer import TorchTrainer
+    from weaver.engine.torch.store import ModelStore
+    from weaver.engine.torch.trainer import TorchTrainer
     from weaver.errors import WeaverError
     from weaver.types import TrainingMode
 

@@ -18,7 +18,7 @@ from tests.engine.conftest import (
     sequences,
 )
 from tests.engine.sampler_kit import finish, sample_job, save_tokenizer
-from weaver.engine.sampler import TorchSampler
+from weaver.engine.torch.sampler import TorchSampler
 from weaver.types import AdamParams
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import SampleJob
-    from weaver.engine.store import ModelStore
-    from weaver.engine.trainer import TorchTrainer
+    from weaver.engine.torch.store import ModelStore
+    from weaver.engine.torch.trainer import TorchTrainer
     from weaver.types import SampledSequence, SampleResult
 
 

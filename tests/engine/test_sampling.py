@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weaver.engine import sampling
+from weaver.engine.torch import sampling
 from weaver.types import SamplingParams
 
 CPU = torch.device("cpu")

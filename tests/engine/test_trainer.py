@@ -16,8 +16,8 @@ from tests.engine.conftest import (
     result_of,
     sequences,
 )
-from weaver.engine.models import LoadedModel
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import (
     EngineError,
     InvalidParamsError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import GradientJob
-    from weaver.engine.store import ModelStore
+    from weaver.engine.torch.store import ModelStore
     from weaver.types import Datum, TrainingMode
 
 ADAM = AdamParams(learning_rate=1e-2)

@@ -21,10 +21,10 @@ from tests.fake_engine.model import (
     logits,
     read_weights,
 )
-from weaver.engine.admission import in_turn
 from weaver.engine.base import SampleProgress
-from weaver.engine.drafts import Draft
-from weaver.engine.stops import Stops
+from weaver.engine.torch.admission import in_turn
+from weaver.engine.torch.drafts import Draft
+from weaver.engine.torch.stops import Stops
 from weaver.types import SampleDelta, SampleResult
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rl.helpers import group, rollout, segment
-from weaver.engine import losses
+from weaver.engine.torch import losses
 from weaver.loss_specs import check_datums
 from weaver_rl import datums
 from weaver_rl.objectives import LOSSES, Aggregate, Behaviour, Objective

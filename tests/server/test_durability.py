@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.test_service import Recorder
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import (
     ConfigError,
     ConflictError,

@@ -12,7 +12,7 @@ import pytest
 from tests.contracts.caller import Caller
 from tests.fake_engine import FakeEngine
 from tests.server.test_durability import until
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 from weaver.server import exports
 from weaver.server.checkpoints import now_utc
 from weaver.server.service import LocalService

@@ -14,7 +14,7 @@ from tests.contracts.caller import FORWARD
 from tests.contracts.caller import Caller as Client
 from tests.fake_engine import FakeEngine
 from tests.server.test_service import Recorder
-from weaver.engine.admission import in_turn
+from weaver.engine.torch.admission import in_turn
 from weaver.protocol import Sample
 from weaver.server import executor
 from weaver.server.service import LocalService

@@ -50,7 +50,7 @@ from tests.fake_engine import FakeEngine
 engine = FakeEngine(hook=lambda name, argument: time.sleep(0.004))
 """
 TORCH = """
-from weaver.engine.engine import TorchEngine
+from weaver.engine.torch.engine import TorchEngine
 engine = TorchEngine(threads=1, deterministic=True)
 """
 

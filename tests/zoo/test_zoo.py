@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.zoo import ADAPTERS, FAMILIES, TOKENIZERS, Zoo, covering
-from weaver.engine.catalog import Catalog
+from weaver.engine.torch.catalog import Catalog
 
 if TYPE_CHECKING:
     from pathlib import Path

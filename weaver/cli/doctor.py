@@ -68,8 +68,8 @@ def _memory(settings: Settings, model: str) -> tuple[bool, str]:
     from weaver.errors import requiring
 
     with requiring("the embedded engine", "engine"):
-        from weaver.engine.catalog import Catalog
-        from weaver.engine.memory import free_bytes, needs_of
+        from weaver.engine.torch.catalog import Catalog
+        from weaver.engine.torch.memory import free_bytes, needs_of
     needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
     return needs.against(free_bytes(settings.device))
 

@@ -159,7 +159,7 @@ def _run(
     import anyio
 
     with requiring("the server", "server,engine"):
-        from weaver.engine.engine import TorchEngine
+        from weaver.engine.torch.engine import TorchEngine
         from weaver.server.http.logs import configure_logs
         from weaver.server.http.run import run_server
     configure_logs(as_json=log_json)

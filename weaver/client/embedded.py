@@ -63,7 +63,7 @@ async def _database(settings: Settings) -> AsyncIterator[Store]:
 
 def _torch_engine(settings: Settings) -> Engine:
     with requiring("the embedded engine", "engine"):
-        from weaver.engine.engine import TorchEngine
+        from weaver.engine.torch.engine import TorchEngine
     return TorchEngine(
         device=settings.device,
         dtype=settings.dtype,

@@ -1,8 +1,8 @@
 """`PackedBatch`: sequences laid end to end, the one form in which rows enter a model.
 
 The trainer, as `plan_passes` says, and the sampler build it; `LoadedModel.hidden_states` takes it,
-and it travels as a keyword of the model call to `weaver.engine.attention`. T is the rows of the
-whole batch.
+and it travels as a keyword of the model call to
+`weaver.engine.torch.attention`. T is the rows of the whole batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.engine.lora import Adapter
+    from weaver.engine.torch.lora import Adapter
 
 
 class Heads(NamedTuple):

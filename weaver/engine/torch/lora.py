@@ -17,7 +17,7 @@ from weaver.errors import EngineError, InvalidParamsError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from weaver.engine.catalog import ModelFacts
+    from weaver.engine.torch.catalog import ModelFacts
     from weaver.types import LoraConfig
 
 Role = Literal["attn", "mlp", "unembed"]

@@ -13,22 +13,22 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from weaver.engine.attention import register
-from weaver.engine.catalog import only_here
-from weaver.engine.foreign import refusing
-from weaver.engine.kv_cache import CacheShape
-from weaver.engine.linear import FrozenLinear
-from weaver.engine.lora import Routing
-from weaver.engine.weight_files import folder_of, weight_without_fractions
+from weaver.engine.torch.attention import register
+from weaver.engine.torch.catalog import only_here
+from weaver.engine.torch.foreign import refusing
+from weaver.engine.torch.kv_cache import CacheShape
+from weaver.engine.torch.linear import FrozenLinear
+from weaver.engine.torch.lora import Routing
+from weaver.engine.torch.weight_files import folder_of, weight_without_fractions
 from weaver.errors import CheckpointMismatchError, EngineError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from weaver.engine.catalog import ModelFacts
-    from weaver.engine.lora import Adapter
-    from weaver.engine.packing import PackedBatch
+    from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.lora import Adapter
+    from weaver.engine.torch.packing import PackedBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.engine.lora import Adapter, adapter_from_tensors
-from weaver.engine.model_check import check_model
-from weaver.engine.models import LoadedModel, check_finite, load_model
+from weaver.engine.torch.lora import Adapter, adapter_from_tensors
+from weaver.engine.torch.model_check import check_model
+from weaver.engine.torch.models import LoadedModel, check_finite, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from weaver.engine.base import WeightSnapshot
-    from weaver.engine.catalog import Catalog, ModelFacts
+    from weaver.engine.torch.catalog import Catalog, ModelFacts
 
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it gives: 6 ms a step against 660 ms."""

@@ -14,7 +14,7 @@ import httpx
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from weaver.engine.catalog import HUB_ID, Catalog, only_here
+from weaver.engine.torch.catalog import HUB_ID, Catalog, only_here
 from weaver.errors import InvalidNameError, ServiceConnectionError, StorageError
 
 if TYPE_CHECKING:

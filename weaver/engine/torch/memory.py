@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.engine.engine import DTYPES
-from weaver.engine.lora import roles
+from weaver.engine.torch.engine import DTYPES
+from weaver.engine.torch.lora import roles
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from weaver.engine.catalog import ModelFacts
+    from weaver.engine.torch.catalog import ModelFacts
 
 ADAM_COPIES = 4
 """Of each trained value, in float32: itself, its gradient and two moments."""

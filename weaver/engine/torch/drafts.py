@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from weaver.engine.stops import Continuation
+from weaver.engine.torch.stops import Continuation
 from weaver.types import SampleDelta, SampledSequence
 
 if TYPE_CHECKING:
     from weaver.engine.base import SampleJob, Tokenizer
-    from weaver.engine.stops import Stops
+    from weaver.engine.torch.stops import Stops
 
 
 @dataclass(slots=True, eq=False)

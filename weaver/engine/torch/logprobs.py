@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from weaver.engine.linear import FrozenLinear
-from weaver.engine.softmax import scored, token_scores
+from weaver.engine.torch.linear import FrozenLinear
+from weaver.engine.torch.softmax import scored, token_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from weaver.engine.models import Head, LoadedModel
-    from weaver.engine.packing import PackedBatch
+    from weaver.engine.torch.models import Head, LoadedModel
+    from weaver.engine.torch.packing import PackedBatch
 
 CHUNK_ELEMENTS = 2**23
 """C·V of a chunk: 32 MiB in float32."""

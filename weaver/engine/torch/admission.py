@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from weaver.engine.sample_jobs import RunningJob
+    from weaver.engine.torch.sample_jobs import RunningJob
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from weaver.engine.lora import PREFIX
-from weaver.engine.weight_files import stored_tensor
+from weaver.engine.torch.lora import PREFIX
+from weaver.engine.torch.weight_files import stored_tensor
 from weaver.errors import CheckpointCorruptError, CheckpointMismatchError, UnsupportedError
 from weaver.types import LoraConfig
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weaver.engine.catalog import ModelFacts
+    from weaver.engine.torch.catalog import ModelFacts
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

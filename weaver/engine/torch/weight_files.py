@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from weaver.engine.catalog import ModelFacts
+    from weaver.engine.torch.catalog import ModelFacts
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -13,11 +13,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from weaver.engine.packing import Heads
+from weaver.engine.torch.packing import Heads
 from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from weaver.engine.packing import PackedBatch
+    from weaver.engine.torch.packing import PackedBatch
 
 IMPLEMENTATION = "weaver_packed"
 

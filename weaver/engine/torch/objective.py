@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from weaver.engine import losses
+from weaver.engine.torch import losses
 from weaver.loss_specs import weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from weaver.engine.base import GradientJob
-    from weaver.engine.logprobs import Scores
+    from weaver.engine.torch.logprobs import Scores
 
 RATIO_LOSSES: Mapping[str, Callable[..., losses.TokenLoss]] = {
     "importance_sampling": losses.importance_sampling,

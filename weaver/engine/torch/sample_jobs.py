@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.engine.drafts import Draft
-from weaver.engine.kv_cache import CachedRow
-from weaver.engine.sampling import stream_keys
-from weaver.engine.stops import Stops
+from weaver.engine.torch.drafts import Draft
+from weaver.engine.torch.kv_cache import CachedRow
+from weaver.engine.torch.sampling import stream_keys
+from weaver.engine.torch.stops import Stops
 from weaver.errors import NonFiniteError
 from weaver.loss_specs import check_length
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 
 if TYPE_CHECKING:
     from weaver.engine.base import SampleJob, Tokenizer
-    from weaver.engine.kv_cache import PromptCache
-    from weaver.engine.store import PublishedWeights
+    from weaver.engine.torch.kv_cache import PromptCache
+    from weaver.engine.torch.store import PublishedWeights
     from weaver.errors import WeaverError
 
 

@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from weaver.engine.foreign import first_line, refusing
-from weaver.engine.lora import Target, find_targets, has_fused_experts
+from weaver.engine.torch.foreign import first_line, refusing
+from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
 from weaver.errors import ContextLengthError, UnknownModelError, UnsupportedError
 from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from weaver.types import Message
 
-NANO = Path(__file__).parents[1] / "models" / "nano"
+NANO = Path(__file__).parents[2] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
 HINT = "Choose a decoder-only model with plain causal attention, such as Llama or Qwen3."
 HUB_TIMEOUT_S = 0.8

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weaver.engine.catalog import HINT
-from weaver.engine.foreign import refusing
-from weaver.engine.kv_cache import CachedRow, DecodePass, PrefillPass, PromptCache, RowCache
-from weaver.engine.lora import new_adapter
-from weaver.engine.packing import pack
+from weaver.engine.torch.catalog import HINT
+from weaver.engine.torch.foreign import refusing
+from weaver.engine.torch.kv_cache import CachedRow, DecodePass, PrefillPass, PromptCache, RowCache
+from weaver.engine.torch.lora import new_adapter
+from weaver.engine.torch.packing import pack
 from weaver.errors import UnsupportedError
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from weaver.engine.lora import Adapter
-    from weaver.engine.models import LoadedModel
-    from weaver.engine.packing import AttentionCache
+    from weaver.engine.torch.lora import Adapter
+    from weaver.engine.torch.models import LoadedModel
+    from weaver.engine.torch.packing import AttentionCache
 
 LENGTHS = (16, 12)
 """Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""

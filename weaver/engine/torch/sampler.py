@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from weaver.engine.admission import Admission, in_turn
 from weaver.engine.base import SampleProgress
-from weaver.engine.checkpoints import read_snapshot
-from weaver.engine.kv_cache import PrefillPass, PromptCache, RowCache
-from weaver.engine.packing import pack
-from weaver.engine.sample_jobs import RunningJob
-from weaver.engine.sampling import draw_uniforms, row_params, sample
-from weaver.engine.softmax import token_scores
-from weaver.engine.store import ModelStore, PublishedWeights
+from weaver.engine.torch.admission import Admission, in_turn
+from weaver.engine.torch.checkpoints import read_snapshot
+from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
+from weaver.engine.torch.packing import pack
+from weaver.engine.torch.sample_jobs import RunningJob
+from weaver.engine.torch.sampling import draw_uniforms, row_params, sample
+from weaver.engine.torch.softmax import token_scores
+from weaver.engine.torch.store import ModelStore, PublishedWeights
 from weaver.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import SampleJob, WeightSnapshot
-    from weaver.engine.models import LoadedModel
-    from weaver.engine.sample_jobs import Row
-    from weaver.engine.sampling import RowParams
+    from weaver.engine.torch.models import LoadedModel
+    from weaver.engine.torch.sample_jobs import Row
+    from weaver.engine.torch.sampling import RowParams
 
 MAX_ROWS = 64
 KV_TOKENS = 2**15

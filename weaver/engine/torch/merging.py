@@ -14,18 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
-from weaver.engine.adapters import read_adapter, read_json
-from weaver.engine.lora import adapter_from_tensors
-from weaver.engine.models import read_module, without_progress_bars
-from weaver.engine.weight_files import CONFIG, INDEX, WEIGHTS, folder_of, tied_weights
+from weaver.engine.torch.adapters import read_adapter, read_json
+from weaver.engine.torch.lora import adapter_from_tensors
+from weaver.engine.torch.models import read_module, without_progress_bars
+from weaver.engine.torch.weight_files import CONFIG, INDEX, WEIGHTS, folder_of, tied_weights
 from weaver.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weaver.engine.catalog import ModelFacts
-    from weaver.engine.lora import Adapter, LoraPair
+    from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.lora import Adapter, LoraPair
 
 BESIDE = {".json", ".jinja", ".txt", ".model"}
 """Of the files that are copied: the tokenizer and the generation settings."""

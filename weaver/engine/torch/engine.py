@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.engine.catalog import Catalog
-from weaver.engine.merging import merge_adapter
-from weaver.engine.prompts import encode_prompt
-from weaver.engine.sampler import TorchSampler
-from weaver.engine.store import ModelStore
-from weaver.engine.trainer import TorchTrainer
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.merging import merge_adapter
+from weaver.engine.torch.prompts import encode_prompt
+from weaver.engine.torch.sampler import TorchSampler
+from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weaver.engine.lora import Routing
+    from weaver.engine.torch.lora import Routing
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512

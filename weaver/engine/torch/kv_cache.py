@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from weaver.engine.packing import Heads
+from weaver.engine.torch.packing import Heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from weaver.engine.adapters import (
+from weaver.engine.base import WeightSnapshot
+from weaver.engine.torch.adapters import (
     CONFIG,
     corrupt,
     read_adapter,
@@ -27,8 +28,7 @@ from weaver.engine.adapters import (
     read_tensors,
     write_adapter,
 )
-from weaver.engine.base import WeightSnapshot
-from weaver.engine.models import (
+from weaver.engine.torch.models import (
     check_finite,
     check_weights,
     read_module,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weaver.engine.catalog import ModelFacts
-    from weaver.engine.runs import Run
+    from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.runs import Run
 
 STATE = "weaver_state.json"
 OPTIMIZER = "optimizer.safetensors"

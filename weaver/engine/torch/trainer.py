@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
 
-from weaver.engine.checkpoints import read_checkpoint, write_checkpoint
-from weaver.engine.foreign import is_out_of_memory
-from weaver.engine.logprobs import Queries, target_scores
-from weaver.engine.lora import choose_targets, new_adapter
-from weaver.engine.models import check_finite
-from weaver.engine.objective import Objective
-from weaver.engine.packing import pack, plan_passes
-from weaver.engine.runs import Run, added
+from weaver.engine.torch.checkpoints import read_checkpoint, write_checkpoint
+from weaver.engine.torch.foreign import is_out_of_memory
+from weaver.engine.torch.logprobs import Queries, target_scores
+from weaver.engine.torch.lora import choose_targets, new_adapter
+from weaver.engine.torch.models import check_finite
+from weaver.engine.torch.objective import Objective
+from weaver.engine.torch.packing import pack, plan_passes
+from weaver.engine.torch.runs import Run, added
 from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import GradientJob, WeightSnapshot
-    from weaver.engine.logprobs import Scores
-    from weaver.engine.packing import Share
-    from weaver.engine.store import ModelStore
+    from weaver.engine.torch.logprobs import Scores
+    from weaver.engine.torch.packing import Share
+    from weaver.engine.torch.store import ModelStore
     from weaver.errors import WeaverError
     from weaver.types import AdamParams, TrainingMode
 

@@ -11,8 +11,8 @@ from weaver.engine.base import WeightSnapshot
 from weaver.errors import NoGradientsError, NonFiniteError
 
 if TYPE_CHECKING:
-    from weaver.engine.lora import Adapter
-    from weaver.engine.models import LoadedModel
+    from weaver.engine.torch.lora import Adapter
+    from weaver.engine.torch.models import LoadedModel
     from weaver.types import AdamParams, LoraConfig
 
 
