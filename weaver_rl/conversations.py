@@ -15,8 +15,8 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from weaver.checks import check_length
 from weaver.errors import ConfigError, InvalidRequestError
-from weaver.loss_specs import check_length
 from weaver.tokenizers import encode_text, end_tokens, render_chat
 from weaver.types import Datum, ModelInput
 from weaver_rl.encoding import encode_split

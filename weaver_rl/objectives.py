@@ -23,8 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from weaver.checks import check_loss
 from weaver.errors import ConfigError, nearest
-from weaver.loss_specs import check_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

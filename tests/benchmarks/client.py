@@ -20,9 +20,9 @@ import anyio
 
 from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum, ServiceClient
+from weaver.checks import check_loss
 from weaver.client import embedded
 from weaver.engine.base import GradientJob
-from weaver.loss_specs import check_loss
 from weaver.server.service import LocalService
 from weaver.types import AdamParams, LoraConfig
 

@@ -18,11 +18,11 @@ import peft
 import torch
 import transformers
 
+from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.loss_specs import check_loss
 from weaver.types import AdamParams, Datum, LoraConfig, ModelInput
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
+from weaver.checks import check_datums
 from weaver.engine.base import GradientJob
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.loss_specs import check_datums
 from weaver.types import Datum, ForwardBackwardResult, LoraConfig, ModelInput, TrainingMode
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.fake_engine import FakeEngine
 from tests.fake_engine.model import BASE, EOS
+from weaver.checks import check_loss
 from weaver.engine.base import GradientJob, SampleJob
-from weaver.loss_specs import check_loss
 from weaver.types import AdamParams, Datum, ForwardBackwardResult, SampleResult, SamplingParams
 
 if TYPE_CHECKING:

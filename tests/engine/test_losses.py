@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.conftest import datum, job
-from weaver.engine.torch import losses
+from weaver.checks import check_loss, make_loss
 from weaver.engine.torch.logprobs import Scores
-from weaver.engine.torch.objective import RATIO_LOSSES, Objective
-from weaver.loss_specs import LOSS_SPECS, check_loss
+from weaver.engine.torch.objective import Objective
+from weaver.losses import LOSSES, Loss, RatioLoss, TokenLoss, Tokens, kl_estimates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LENGTHS = (1, 7, 4, 12)
+RATIO_LOSSES = {name for name, loss in LOSSES.items() if issubclass(loss, RatioLoss)}
 
 
 @dataclass
@@ -76,6 +78,19 @@ def engine_form(
     return total.item(), gradient.numpy(), objective.metrics()
 
 
+def formula(
+    loss_fn: str, lp: torch.Tensor, q: torch.Tensor, A: torch.Tensor, **options: float
+) -> TokenLoss:
+    """The loss of the tokens of one datum, all of which are counted."""
+    tokens = Tokens(
+        lp=lp,
+        inputs={"logprobs": q, "advantages": A},
+        counted=torch.ones(len(lp), dtype=torch.bool),
+        datum=torch.zeros(len(lp), dtype=torch.int64),
+    )
+    return make_loss(loss_fn, check_loss(loss_fn, options)).per_token(tokens)
+
+
 # --- the numpy forms: value and derivative by lp of each token, before weights ------------------
 
 
@@ -123,7 +138,7 @@ def np_dro(c: Case, beta: float = 0.05) -> tuple[Array, Array]:
 
 def np_weighted(c: Case, loss_fn: str, config: Mapping[str, Any]) -> tuple[float, Array]:
     """Σ w·value and its gradient; GSPO, whose gradient mixes tokens, is written out here."""
-    options = {k: v for k, v in config.items() if k in LOSS_SPECS[loss_fn].options}
+    options = {k: v for k, v in config.items() if k in LOSSES[loss_fn].options()}
     entropy_coef, kl_coef = options.pop("entropy_coef", 0.0), options.pop("kl_coef", 0.0)
     if loss_fn == "gspo":
         return np_gspo(c, **options)
@@ -202,8 +217,21 @@ def test_value_and_gradient_equal_the_numpy_form(
 
 
 def test_every_specified_loss_is_here_and_no_other() -> None:
-    assert {*RATIO_LOSSES, "cross_entropy", "surrogate"} == set(LOSS_SPECS)
-    assert {name for name, _ in CONFIGS} == set(LOSS_SPECS)
+    assert RATIO_LOSSES == set(LOSSES) - {"cross_entropy", "surrogate"}
+    assert {name for name, _ in CONFIGS} == set(LOSSES)
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_the_page_on_losses_has_its_options_and_defaults(loss_fn: str) -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "losses.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| `{loss_fn}` |"))
+    for name, option in LOSSES[loss_fn].options().items():
+        if name in Loss.options():
+            continue
+        if option.default:
+            assert f"`{name}` {option.default:g}" in row
+        else:
+            assert f"`{name}`" in row or "the above" in row
 
 
 def test_ratio_metrics_equal_the_numpy_form() -> None:
@@ -238,32 +266,23 @@ def test_ratio_metrics_equal_the_numpy_form() -> None:
     ],
 )
 def test_ppo_golden_numbers(lp: float, q: float, A: float, expected: float) -> None:
-    token = losses.ppo(
-        torch.tensor([lp]), torch.tensor([q]), torch.tensor([A]), **CLIP, dual_clip=3.0
-    )
+    lp_T, q_T, A_T = (torch.tensor([value]) for value in (lp, q, A))
+    token = formula("ppo", lp_T, q_T, A_T, **CLIP, dual_clip=3.0)
     assert token.value.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_golden_numbers_of_the_other_losses() -> None:
     lp, q, A = torch.tensor([-1.0, -0.5]), torch.tensor([-1.5, -0.5]), torch.tensor([2.0, -1.0])
     e = math.exp(0.5)
-    both = torch.tensor([True, True])
+    gspo = {"clip_low_threshold": 0.5, "clip_high_threshold": 1.1}
     found = {
-        "cross_entropy": losses.cross_entropy(lp),
-        "importance_sampling": losses.importance_sampling(lp, q, A).value,
-        "truncated": losses.importance_sampling(lp, q, A, ratio_cap=1.25).value,
-        "cispo": losses.cispo(lp, q, A, **CLIP).value,
-        "gspo": losses.gspo(
-            lp,
-            q,
-            A,
-            counted=both,
-            lengths=torch.tensor([2]),
-            clip_low_threshold=0.5,
-            clip_high_threshold=1.1,
-        ).value,
-        "dro": losses.dro(lp, q, A, beta=0.4).value,
-        "surrogate": losses.surrogate(lp, A),
+        "cross_entropy": formula("cross_entropy", lp, q, A),
+        "importance_sampling": formula("importance_sampling", lp, q, A),
+        "truncated": formula("importance_sampling", lp, q, A, ratio_cap=1.25),
+        "cispo": formula("cispo", lp, q, A, **CLIP),
+        "gspo": formula("gspo", lp, q, A, **gspo),
+        "dro": formula("dro", lp, q, A, beta=0.4),
+        "surrogate": formula("surrogate", lp, q, A),
     }
     expected = {
         "cross_entropy": [1.0, 0.5],
@@ -272,28 +291,22 @@ def test_golden_numbers_of_the_other_losses() -> None:
         "cispo": [2.4, -0.5],
         "gspo": [-2.2, math.exp(0.25)],
         "dro": [2.0 + 0.05, -0.5],
-        "surrogate": [-2.0, 0.5],
+        "surrogate": [-1.0, -0.5],  # its weight is the coefficient
     }
     for name, values in expected.items():
-        assert found[name].tolist() == pytest.approx(values, rel=1e-6), name
+        assert found[name].value.tolist() == pytest.approx(values, rel=1e-6), name
 
 
 @pytest.mark.parametrize("ratio", [3.0, 1.0, 0.5, 0.1, 1e-3])
 def test_cispo_lets_go_of_what_the_policy_has_left(ratio: float) -> None:
-    options = check_loss("cispo", None)
-    low, high = (float(options[f"clip_{side}_threshold"]) for side in ("low", "high"))
     lp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    token = losses.cispo(
-        lp, torch.zeros(1), -torch.ones(1), clip_low_threshold=low, clip_high_threshold=high
-    )
+    token = formula("cispo", lp, torch.zeros(1), -torch.ones(1))
     (slope,) = torch.autograd.grad(token.value.sum(), lp)
     assert slope.item() == pytest.approx(ratio, rel=1e-6)
 
 
 def test_gspo_clips_where_its_paper_does() -> None:
-    options = check_loss("gspo", None)
-    low, high = (float(options[f"clip_{side}_threshold"]) for side in ("low", "high"))
-    q, both, length = torch.full((2,), -1.0).double(), torch.ones(2).bool(), torch.tensor([2])
+    q = torch.full((2,), -1.0).double()
     for moved, A, learns in (
         (3e-4, 1.0, True),
         (5e-4, 1.0, False),
@@ -302,15 +315,7 @@ def test_gspo_clips_where_its_paper_does() -> None:
         (-4e-4, 1.0, True),
     ):
         lp = (q + moved).requires_grad_()
-        token = losses.gspo(
-            lp,
-            q,
-            torch.full((2,), A),
-            counted=both,
-            lengths=length,
-            clip_low_threshold=low,
-            clip_high_threshold=high,
-        )
+        token = formula("gspo", lp, q, torch.full((2,), A))
         (slope,) = torch.autograd.grad(token.value.sum(), lp)
         assert bool(slope.any()) is learns
 
@@ -337,7 +342,7 @@ def test_tokens_of_weight_zero_cannot_be_felt(loss_fn: str) -> None:
     assert (gradient[masked] == 0).all()
 
 
-@pytest.mark.parametrize("loss_fn", sorted(set(LOSS_SPECS) - {"surrogate"}))
+@pytest.mark.parametrize("loss_fn", sorted(set(LOSSES) - {"surrogate"}))
 @pytest.mark.parametrize("reduction", [{}, {"reduction": "sum"}])
 def test_no_weight_at_all_is_exactly_zero(loss_fn: str, reduction: dict[str, Any]) -> None:
     case = make_case(loss_fn)
@@ -369,15 +374,14 @@ def test_on_policy_all_ratio_losses_share_the_policy_gradient(
     """At r = 1 each has the gradient -A: the sign is right and no clip is felt."""
     q, a = torch.tensor([lp], dtype=torch.float64), torch.tensor([A], dtype=torch.float64)
     x = q.clone().requires_grad_()
-    one, length = torch.tensor([True]), torch.tensor([1])
     clip = {"clip_low_threshold": low, "clip_high_threshold": high}
     tokens = [
-        losses.importance_sampling(x, q, a),
-        losses.importance_sampling(x, q, a, ratio_cap=1.0),
-        losses.ppo(x, q, a, **clip, dual_clip=2.0),
-        losses.cispo(x, q, a, **clip),
-        losses.gspo(x, q, a, counted=one, lengths=length, **clip),
-        losses.dro(x, q, a, beta=0.5),
+        formula("importance_sampling", x, q, a),
+        formula("importance_sampling", x, q, a, ratio_cap=1.0),
+        formula("ppo", x, q, a, **clip, dual_clip=2.0),
+        formula("cispo", x, q, a, **clip),
+        formula("gspo", x, q, a, **clip),
+        formula("dro", x, q, a, beta=0.5),
     ]
     for token in tokens:
         (slope,) = torch.autograd.grad(token.value.sum(), x)
@@ -385,7 +389,7 @@ def test_on_policy_all_ratio_losses_share_the_policy_gradient(
         assert not token.clipped.any()
 
 
-@given(st.permutations(range(len(LENGTHS))), st.sampled_from(sorted(LOSS_SPECS)))
+@given(st.permutations(range(len(LENGTHS))), st.sampled_from(sorted(LOSSES)))
 def test_the_order_of_datums_does_not_matter(order: list[int], loss_fn: str) -> None:
     case = make_case(loss_fn)
     starts = np.cumsum((0, *LENGTHS))
@@ -403,8 +407,8 @@ def test_the_order_of_datums_does_not_matter(order: list[int], loss_fn: str) -> 
 @given(st.floats(-5, 5))
 def test_kl_estimates_are_zero_on_policy_and_k2_and_k3_never_negative(gap: float) -> None:
     lp, q = torch.tensor([gap], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    k1, k2, k3 = losses.kl_estimates(lp, q)
+    k1, k2, k3 = kl_estimates(lp, q)
     assert k1.item() == pytest.approx(-gap)
     assert k2.item() >= 0
     assert k3.item() >= 0
-    assert all(k.item() == 0 for k in losses.kl_estimates(q, q))
+    assert all(k.item() == 0 for k in kl_estimates(q, q))

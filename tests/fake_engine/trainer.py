@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.fake_engine.model import BASE, VOCAB, Floats, log_softmax, logits, read_weights
+from weaver.checks import weights_of
 from weaver.engine.base import WeightSnapshot
 from weaver.errors import NoGradientsError, NonFiniteError, UnsupportedError, WeaverError
-from weaver.loss_specs import weights_of
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, OptimStepResult
 
@@ -39,7 +39,7 @@ class _Run:
 
 
 def _token_losses(datum: Datum, lp: Floats, job: GradientJob) -> tuple[Floats, Floats]:
-    """Per-token losses [T] and their derivatives by `lp` [T]; see `weaver.loss_specs`."""
+    """Per-token losses [T] and their derivatives by `lp` [T]; see `weaver.losses`."""
     data = {name: value.to_numpy().astype(float) for name, value in datum.loss_fn_inputs.items()}
     options = {k: float(v) for k, v in job.loss_fn_config.items() if not isinstance(v, str)}
     if job.loss_fn == "surrogate":

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rl.helpers import group, rollout, segment
-from weaver.engine.torch import losses
-from weaver.loss_specs import check_datums
+from weaver.checks import check_datums
+from weaver.losses import Gspo, Tokens
 from weaver_rl import datums
 from weaver_rl.objectives import LOSSES, Aggregate, Behaviour, Objective
 from weaver_rl.types import Group, Segment
@@ -249,15 +249,13 @@ def gspo(batch: list[datums.Example], now: list[np.ndarray]) -> tuple[float, lis
         torch.tensor(np.concatenate([getattr(e, name) for e in batch]))
         for name in ("q", "advantages", "weights", "mask")
     )
-    token = losses.gspo(
-        lp,
-        q,
-        A,
+    tokens = Tokens(
+        lp=lp,
+        inputs={"logprobs": q, "advantages": A},
         counted=mask > 0,
-        lengths=torch.tensor([len(lp)]),
-        clip_low_threshold=0.5,
-        clip_high_threshold=2.0,
+        datum=torch.zeros(len(lp), dtype=torch.int64),
     )
+    token = Gspo(clip_low_threshold=0.5, clip_high_threshold=2.0).per_token(tokens)
     loss = (w * token.value).sum()
     (gradient,) = torch.autograd.grad(loss, lp)
     return loss.item(), gradient.tolist()

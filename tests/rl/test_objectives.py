@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weaver.errors import ConfigError, InvalidLossConfigError
-from weaver.loss_specs import LOSS_SPECS
+from weaver.losses import LOSSES as ALL
 from weaver.types import SamplingParams
 from weaver_rl.objectives import (
     LOSSES,
@@ -19,7 +19,7 @@ from weaver_rl.plan import Plan
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_name_is_a_loss_of_the_engine(name: str) -> None:
     objective = Plan(steps=1, objective=name).loss
-    assert name in LOSS_SPECS
+    assert name in ALL
     assert objective == Objective(loss_fn=name)
     assert Plan(steps=1, objective=objective).loss is objective
 

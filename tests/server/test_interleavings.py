@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
+from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.errors import NonFiniteError
-from weaver.loss_specs import check_loss
 from weaver.protocol import ForwardBackward, OptimStep
 from weaver.server.service import LocalService
 

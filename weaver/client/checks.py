@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from weaver.checks import check_tokens
 from weaver.errors import InvalidDatumError, InvalidNameError, InvalidParamsError
-from weaver.loss_specs import check_tokens
 from weaver.types import CheckpointInfo, Message, ModelInput, Value, check_text
 
 if TYPE_CHECKING:

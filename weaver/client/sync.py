@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from weaver import types
+    from weaver.checks import LossConfig
     from weaver.client.checks import CheckpointPath, Prompt, Prompts
     from weaver.client.custom_loss import CustomLoss
-    from weaver.loss_specs import LossConfig
 
 Now = Literal[True]
 Later = Literal[False]

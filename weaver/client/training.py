@@ -11,22 +11,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weaver import protocol, types
+from weaver.checks import check_datums
 from weaver.client import custom_loss
 from weaver.client.checks import as_path, as_value
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer
 from weaver.errors import InvalidRequestError
-from weaver.loss_specs import check_datums
 from weaver.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weaver.checks import LossConfig
     from weaver.client.checks import CheckpointPath
     from weaver.client.custom_loss import CustomLoss
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
-    from weaver.loss_specs import LossConfig
     from weaver.tokenizers import PreTrainedTokenizer
 
 GRADIENTS = Answer(protocol.GradientsDone, lambda result: result.output)
@@ -76,7 +76,7 @@ class AsyncTrainingClient:
         """Computes a loss and adds its gradient to what the next `optim_step` applies.
 
         Several calls before one step accumulate. The losses, their inputs and options are those of
-        `weaver.loss_specs`, explained on the docs page on losses.
+        `weaver.losses`, explained on the docs page on losses.
 
         Returns:
             `metrics["loss"]` and more; `loss_fn_outputs[i]["logprobs"]`, float32 [T], for datum i.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.errors import (
     CheckpointMismatchError,
@@ -13,7 +14,6 @@ from weaver.errors import (
     UnsupportedError,
     WeaverError,
 )
-from weaver.loss_specs import check_loss
 from weaver.protocol import (
     CheckpointLoaded,
     CheckpointSaved,

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weaver.checks import check_tokens
 from weaver.engine.base import SampleJob, SampleProgress
 from weaver.errors import (
     CheckpointMismatchError,
@@ -23,7 +24,6 @@ from weaver.errors import (
     TokenOutOfRangeError,
     WeaverError,
 )
-from weaver.loss_specs import check_tokens
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.attempt import attempt
 from weaver.server.checkpoints import MANIFEST, SCHEME

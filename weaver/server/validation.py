@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weaver.checks import check_datums
 from weaver.errors import InvalidRequestError, WeaverError
-from weaver.loss_specs import check_datums
 from weaver.protocol import (
     ForwardBackward,
     LoadCheckpoint,

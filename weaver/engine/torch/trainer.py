@@ -217,7 +217,7 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> 
     lengths = [sum(t.job.datums[i].model_input.length for i in s.datums) for t, s in alive]
     queries = Queries(
         targets=torch.cat([o.targets(i) for o, i in objectives]).to(device),
-        temperature=torch.tensor([o.temperature for o, _ in objectives])
+        temperature=torch.tensor([o.loss.temperature for o, _ in objectives])
         .repeat_interleave(torch.tensor(lengths))
         .to(device),
         active=torch.cat([o.active(i) for o, i in objectives]).to(device),
@@ -227,8 +227,8 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> 
         model.hidden_states(batch),
         batch,
         queries=queries,
-        entropy=any(o.needs_entropy for o, _ in objectives),
-        entropy_gradient=any(o.entropy_coef != 0 for o, _ in objectives),
+        entropy=any(o.loss.reads_entropy for o, _ in objectives),
+        entropy_gradient=any(o.loss.trains_entropy for o, _ in objectives),
     )
     losses: list[torch.Tensor] = []
     healthy: list[_Task] = []

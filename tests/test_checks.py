@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from weaver.checks import check_datums, check_loss, weights_of
 from weaver.errors import (
     ContextLengthError,
     InvalidDatumError,
@@ -12,7 +13,7 @@ from weaver.errors import (
     UnknownLossError,
     WeaverError,
 )
-from weaver.loss_specs import LOSS_SPECS, check_datums, check_loss, weights_of
+from weaver.losses import LOSSES
 from weaver.types import Datum, ModelInfo
 
 MODEL = ModelInfo(
@@ -105,9 +106,9 @@ def test_bad_data(datums: object, loss: str, error: type[WeaverError]) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("loss", LOSS_SPECS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_good_data_passes_every_loss(loss: str) -> None:
-    inputs = {name: [0.5] * 3 for name in LOSS_SPECS[loss].required if name != "target_tokens"}
+    inputs = {name: [0.5] * 3 for name in LOSSES[loss].inputs if name != "target_tokens"}
     assert check_datums([datum(**inputs)], loss, model=MODEL)
 
 

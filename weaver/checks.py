@@ -1,12 +1,13 @@
-"""What every loss needs and which options it has: the table behind client and service validation.
+"""What is checked of a batch before it is queued: its loss and options, its data, its tokens.
 
-`weaver.engine.torch.losses` holds a function for each name. All inputs have shape [T].
+Clients and the service call it with the same arguments and get the same errors. What a loss takes
+is said in its class, in `weaver.losses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,51 +19,14 @@ from weaver.errors import (
     UnknownLossError,
     nearest,
 )
-from weaver.types import Datum, ModelInfo
+from weaver.losses import LOSSES, REDUCTIONS, Loss
+from weaver.types import Datum
+
+if TYPE_CHECKING:
+    from weaver.losses import Option
+    from weaver.types import ModelInfo
 
 LossConfig = Mapping[str, float | str]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A number with its bounds; `minimum` is exclusive where `open_minimum`."""
-
-    default: float | None
-    minimum: float | None = None
-    open_minimum: bool = False
-
-
-POSITIVE = Option(None, 0.0, open_minimum=True)
-COMMON = {"temperature": Option(1.0, 0.0, open_minimum=True), "denominator": POSITIVE}
-TRUNCATION = {"ratio_cap": POSITIVE, "entropy_coef": Option(0.0), "kl_coef": Option(0.0)}
-RATIO_INPUTS = ("target_tokens", "logprobs", "advantages")
-REDUCTIONS = ("mean", "sum")
-WEIGHT_NAMES = ("weights", "loss_mask")
-
-
-def _clip(low: float, high: float) -> dict[str, Option]:
-    return {"clip_low_threshold": Option(low, 0.0), "clip_high_threshold": Option(high, 0.0)}
-
-
-@dataclass(frozen=True, slots=True)
-class LossSpec:
-    required: tuple[str, ...]
-    options: Mapping[str, Option] = field(default_factory=dict)
-    weighted: bool = True
-    """Takes `weights` (or `loss_mask`); 1 where absent."""
-
-
-LOSS_SPECS: Mapping[str, LossSpec] = {
-    "cross_entropy": LossSpec(("target_tokens",)),
-    "importance_sampling": LossSpec(RATIO_INPUTS, TRUNCATION),
-    "ppo": LossSpec(
-        RATIO_INPUTS, {**_clip(0.8, 1.2), **TRUNCATION, "dual_clip": Option(None, 1.0, True)}
-    ),
-    "cispo": LossSpec(RATIO_INPUTS, _clip(0.0, 4.0)),
-    "gspo": LossSpec(RATIO_INPUTS, _clip(1 - 3e-4, 1 + 4e-4)),
-    "dro": LossSpec(RATIO_INPUTS, {"beta": Option(0.05, 0.0)}),
-    "surrogate": LossSpec(("target_tokens", "surrogate_weights"), weighted=False),
-}
 
 
 def check_loss(loss_fn: str, config: LossConfig | None) -> dict[str, float | str]:
@@ -72,17 +36,17 @@ def check_loss(loss_fn: str, config: LossConfig | None) -> dict[str, float | str
         UnknownLossError: no loss has that name.
         InvalidLossConfigError: an unknown option, or a value out of its bounds.
     """
-    if not isinstance(loss_fn, str) or loss_fn not in LOSS_SPECS:
+    if not isinstance(loss_fn, str) or loss_fn not in LOSSES:
         raise UnknownLossError(
             f"no loss is called {loss_fn!r}.",
             field="loss_fn",
-            hint=nearest(str(loss_fn), LOSS_SPECS),
+            hint=nearest(str(loss_fn), LOSSES),
         )
     if config is not None and not isinstance(config, Mapping):
         raise InvalidLossConfigError(
             f"is {config!r}.", field="loss_fn_config", hint='Pass a mapping, {"temperature": 1.0}.'
         )
-    options = {**COMMON, **LOSS_SPECS[loss_fn].options}
+    options = LOSSES[loss_fn].options()
     given = {name: value for name, value in (config or {}).items() if value is not None}
     reduction = given.pop("reduction", None)
     if reduction not in (None, *REDUCTIONS):
@@ -98,12 +62,7 @@ def check_loss(loss_fn: str, config: LossConfig | None) -> dict[str, float | str
     filled: dict[str, float | str] = {"reduction": reduction or "mean"}
     filled |= {name: o.default for name, o in options.items() if o.default is not None}
     filled |= {name: _number(name, value, options[name]) for name, value in given.items()}
-    if float(filled.get("clip_low_threshold", 0)) > float(filled.get("clip_high_threshold", 0)):
-        raise InvalidLossConfigError(
-            "clip_low_threshold is above clip_high_threshold.",
-            field="loss_fn_config",
-            hint="Both are absolute ratios, such as 0.8 and 1.2.",
-        )
+    make_loss(loss_fn, filled)
     if "denominator" in filled and reduction is not None:
         raise InvalidLossConfigError(
             "reduction and denominator exclude each other.",
@@ -111,6 +70,11 @@ def check_loss(loss_fn: str, config: LossConfig | None) -> dict[str, float | str
             hint="Give the denominator alone.",
         )
     return filled
+
+
+def make_loss(loss_fn: str, config: LossConfig) -> Loss:
+    """The loss with the options that `check_loss` filled in."""
+    return LOSSES[loss_fn](**config)  # type: ignore[arg-type]
 
 
 def check_datums(
@@ -134,18 +98,18 @@ def check_datums(
         )
     if not datums:
         raise InvalidDatumError("is empty.", field="datums", hint="Pass at least one Datum.")
-    spec = LOSS_SPECS[loss_fn]
+    loss = LOSSES[loss_fn]
     for i, datum in enumerate(datums):
         if not isinstance(datum, Datum):
             raise InvalidDatumError(
                 f"is a {type(datum).__name__}.", field=f"datums[{i}]", hint="Pass types.Datum."
             )
-        _check_datum(datum, f"datums[{i}]", loss_fn, spec)
+        _check_datum(datum, f"datums[{i}]", loss)
         check_tokens(datum.model_input.to_ints(), model, field=f"datums[{i}].model_input")
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
         check_tokens(targets, model, field=f"datums[{i}].loss_fn_inputs['target_tokens']")
-    if spec.weighted and filled["reduction"] == "mean" and "denominator" not in filled:
-        total = sum(float(weights_of(datum).sum()) for datum in datums)
+    if loss.averaged and filled["reduction"] == "mean" and "denominator" not in filled:
+        total = sum(float(weights_of(datum, loss).sum()) for datum in datums)
         if total < 0:
             raise InvalidDatumError(
                 f"the weights sum to {total:g}, so their mean has no meaning.",
@@ -155,9 +119,11 @@ def check_datums(
     return filled
 
 
-def weights_of(datum: Datum) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def weights_of(
+    datum: Datum, loss: type[Loss] | Loss = Loss
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """The weights of a datum, float32 [T]; 1 where it has none."""
-    for name in WEIGHT_NAMES:
+    for name in loss.weights:
         if name in datum.loss_fn_inputs:
             return datum.loss_fn_inputs[name].to_numpy()
     return np.ones(datum.model_input.length, dtype=np.float32)
@@ -198,20 +164,20 @@ def check_length(length: int, context: int, *, field: str, max_new_tokens: int =
         )
 
 
-def _check_datum(datum: Datum, where: str, loss_fn: str, spec: LossSpec) -> None:
+def _check_datum(datum: Datum, where: str, loss: type[Loss]) -> None:
     inputs = datum.loss_fn_inputs
-    missing = [name for name in spec.required if name not in inputs]
+    missing = [name for name in loss.inputs if name not in inputs]
     if missing:
         raise InvalidDatumError(
-            f"{loss_fn} needs {missing[0]!r}.",
+            f"{loss.name} needs {missing[0]!r}.",
             field=f"{where}.loss_fn_inputs",
-            hint=f"It takes {', '.join(spec.required)}.",
+            hint=f"It takes {', '.join(loss.inputs)}.",
         )
-    known = (*spec.required, *(WEIGHT_NAMES if spec.weighted else ()))
+    known = dict.fromkeys((*loss.inputs, *loss.weights))
     for name, data in inputs.items():
         if name not in known:
             raise InvalidDatumError(
-                f"{loss_fn} takes no input {name!r}.",
+                f"{loss.name} takes no input {name!r}.",
                 field=f"{where}.loss_fn_inputs",
                 hint=nearest(name, known),
             )
@@ -229,24 +195,21 @@ def _check_datum(datum: Datum, where: str, loss_fn: str, spec: LossSpec) -> None
                 field=f"{where}.loss_fn_inputs[{name!r}]",
                 hint="Values must be finite.",
             )
-    if all(name in inputs for name in WEIGHT_NAMES):
+    if len(given := [name for name in loss.weights if name in inputs]) > 1:
         raise InvalidDatumError(
-            "weights and loss_mask are two names of one input.",
+            f"{' and '.join(given)} are two names of one input.",
             field=f"{where}.loss_fn_inputs",
             hint="Give one of them.",
         )
 
 
 def _number(name: str, value: object, option: Option) -> float:
-    low = option.minimum
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         raise InvalidLossConfigError(
             f"is {value!r}.", field=f"loss_fn_config.{name}", hint="Pass a finite number."
         )
-    if low is not None and (value < low or (option.open_minimum and value == low)):
+    if wrong := option.wrong(value):
         raise InvalidLossConfigError(
-            f"is {value!r}.",
-            field=f"loss_fn_config.{name}",
-            hint=f"Must be {'above' if option.open_minimum else 'at least'} {low:g}.",
+            f"is {value!r}.", field=f"loss_fn_config.{name}", hint=f"Must be {wrong}."
         )
     return float(value)
