@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weaver.engine.torch.softmax import scored
+from weaver.engine.torch.logprobs import scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -165,7 +165,7 @@ def test_a_model_whose_tokens_see_other_sequences_is_refused(
             *heads[:3], is_causal=True, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setattr("weaver.engine.torch.attention.packed_attention", leak)
+    monkeypatch.setattr("weaver.engine.torch.packing.packed_attention", leak)
     engine = TorchEngine({"tiny": model_folder("llama")})
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)

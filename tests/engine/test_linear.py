@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import linear
 
 from weaver.engine.torch import linear as linear_module
-from weaver.engine.torch.linear import PREPACK_MIN_SIZE, FrozenLinear, prepackable
-from weaver.engine.torch.lora import Adapter, LoraPair, Routing
+from weaver.engine.torch.linear import PREPACK_MIN_SIZE, FrozenLinear, Routing, prepackable
+from weaver.engine.torch.lora import Adapter, LoraPair
 from weaver.errors import EngineError
 
 SMALL, LARGE = (24, 40), (384, 520)

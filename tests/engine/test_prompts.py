@@ -11,7 +11,7 @@ from tests.zoo import TOKENIZERS
 from tests.zoo.tokenizers import CHATML
 from weaver import ServiceClient
 from weaver.engine.torch.engine import TorchEngine
-from weaver.engine.torch.prompts import encode_prompt
+from weaver.engine.torch.text import encode_prompt
 from weaver.errors import (
     ContextLengthError,
     InvalidRequestError,

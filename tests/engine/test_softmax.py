@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import weaver_rl as rl
 from tests.engine.test_sampling import draw
 from weaver import ServiceClient, types
-from weaver.engine.torch.softmax import scored, token_scores
+from weaver.engine.torch.logprobs import scored, token_scores
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:

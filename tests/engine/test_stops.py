@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from weaver.engine.torch.stops import Continuation, Stops, TextStream
+from weaver.engine.torch.text import Continuation, Stops, TextStream
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from tests.fake_engine.model import (
 )
 from weaver.engine.base import SampleProgress
 from weaver.engine.torch.admission import in_turn
-from weaver.engine.torch.drafts import Draft
-from weaver.engine.torch.stops import Stops
+from weaver.engine.torch.text import Draft, Stops
 from weaver.types import SampleDelta, SampleResult
 
 if TYPE_CHECKING:

@@ -1,21 +1,39 @@
-"""PEFT's file format for LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA adapters in PEFT's file format, and merged with their base into a whole model.
 
-Checkpoints of LoRA runs are such folders; the sampler loads folders that PEFT itself wrote too.
+Checkpoints of LoRA runs are such folders: `adapter_config.json` and `adapter_model.safetensors`;
+the sampler loads folders that PEFT itself wrote too. `TorchEngine.merge_adapter` makes exports.
+R rank; W [out, in], A [R, in], B [out, R].
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
-from weaver.engine.torch.lora import PREFIX
-from weaver.engine.torch.weight_files import stored_tensor
-from weaver.errors import CheckpointCorruptError, CheckpointMismatchError, UnsupportedError
+from weaver.engine.torch.lora import PREFIX, adapter_from_tensors
+from weaver.engine.torch.models import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    folder_of,
+    read_module,
+    stored_tensor,
+    tied_weights,
+    without_progress_bars,
+)
+from weaver.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    StorageError,
+    UnsupportedError,
+)
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -23,9 +41,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.lora import Adapter, LoraPair
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FREE = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -55,6 +75,8 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
 """Settings, and the values under which an adapter is what `Adapter` is."""
 NEUTRAL: tuple[object, ...] = (None, False, [], {})
 """The values of every other setting under which it changes nothing, and PEFT's defaults of them."""
+BESIDE = {".json", ".jinja", ".txt", ".model"}
+"""Of the files that are copied: the tokenizer and the generation settings."""
 
 
 def write_adapter(
@@ -77,9 +99,9 @@ def write_adapter(
         "use_rslora": False,
         "modules_to_save": None,
     }
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(plain, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -90,14 +112,14 @@ def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Te
         CheckpointMismatchError: it does not fit the model.
         UnsupportedError: a variant of LoRA, such as DoRA; a setting or tensor that is not known.
     """
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / ADAPTER_CONFIG)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise corrupt(folder / CONFIG, "lacks r or lora_alpha")
+        raise corrupt(folder / ADAPTER_CONFIG, "lacks r or lora_alpha")
     _check_settings(settings)
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)  # PEFT scales it by alpha / sqrt(r)
-    tensors = _lora_tensors(read_tensors(folder / WEIGHTS), facts)
+    tensors = _lora_tensors(read_tensors(folder / ADAPTER_WEIGHTS), facts)
     roles = _check_fit(tensors, rank, facts, folder)
     return tensors, LoraConfig(
         rank=rank,
@@ -161,7 +183,7 @@ def _check_fit(
         for matrix, shape in shapes.items():
             tensor = tensors.get(f"{stem}.lora_{matrix}.weight")
             if tensor is None:
-                raise corrupt(folder / WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
+                raise corrupt(folder / ADAPTER_WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
             if tuple(tensor.shape) != shape:
                 raise CheckpointMismatchError(
                     f"{stem}.lora_{matrix} has shape {list(tensor.shape)}, "
@@ -171,7 +193,7 @@ def _check_fit(
                 )
         roles.add(target.role)
     if not roles:
-        raise corrupt(folder / WEIGHTS, "has no LoRA tensors")
+        raise corrupt(folder / ADAPTER_WEIGHTS, "has no LoRA tensors")
     return roles
 
 
@@ -206,3 +228,108 @@ def corrupt(path: Path, what: str) -> CheckpointCorruptError:
     return CheckpointCorruptError(
         f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )
+
+
+def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
+    """Writes the base's files with W + scale·B·A in the adapter's layers into an empty folder.
+
+    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time,
+    or the whole model where its files name their tensors in another way than transformers does. A
+    tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
+
+    Raises:
+        CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
+        UnsupportedError: a variant of LoRA, or the base cannot be read.
+        StorageError: the disk is full or not writable.
+    """
+    tensors, config = read_adapter(adapter, facts=facts)
+    scale = config.alpha / config.rank
+    made = adapter_from_tensors(tensors, scale=scale, device=torch.device("cpu"))
+    source, untied = folder_of(facts.source), _untied(facts, tensors)
+    changed = {f"{path}.weight" for path in made.pairs}
+    try:
+        index = _index(source)
+        if changed <= index["weight_map"].keys() | untied.keys():
+            _write_shards(source, folder, made, index=index, untied=untied)
+        else:
+            _write_whole(facts, folder, made, untied=untied)
+        _copy_others(facts, source, folder)
+        if untied:
+            settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
+            (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"merging {facts.info.name} failed: {error}",
+            hint="Check the free space, and that the base model's files are complete.",
+        ) from error
+
+
+def _index(source: Path) -> dict[str, Any]:
+    """What the index of a model's shards says; also of one that is in a single file."""
+    if (source / INDEX).is_file():
+        return read_json(source / INDEX)
+    with safe_open(source / WEIGHTS, framework="pt") as file:
+        return {"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}
+
+
+def _write_shards(
+    source: Path,
+    folder: Path,
+    adapter: Adapter,
+    *,
+    index: dict[str, Any],
+    untied: Mapping[str, str],
+) -> None:
+    """`untied` maps the names of a head's tensors to those that they were tied to."""
+    for shard in sorted(set(index["weight_map"].values())):
+        weights = load_file(source / shard)
+        for head, embedding in untied.items():
+            weights.pop(head, None)
+            if embedding in weights:
+                weights[head] = weights[embedding].clone()
+                index["weight_map"][head] = shard
+        for path, pair in adapter.pairs.items():
+            if f"{path}.weight" in weights:
+                weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
+        save_file(weights, folder / shard, metadata={"format": "pt"})
+    if (source / INDEX).is_file():
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_whole(
+    facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
+) -> None:
+    dtype = facts.config.dtype or torch.float32
+    module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+    for name in untied:
+        module.config.tie_word_embeddings = False
+        owner, _, leaf = name.rpartition(".")
+        own = torch.nn.Parameter(module.get_parameter(name).detach().clone())
+        setattr(module.get_submodule(owner), leaf, own)
+    for path, pair in adapter.pairs.items():
+        layer = module.get_submodule(path)
+        layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
+    with without_progress_bars():
+        module.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
+    return (weight.float() + scale * (pair.b @ pair.a)).to(weight.dtype)
+
+
+def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        if file.suffix in BESIDE and file.name != INDEX:
+            shutil.copyfile(file, folder / file.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+        for name, content in facts.tokenizer_files().items():
+            (folder / name).write_bytes(content)
+
+
+def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
+    """All tied weights, by name, and what each was tied to, where the adapter changes one."""
+    changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
+    tied = tied_weights(facts)
+    return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}

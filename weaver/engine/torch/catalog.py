@@ -2,12 +2,16 @@
 
 `TorchEngine` asks it before anything is loaded. A name is one of the configured ones (`weaver-nano`
 always is), a local folder, or a Hugging Face id; code in a model's folder is never run.
+`weaver models download` fetches one into the cache of the hub, where every process finds it: only
+weights in safetensors and plain files, no pickles, no code. What transformers raises about a model
+passes through `refusing`, here, where models are loaded and where they are checked.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +19,26 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from weaver.engine.torch.foreign import first_line, refusing
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
-from weaver.errors import ContextLengthError, UnknownModelError, UnsupportedError
+from weaver.errors import (
+    ContextLengthError,
+    EngineError,
+    InvalidNameError,
+    ServiceConnectionError,
+    StorageError,
+    UnknownModelError,
+    UnsupportedError,
+    WeaverError,
+)
 from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from weaver.types import Message
 
@@ -36,6 +49,9 @@ HUB_TIMEOUT_S = 0.8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Without one of them transformers makes up an empty tokenizer."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+LEFT = ["*/*", "consolidated*"]
+"""Other forms of the same weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,3 +289,68 @@ def _no_tokenizer(name: str, reason: str) -> UnsupportedError:
         field="base_model",
         hint="Put tokenizer.json and tokenizer_config.json into its folder.",
     )
+
+
+def download(hub_id: str) -> tuple[ModelInfo, Path]:
+    """What the model is, and the folder of its files; refuses what cannot run before its weights.
+
+    Raises:
+        InvalidNameError: not of the form `owner/name`.
+        ServiceConnectionError: the hub is out of reach, or stopped answering.
+        UnknownModelError: the hub has no such model, or not for this user.
+        UnsupportedError: the architecture cannot run here, and why.
+        StorageError: the cache cannot be written.
+    """
+    if not re.fullmatch(HUB_ID, hub_id):
+        raise InvalidNameError(
+            f"is {hub_id[:200]!r}.", field="id", hint="Give a Hugging Face id: owner/name."
+        )
+    if only_here(hub_id):
+        raise _out_of_reach("it cannot be reached")
+    info = Catalog({hub_id: hub_id}, allow_paths=False).facts(hub_id).info
+    try:
+        return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise _out_of_reach(str(error).strip().split("\n", 1)[0][:200]) from error
+    except OSError as error:
+        raise StorageError(
+            f"{hub_id} cannot be kept in {constants.HF_HUB_CACHE}: {error}",
+            hint="Free some space, or choose another place with HF_HOME; then go on as before.",
+        ) from error
+
+
+def _out_of_reach(reason: str) -> ServiceConnectionError:
+    return ServiceConnectionError(
+        f"the Hugging Face hub at {constants.ENDPOINT}: {reason}.",
+        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or copy the model's folder here "
+        "and name that.",
+    )
+
+
+@contextmanager
+def refusing(what: str, *, hint: str) -> Iterator[None]:
+    """Makes an UnsupportedError, `what` and the reason, of whatever is raised within.
+
+    Errors of ours that have a reason already pass, and those for want of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, WeaverError) and not isinstance(error, EngineError)
+        if ours or is_out_of_memory(error):
+            raise
+        raise UnsupportedError(
+            f"{what}: {first_line(error)}", field="base_model", hint=hint
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of this machine or of the device."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What was raised, in at most 200 characters of one line."""
+    return str(error).strip().split("\n", 1)[0][:200] or type(error).__name__

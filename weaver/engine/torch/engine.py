@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.torch.adapters import merge_adapter
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.merging import merge_adapter
-from weaver.engine.torch.prompts import encode_prompt
 from weaver.engine.torch.sampler import TorchSampler
-from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.store import DTYPES, ModelStore
+from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import ConfigError
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.types import Message, ModelInfo
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TorchEngine:

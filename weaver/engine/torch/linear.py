@@ -1,7 +1,7 @@
 """The seam through which every frozen projection passes, with LoRA of several adapters by rows.
 
-`FrozenLinear` replaces the linear layers of a frozen base model. Shapes: N rows, R rank; x [N, in],
-weight [out, in], A [R, in], B [out, R].
+`FrozenLinear` replaces the linear layers of a frozen base model, and finds the adapters of its rows
+in the model's `Routing`. N rows, R rank; x [N, in], weight [out, in], A [R, in], B [out, R].
 
 The path is chosen by a fixed rule, not by a stopwatch, so that two processes on one machine always
 compute the same bits: on a CPU whose oneDNN prepacks the dtype, weights of at least
@@ -15,19 +15,75 @@ own), and the first backward pass adds a blocked transpose: 1x for sampling, 2x 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from weaver.errors import EngineError
 
-    from weaver.engine.torch.lora import Routing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from weaver.engine.torch.lora import Adapter
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512
+Part = tuple[int, int, float]
+"""First row, row behind the last, scale."""
+
+
+class Routing:
+    """Which adapter each row of the running model call has; one per base model.
+
+    Calls on a model are serialized, so it is set for the duration of one: `with routing.of(...)`.
+    """
+
+    def __init__(self) -> None:
+        self._segments: tuple[tuple[int, int, Adapter], ...] = ()
+        self._rows: int | None = None
+
+    @contextmanager
+    def of(self, lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> Iterator[None]:
+        """Routes `lengths[i]` rows to `adapters[i]`, in this order."""
+        previous = self._segments, self._rows
+        self._segments, self._rows = _merge(lengths, adapters), sum(lengths)
+        try:
+            yield
+        finally:
+            self._segments, self._rows = previous
+
+    def parts(self, path: str, rows: int) -> tuple[tuple[Part, ...], tuple[torch.Tensor, ...]]:
+        """Of one layer: each segment, and its A and B."""
+        if rows != self._rows:
+            raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
+        parts: list[Part] = []
+        tensors: list[torch.Tensor] = []
+        for start, stop, adapter in self._segments:
+            pair = adapter.pairs.get(path)
+            if pair is not None:
+                parts.append((start, stop, adapter.scale))
+                tensors += (pair.a, pair.b)
+        return tuple(parts), tuple(tensors)
+
+
+def _merge(
+    lengths: Sequence[int], adapters: Sequence[Adapter | None]
+) -> tuple[tuple[int, int, Adapter], ...]:
+    """Segments (first row, row behind the last, adapter); neighbours of one adapter are one."""
+    segments: list[tuple[int, int, Adapter]] = []
+    start = 0
+    for length, adapter in zip(lengths, adapters, strict=True):
+        stop = start + length
+        if adapter is not None:
+            if segments and segments[-1][1] == start and segments[-1][2] is adapter:
+                segments[-1] = (segments[-1][0], stop, adapter)
+            else:
+                segments.append((start, stop, adapter))
+        start = stop
+    return tuple(segments)
 
 
 class FrozenLinear(torch.nn.Module):
@@ -81,10 +137,6 @@ class FrozenLinear(torch.nn.Module):
             return self._weight
         assert self._packed is not None
         return self._packed.to_dense()
-
-
-Part = tuple[int, int, float]
-"""First row, row behind the last, scale."""
 
 
 class _RoutedLinear(torch.autograd.Function):

@@ -1,23 +1,21 @@
-"""LoRA adapters (Hu et al., arXiv:2106.09685) and the routing of rows to them.
+"""LoRA adapters (Hu et al., arXiv:2106.09685), and the layers of a model that they can change.
 
-A run trains one `Adapter`; the sampler holds frozen copies. The linear layers of a base model find
-the adapters of their rows in its `Routing`. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
+A run trains one `Adapter`; the sampler holds frozen copies. `weaver.engine.torch.linear` applies
+them. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from weaver.errors import EngineError, InvalidParamsError, UnsupportedError
+from weaver.errors import InvalidParamsError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from weaver.engine.torch.catalog import ModelFacts
     from weaver.types import LoraConfig
 
 Role = Literal["attn", "mlp", "unembed"]
@@ -59,42 +57,6 @@ class Target:
     in_features: int
 
 
-class Routing:
-    """Which adapter each row of the running model call has; one per base model.
-
-    Calls on a model are serialized, so it is set for the duration of one: `with routing.of(...)`.
-    """
-
-    def __init__(self) -> None:
-        self._segments: tuple[tuple[int, int, Adapter], ...] = ()
-        self._rows: int | None = None
-
-    @contextmanager
-    def of(self, lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> Iterator[None]:
-        """Routes `lengths[i]` rows to `adapters[i]`, in this order."""
-        previous = self._segments, self._rows
-        self._segments, self._rows = _merge(lengths, adapters), sum(lengths)
-        try:
-            yield
-        finally:
-            self._segments, self._rows = previous
-
-    def parts(
-        self, path: str, rows: int
-    ) -> tuple[tuple[tuple[int, int, float], ...], tuple[torch.Tensor, ...]]:
-        """Of one layer: (first row, row behind the last, scale) and A, B of each segment."""
-        if rows != self._rows:
-            raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
-        parts: list[tuple[int, int, float]] = []
-        tensors: list[torch.Tensor] = []
-        for start, stop, adapter in self._segments:
-            pair = adapter.pairs.get(path)
-            if pair is not None:
-                parts.append((start, stop, adapter.scale))
-                tensors += (pair.a, pair.b)
-        return tuple(parts), tuple(tensors)
-
-
 def find_targets(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, Target]:
     """The adaptable linear layers by path: `head`, and those in an attention or MLP module.
 
@@ -127,25 +89,27 @@ def roles(config: LoraConfig) -> dict[Role, bool]:
     return {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
 
 
-def choose_targets(facts: ModelFacts, config: LoraConfig) -> list[Target]:
-    """The layers of a model that `config` asks to train.
+def choose_targets(
+    targets: Iterable[Target], config: LoraConfig, *, model: str, fused_experts: bool
+) -> list[Target]:
+    """Those of a model's layers that `config` asks to train.
 
     Raises:
         UnsupportedError: a group has no linear layers, or its experts are fused.
         InvalidParamsError: no group is asked, or the rank exceeds a layer's smaller side.
     """
-    asked, model = roles(config), facts.info.name
+    asked = roles(config)
     if not any(asked.values()):
         raise InvalidParamsError(
             "trains nothing.", field="lora_config", hint="Leave one of train_* on."
         )
-    if config.train_mlp and facts.fused_experts:
+    if config.train_mlp and fused_experts:
         raise UnsupportedError(
             f"{model} keeps its experts as fused tensors, which LoRA does not adapt here.",
             field="lora_config.train_mlp",
             hint="Set train_mlp=False.",
         )
-    chosen = [target for target in facts.targets.values() if asked[target.role]]
+    chosen = [target for target in targets if asked[target.role]]
     for role, wanted in asked.items():
         if wanted and not any(target.role == role for target in chosen):
             raise UnsupportedError(
@@ -197,20 +161,3 @@ def adapter_from_tensors(
                 *(t.detach().to(device, torch.float32) for t in (a, b))
             )
     return Adapter(pairs, scale)
-
-
-def _merge(
-    lengths: Sequence[int], adapters: Sequence[Adapter | None]
-) -> tuple[tuple[int, int, Adapter], ...]:
-    """Segments (first row, row behind the last, adapter); neighbours of one adapter are one."""
-    segments: list[tuple[int, int, Adapter]] = []
-    start = 0
-    for length, adapter in zip(lengths, adapters, strict=True):
-        stop = start + length
-        if adapter is not None:
-            if segments and segments[-1][1] == start and segments[-1][2] is adapter:
-                segments[-1] = (segments[-1][0], stop, adapter)
-            else:
-                segments.append((start, stop, adapter))
-        start = stop
-    return tuple(segments)

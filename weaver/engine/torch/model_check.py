@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weaver.engine.torch.catalog import HINT
-from weaver.engine.torch.foreign import refusing
+from weaver.engine.torch.catalog import HINT, refusing
 from weaver.engine.torch.kv_cache import CachedRow, DecodePass, PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.lora import new_adapter
 from weaver.engine.torch.packing import pack

@@ -1,19 +1,66 @@
-"""`Run`: the weights, gradient and optimizer of one model in training; the trainer holds them."""
+"""`Run`: the weights, gradient and optimizer of one model in training, and its checkpoints on disk.
+
+The trainer holds the runs, and writes and reads their checkpoints.
+
+| file                                            | of               | holds                    |
+|-------------------------------------------------|------------------|--------------------------|
+| weaver_state.json                               | every checkpoint | `State`                  |
+| adapter_config.json, adapter_model.safetensors  | LoRA             | PEFT's layout            |
+| config.json, model.safetensors, tokenizer files | full fine-tuning | transformers' layout     |
+| optimizer.safetensors                           | with optimizer   | Adam's moments, its step |
+
+The sampler reads such folders, and those of PEFT and transformers, with `read_snapshot`.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from weaver.engine.base import WeightSnapshot
-from weaver.errors import NoGradientsError, NonFiniteError
+from weaver.engine.torch.adapters import (
+    ADAPTER_CONFIG,
+    corrupt,
+    read_adapter,
+    read_json,
+    read_tensors,
+    write_adapter,
+)
+from weaver.engine.torch.models import (
+    check_finite,
+    check_weights,
+    read_module,
+    set_weights,
+    without_progress_bars,
+)
+from weaver.errors import (
+    CheckpointMismatchError,
+    InvalidParamsError,
+    NoGradientsError,
+    NonFiniteError,
+    StorageError,
+    UnsupportedError,
+)
+from weaver.types import LoraConfig, TrainingMode, Value
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from weaver.engine.torch.catalog import ModelFacts
     from weaver.engine.torch.lora import Adapter
     from weaver.engine.torch.models import LoadedModel
-    from weaver.types import AdamParams, LoraConfig
+    from weaver.types import AdamParams
+
+STATE = "weaver_state.json"
+OPTIMIZER = "optimizer.safetensors"
+ADAM_STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True, eq=False)
@@ -94,3 +141,188 @@ def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[t
         return parts
     torch._foreach_add_(total, parts)
     return total
+
+
+class State(Value):
+    """What weaver_state.json says."""
+
+    base_model: str
+    architecture: str
+    vocab_size: int
+    num_parameters: int
+    """Of the base model."""
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    step: int
+
+
+def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None:
+    """Writes a run into an empty folder.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
+        StorageError: the disk is full or not writable.
+    """
+    check_finite(run.named_parameters())
+    try:
+        if run.lora_config is not None:
+            base = run.model.facts.public_name
+            tensors = run.named_parameters()
+            write_adapter(folder, tensors, config=run.lora_config, base=base)
+        else:
+            with without_progress_bars():
+                run.model.module.save_pretrained(folder)
+            _write_tokenizer(run, folder)
+        if include_optimizer:
+            save_file(_optimizer_tensors(run), folder / OPTIMIZER)
+        state = _state_of(run).model_dump()
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+            hint="Free some space or check the permissions.",
+        ) from error
+
+
+def read_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None:
+    """Replaces a run's weights and step, restores or resets its optimizer, clears its gradient.
+
+    Raises:
+        CheckpointMismatchError: of another base model, mode, rank or scale, or without optimizer
+            state where it is asked; before anything changed.
+        CheckpointCorruptError: a file is missing or broken; before anything changed.
+    """
+    state = read_state(folder)
+    _check_same(run, state)
+    snapshot = read_snapshot(folder, facts=run.model.facts)
+    parameters = run.named_parameters()
+    check_weights(parameters, snapshot.tensors)
+    moments = _read_optimizer(run, folder) if include_optimizer else None
+    set_weights(parameters, snapshot.tensors)
+    run.step = state.step
+    run.gradient = None
+    run.reset_optimizer()
+    if moments is not None:
+        _restore_optimizer(run, moments)
+
+
+def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
+    """The weights of a folder: of ours, one that PEFT wrote, or a whole model of this architecture.
+
+    Raises:
+        CheckpointCorruptError, CheckpointMismatchError
+        UnsupportedError: a variant of LoRA.
+    """
+    version = read_state(folder).step if (folder / STATE).exists() else 0
+    tensors, config = (
+        read_adapter(folder, facts=facts)
+        if (folder / ADAPTER_CONFIG).exists()
+        else (_read_model(folder), None)
+    )
+    return WeightSnapshot(
+        base_model=facts.info.name,
+        lora_config=config,
+        version=version,
+        tensors=tensors,
+    )
+
+
+def read_state(folder: Path) -> State:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointCorruptError: weaver_state.json is missing or broken.
+    """
+    try:
+        return State(**read_json(folder / STATE))
+    except InvalidParamsError as error:
+        raise corrupt(folder / STATE, f"is broken: {error}") from error
+
+
+def _state_of(run: Run) -> State:
+    info = run.model.info
+    return State(
+        base_model=info.name,
+        architecture=info.architecture,
+        vocab_size=info.vocab_size,
+        num_parameters=info.num_parameters,
+        training_mode="lora" if run.lora_config else "full_ft",
+        lora_config=run.lora_config,
+        step=run.step,
+    )
+
+
+def _check_same(run: Run, state: State) -> None:
+    ours = _described(_state_of(run))
+    for name, theirs in _described(state).items():
+        if theirs != ours[name]:
+            raise CheckpointMismatchError(
+                f"the checkpoint has {name} {theirs!r}, the run {ours[name]!r}.",
+                field="path",
+                hint="Create a run like the checkpoint's, then load it.",
+            )
+
+
+def _described(state: State) -> dict[str, Any]:
+    """What must agree; the seed of the initial values need not."""
+    values = state.model_dump(exclude={"step", "lora_config"})
+    lora = state.lora_config.model_dump(exclude={"seed"}) if state.lora_config else {}
+    return values | {f"lora_config.{name}": value for name, value in lora.items()}
+
+
+def _read_model(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        module = read_module(folder, name=str(folder), config=None, dtype=torch.float32)
+    except UnsupportedError as error:
+        raise corrupt(folder / "model.safetensors", f"is broken: {error.message}") from error
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _write_tokenizer(run: Run, folder: Path) -> None:
+    try:
+        files = run.model.facts.tokenizer_files()
+    except UnsupportedError:
+        return  # the base model has none either
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
+    tensors = {ADAM_STEP: torch.zeros(())}
+    for name, parameter in run.named_parameters().items():
+        for key, value in run.optimizer.state[parameter].items():
+            if key in MOMENTS:
+                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            else:
+                tensors[ADAM_STEP] = value.detach().cpu()
+    return tensors
+
+
+def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+    if not (folder / OPTIMIZER).exists():
+        raise CheckpointMismatchError(
+            f"{folder.name} was saved without optimizer state.",
+            field="path",
+            hint="Load it with load_state, or save with save_state.",
+        )
+    tensors = read_tensors(folder / OPTIMIZER)
+    stepped = ADAM_STEP in tensors and float(tensors[ADAM_STEP]) > 0
+    expected: Mapping[str, torch.Size] = {
+        f"{name}.{key}": parameter.shape
+        for name, parameter in run.named_parameters().items()
+        for key in MOMENTS
+        if stepped
+    } | {ADAM_STEP: torch.Size()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
+    return tensors
+
+
+def _restore_optimizer(run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
+    if float(tensors[ADAM_STEP]) == 0:
+        return
+    for name, parameter in run.named_parameters().items():
+        run.optimizer.state[parameter] = {
+            ADAM_STEP: tensors[ADAM_STEP].clone().to(parameter.device),
+            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS},
+        }

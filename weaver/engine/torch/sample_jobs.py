@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.checks import check_length
-from weaver.engine.torch.drafts import Draft
 from weaver.engine.torch.kv_cache import CachedRow
 from weaver.engine.torch.sampling import stream_keys
-from weaver.engine.torch.stops import Stops
+from weaver.engine.torch.text import Draft, Stops
 from weaver.errors import NonFiniteError
 from weaver.types import SampleDelta, SampledSequence, SampleResult
 

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
 
-from weaver.engine.torch.checkpoints import read_checkpoint, write_checkpoint
-from weaver.engine.torch.foreign import is_out_of_memory
+from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.logprobs import Queries, target_scores
 from weaver.engine.torch.lora import choose_targets, new_adapter
 from weaver.engine.torch.models import check_finite
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import pack, plan_passes
-from weaver.engine.torch.runs import Run, added
+from weaver.engine.torch.runs import Run, added, read_checkpoint, write_checkpoint
 from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
@@ -73,7 +72,10 @@ class TorchTrainer:
             self._runs[run_id] = Run(run_id, self._store.own(base_model))
             return
         config = lora_config or LoraConfig()
-        targets = choose_targets(self._store.catalog.facts(base_model), config)
+        facts = self._store.catalog.facts(base_model)
+        targets = choose_targets(
+            facts.targets.values(), config, model=base_model, fused_experts=facts.fused_experts
+        )
         seed = seed if config.seed is None else config.seed
         adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
         self._runs[run_id] = Run(run_id, self._store.base(base_model), config, adapter)

@@ -1,24 +1,31 @@
-"""When a sequence ends, and its text as it grows; `TorchSampler` has one `Continuation` a row.
+"""Texts: how a prompt becomes tokens, how drawn tokens become a text, and when a sample ends.
+
+`TorchEngine.encode` calls `encode_prompt`; the sampler, and the fake engine of the tests, have one
+`Draft` a sample, with a `Continuation` that holds its text.
 
 Text is decoded token by token only where a stop string or a reader of deltas needs it. A byte-level
 token may hold part of a character and a stop string may span tokens, so what could still change, or
-become part of a stop string, is held back.
-
-The text has no special tokens in it. A stop string with one ("<|im_end|>") is looked for in a
-second text that has them, and where it begins there is where the first text ends.
+become part of a stop string, is held back. The text has no special tokens in it. A stop string with
+one ("<|im_end|>") is looked for in a second text that has them, and where it begins there is where
+the first text ends.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from weaver.errors import InvalidRequestError, UnsupportedError
+from weaver.tokenizers import encode_text
+from weaver.types import SampleDelta, SampledSequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.engine.base import Tokenizer
-    from weaver.types import SamplingParams, StopReason
+    from weaver.engine.base import SampleJob, Tokenizer
+    from weaver.types import Message, SamplingParams, StopReason
+
 
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16
@@ -193,3 +200,91 @@ def _begun(text: str, stop: Sequence[str]) -> int:
         if any(string.startswith(text[-size:]) for string in stop):
             return size
     return 0
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """Sample `index` of its job."""
+
+    index: int
+    continuation: Continuation
+    stream: bool
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, job: SampleJob, index: int, *, tokenizer: Tokenizer, length: int, stops: Stops
+    ) -> Draft:
+        """Of at most `length` tokens."""
+        continuation = Continuation(tokenizer, stops, length=length, stream=job.stream)
+        return cls(index, continuation, job.stream)
+
+    @property
+    def ended(self) -> bool:
+        return self.continuation.stop_reason is not None
+
+    def take(self, token: int, *, logprob: float, sampling_logprob: float) -> list[SampleDelta]:
+        """Adds a token, which may end the sample; answers what a reader of a stream sees of it."""
+        text = self.continuation.push(token)
+        self.logprobs.append(logprob)
+        self.sampling_logprobs.append(sampling_logprob)
+        if not self.stream:
+            return []
+        delta = SampleDelta(
+            index=self.index,
+            tokens=(token,),
+            text=text,
+            logprobs=(logprob,),
+            stop_reason=self.continuation.stop_reason,
+        )
+        return [delta]
+
+    def sequence(self, *, version: int) -> SampledSequence:
+        """Once it has ended; `version` is that of the weights."""
+        assert self.continuation.stop_reason is not None
+        return SampledSequence(
+            tokens=tuple(self.continuation.tokens),
+            text=self.continuation.text,
+            logprobs=tuple(self.logprobs),
+            sampling_logprobs=tuple(self.sampling_logprobs),
+            stop_reason=self.continuation.stop_reason,
+            weights_version=version,
+        )
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str) -> list[int]:
+    """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
+
+    Args:
+        name: of the model, for errors.
+
+    Raises:
+        UnsupportedError: messages, and the tokenizer has no chat template.
+        InvalidRequestError: the template or the tokenizer refuses it, with its words.
+    """
+    text = isinstance(prompt, str)
+    if not text and not tokenizer.chat_template:
+        raise UnsupportedError(
+            f"the tokenizer of {name} has no chat template.",
+            field="prompt",
+            hint="Pass text or tokens.",
+        )
+    try:
+        if isinstance(prompt, str):
+            return encode_text(tokenizer, prompt)
+        return list(
+            tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        )
+    except Exception as error:  # templates are programs, and tokenizers raise plain `Exception`
+        who = "the tokenizer" if text else "the chat template"
+        raise InvalidRequestError(
+            f"{who} of {name} refuses it: {error}",
+            field="prompt",
+            hint="Mend it, or pass tokens." if text else "Mend the messages, or pass text.",
+        ) from error
