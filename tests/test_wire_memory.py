@@ -14,8 +14,8 @@ from tests.test_wire import batch_of
 from weaver import wire
 from weaver.errors import WeaverError
 from weaver.protocol import Submission
-from weaver.server.compat import weaver_rest_tensors as rest
-from weaver.server.compat.weaver_rest_training import BackwardBody
+from weaver.server.adapters.weaver_rest import tensors as rest
+from weaver.server.adapters.weaver_rest.bodies import BackwardBody
 
 LIMIT, ROOM, ROUNDS = 2**20, 24 * 2**20, 6000
 SUBMISSIONS = TypeAdapter(tuple[Submission, ...])

@@ -14,7 +14,7 @@ import pytest
 from tests.fake_engine import FakeEngine
 from tests.server.compat.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
-from weaver.server.compat.weaver_rest_ids import session_of
+from weaver.server.adapters.weaver_rest.answers import sampling_session_of
 from weaver.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ async def test_an_equal_request_of_another_call_is_no_resend(home: Path) -> None
 async def test_a_resend_of_what_is_refused_is_refused_too(home: Path) -> None:
     """Also where it comes while the first is on its way to the journal."""
     async with running(home, limits=Limits(pending_operations=0)) as server, server.http() as http:
-        path = f"/api/v1/sampling-sessions/{session_of('base:fake')}/samples"
+        path = f"/api/v1/sampling-sessions/{sampling_session_of('base:fake')}/samples"
         replies: list[Any] = []
 
         async def sample() -> None:

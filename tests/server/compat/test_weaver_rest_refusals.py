@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.server.compat.helpers import CHUNKS, TARGETS, multipart, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.errors import InvalidRequestError, TooLargeError
-from weaver.server.compat.weaver_rest_tensors import Body, parse
-from weaver.server.compat.weaver_rest_training import BackwardBody
+from weaver.server.adapters.weaver_rest.bodies import BackwardBody
+from weaver.server.adapters.weaver_rest.tensors import Body, parse
 
 if TYPE_CHECKING:
     from pathlib import Path

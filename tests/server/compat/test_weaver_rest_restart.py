@@ -69,7 +69,7 @@ async def test_with_the_last_outcome_its_session_ends(
     async with rest(tmp_path) as api:
         model_id = await api.model()
         first = await api.backward(model_id)
-        monkeypatch.setattr("weaver.server.compat.weaver_rest_operations.KEPT_S", -1.0)
+        monkeypatch.setattr("weaver.server.http.caller_session.KEPT_S", -1.0)
         step = await api.step(model_id)
         await api.call("GET", f"/operations/{first['id']}", status=404)
         assert (await api.result(step))["metrics"]["step"] == 1

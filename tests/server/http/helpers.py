@@ -14,6 +14,7 @@ import httpx
 from tests.fake_engine import FakeEngine
 from weaver.client.http import HttpService
 from weaver.errors import WeaverError
+from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
 from weaver.server.http.front import Front
@@ -70,7 +71,7 @@ async def running(
         engine or FakeEngine(), home=home, store=store, limits=limits
     ) as service:
         front = Front(service=service, keys=keys if auth else None)
-        yield Server(app=create_app(front), front=front, service=service, keys=keys)
+        yield Server(app=create_app(front, ADAPTERS), front=front, service=service, keys=keys)
     database.dispose()
 
 

@@ -16,7 +16,9 @@ from weaver.errors import PermissionDeniedError
 from weaver.server.activity import OperationInfo
 from weaver.server.console.curves import Curve, curves_of
 from weaver.server.console.load import ServerLoad, load_of
-from weaver.server.http import routes as native
+from weaver.server.http.adapter import Adapter
+from weaver.server.http.errors import REFUSALS, native_envelope
+from weaver.server.http.front import BODY_LIMITS, Fronted, Scoped
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-router = APIRouter(prefix=native.router.prefix)
+router = APIRouter(prefix="/v1", responses=REFUSALS)
 
 
 class CallerInfo(Value):
@@ -64,10 +66,16 @@ class Pages(StaticFiles):
 PAGES = Pages(directory=Path(__file__).parent / "static")
 PAGE_FILES = {"/": "index.html", "/docs": "docs.html"}
 """By the path at which they are."""
+pages = APIRouter(include_in_schema=False)
+pages.mount("/console", PAGES)
 
 
 async def get_page(request: Request) -> Response:
     return await PAGES.get_response(PAGE_FILES[request.scope["route"].path], request.scope)
+
+
+for _path in PAGE_FILES:
+    pages.add_api_route(_path, get_page, methods=["GET", "HEAD"])
 
 
 @router.get("/caller", response_model=CallerInfo)
@@ -77,9 +85,7 @@ async def get_caller(request: Request) -> CallerInfo:
 
 
 @router.get("/runs/{run_id}/operations", response_model=RunOperations)
-async def list_operations(
-    run_id: str, front: native.Fronted, service: native.Scoped
-) -> RunOperations:
+async def list_operations(run_id: str, front: Fronted, service: Scoped) -> RunOperations:
     await service.get_run(run_id)  # also refuses another project's
     pending = front.service.activity.pending_of(run_id)
     return RunOperations(
@@ -92,8 +98,8 @@ async def list_operations(
 @router.get("/runs/{run_id}/curves", response_model=list[Curve])
 async def read_curves(
     run_id: str,
-    front: native.Fronted,
-    service: native.Scoped,
+    front: Fronted,
+    service: Scoped,
     points: Annotated[int, Query(ge=2, le=10_000)] = POINTS,
 ) -> list[Curve]:
     """What the client logged, and what the run's operations answered."""
@@ -103,8 +109,17 @@ async def read_curves(
 
 
 @router.get("/load", response_model=ServerLoad)
-async def get_load(request: Request, front: native.Fronted) -> ServerLoad:
+async def get_load(request: Request, front: Fronted) -> ServerLoad:
     """Of the whole server, by project: for administrators."""
     if not request.state.caller.admin:
         raise PermissionDeniedError("the load of the server needs an administrator's key.")
     return await load_of(front, request.state.caller)
+
+
+CONSOLE = Adapter(
+    routes=[*pages.routes, *router.routes],
+    prefix="",
+    envelope=native_envelope,
+    body_limits=BODY_LIMITS,
+    open_paths=(*PAGE_FILES, "/console/*"),
+)

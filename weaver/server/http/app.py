@@ -1,64 +1,218 @@
-"""`create_app`: the ASGI application over a service; run by `weaver serve` and by tests."""
+"""`create_app`: the ASGI application over a service; run by `weaver serve` and by tests.
+
+It finds the adapter whose request it is, and does what holds for every request: a request id, the
+caller's project, the size of the body, one line in the log, the counters.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+import re
+import time
+import uuid
+from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from weaver.errors import PermissionDeniedError
-from weaver.server.compat import weaver_rest
-from weaver.server.console import routes as console
-from weaver.server.http.edge import Edge
-from weaver.server.http.errors import ErrorAnswer, add_error_handlers
-from weaver.server.http.exchange import add_exchange
-from weaver.server.http.routes import Fronted, router
+from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
+from weaver.server.http.adapter import Adapter
+from weaver.server.http.errors import error_response, native_envelope
+from weaver.server.http.front import BODY_LIMITS, Fronted
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    from opentelemetry.trace import Span
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from weaver.server.http.front import Front
+
+logger = logging.getLogger("weaver.server.http")
+
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Of the request in whose course a log line is written."""
+
+
+def create_app(front: Front, adapters: Sequence[Adapter]) -> ASGIApp:
+    """The application; whoever calls it opens and closes the service and the database."""
+    return App(front, adapters)
+
+
+class App:
+    """Hands each request to the adapter that has a route for it."""
+
+    def __init__(self, front: Front, adapters: Sequence[Adapter]) -> None:
+        self._front = front
+        own = _own_routes(adapters)
+        self._adapters = sorted([own, *adapters], key=lambda one: -len(one.prefix))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._adapters[-1].app(scope, receive, send)
+            return
+        adapter = self._adapter(scope)
+        headers = Headers(scope=scope)
+        given = headers.get("X-Request-ID", "")
+        current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(current)
+        scope["state"] = {
+            "front": self._front,
+            "request_id": current,
+            "envelope": adapter.envelope,
+        }
+        status = 500
+        began = time.perf_counter()
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = current
+            await send(message)
+
+        tracing, method = self._front.tracing, scope["method"]
+        span: AbstractContextManager[Span | None] = nullcontext()
+        if tracing is not None:
+            span = tracing.request(headers, method=method, request_id=current)
+        with self._front.metrics.running.track_inprogress(), span as traced:
+            try:
+                if not adapter.opens(scope["path"]):
+                    await self._admit(scope, headers)
+                limit = self._front.body_bytes(adapter.body_limit(headers.get("Content-Type", "")))
+                receive_some = _bounded(receive, limit, headers.get("Content-Length", ""))
+            except WeaverError as error:
+                await error_response(error, scope)(scope, receive, send_and_note)
+            else:
+                await adapter.app(scope, receive_some, send_and_note)
+            finally:
+                route = str(getattr(scope.get("route"), "path", "none"))
+                path = route if adapter.hides(scope["path"]) else scope["path"]
+                self._note(scope, path, route, status, time.perf_counter() - began)
+                if traced is not None:
+                    traced.update_name(f"{method} {route}")
+                    traced.set_attribute("http.route", route)
+                    traced.set_attribute("http.response.status_code", status)
+
+    def _adapter(self, scope: Scope) -> Adapter:
+        """By its routes; by its prefix where nobody has one."""
+        below = [one for one in self._adapters if scope["path"].startswith(one.prefix)]
+        otherwise = None
+        for adapter in below:
+            match = adapter.match(scope)
+            if match is Match.FULL:
+                return adapter
+            if match is Match.PARTIAL and otherwise is None:
+                otherwise = adapter
+        return otherwise or below[0]
+
+    async def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Finds the caller's project, and the service as that project sees it."""
+        if self._front.stopping.is_set():
+            raise ServiceConnectionError("the server is stopping.", hint="Try again in a moment.")
+        if self._front.keys is None:
+            _check_local(headers)
+        caller = await self._front.authenticate(headers)
+        scope["state"]["caller"] = caller
+        scope["state"]["service"] = self._front.service.seen_by(caller)
+
+    def _note(self, scope: Scope, path: str, route: str, status: int, seconds: float) -> None:
+        method = scope["method"]
+        self._front.metrics.answered(method, route, status, seconds)
+        caller = scope["state"].get("caller")
+        fields = {
+            "method": method,
+            "path": path,
+            "status": status,
+            "milliseconds": round(1000 * seconds, 1),
+            "project": caller.project if caller else None,
+            **scope["state"].get("logged", {}),
+        }
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if method == "GET" and status < 400:  # clients, pages and probes poll; all are counted
+            level = logging.DEBUG
+        logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
+
+
+def _check_local(headers: Headers) -> None:
+    """Without keys, whatever runs in the user's browser must not reach the server.
+
+    Raises:
+        PermissionDeniedError: another site's page asks, or a name that was bent to this machine.
+    """
+    host = urlsplit(f"//{headers.get('Host', '')}")
+    origin = headers.get("Origin")
+    if host.hostname in LOCAL_NAMES and origin in (None, f"http://{host.netloc}"):
+        return
+    raise PermissionDeniedError(
+        "a server without keys answers only to this machine.",
+        hint="Use http://127.0.0.1, or start the server with keys.",
+    )
+
+
+def _bounded(receive: Receive, limit: int, declared: str) -> Receive:
+    """`receive` that ends a body above the limit, before it has been read if its length is given.
+
+    Raises:
+        TooLargeError: by its Content-Length; later an HTTPException, which frameworks let through.
+    """
+    hint = "Send less at once."
+    if declared.isdecimal() and int(declared) > limit:
+        raise TooLargeError(f"the body has {declared} bytes, the limit is {limit}.", hint=hint)
+    received = 0
+
+    async def receive_some() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, f"The body has more than {limit} bytes, which is the limit")
+        return message
+
+    return receive_some
+
+
+# --- the server's own routes --------------------------------------------------------------------
 
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-WEAVER-API-KEY"},
 }
-"""For the OpenAPI page only: `Edge` has checked the key before a route is reached."""
+"""For the OpenAPI page only: the key has been checked before a route is reached."""
 
 
-def create_app(front: Front) -> ASGIApp:
-    """The application; whoever calls it opens and closes the service and the database."""
-    return Edge(_routes(), front)
+def _own_routes(adapters: Sequence[Adapter]) -> Adapter:
+    """Is the server well, and what is there; also answers what nobody has a route for."""
+    router = APIRouter(include_in_schema=False)
+    router.add_api_route("/healthz", healthz)
+    router.add_api_route("/readyz", readyz)
+    router.add_api_route("/metrics", metrics)
+    described: list[JSONResponse] = []
 
+    @router.api_route("/openapi.json", methods=["GET", "HEAD"])
+    async def openapi() -> Response:
+        if not described:
+            described.append(JSONResponse(_document(adapters)))
+        return described[0]
 
-@cache
-def _routes() -> FastAPI:
-    """Built once for all fronts: each request brings its own."""
-    app = FastAPI(
-        title="Weaver",
-        description="Ordered operations on language models in training. See docs/wire.md.",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
+    return Adapter(
+        routes=router.routes,
+        prefix="",
+        envelope=native_envelope,
+        body_limits=BODY_LIMITS,
+        open_paths=("/healthz", "/readyz", "/openapi.json"),
     )
-    add_error_handlers(app)
-    refusal = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
-    refusals: dict[int | str, dict[str, Any]] = {"4XX": refusal, "5XX": refusal}
-    add_exchange(app, responses=refusals)
-    for native in (router, console.router):
-        app.include_router(native, responses=refusals)
-    app.include_router(weaver_rest.router)
-    for path in console.PAGE_FILES:
-        app.add_api_route(path, console.get_page, methods=["GET", "HEAD"], include_in_schema=False)
-    app.mount("/console", console.PAGES)
-    app.add_api_route("/healthz", healthz, include_in_schema=False)
-    app.add_api_route("/readyz", readyz, include_in_schema=False)
-    app.add_api_route("/metrics", metrics, include_in_schema=False)
-    document = app.openapi()
-    document["components"]["securitySchemes"] = SECURITY
-    document["security"] = [{name: []} for name in SECURITY]
-    return app
 
 
 async def healthz() -> dict[str, str]:
@@ -75,3 +229,16 @@ async def metrics(front: Fronted, request: Request) -> Response:
     if not request.state.caller.admin:
         raise PermissionDeniedError("metrics of the server need an administrator's key.")
     return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _document(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """OpenAPI's, of all routes that are in its schema."""
+    document = get_openapi(
+        title="Weaver",
+        version="0.1.0",
+        description="Ordered operations on language models in training. See docs/wire.md.",
+        routes=[route for adapter in adapters for route in adapter.routes],
+    )
+    document["components"]["securitySchemes"] = SECURITY
+    document["security"] = [{name: []} for name in SECURITY]
+    return document

@@ -1,8 +1,10 @@
-"""Errors as HTTP answers: one envelope, one status per code; registered by `create_app`."""
+"""Errors as HTTP answers: one status per code, in the envelope of the adapter that was asked."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -16,13 +18,14 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ErrorInfo
-from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.types import Value
 from weaver.wire import refusal
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from starlette.types import Scope
+
+    from weaver.types import JsonDict
 
 STATUS = {
     "invalid_request": 400,
@@ -48,6 +51,29 @@ RETRY_AFTER_S = {429: 1, 503: 1, 504: 1}
 """Sent where trying again can help."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request gets no other answer."""
+
+    error: WeaverError
+    status: int
+    request_id: str
+
+    @property
+    def retryable(self) -> bool:
+        return self.status in RETRY_AFTER_S
+
+    def answer(self, content: JsonDict) -> JSONResponse:
+        """With the headers that go with the status."""
+        headers = {"Retry-After": str(RETRY_AFTER_S[self.status])} if self.retryable else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(content, status_code=self.status, headers=headers)
+
+
+Envelope = Callable[[Refusal], JSONResponse]
+
+
 class ErrorDetail(ErrorInfo):
     request_id: str
 
@@ -58,27 +84,25 @@ class ErrorAnswer(Value):
     error: ErrorDetail
 
 
+_REFUSED = {"model": ErrorAnswer, "description": "Refused; `error.code` says why."}
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": _REFUSED, "5XX": _REFUSED}
+"""As OpenAPI describes them."""
+
+
+def native_envelope(refusal: Refusal) -> JSONResponse:
+    info = ErrorInfo.of(refusal.error).model_dump()
+    answer = ErrorAnswer(error=ErrorDetail(**info, request_id=refusal.request_id))
+    return refusal.answer(answer.model_dump())
+
+
 def error_response(error: WeaverError, scope: Scope, *, status: int | None = None) -> JSONResponse:
-    """In the envelope of the interface that the request's path belongs to."""
+    """In the envelope of the adapter that has the request."""
     status = status or STATUS.get(error.code)
     if status is None:
         status = 422 if isinstance(error, InvalidRequestError) else 500
-    headers = {"Retry-After": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    request_id = scope["state"]["request_id"]
-    if scope["path"].startswith(PREFIX):
-        content = {
-            "error": error.code,
-            "message": str(error),
-            "retryable": status in RETRY_AFTER_S,
-            "request_id": request_id,
-            "details": {"field": error.field, "hint": error.hint},
-        }
-    else:
-        info = ErrorInfo.of(error).model_dump()
-        content = ErrorAnswer(error=ErrorDetail(**info, request_id=request_id)).model_dump()
-    return JSONResponse(content, status_code=status, headers=headers)
+    state = scope["state"]
+    envelope: Envelope = state.get("envelope", native_envelope)
+    return envelope(Refusal(error, status, state["request_id"]))
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -25,7 +25,7 @@ from weaver.types import Value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastapi import FastAPI
+    from fastapi import APIRouter
 
 SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
 BINARY: dict[str, Any] = {
@@ -94,24 +94,22 @@ IN_QUERY: list[dict[str, Any]] = [
 ]
 
 
-def add_exchange(app: FastAPI, *, responses: dict[int | str, dict[str, Any]]) -> None:
-    """`responses`: documented beside those of success."""
+def add_exchange(router: APIRouter) -> None:
     body = {"parameters": [IN_PATH], "requestBody": {**BINARY, "required": True}}
-    add = partial(app.router.add_api_route, route_class_override=_DirectRoute)
+    add = partial(router.add_api_route, route_class_override=_DirectRoute)
     add(
-        "/v1/sessions/{session_id}/submissions",
+        "/sessions/{session_id}/submissions",
         submit,
         methods=["POST"],
         response_model=Accepted,
         status_code=202,
-        responses=responses,
         openapi_extra=body,
     )
     add(
-        "/v1/sessions/{session_id}/outcomes",
+        "/sessions/{session_id}/outcomes",
         collect,
         methods=["GET"],
         response_class=Response,
-        responses={200: BINARY, **responses},
+        responses={200: BINARY},
         openapi_extra={"parameters": [IN_PATH, *IN_QUERY]},
     )

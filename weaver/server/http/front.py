@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import anyio
+from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
-from weaver.server.compat.weaver_rest_ids import PREFIX
 from weaver.server.http.budget import Budget
 from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
@@ -18,21 +18,20 @@ from weaver.server.tenancy import Caller
 from weaver.wire import WireLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from starlette.datastructures import Headers
 
-    from weaver.server.compat.weaver_rest_artifacts import Grant
-    from weaver.server.compat.weaver_rest_operations import Desk
     from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
+    from weaver.server.scoped import ScopedService
     from weaver.server.service import LocalService
 
+T = TypeVar("T")
 MEDIA_TYPE = "application/vnd.weaver"
-JSON_BODY_BYTES = 4 * 2**20
-REST_JSON_BYTES = 32 * 2**20
-"""There, JSON carries training data: half a million tokens."""
+BODY_LIMITS: Mapping[str, int | None] = {MEDIA_TYPE: None, "": 4 * 2**20}
+"""Of the native protocol; see `Adapter`."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
 """A key that was good is not looked up again for so long: two queries an operation, each a tenth of
@@ -57,10 +56,7 @@ class Front:
     tracing: Tracing | None = None
     folder: Path | None = None
     """Where tokenizers are kept for clients on this machine; None: they are not."""
-    desks: dict[Caller, Desk] = field(default_factory=dict)
-    """Of callers of the Weaver REST interface."""
-    downloads: dict[str, Grant] = field(default_factory=dict, repr=False)
-    """By the secret in its address."""
+    _owned: dict[type, object] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.service.activity)
@@ -75,12 +71,16 @@ class Front:
             list_numbers=tokens and 2 * tokens,
         )
 
-    def body_bytes(self, media_type: str, path: str) -> int:
-        """The limit of a body."""
-        rest = path.startswith(PREFIX)
-        if media_type == MEDIA_TYPE or (rest and media_type.startswith("multipart/form-data")):
-            return self.message_limits.message_bytes
-        return min(self.service.limits.body_bytes, REST_JSON_BYTES if rest else JSON_BODY_BYTES)
+    def body_bytes(self, limit: int | None) -> int:
+        """The limit of a body, where an adapter has its own."""
+        most = self.service.limits.body_bytes
+        return self.message_limits.message_bytes if limit is None else min(most, limit)
+
+    def own(self, kind: type[T]) -> T:
+        """The one `kind()` of this server: what an adapter keeps from request to request."""
+        kept = self._owned.setdefault(kind, kind())
+        assert isinstance(kept, kind)
+        return kept
 
     _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
     _waits: set[anyio.CancelScope] = field(default_factory=set)
@@ -127,3 +127,18 @@ class Front:
             good = {key: known for key, known in self._good_keys.items() if now <= known[1]}
             self._good_keys = good | {digest: (caller, now + KEY_S)}
         return caller
+
+
+# Dependencies are coroutines because the framework calls plain functions in a thread.
+async def front_of(request: Request) -> Front:
+    front: Front = request.state.front
+    return front
+
+
+async def service_of(request: Request) -> ScopedService:
+    service: ScopedService = request.state.service
+    return service
+
+
+Fronted = Annotated[Front, Depends(front_of)]
+Scoped = Annotated["ScopedService", Depends(service_of)]

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 
-from weaver.server.http.edge import request_id
+from weaver.server.http.app import request_id
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"

@@ -5,17 +5,19 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
 
 from weaver import wire
 from weaver.fields import ShortText
-from weaver.protocol import Export, Service, SessionInfo, SessionState
-from weaver.server.http.exchange import BINARY
-from weaver.server.http.front import MEDIA_TYPE, Front
+from weaver.protocol import Export, SessionInfo, SessionState
+from weaver.server.http.adapter import Adapter
+from weaver.server.http.errors import REFUSALS, native_envelope
+from weaver.server.http.exchange import BINARY, add_exchange
+from weaver.server.http.front import BODY_LIMITS, MEDIA_TYPE, Scoped
 from weaver.server.http.replies import OnceRoute
 from weaver.server.http.streaming import EventStream
 from weaver.types import (
@@ -27,9 +29,7 @@ from weaver.types import (
     Value,
 )
 
-if TYPE_CHECKING:
-    from weaver.server.scoped import ScopedService
-
+PREFIX = "/v1"
 FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
 
@@ -49,23 +49,11 @@ class MetricsRequest(Value):
     points: tuple[MetricPoint, ...] = Field(max_length=10_000, fail_fast=True)
 
 
-# Dependencies are coroutines because the framework calls plain functions in a thread.
-async def front_of(request: Request) -> Front:
-    front: Front = request.state.front
-    return front
-
-
-async def service_of(request: Request) -> Service:
-    service: Service = request.state.service
-    return service
-
-
-Fronted = Annotated[Front, Depends(front_of)]
-Scoped = Annotated[Service, Depends(service_of)]
 Name = Annotated[str, Query(min_length=1, max_length=1024)]
 Path = Annotated[str, Query(min_length=1, max_length=1024, examples=["weaver://run/weights/name"])]
 
-router = APIRouter(prefix="/v1", route_class=OnceRoute)
+router = APIRouter(prefix=PREFIX, route_class=OnceRoute, responses=REFUSALS)
+add_exchange(router)
 
 
 # --- sessions -----------------------------------------------------------------------------------
@@ -148,8 +136,7 @@ async def delete_run(run_id: str, service: Scoped, checkpoints: bool = False) ->
 
 
 @router.post("/runs/{run_id}/metrics", status_code=204)
-async def log_metrics(run_id: str, body: MetricsRequest, request: Request) -> None:
-    service: ScopedService = request.state.service
+async def log_metrics(run_id: str, body: MetricsRequest, request: Request, service: Scoped) -> None:
     await service.log_metrics(run_id, body.points, key=request.state.resend_key)
 
 
@@ -194,3 +181,11 @@ async def read_exported(
 ) -> Response:
     data = await service.read_exported(path, name, merge=merge, offset=offset)
     return Response(data, media_type="application/octet-stream")
+
+
+NATIVE = Adapter(
+    routes=router.routes,
+    prefix=PREFIX,
+    envelope=native_envelope,
+    body_limits=BODY_LIMITS,
+)

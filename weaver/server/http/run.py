@@ -18,6 +18,7 @@ import uvicorn
 
 from weaver.config import is_loopback
 from weaver.errors import ConfigError
+from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
 from weaver.server.http.connection import Connection
@@ -106,7 +107,7 @@ async def run_server(
 
 async def _serve(front: Front, listener: socket.socket, started: Callable[[Running], None]) -> None:
     config = uvicorn.Config(
-        create_app(front),
+        create_app(front, ADAPTERS),
         http=Connection,
         log_config=None,
         access_log=False,

@@ -1,21 +1,42 @@
-"""What the Weaver REST interface says of runs, checkpoints, models and results; pure functions.
+"""What the Weaver REST interface says: of runs, checkpoints, models, results and refusals.
 
-A `Note` travels with each operation through the journal, so that its answer can also be made by a
-process that was started after the one that accepted it.
+A `RestNote` travels with each operation through the journal, so that its answer can also be made by
+a process that was started after the one that accepted it. Ids and paths are computed from native
+ones, so that none is stored:
+
+| there                                | here                                        |
+|--------------------------------------|---------------------------------------------|
+| weaver://<model>/checkpoints/<name>  | weaver://<run>/weights/<name>               |
+| weaver://<model>/sampler/<name>      | the same                                    |
+| a checkpoint's or artifact's UUID    | UUID 5 of its path                          |
+| a sampling session's id              | the sampler's id in base64url               |
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import uuid
 from typing import TYPE_CHECKING
 
+from fastapi.responses import JSONResponse
+from pydantic_core import to_json
+
+from weaver.errors import CheckpointNotFoundError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, GradientsDone, Sampled, StepDone
-from weaver.server.compat.weaver_rest_ids import rest_path, session_of, uuid_of
-from weaver.server.compat.weaver_rest_tensors import Body
+from weaver.server.http.caller_session import Note
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from weaver.protocol import Outcome, Result
+    from collections.abc import Mapping, Sequence
+    from typing import TypeVar
+
+    from weaver.protocol import Result, Service
+    from weaver.server.http.caller_session import Entry
+    from weaver.server.http.errors import Refusal
     from weaver.types import CheckpointInfo, JsonDict, ModelInfo, SampleResult, TrainingRun
+
+    T = TypeVar("T")
 
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
 ARTIFACTS = ("hf_adapter", "hf_model")
@@ -29,23 +50,42 @@ PRICED = (
 )
 
 
-class Note(Body):
+class RestNote(Note):
     """What an answer needs beside the operation's result."""
 
-    key: str | None = None
-    """What a resend of the same request has in common with it."""
     artifact: bool = False
     """The checkpoint was made to be downloaded."""
-    sampler_id: str | None = None
     samples: int = 0
     old_logprobs: bool = False
 
 
-def envelope(operation_id: str, outcome: Outcome | None, note: Note) -> JsonDict:
+class JsonResponse(JSONResponse):
+    """Writes what JSON has no word for as null."""
+
+    def render(self, content: object) -> bytes:
+        return to_json(content)
+
+
+def refused(refusal: Refusal) -> JSONResponse:
+    error = refusal.error
+    return refusal.answer(
+        {
+            "error": error.code,
+            "message": str(error),
+            "retryable": refusal.retryable,
+            "request_id": refusal.request_id,
+            "details": {"field": error.field, "hint": error.hint},
+        }
+    )
+
+
+def operation_json(entry: Entry) -> JsonDict:
     """An operation as it stands; may be slow."""
-    head: JsonDict = {"id": operation_id, "status": "pending"}
+    head: JsonDict = {"id": entry.id, "status": "pending"}
+    outcome = entry.outcome
     if outcome is None:
         return head
+    note = RestNote.model_validate_json(entry.text)
     if outcome.result is not None:
         return head | {"status": "done", "response": _answer(outcome.result, note)}
     assert outcome.error is not None
@@ -121,7 +161,7 @@ def catalog_json(model: ModelInfo) -> JsonDict:
     }
 
 
-def _answer(result: Result, note: Note) -> JsonDict:
+def _answer(result: Result, note: RestNote) -> JsonDict:
     match result:
         case GradientsDone(output=passed, labels=labels):
             outputs: list[JsonDict] = [
@@ -140,7 +180,8 @@ def _answer(result: Result, note: Note) -> JsonDict:
         case CheckpointSaved(checkpoint=info) if note.artifact:
             return artifact_json(info, artifact_kind(info))
         case CheckpointSaved(checkpoint=info):
-            sampler = {"model_path": info.path, "sampling_session_id": session_of(info.path)}
+            session_id = sampling_session_of(info.path)
+            sampler = {"model_path": info.path, "sampling_session_id": session_id}
             return checkpoint_json(info) | (sampler if info.kind == "sampler" else {})
         case Sampled(output=sampled):
             return {"result": _sampled(sampled, old_logprobs=note.old_logprobs)}
@@ -165,3 +206,59 @@ def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
     }
     version = output.sequences[0].weights_version
     return {"sequences": sequences, "usage": usage, "weight_version": version, **prompt}
+
+
+# --- ids and paths -------------------------------------------------------------------------------
+
+
+def native_path(path: str) -> str:
+    return path.replace("/checkpoints/", "/weights/", 1)
+
+
+def rest_path(path: str) -> str:
+    return path.replace("/weights/", "/checkpoints/", 1)
+
+
+def uuid_of(path: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, path))
+
+
+def sampling_session_of(sampler_id: str) -> str:
+    return base64.urlsafe_b64encode(sampler_id.encode()).decode().rstrip("=")
+
+
+def sampler_of(sampling_session: str) -> str:
+    """Raises NotFoundError."""
+    padded = sampling_session + "=" * (-len(sampling_session) % 4)
+    try:
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise NotFoundError(
+            f"no sampling session is called {sampling_session[:80]!r}.", field="sampling_session"
+        ) from None
+
+
+async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
+    """By its path of either form, or by its id.
+
+    Raises:
+        CheckpointNotFoundError
+    """
+    if "://" in reference:
+        return await service.get_checkpoint(native_path(reference))
+    return by_id(identified(await service.list_checkpoints()), reference)
+
+
+def identified(checkpoints: Sequence[CheckpointInfo]) -> dict[str, CheckpointInfo]:
+    return {uuid_of(info.path): info for info in checkpoints}
+
+
+def by_id(known: Mapping[str, T], wanted: str) -> T:
+    """Raises CheckpointNotFoundError."""
+    if wanted not in known:
+        raise CheckpointNotFoundError(
+            f"no checkpoint or artifact has the id {wanted[:80]!r}.",
+            field="id",
+            hint="GET /models/{model_id}/checkpoints lists them.",
+        )
+    return known[wanted]

@@ -1,43 +1,46 @@
-"""`Desk`: one caller's operations in the Weaver REST interface, over one native session.
+"""`CallerSession`: a caller's operations over one native session, whichever adapter asks for them.
 
-The routes submit here and wait here; the session tells of outcomes. It outlives the process, and
+For wire formats whose requests come one by one, without a session, ids and an order of their own.
+Their routes submit here and wait here; the session tells of outcomes. It outlives the process, and
 with it every operation that was accepted: the journal keeps its outcome, and a note from which the
 answer is made.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import anyio
-from anyio import to_thread
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict
 
 from weaver.errors import NotFoundError, ServiceConnectionError
 from weaver.protocol import Submission
-from weaver.server.compat.weaver_rest_answers import Note, envelope
-from weaver.wire import beside
+from weaver.server.http.front import LONGEST_POLL_S, Fronted
+from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
-    from fastapi import Response
-
     from weaver.protocol import Operation, Outcome, Result
     from weaver.server.http.front import Front
     from weaver.server.scoped import ScopedService
 
-HOLD_S = 1.0
-"""How long a submission is held for an outcome: below it, a client never polls."""
-POLL_S = 25.0
 KEPT_S = 600.0
 """How long an outcome stays readable. Clients resend a request for three minutes at most."""
+
+
+class Note(BaseModel):
+    """What is kept beside an operation; an adapter adds to it what its answer needs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str | None = None
+    """What a resend of the same request has in common with it."""
+    sampler_id: str | None = None
+    """Whose samples are held back together."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,19 +48,20 @@ class Entry:
     """One operation on its way to its outcome."""
 
     id: str
+    text: str
+    """The note that it was submitted with, as JSON."""
     note: Note
+    """Of that, what all adapters know."""
     outcome: Outcome | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
     ended_at: float = 0.0
 
 
-class Desk:
+class CallerSession:
     """`front` says when the server stops: waits then end with what there is."""
 
     def __init__(self, service: ScopedService, front: Front) -> None:
         self.service = service
-        self.merged: set[str] = set()
-        """Paths of adapters that were exported as whole models, for the list of artifacts."""
         self.turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         """Of each run: held from before a request is read until it is submitted, so that requests
         keep the order in which they began to arrive, however long their bodies are."""
@@ -72,16 +76,13 @@ class Desk:
         """Of `_entries`, those with an outcome, in the order of their cursors."""
         self._paused: set[str] = set()
 
-    async def submit(
-        self, request: Request, operation: Operation, note: Note, *, run_id: str | None = None
-    ) -> Entry:
+    async def submit(self, operation: Operation, note: Note, *, run_id: str | None = None) -> Entry:
         """Hands the operation to the service; a resend gets the entry of the first request.
 
         Args:
-            request: what asks for it.
+            note: its key tells a resend from another request.
             run_id: the run whose turn the caller holds.
         """
-        note = note.model_copy(update={"key": await resend_key(request)})
         async with self._submitting:  # a resend waits for what becomes of the first
             await self._forget_old()
             session_id = await self._session()
@@ -100,15 +101,15 @@ class Desk:
                     self._seqs[run_id] += 1
             return self._entry(submission.id, submission.note)
 
-    async def carry_out(self, request: Request, operation: Operation) -> Result:
+    async def carry_out(self, operation: Operation, note: Note) -> Result:
         """The result of an operation that its route answers for itself.
 
         Raises:
             WeaverError: why it failed.
             ServiceConnectionError: it goes on; a resend of the request waits for it again.
         """
-        entry = await self.submit(request, operation, Note())
-        await self.wait(entry, POLL_S)
+        entry = await self.submit(operation, note)
+        await self.wait(entry, LONGEST_POLL_S)
         if entry.outcome is not None and entry.outcome.error is not None:
             raise entry.outcome.error.to_error()
         if entry.outcome is None or entry.outcome.result is None:
@@ -181,7 +182,8 @@ class Desk:
 
     def _entry(self, operation_id: str, note: str | None) -> Entry:
         if operation_id not in self._entries:
-            entry = Entry(operation_id, Note.model_validate_json(note or "{}"))
+            text = note or "{}"
+            entry = Entry(operation_id, text, Note.model_validate_json(text))
             self._entries[entry.id] = entry
             if entry.note.key is not None:
                 self._by_key[entry.note.key] = entry
@@ -208,44 +210,16 @@ class Desk:
             await self.service.close_session(session_id)
 
 
-async def desk_of(request: Request) -> Desk:
-    """The caller's desk; async, so that no thread comes between two requests of one client."""
-    front, caller = request.state.front, request.state.caller
-    if caller not in front.desks:
-        front.desks[caller] = Desk(request.state.service, front)
-    desk: Desk = front.desks[caller]
-    return desk
+class CallerSessions(dict[Caller, CallerSession]):
+    """Of each caller its one session."""
 
 
-Desked = Annotated[Desk, Depends(desk_of)]
+async def session_of(request: Request, front: Fronted) -> CallerSession:
+    """Async, so that no thread comes between two requests of one client."""
+    sessions, caller = front.own(CallerSessions), request.state.caller
+    if caller not in sessions:
+        sessions[caller] = CallerSession(request.state.service, front)
+    return sessions[caller]
 
 
-async def resend_key(request: Request) -> str | None:
-    """What all attempts of one call share, and no other call has.
-
-    The client sends one `traceparent` with all attempts of a call. Without it only a body that has
-    a seq_id can be told from an equal one.
-    """
-    trace, body = request.headers.get("traceparent", ""), await request.body()
-    if not trace and b'"seq_id"' not in body:
-        return None
-    digest = hashlib.blake2b(f"{trace}\n{request.url.path}\n".encode(), digest_size=16)
-    await beside(len(body), partial(digest.update, body))
-    return digest.hexdigest()
-
-
-async def answered(desk: Desk, entry: Entry, *, hold_s: float = HOLD_S) -> Response:
-    """The operation's envelope, with its outcome if that comes within `hold_s`."""
-    await desk.wait(entry, hold_s)
-
-    def told() -> Response:
-        return JsonResponse(envelope(entry.id, entry.outcome, entry.note))
-
-    return await to_thread.run_sync(told)
-
-
-class JsonResponse(JSONResponse):
-    """Writes what JSON has no word for as null."""
-
-    def render(self, content: object) -> bytes:
-        return to_json(content)
+InSession = Annotated[CallerSession, Depends(session_of)]

@@ -1,6 +1,6 @@
-"""Bodies of the Weaver REST interface: JSON, or `http-binary`: a manifest beside raw tensors.
+"""How bodies of the Weaver REST interface are read: JSON, or a manifest beside raw tensors.
 
-The latter is multipart/form-data of two parts, `manifest` (JSON) and `tensor_pack` (bytes)::
+The latter is `http-binary`, multipart/form-data of `manifest` (JSON) and `tensor_pack` (bytes)::
 
     {"version": 1, "request": {...},
      "tensor_pack": {"size_bytes", "sha256", "codec": "raw"|"zstd", "decoded_size_bytes"}}
@@ -58,9 +58,6 @@ class Body(BaseModel):
         async with front.reading.of(announced):
             read = partial(parse, data, media_type, cls)
             return await wire.beside(announced, read, limiter=front.readers)
-
-
-TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
 
 
 Dimension = Annotated[int, Field(ge=0, lt=2**63)]

@@ -1,0 +1,9 @@
+"""The wire formats of a server, each an adapter over the same service; `run_server` mounts them."""
+
+from __future__ import annotations
+
+from weaver.server.adapters.weaver_rest import WEAVER_REST
+from weaver.server.console.routes import CONSOLE
+from weaver.server.http.routes import NATIVE
+
+ADAPTERS = (NATIVE, WEAVER_REST, CONSOLE)

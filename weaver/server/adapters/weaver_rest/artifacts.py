@@ -1,0 +1,167 @@
+"""Checkpoints of the Weaver REST interface and their Hugging Face artifacts, to be downloaded.
+
+An artifact is a checkpoint seen from outside: its adapter, or a whole model (merged at first need).
+It lives as long as its checkpoint. A download's address carries its own right, for its files
+and a limited time.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from weaver.errors import NotFoundError, PermissionDeniedError
+from weaver.protocol import SaveCheckpoint
+from weaver.server.adapters.weaver_rest.answers import (
+    ARTIFACTS,
+    MERGED,
+    JsonResponse,
+    artifact_id,
+    artifact_json,
+    artifact_kind,
+    by_id,
+    checkpoint_json,
+    identified,
+    native_path,
+)
+from weaver.server.adapters.weaver_rest.bodies import RunBody, TtlSeconds
+from weaver.server.adapters.weaver_rest.routes import PREFIX, ordered
+from weaver.server.adapters.weaver_rest.tensors import Body
+from weaver.server.http.caller_session import CallerSession, InSession
+from weaver.server.http.front import Fronted
+from weaver.types import JsonDict
+
+if TYPE_CHECKING:
+    from weaver.server.scoped import ScopedService
+    from weaver.server.tenancy import Caller
+    from weaver.types import CheckpointInfo
+
+URL_LIFE_S = 900
+
+router = APIRouter(prefix=PREFIX, include_in_schema=False, default_response_class=JsonResponse)
+
+
+class TtlBody(Body):
+    path: str
+    ttl_seconds: TtlSeconds = None
+
+
+class ExportBody(RunBody):
+    format: Literal["huggingface"] = "huggingface"
+    merge_adapter: bool = False
+    ttl_seconds: TtlSeconds = None
+
+    def operation(self) -> SaveCheckpoint:
+        return SaveCheckpoint(
+            purpose="state",
+            name=f"{MERGED if self.merge_adapter else 'export-'}{secrets.token_hex(4)}",
+            include_optimizer=False,
+            ttl_seconds=self.ttl_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the address of a download gives a right to, whoever asks."""
+
+    service: ScopedService
+    path: str
+    merge: bool
+    ends_at: float
+
+
+class Downloads:
+    """What was asked for to be downloaded, since the server started."""
+
+    def __init__(self) -> None:
+        self.merged: set[tuple[Caller, str]] = set()
+        """Paths of adapters that their callers have exported as whole models."""
+        self.grants: dict[str, Grant] = {}
+        """By the secret in its address."""
+
+
+@router.get("/models/{model_id}/checkpoints")
+async def list_checkpoints(model_id: str, caller: InSession) -> JsonDict:
+    items = await caller.service.list_checkpoints((await caller.service.get_run(model_id)).run_id)
+    return {"items": [checkpoint_json(info) for info in items]}
+
+
+@router.patch("/models/{model_id}/checkpoints/ttl")
+async def set_ttl(model_id: str, request: Request, caller: InSession) -> JsonDict:
+    body = await TtlBody.read(request)
+    info = await caller.service.set_checkpoint_ttl(native_path(body.path), body.ttl_seconds)
+    return checkpoint_json(info)
+
+
+@router.post("/models/{model_id}/export-hf")
+async def export_model(model_id: str, request: Request, caller: InSession) -> Response:
+    """Saves the model as it is now, and answers the checkpoint's artifact."""
+    return await ordered(request, caller, model_id, ExportBody, artifact=True)
+
+
+@router.post("/checkpoints/{checkpoint_id}/export")
+async def export_checkpoint(
+    checkpoint_id: str, request: Request, front: Fronted, caller: InSession
+) -> JsonDict:
+    body = await ExportBody.read(request)
+    info = by_id(identified(await _exportable(caller)), checkpoint_id)
+    if not body.merge_adapter:
+        return artifact_json(info, artifact_kind(info))
+    await caller.service.export_checkpoint(info.path, merge=True)
+    front.own(Downloads).merged.add((request.state.caller, info.path))
+    return artifact_json(info, "hf_model")
+
+
+@router.get("/checkpoints/{checkpoint_id}/artifacts")
+async def list_artifacts(
+    checkpoint_id: str, request: Request, front: Fronted, caller: InSession
+) -> JsonDict:
+    info = by_id(identified(await _exportable(caller)), checkpoint_id)
+    merged = (request.state.caller, info.path) in front.own(Downloads).merged
+    kinds = sorted({artifact_kind(info), *(["hf_model"] if merged else [])})
+    return {"items": [artifact_json(info, kind) for kind in kinds]}
+
+
+@router.get("/artifacts/{artifact}/download")
+async def describe_download(
+    artifact: str, request: Request, front: Fronted, caller: InSession
+) -> JsonDict:
+    known = {
+        artifact_id(info, kind): (info.path, kind == "hf_model")
+        for info in await _exportable(caller)
+        for kind in ARTIFACTS
+    }
+    path, merge = by_id(known, artifact)
+    export = await caller.service.export_checkpoint(path, merge=merge)
+    downloads, token, now = front.own(Downloads), secrets.token_urlsafe(32), time.monotonic()
+    kept = {token: grant for token, grant in downloads.grants.items() if grant.ends_at > now}
+    downloads.grants = kept | {token: Grant(caller.service, path, merge, now + URL_LIFE_S)}
+    base = f"{request.base_url}{PREFIX[1:]}/downloads/{token}"
+    files = [
+        {"name": f.name, "url": f"{base}/{f.name}", "size": f.size_bytes, "sha256": f.sha256}
+        for f in export.files
+    ]
+    return {"files": files}
+
+
+@router.get("/downloads/{token}/{name}")
+async def download(token: str, name: str, front: Fronted) -> Response:
+    """Needs no key, as its address is known only to who was given it. Obeys Range."""
+    grant = front.own(Downloads).grants.get(token)
+    if grant is None or grant.ends_at <= time.monotonic():
+        raise PermissionDeniedError(
+            "this address is not valid, or no longer.", hint="Ask for a new one."
+        )
+    export = await grant.service.export_checkpoint(grant.path, merge=grant.merge)
+    if name not in (file.name for file in export.files):
+        raise NotFoundError(f"the artifact has no file {name[:80]!r}.")
+    return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
+
+
+async def _exportable(caller: CallerSession) -> list[CheckpointInfo]:
+    return [c for c in await caller.service.list_checkpoints() if c.kind != "sampler"]
