@@ -28,7 +28,7 @@ from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
 from weaver.server.http import logs
-from weaver.server.http.run import ServerSettings, run_server
+from weaver.server.serve import ServerSettings, run_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

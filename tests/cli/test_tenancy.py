@@ -16,8 +16,8 @@ from weaver.client.http import HttpService
 from weaver.errors import WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.database import open_database
-from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys
+from weaver.server.serve import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from tests.server.http.helpers import serving
 from tests.server.test_kill import FAKE, running
 from weaver import Datum, ServiceClient
 from weaver.server.database import open_database
-from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys
+from weaver.server.serve import ServerSettings
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres

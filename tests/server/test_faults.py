@@ -26,8 +26,8 @@ from weaver.errors import CheckpointNotFoundError, ConflictError, StorageError
 from weaver.protocol import GradientsDone, Sample, SaveCheckpoint, StepDone
 from weaver.server.checkpoints import now_utc
 from weaver.server.database import open_database
-from weaver.server.http.run import ServerSettings
 from weaver.server.recovery import Durability
+from weaver.server.serve import ServerSettings
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 from weaver.types import Datum, SamplingParams
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from weaver.server.http.run import Running
+    from weaver.server.serve import Running
 
 pytestmark = pytest.mark.anyio
 DATUMS = list(GRADIENT.datums)

@@ -20,8 +20,8 @@ from tests.contracts.caller import GRADIENT, STEP, Caller
 from weaver import AsyncServiceClient, Datum, ModelInput
 from weaver.client.http import HttpService
 from weaver.server.database import open_database
-from weaver.server.http.run import GRACE_S
 from weaver.server.keys import Keys
+from weaver.server.serve import GRACE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ import sys, time
 from functools import partial
 from pathlib import Path
 import anyio
-from weaver.server.http.run import ServerSettings, run_server
+from weaver.server.serve import ServerSettings, run_server
 from weaver.server.recovery import Durability
 {engine}
 settings = ServerSettings(

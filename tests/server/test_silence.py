@@ -19,8 +19,8 @@ from weaver import AsyncServiceClient
 from weaver.client import session
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError
-from weaver.server.http.run import ServerSettings
 from weaver.server.limits import Limits
+from weaver.server.serve import ServerSettings
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:

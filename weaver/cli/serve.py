@@ -15,7 +15,7 @@ from weaver.errors import requiring
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weaver.server.http.run import Running, ServerSettings
+    from weaver.server.serve import Running, ServerSettings
 
 
 def _option(variable: str, help: str, *, least: int | None = None, most: int | None = None) -> Any:
@@ -116,9 +116,9 @@ def serve(
 ) -> None:
     """Serve models to many clients, until Ctrl-C or SIGTERM."""
     with requiring("the server", "server,engine"):
-        from weaver.server.http.run import ServerSettings
         from weaver.server.limits import Limits
         from weaver.server.recovery import Durability
+        from weaver.server.serve import ServerSettings
     settings = ServerSettings(
         home=Path(home).expanduser(),
         host=host,
@@ -161,7 +161,7 @@ def _run(
     with requiring("the server", "server,engine"):
         from weaver.engine.torch.engine import TorchEngine
         from weaver.server.http.logs import configure_logs
-        from weaver.server.http.run import run_server
+        from weaver.server.serve import run_server
     configure_logs(as_json=log_json)
     engine = TorchEngine(
         models,

@@ -32,8 +32,8 @@ from weaver.protocol import (
     StepDone,
 )
 from weaver.server.database import open_database
-from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys
+from weaver.server.serve import ServerSettings
 from weaver.types import AdamParams, Datum, MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
 from weaver.server.http.front import Front
-from weaver.server.http.run import Running, ServerSettings, run_server
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
+from weaver.server.serve import Running, ServerSettings, run_server
 from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 

@@ -11,8 +11,7 @@ import pytest
 
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
-from weaver.server.http.connection import MAX_HEAD_BYTES
-from weaver.server.http.run import ServerSettings
+from weaver.server.serve import MAX_HEAD_BYTES, ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

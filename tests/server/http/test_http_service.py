@@ -25,8 +25,8 @@ from weaver.errors import (
     TooLargeError,
 )
 from weaver.protocol import GradientsDone, Sample, StepDone
-from weaver.server.http.run import ServerSettings
 from weaver.server.limits import Limits
+from weaver.server.serve import ServerSettings
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

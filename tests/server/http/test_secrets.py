@@ -14,8 +14,8 @@ from weaver import Datum, ServiceClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.logs import JsonFormatter
-from weaver.server.http.run import ServerSettings
 from weaver.server.keys import Keys
+from weaver.server.serve import ServerSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,8 +18,8 @@ from tests.server.compat.helpers import Rest
 from tests.server.http.helpers import running, serving
 from weaver import Datum, ServiceClient
 from weaver.errors import WeaverError
-from weaver.server.http.run import ServerSettings
 from weaver.server.http.tracing import Tracing
+from weaver.server.serve import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from weaver.config import is_loopback
 from weaver.errors import ConfigError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.connection import Connection
 from weaver.server.http.front import Front
 from weaver.server.http.watchdog import watch
 from weaver.server.keys import Keys
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from weaver.server.recovery import Durability
 
 GRACE_S = 10
+MAX_HEAD_BYTES = 2**16
+"""Of the request line and header fields, and as much between two pieces of a body. What is read at
+once, at most 256 KiB, may be above it."""
+REFUSAL = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"connection: close\r\ncontent-length: 0\r\n\r\n"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +138,35 @@ async def _serve(front: Front, listener: socket.socket, started: Callable[[Runni
     loop.call_soon(started, Running(address, lambda: _call(loop, stop)))
     async with watch():
         await server.serve(sockets=[listener])
+
+
+class Connection(HttpToolsProtocol):
+    """HTTP/1.1 on one socket, as uvicorn reads it, with a bound on what is not a body.
+
+    The parser below it has no limit of its own: without this one, header fields that never end
+    would fill the memory before anybody has shown a key.
+    """
+
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(REFUSAL)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
