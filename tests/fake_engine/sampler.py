@@ -67,7 +67,7 @@ class _Row:
     @property
     def last(self) -> int:
         """The token that the next one follows."""
-        return (*self.job.job.prompt[-1:], *self.draft.continuation.tokens[-1:])[-1]
+        return (*self.job.job.prompt[-1:], *self.draft.tokens[-1:])[-1]
 
 
 class FakeSampler:
@@ -107,12 +107,12 @@ class FakeSampler:
             stops = Stops.of(job.params, ByteTokenizer(), ends=frozenset({EOS}))
             mine = self._jobs[job.job_id] = _Job(job, *self._weights[job.weights_id])
             for i in range(job.num_samples):
-                draft = Draft.of(
-                    job,
-                    i,
-                    tokenizer=ByteTokenizer(),
+                draft = Draft(
+                    ByteTokenizer(),
+                    stops,
+                    index=i,
                     length=job.params.max_tokens,
-                    stops=stops,
+                    stream=job.stream,
                 )
                 mine.rows.append(_Row(mine, draft, random.Random(f"{seed}/{i}")))
 

@@ -13,7 +13,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
@@ -21,11 +21,11 @@ from weaver.engine.torch.lora import PREFIX, adapter_from_tensors
 from weaver.engine.torch.models import (
     CONFIG,
     INDEX,
-    WEIGHTS,
     folder_of,
     read_module,
     stored_tensor,
     tied_weights,
+    weight_map,
     without_progress_bars,
 )
 from weaver.errors import (
@@ -135,11 +135,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     for name in sorted((settings.keys() | {"peft_type"}) - FREE):
         value = settings.get(name)
         if value not in PLAIN.get(name, NEUTRAL):
-            raise UnsupportedError(
-                f"the adapter has {name} = {json.dumps(value)[:100]}.",
-                field="model_path",
-                hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
-            )
+            raise _not_plain(f"{name} = {json.dumps(value)[:100]}.")
 
 
 def _lora_tensors(
@@ -156,11 +152,8 @@ def _lora_tensors(
             continue
         base = stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
         if base is None or not torch.equal(base.to(tensor.dtype), tensor):
-            raise UnsupportedError(
-                f"the adapter has {name}, which is neither LoRA's nor what "
-                f"{facts.info.name} has there.",
-                field="model_path",
-                hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
+            raise _not_plain(
+                f"{name}, which is neither LoRA's nor what {facts.info.name} has there."
             )
     return lora
 
@@ -174,27 +167,35 @@ def _check_fit(
     for stem in sorted(stems):
         target = facts.targets.get(stem.removeprefix(PREFIX))
         if target is None:
-            raise CheckpointMismatchError(
-                f"the adapter changes {stem}, {facts.info.name} has no such layer.",
-                field="path",
-                hint="Load it on the model it was trained on.",
-            )
+            raise _of_another(f"the adapter changes {stem}, {facts.info.name} has no such layer.")
         shapes = {"A": (rank, target.in_features), "B": (target.out_features, rank)}
         for matrix, shape in shapes.items():
             tensor = tensors.get(f"{stem}.lora_{matrix}.weight")
             if tensor is None:
                 raise corrupt(folder / ADAPTER_WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
             if tuple(tensor.shape) != shape:
-                raise CheckpointMismatchError(
+                raise _of_another(
                     f"{stem}.lora_{matrix} has shape {list(tensor.shape)}, "
-                    f"{facts.info.name} needs {list(shape)}.",
-                    field="path",
-                    hint="Load it on the model it was trained on.",
+                    f"{facts.info.name} needs {list(shape)}."
                 )
         roles.add(target.role)
     if not roles:
         raise corrupt(folder / ADAPTER_WEIGHTS, "has no LoRA tensors")
     return roles
+
+
+def _not_plain(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the adapter has {what}",
+        field="model_path",
+        hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
+    )
+
+
+def _of_another(what: str) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        what, field="path", hint="Load it on the model it was trained on."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -243,33 +244,24 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
         StorageError: the disk is full or not writable.
     """
     tensors, config = read_adapter(adapter, facts=facts)
-    scale = config.alpha / config.rank
-    made = adapter_from_tensors(tensors, scale=scale, device=torch.device("cpu"))
+    made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
     source, untied = folder_of(facts.source), _untied(facts, tensors)
     changed = {f"{path}.weight" for path in made.pairs}
     try:
-        index = _index(source)
-        if changed <= index["weight_map"].keys() | untied.keys():
-            _write_shards(source, folder, made, index=index, untied=untied)
+        shards = weight_map(source)
+        if changed <= shards.keys() | untied.keys():
+            _write_shards(source, folder, made, shards=shards, untied=untied)
         else:
             _write_whole(facts, folder, made, untied=untied)
         _copy_others(facts, source, folder)
         if untied:
             settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
             (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise StorageError(
             f"merging {facts.info.name} failed: {error}",
             hint="Check the free space, and that the base model's files are complete.",
         ) from error
-
-
-def _index(source: Path) -> dict[str, Any]:
-    """What the index of a model's shards says; also of one that is in a single file."""
-    if (source / INDEX).is_file():
-        return read_json(source / INDEX)
-    with safe_open(source / WEIGHTS, framework="pt") as file:
-        return {"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}
 
 
 def _write_shards(
@@ -277,22 +269,23 @@ def _write_shards(
     folder: Path,
     adapter: Adapter,
     *,
-    index: dict[str, Any],
+    shards: dict[str, str],
     untied: Mapping[str, str],
 ) -> None:
     """`untied` maps the names of a head's tensors to those that they were tied to."""
-    for shard in sorted(set(index["weight_map"].values())):
+    for shard in sorted(set(shards.values())):
         weights = load_file(source / shard)
         for head, embedding in untied.items():
             weights.pop(head, None)
             if embedding in weights:
                 weights[head] = weights[embedding].clone()
-                index["weight_map"][head] = shard
+                shards[head] = shard
         for path, pair in adapter.pairs.items():
             if f"{path}.weight" in weights:
                 weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
         save_file(weights, folder / shard, metadata={"format": "pt"})
     if (source / INDEX).is_file():
+        index = read_json(source / INDEX) | {"weight_map": shards}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -23,17 +23,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from weaver import errors
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
-from weaver.errors import (
-    ContextLengthError,
-    EngineError,
-    InvalidNameError,
-    ServiceConnectionError,
-    StorageError,
-    UnknownModelError,
-    UnsupportedError,
-    WeaverError,
-)
 from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
 
@@ -97,7 +88,7 @@ class ModelFacts:
         """Raises ContextLengthError where encoding a text would take long, and for nothing."""
         texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
         if (length := sum(map(len, texts))) > self.longest_text:
-            raise ContextLengthError(
+            raise errors.ContextLengthError(
                 f"has {length} characters; the model's context of {self.info.context_length} "
                 f"tokens holds at most {self.longest_text}.",
                 field="prompt",
@@ -143,8 +134,9 @@ class Catalog:
         if name not in self._facts:
             source = self._source(name)
             told = source if self._allow_paths or not Path(source).is_dir() else name
-            config = self._config(name, source)
-            self._facts[name] = read_facts(name, source, config=config, public_name=told)
+            with refusing(f"{name} cannot run here", hint=HINT):
+                config = self._config(name, source)
+                self._facts[name] = _read_facts(name, source, config=config, public_name=told)
         return self._facts[name]
 
     def _source(self, name: str) -> str:
@@ -162,36 +154,26 @@ class Catalog:
     def _config(self, name: str, source: str) -> Any:
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise self._unknown(name, "the folder has no config.json.")
-        with refusing(f"{name} cannot run here", hint=HINT):
-            try:
-                return AutoConfig.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=only_here(source)
-                )
-            except OSError as error:
-                reason = f"cannot be read or fetched: {first_line(error)}"
-                raise self._unknown(name, reason) from error
+        try:
+            return AutoConfig.from_pretrained(
+                source, trust_remote_code=False, local_files_only=only_here(source)
+            )
+        except OSError as error:
+            reason = f"cannot be read or fetched: {first_line(error)}"
+            raise self._unknown(name, reason) from error
 
-    def _unknown(self, name: str, reason: str) -> UnknownModelError:
+    def _unknown(self, name: str, reason: str) -> errors.UnknownModelError:
         others = (
             "; or give a folder with config.json and safetensors, or a Hugging Face id."
             if self._allow_paths
             else ". `weaver serve --model` adds others."
         )
         hint = f"Known: {', '.join(self.names()) or 'none'}{others}"
-        return UnknownModelError(f"{name!r}: {reason}", field="base_model", hint=hint)
-
-
-def read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:
-    """Builds the model without storage to see its layers.
-
-    Raises:
-        UnsupportedError: see `Catalog.facts`.
-    """
-    with refusing(f"{name} cannot run here", hint=HINT):
-        return _read_facts(name, source, config=config, public_name=public_name)
+        return errors.UnknownModelError(f"{name!r}: {reason}", field="base_model", hint=hint)
 
 
 def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:
+    """Builds the model without storage to see its layers."""
     _check_config(name, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -275,16 +257,16 @@ def only_here(source: str) -> bool:
     return False
 
 
-def _unsupported(name: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(
+def _unsupported(name: str, reason: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
         f"{name} cannot run here: {reason}",
         field="base_model",
         hint=HINT,
     )
 
 
-def _no_tokenizer(name: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(
+def _no_tokenizer(name: str, reason: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
         f"{name} has no tokenizer that can be read: {reason}.",
         field="base_model",
         hint="Put tokenizer.json and tokenizer_config.json into its folder.",
@@ -302,7 +284,7 @@ def download(hub_id: str) -> tuple[ModelInfo, Path]:
         StorageError: the cache cannot be written.
     """
     if not re.fullmatch(HUB_ID, hub_id):
-        raise InvalidNameError(
+        raise errors.InvalidNameError(
             f"is {hub_id[:200]!r}.", field="id", hint="Give a Hugging Face id: owner/name."
         )
     if only_here(hub_id):
@@ -311,16 +293,16 @@ def download(hub_id: str) -> tuple[ModelInfo, Path]:
     try:
         return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
     except (HfHubHTTPError, httpx.HTTPError) as error:
-        raise _out_of_reach(str(error).strip().split("\n", 1)[0][:200]) from error
+        raise _out_of_reach(first_line(error)) from error
     except OSError as error:
-        raise StorageError(
+        raise errors.StorageError(
             f"{hub_id} cannot be kept in {constants.HF_HUB_CACHE}: {error}",
             hint="Free some space, or choose another place with HF_HOME; then go on as before.",
         ) from error
 
 
-def _out_of_reach(reason: str) -> ServiceConnectionError:
-    return ServiceConnectionError(
+def _out_of_reach(reason: str) -> errors.ServiceConnectionError:
+    return errors.ServiceConnectionError(
         f"the Hugging Face hub at {constants.ENDPOINT}: {reason}.",
         hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or copy the model's folder here "
         "and name that.",
@@ -336,10 +318,10 @@ def refusing(what: str, *, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ours = isinstance(error, WeaverError) and not isinstance(error, EngineError)
+        ours = isinstance(error, errors.WeaverError) and not isinstance(error, errors.EngineError)
         if ours or is_out_of_memory(error):
             raise
-        raise UnsupportedError(
+        raise errors.UnsupportedError(
             f"{what}: {first_line(error)}", field="base_model", hint=hint
         ) from error
 

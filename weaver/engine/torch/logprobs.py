@@ -107,8 +107,7 @@ def target_scores(
         asked = queries.take(rows.to(hidden.device)) if some else queries
         with torch.set_grad_enabled(with_gradient):
             if in_general:
-                counts = torch.bincount(sequence[rows], minlength=len(batch.lengths)).tolist()
-                pieces.append(_general(model, h, counts, batch, asked, entropy=entropy))
+                pieces.append(_general(model, h, sequence[rows], batch, asked, entropy=entropy))
             else:
                 assert isinstance(head.linear, FrozenLinear)
                 pieces.append(_frozen(h, head, asked, entropy))
@@ -124,7 +123,7 @@ def target_scores(
 def _general(
     model: LoadedModel,
     hidden: torch.Tensor,
-    counts: list[int],
+    sequence: torch.Tensor,
     batch: PackedBatch,
     queries: Queries,
     *,
@@ -132,26 +131,23 @@ def _general(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For a trained head: chunks, each computed again in the backward pass instead of kept.
 
-    What fits `KEPT_ELEMENTS` is kept after all: there the time counts, not the memory.
+    What fits `KEPT_ELEMENTS` is kept after all: there the time counts, not the memory. `sequence`
+    int64 [N] says of which sequence of the batch each row is.
     """
 
-    def score(h: torch.Tensor, lengths: list[int], asked: Queries) -> tuple[torch.Tensor, ...]:
+    def score(h: torch.Tensor, of: torch.Tensor, asked: Queries) -> tuple[torch.Tensor, ...]:
+        lengths = torch.bincount(of, minlength=len(batch.lengths)).tolist()
         with model.routing.of(lengths, batch.adapters):
             logits = model.head.logits(h)
         return scored(logits, asked.targets, asked.divisor, entropy)
 
     if len(hidden) * model.info.vocab_size <= KEPT_ELEMENTS:
-        logprobs, entropies = score(hidden, counts, queries)
+        logprobs, entropies = score(hidden, sequence, queries)
         return logprobs, entropies
     pieces: list[tuple[torch.Tensor, ...]] = []
     for rows in _chunks(len(hidden), model.info.vocab_size):
-        asked = queries.take(rows)
-        lengths = _lengths_within(counts, rows)
-        pieces.append(
-            checkpoint(
-                score, hidden[rows], lengths, asked, use_reentrant=False, preserve_rng_state=False
-            )
-        )
+        some = hidden[rows], sequence[rows], queries.take(rows)
+        pieces.append(checkpoint(score, *some, use_reentrant=False, preserve_rng_state=False))
     logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
     return logprobs, entropies
 
@@ -203,17 +199,6 @@ def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
     size = max(CHUNK_ELEMENTS // vocab_size, 16)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-
-
-def _lengths_within(counts: list[int], rows: slice) -> list[int]:
-    """How many of `rows` fall to each sequence, whose rows lie end to end."""
-    lengths: list[int] = []
-    start = 0
-    for count in counts:
-        stop = start + count
-        lengths.append(max(min(stop, rows.stop) - max(start, rows.start), 0))
-        start = stop
-    return lengths
 
 
 def token_scores(

@@ -149,7 +149,7 @@ def new_adapter(
 
 
 def adapter_from_tensors(
-    tensors: Mapping[str, torch.Tensor], *, scale: float, device: torch.device
+    tensors: Mapping[str, torch.Tensor], config: LoraConfig, *, device: torch.device
 ) -> Adapter:
     """A frozen fp32 adapter from tensors by PEFT's names; it shares storage where it can."""
     pairs: dict[str, LoraPair] = {}
@@ -160,4 +160,4 @@ def adapter_from_tensors(
             pairs[stem.removeprefix(PREFIX)] = LoraPair(
                 *(t.detach().to(device, torch.float32) for t in (a, b))
             )
-    return Adapter(pairs, scale)
+    return Adapter(pairs, config.alpha / config.rank)

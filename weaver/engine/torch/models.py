@@ -1,6 +1,6 @@
 """`LoadedModel`: a base model in memory, the one object that trainer and sampler compute with.
 
-Also how its weights are read from their files, as a whole by `load_model` or single tensors, which
+Also how its weights are read from their files, as a whole by `read_module` or single tensors, which
 merging and the reading of adapters need. T rows of a packed batch, N rows of hidden states, H
 hidden size, V vocabulary.
 """
@@ -21,8 +21,8 @@ from transformers.utils import cached_file, logging
 from weaver.engine.torch.catalog import only_here, refusing
 from weaver.engine.torch.kv_cache import CacheShape
 from weaver.engine.torch.linear import FrozenLinear, Routing
-from weaver.engine.torch.packing import register
-from weaver.errors import CheckpointMismatchError, EngineError, NonFiniteError, UnsupportedError
+from weaver.engine.torch.packing import ATTENTION
+from weaver.errors import CheckpointMismatchError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +110,14 @@ class LoadedModel:
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, H] after the final norm; differentiable in the adapters or the model's parameters."""
-        hidden: torch.Tensor = self._call(self.module.base_model, batch).last_hidden_state[0]
+        with self.routing.of(batch.lengths, batch.adapters):
+            output = self.module.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_batch=batch,
+            )
+        hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
     def logits(self, hidden: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
@@ -118,51 +125,12 @@ class LoadedModel:
         with self.routing.of([1] * len(adapters), adapters):
             return self.head.logits(hidden)
 
-    def _call(self, module: Any, batch: PackedBatch) -> Any:
-        with self.routing.of(batch.lengths, batch.adapters):
-            return module(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                packed_batch=batch,
-            )
-
     def _freeze(self) -> None:
         for path, layer in list(self.module.named_modules()):
             if type(layer) is torch.nn.Linear:
                 parent, _, name = path.rpartition(".")
                 frozen = FrozenLinear(layer, path=path, routing=self.routing)
                 setattr(self.module.get_submodule(parent), name, frozen)
-
-
-def load_model(
-    facts: ModelFacts,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    trainable: bool = False,
-    weights: Mapping[str, torch.Tensor] | None = None,
-) -> LoadedModel:
-    """Reads a model's safetensors, or takes copies of `weights` in their place.
-
-    Raises:
-        UnsupportedError: no safetensors, unreadable, or parameters are missing in them.
-        CheckpointMismatchError: `weights` do not fit.
-        EngineError: the device has not enough memory.
-    """
-    module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
-    try:
-        module.to(device)
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"not enough memory on {device} for {facts.info.name}.",
-            hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
-        ) from error
-    if weights is not None:
-        parameters = dict(module.named_parameters())
-        check_weights(parameters, weights)
-        set_weights(parameters, weights)
-    return LoadedModel(facts, module, trainable=trainable)
 
 
 def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:
@@ -180,7 +148,7 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
             source,
             config=config,
             dtype=dtype,
-            attn_implementation=register(),
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=only_here(str(source)),
@@ -239,19 +207,16 @@ def check_weights(
     parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> None:
     """Raises CheckpointMismatchError where names or shapes differ."""
-    for name in sorted(parameters.keys() ^ weights.keys()):
-        what = "lacks" if name in parameters else "has the unknown"
-        raise CheckpointMismatchError(
-            f"the checkpoint {what} {name}.", field="path", hint="Load it into its own base model."
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            raise CheckpointMismatchError(
-                f"{name} has shape {list(weights[name].shape)}, the model's is "
-                f"{list(parameter.shape)}.",
-                field="path",
-                hint="Load it into its own base model.",
-            )
+    for name in sorted(parameters.keys() | weights.keys()):
+        if name not in weights:
+            what = f"the checkpoint lacks {name}."
+        elif name not in parameters:
+            what = f"the checkpoint has the unknown {name}."
+        elif (shape := parameters[name].shape) != weights[name].shape:
+            what = f"{name} has shape {list(weights[name].shape)}, the model's is {list(shape)}."
+        else:
+            continue
+        raise CheckpointMismatchError(what, field="path", hint="Load it into its own base model.")
 
 
 @torch.no_grad()
@@ -293,12 +258,17 @@ def tied_weights(facts: ModelFacts) -> Mapping[str, str]:
     return tied or {} if facts.config.tie_word_embeddings else {}
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the names that the files have."""
+    if (folder / INDEX).is_file():
+        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), WEIGHTS)
+
+
 def weight_without_fractions(folder: Path) -> str | None:
     """The first weight that is stored as integers or bytes, as quantised ones are."""
-    shards = {WEIGHTS}
-    if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    for shard in sorted(shards):
+    for shard in sorted(set(weight_map(folder).values())):
         with safe_open(folder / shard, framework="pt") as file:
             for name in file.keys():
                 if name.endswith(".weight") and file.get_slice(name).get_dtype() not in FLOATS:
@@ -308,18 +278,14 @@ def weight_without_fractions(folder: Path) -> str | None:
 
 def stored_tensor(facts: ModelFacts, name: str) -> torch.Tensor | None:
     """One tensor by the name that the model gives it; None where the files cannot tell."""
-    names = (name, tied_weights(facts).get(name, name))
     try:
         folder = folder_of(facts.source)
-        shards = dict.fromkeys(names, WEIGHTS)
-        if (folder / INDEX).is_file():
-            shards = json.loads((folder / INDEX).read_text())["weight_map"]
-        for key in names:
+        shards = weight_map(folder)
+        for key in (name, tied_weights(facts).get(name, name)):
             if key in shards:
                 with safe_open(folder / shards[key], framework="pt") as file:
-                    if key in file.keys():
-                        tensor: torch.Tensor = file.get_tensor(key)
-                        return tensor
+                    tensor: torch.Tensor = file.get_tensor(key)
+                    return tensor
     except (OSError, SafetensorError, ValueError, KeyError):
         pass  # the loading of the base says what is wrong with them
     return None

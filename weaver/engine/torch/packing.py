@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from weaver.engine.torch.lora import Adapter
 
-IMPLEMENTATION = "weaver_packed"
+ATTENTION = "weaver_packed"
+"""Its name with transformers."""
 
 
 class Heads(NamedTuple):
@@ -133,12 +134,6 @@ def plan_passes(
     return [*passes, tuple(shares)] if shares else passes
 
 
-def register() -> str:
-    """Registers the attention function, once or again; answers its name."""
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    return IMPLEMENTATION
-
-
 def _attention(
     module: Any,
     query: torch.Tensor,
@@ -214,3 +209,6 @@ def _window_mask(
         ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
         batch.masks[length, window] = ones.tril().triu(1 - window)
     return batch.masks[length, window]
+
+
+AttentionInterface.register(ATTENTION, _attention)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from weaver import errors
 from weaver.engine.base import WeightSnapshot
 from weaver.engine.torch.adapters import (
     ADAPTER_CONFIG,
@@ -37,14 +38,6 @@ from weaver.engine.torch.models import (
     read_module,
     set_weights,
     without_progress_bars,
-)
-from weaver.errors import (
-    CheckpointMismatchError,
-    InvalidParamsError,
-    NoGradientsError,
-    NonFiniteError,
-    StorageError,
-    UnsupportedError,
 )
 from weaver.types import LoraConfig, TrainingMode, Value
 
@@ -99,13 +92,13 @@ class Run:
             NonFiniteError: the gradient is not finite; it is cleared, nothing else changes.
         """
         if self.gradient is None:
-            raise NoGradientsError(
+            raise errors.NoGradientsError(
                 f"run {self.run_id} has no gradient.", hint="Call forward_backward first."
             )
         gradient, self.gradient = self.gradient, None
         norm = torch.nn.utils.get_total_norm(gradient)
         if not torch.isfinite(norm):
-            raise NonFiniteError(
+            raise errors.NonFiniteError(
                 f"the gradient's norm is {norm.item()}; the step was not taken.",
                 hint="The gradient is cleared. Check the data, or lower the learning rate.",
             )
@@ -178,7 +171,7 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
         state = _state_of(run).model_dump()
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        raise StorageError(
+        raise errors.StorageError(
             f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
             hint="Free some space or check the permissions.",
         ) from error
@@ -235,7 +228,7 @@ def read_state(folder: Path) -> State:
     """
     try:
         return State(**read_json(folder / STATE))
-    except InvalidParamsError as error:
+    except errors.InvalidParamsError as error:
         raise corrupt(folder / STATE, f"is broken: {error}") from error
 
 
@@ -256,7 +249,7 @@ def _check_same(run: Run, state: State) -> None:
     ours = _described(_state_of(run))
     for name, theirs in _described(state).items():
         if theirs != ours[name]:
-            raise CheckpointMismatchError(
+            raise errors.CheckpointMismatchError(
                 f"the checkpoint has {name} {theirs!r}, the run {ours[name]!r}.",
                 field="path",
                 hint="Create a run like the checkpoint's, then load it.",
@@ -273,7 +266,7 @@ def _described(state: State) -> dict[str, Any]:
 def _read_model(folder: Path) -> dict[str, torch.Tensor]:
     try:
         module = read_module(folder, name=str(folder), config=None, dtype=torch.float32)
-    except UnsupportedError as error:
+    except errors.UnsupportedError as error:
         raise corrupt(folder / "model.safetensors", f"is broken: {error.message}") from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
@@ -281,7 +274,7 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
 def _write_tokenizer(run: Run, folder: Path) -> None:
     try:
         files = run.model.facts.tokenizer_files()
-    except UnsupportedError:
+    except errors.UnsupportedError:
         return  # the base model has none either
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -291,16 +284,14 @@ def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     tensors = {ADAM_STEP: torch.zeros(())}
     for name, parameter in run.named_parameters().items():
         for key, value in run.optimizer.state[parameter].items():
-            if key in MOMENTS:
-                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                tensors[ADAM_STEP] = value.detach().cpu()
+            stored = key if key == ADAM_STEP else f"{name}.{key}"
+            tensors[stored] = value.detach().cpu().contiguous()
     return tensors
 
 
 def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / OPTIMIZER).exists():
-        raise CheckpointMismatchError(
+        raise errors.CheckpointMismatchError(
             f"{folder.name} was saved without optimizer state.",
             field="path",
             hint="Load it with load_state, or save with save_state.",

@@ -129,8 +129,8 @@ class RunningJob:
         if self.job.params.repetition_penalty != 1:
             seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
             seen[self.prompt] = True
-        draft = Draft.of(
-            self.job, index, tokenizer=self._tokenizer, length=self.length, stops=self._stops
+        draft = Draft(
+            self._tokenizer, self._stops, index=index, length=self.length, stream=self.job.stream
         )
         return Row(self, draft, self._keys[index], seen)
 

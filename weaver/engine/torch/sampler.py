@@ -286,7 +286,7 @@ class _Group:
         cache = self._cache.decode(self.rows)
         hidden = model.hidden_states(
             pack(
-                [row.draft.continuation.tokens[-1:] for row in self.rows],
+                [row.draft.tokens[-1:] for row in self.rows],
                 adapters=adapters,
                 device=model.device,
                 starts=[row.length for row in self.rows],

@@ -15,7 +15,14 @@ import torch
 
 from weaver.engine.torch.lora import Adapter, adapter_from_tensors, roles
 from weaver.engine.torch.model_check import check_model
-from weaver.engine.torch.models import LoadedModel, check_finite, load_model
+from weaver.engine.torch.models import (
+    LoadedModel,
+    check_finite,
+    check_weights,
+    read_module,
+    set_weights,
+)
+from weaver.errors import EngineError
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -64,7 +71,7 @@ class ModelStore:
         """The shared frozen model.
 
         Raises:
-            UnknownModelError, UnsupportedError, EngineError: see `load_model` and `check_model`.
+            UnknownModelError, UnsupportedError, EngineError: see `_load`.
         """
         if name not in self._models:
             facts = self.catalog.facts(name)
@@ -90,7 +97,7 @@ class ModelStore:
             facts = self.catalog.facts(snapshot.base_model)
             model = self._load(facts, dtype=self.dtype, weights=tensors)
             return PublishedWeights(model, None, snapshot.version)
-        adapter = adapter_from_tensors(tensors, scale=lora.alpha / lora.rank, device=self.device)
+        adapter = adapter_from_tensors(tensors, lora, device=self.device)
         return PublishedWeights(self.base(snapshot.base_model), adapter, snapshot.version)
 
     def _load(
@@ -101,10 +108,26 @@ class ModelStore:
         trainable: bool = False,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> LoadedModel:
-        """Loads a model; the first time, also makes sure that it is computed rightly."""
-        model = load_model(
-            facts, device=self.device, dtype=dtype, trainable=trainable, weights=weights
-        )
+        """Loads a model, or one with copies of `weights`; the first time, also checks it.
+
+        Raises:
+            UnsupportedError: it cannot be read, or not computed rightly.
+            CheckpointMismatchError: `weights` do not fit.
+            EngineError: the device has not enough memory.
+        """
+        module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+        try:
+            module.to(self.device)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"not enough memory on {self.device} for {facts.info.name}.",
+                hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
+            ) from error
+        if weights is not None:
+            parameters = dict(module.named_parameters())
+            check_weights(parameters, weights)
+            set_weights(parameters, weights)
+        model = LoadedModel(facts, module, trainable=trainable)
         if (facts.info.name, trainable) not in self._checked:
             self.use_threads(model)
             check_model(model)

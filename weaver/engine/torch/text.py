@@ -1,7 +1,7 @@
 """Texts: how a prompt becomes tokens, how drawn tokens become a text, and when a sample ends.
 
 `TorchEngine.encode` calls `encode_prompt`; the sampler, and the fake engine of the tests, have one
-`Draft` a sample, with a `Continuation` that holds its text.
+`Draft` a sample, which is a `Continuation`, its text, with log-probabilities.
 
 Text is decoded token by token only where a stop string or a reader of deltas needs it. A byte-level
 token may hold part of a character and a stop string may span tokens, so what could still change, or
@@ -13,7 +13,7 @@ the first text ends.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weaver.errors import InvalidRequestError, UnsupportedError
@@ -23,7 +23,7 @@ from weaver.types import SampleDelta, SampledSequence
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.engine.base import SampleJob, Tokenizer
+    from weaver.engine.base import Tokenizer
     from weaver.types import Message, SamplingParams, StopReason
 
 
@@ -58,6 +58,8 @@ class TextStream:
     """Decodes tokens as they come; what it has answered never changes.
 
     Decoders may strip the space before the first token, so tokens are decoded behind earlier ones.
+    `tokenizers` has a `DecodeStream`, but only for its own tokenizers; it keeps an unfinished last
+    character to itself, and raises where byte tokens make no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -202,53 +204,47 @@ def _begun(text: str, stop: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(slots=True, eq=False)
-class Draft:
-    """Sample `index` of its job."""
+class Draft(Continuation):
+    """Sample `index` of its job, while it is drawn."""
 
-    index: int
-    continuation: Continuation
-    stream: bool
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, job: SampleJob, index: int, *, tokenizer: Tokenizer, length: int, stops: Stops
-    ) -> Draft:
-        """Of at most `length` tokens."""
-        continuation = Continuation(tokenizer, stops, length=length, stream=job.stream)
-        return cls(index, continuation, job.stream)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Stops, *, index: int, length: int, stream: bool
+    ) -> None:
+        super().__init__(tokenizer, stops, length=length, stream=stream)
+        self.index = index
+        self.logprobs: list[float] = []
+        self.sampling_logprobs: list[float] = []
+        self._streams = stream
 
     @property
     def ended(self) -> bool:
-        return self.continuation.stop_reason is not None
+        return self.stop_reason is not None
 
     def take(self, token: int, *, logprob: float, sampling_logprob: float) -> list[SampleDelta]:
         """Adds a token, which may end the sample; answers what a reader of a stream sees of it."""
-        text = self.continuation.push(token)
+        text = self.push(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
-        if not self.stream:
+        if not self._streams:
             return []
         delta = SampleDelta(
             index=self.index,
             tokens=(token,),
             text=text,
             logprobs=(logprob,),
-            stop_reason=self.continuation.stop_reason,
+            stop_reason=self.stop_reason,
         )
         return [delta]
 
     def sequence(self, *, version: int) -> SampledSequence:
         """Once it has ended; `version` is that of the weights."""
-        assert self.continuation.stop_reason is not None
+        assert self.stop_reason is not None
         return SampledSequence(
-            tokens=tuple(self.continuation.tokens),
-            text=self.continuation.text,
+            tokens=tuple(self.tokens),
+            text=self.text,
             logprobs=tuple(self.logprobs),
             sampling_logprobs=tuple(self.sampling_logprobs),
-            stop_reason=self.continuation.stop_reason,
+            stop_reason=self.stop_reason,
             weights_version=version,
         )
 
