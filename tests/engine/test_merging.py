@@ -181,6 +181,10 @@ def test_what_cannot_be_merged_is_named(
     (base / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(StorageError, match="base model's files are complete"):
         merge("broken")
+    for name, index in (("text", "broken"), ("object", "{}")):
+        (base / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(StorageError, match="base model's files are complete"):
+            merge(name)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointCorruptError):
         merge("gone")

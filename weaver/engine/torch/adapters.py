@@ -257,7 +257,7 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
         if untied:
             settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
             (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise StorageError(
             f"merging {facts.info.name} failed: {error}",
             hint="Check the free space, and that the base model's files are complete.",
