@@ -27,7 +27,7 @@ from weaver.client.http import HttpService
 from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
-from weaver.server.http import logs
+from weaver.server.http import telemetry
 from weaver.server.serve import ServerSettings, run_server
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def test_the_engine_is_closed_however_the_server_ends(
 ) -> None:
     closed: list[TorchEngine] = []
     monkeypatch.setattr(TorchEngine, "close", lambda engine: closed.append(engine))
-    monkeypatch.setattr(logs, "configure_logs", lambda *, as_json: None)  # of this whole process
+    # It would be for this whole process.
+    monkeypatch.setattr(telemetry, "configure_logs", lambda *, as_json: None)
     result = CliRunner().invoke(app, ["serve", "--no-auth", "--host=0.0.0.0", f"--home={home}"])
     assert isinstance(result.exception, ConfigError)
     assert len(closed) == 1

@@ -160,7 +160,7 @@ def _run(
 
     with requiring("the server", "server,engine"):
         from weaver.engine.torch.engine import TorchEngine
-        from weaver.server.http.logs import configure_logs
+        from weaver.server.http.telemetry import configure_logs
         from weaver.server.serve import run_server
     configure_logs(as_json=log_json)
     engine = TorchEngine(

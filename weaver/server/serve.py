@@ -22,8 +22,8 @@ from weaver.errors import ConfigError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.front import Front
-from weaver.server.http.watchdog import watch
+from weaver.server.http.gateway import Gateway
+from weaver.server.http.telemetry import watch
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
 from weaver.server.service import DURABILITY, LocalService
@@ -98,7 +98,7 @@ async def run_server(
             durability=settings.durability,
             limits=settings.limits,
         ) as service:
-            front = Front(
+            gateway = Gateway(
                 service=service,
                 keys=Keys(database) if settings.auth else None,
                 folder=settings.home,
@@ -106,15 +106,17 @@ async def run_server(
             if settings.otel_endpoint:
                 from weaver.server.http.tracing import Tracing, to_collector
 
-                front.tracing = Tracing(to_collector(settings.otel_endpoint))
-                stack.callback(front.tracing.close)
-                service.activity.on_end = front.tracing.operation
-            await _serve(front, listener, started)
+                gateway.tracing = Tracing(to_collector(settings.otel_endpoint))
+                stack.callback(gateway.tracing.close)
+                service.activity.on_end = gateway.tracing.operation
+            await _serve(gateway, listener, started)
 
 
-async def _serve(front: Front, listener: socket.socket, started: Callable[[Running], None]) -> None:
+async def _serve(
+    gateway: Gateway, listener: socket.socket, started: Callable[[Running], None]
+) -> None:
     config = uvicorn.Config(
-        create_app(front, ADAPTERS),
+        create_app(gateway, ADAPTERS),
         http=Connection,
         log_config=None,
         access_log=False,
@@ -128,7 +130,7 @@ async def _serve(front: Front, listener: socket.socket, started: Callable[[Runni
     def stop() -> None:
         server.force_exit = server.should_exit  # asked twice: leave at once
         server.should_exit = True
-        front.stop()
+        gateway.stop()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""A server in the test's process: the fake engine behind the HTTP front, without a socket."""
+"""A server in the test's process: the fake engine behind the HTTP gateway, without a socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weaver.errors import WeaverError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import create_app
-from weaver.server.http.front import Front
+from weaver.server.http.gateway import Gateway
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
 from weaver.server.serve import Running, ServerSettings, run_server
@@ -39,7 +39,7 @@ ADDRESS = "http://localhost"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     app: ASGIApp
-    front: Front
+    gateway: Gateway
     service: LocalService
     keys: Keys
 
@@ -70,8 +70,8 @@ async def running(
     async with LocalService(
         engine or FakeEngine(), home=home, store=store, limits=limits
     ) as service:
-        front = Front(service=service, keys=keys if auth else None)
-        yield Server(app=create_app(front, ADAPTERS), front=front, service=service, keys=keys)
+        gateway = Gateway(service=service, keys=keys if auth else None)
+        yield Server(app=create_app(gateway, ADAPTERS), gateway=gateway, service=service, keys=keys)
     database.dispose()
 
 

@@ -19,7 +19,7 @@ from weaver.server.adapters import ADAPTERS
 from weaver.server.adapters.weaver_rest.answers import sampling_session_of
 from weaver.server.http.adapter import Adapter
 from weaver.server.http.app import create_app
-from weaver.server.http.caller_session import InSession, Note
+from weaver.server.http.caller_session import CallerDep, Note
 from weaver.server.limits import SERVED, Limits
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ async def ping() -> str:
 
 
 @router.post("/create")
-async def create(request: Request, caller: InSession) -> dict[str, str]:
+async def create(request: Request, caller: CallerDep) -> dict[str, str]:
     name = (await request.body()).decode()
     key = request.headers.get("X-Attempt")
     created = await caller.carry_out(CreateModel(base_model=name), Note(key=key))
@@ -103,8 +103,8 @@ async def beside(
 ) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
     async with running(home, auth=auth, limits=limits) as server:
         server = type(server)(
-            app=create_app(server.front, adapters),
-            front=server.front,
+            app=create_app(server.gateway, adapters),
+            gateway=server.gateway,
             service=server.service,
             keys=server.keys,
         )
@@ -223,7 +223,7 @@ async def test_the_other_has_its_own_envelope_and_limits(home: Path) -> None:
         assert (await http.get("/api/v1/lost", headers=page)).json() == {
             "failed": "permission_denied"
         }
-        server.front.stop()
+        server.gateway.stop()
         assert (await http.get("/api/v1/lost")).json() == {"failed": "connection_failed"}
         assert (await http.get("/api/v1/models")).json()["error"] == "connection_failed"
     async with beside(home, LAST, limits=Limits(pending_operations=0)) as (_, http):

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from tests.server.http.helpers import running
 from weaver import wire
 from weaver.protocol import CreateModel, ModelCreated, Outcome, Sample, Submission
-from weaver.server.http.front import MEDIA_TYPE
+from weaver.server.http.gateway import MEDIA_TYPE
 from weaver.server.limits import Limits
 
 if TYPE_CHECKING:

@@ -296,7 +296,7 @@ async def test_a_stopping_server_ends_polls_at_once_and_says_come_back(home: Pat
 
             async def stop() -> None:
                 await anyio.sleep(0.05)
-                server.front.stop()
+                server.gateway.stop()
 
             tasks.start_soon(stop)
             service._outage_s = 0.2

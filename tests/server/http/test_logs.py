@@ -11,8 +11,8 @@ import pytest
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, Caller
 from tests.server.http.helpers import running
 from weaver import wire
-from weaver.server.http.front import MEDIA_TYPE
-from weaver.server.http.logs import TEXT, JsonFormatter, TextFormatter, _add_request_id
+from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.server.http.telemetry import TEXT, JsonFormatter, TextFormatter, _add_request_id
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,7 @@ from tests.server.compat.helpers import CHUNKS, DATUM, passes
 from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient, wire
 from weaver.protocol import CreateModel, ForwardBackward, Sample, Submission
-from weaver.server.http.front import MEDIA_TYPE
+from weaver.server.http.gateway import MEDIA_TYPE
 from weaver.server.serve import ServerSettings
 
 if TYPE_CHECKING:

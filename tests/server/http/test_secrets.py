@@ -13,7 +13,7 @@ from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.server.database import open_database
-from weaver.server.http.logs import JsonFormatter
+from weaver.server.http.telemetry import JsonFormatter
 from weaver.server.keys import Keys
 from weaver.server.serve import ServerSettings
 

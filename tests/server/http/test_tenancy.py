@@ -29,7 +29,7 @@ from weaver.protocol import (
     Submission,
 )
 from weaver.server.database import open_database
-from weaver.server.http import front
+from weaver.server.http import gateway
 from weaver.server.keys import Keys
 from weaver.server.sql_store import SqlStore
 from weaver.server.store import SessionRecord
@@ -85,7 +85,7 @@ class Tenant:
 async def test_a_revoked_key_is_good_for_a_moment_only(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "KEY_S", 0.2)
+    monkeypatch.setattr(gateway, "KEY_S", 0.2)
     info, secret = server.keys.create("alice")
     async with server.http(secret) as client:
         assert (await client.get("/v1/runs")).status_code == 200
@@ -322,13 +322,13 @@ async def test_a_deleted_runs_checkpoints_stay_its_projects(home: Path) -> None:
 
 
 async def test_a_database_that_is_away_is_named_to_whoever_asks(server: Server) -> None:
-    server.front.keys = Keys(sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+    server.gateway.keys = Keys(sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
     async with server.http("wv-x") as http:
         reply = await http.get("/v1/runs")
         assert reply.status_code == 503 and reply.headers["Retry-After"] == "1"
         assert reply.json()["error"]["code"] == "connection_failed"
     with pytest.raises(ServiceConnectionError, match="cannot be reached"):
-        server.front.keys.list()
+        server.gateway.keys.list()
 
 
 def test_keys_are_hashed_and_shown_once(home: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_collector_gets_requests_and_operations(home: Path) -> None:
 async def test_a_request_goes_on_with_its_callers_trace(home: Path) -> None:
     spans = InMemorySpanExporter()
     async with running(home) as server, server.http() as http:
-        tracing = server.front.tracing = Tracing(SimpleSpanProcessor(spans))
+        tracing = server.gateway.tracing = Tracing(SimpleSpanProcessor(spans))
         server.service.activity.on_end = tracing.operation
         api = Rest(http)
         model_id = await api.model()

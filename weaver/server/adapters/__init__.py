@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from weaver.server.adapters.native import NATIVE
 from weaver.server.adapters.weaver_rest import WEAVER_REST
 from weaver.server.console.routes import CONSOLE
-from weaver.server.http.routes import NATIVE
 
 ADAPTERS = (NATIVE, WEAVER_REST, CONSOLE)

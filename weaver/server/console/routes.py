@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +17,17 @@ from starlette.staticfiles import StaticFiles
 from weaver.errors import PermissionDeniedError
 from weaver.server.activity import OperationInfo
 from weaver.server.console.curves import Curve, curves_of
-from weaver.server.console.load import ServerLoad, load_of
 from weaver.server.http.adapter import Adapter
 from weaver.server.http.errors import REFUSALS, native_envelope
-from weaver.server.http.front import BODY_LIMITS, Fronted, Scoped
+from weaver.server.http.gateway import BODY_LIMITS, GatewayDep, ServiceDep
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Scope
+
+    from weaver.server.http.gateway import Gateway
+    from weaver.server.tenancy import Caller
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""
@@ -52,6 +56,30 @@ class RunOperations(Value):
     num_pending: int
     ended: tuple[OperationInfo, ...]
     """The last 30 since the server started, the newest first."""
+
+
+class TenantLoad(Value):
+    project: str
+    runs: int = 0
+    active_runs: int = 0
+    """Those with an operation that waits or runs."""
+    waiting: int = 0
+    running: int = 0
+    stored_bytes: int = 0
+    """Of its checkpoints."""
+
+
+class ServerLoad(Value):
+    at: float
+    """Seconds since 1970, by the server's clock."""
+    waiting: int
+    running: int
+    longest_wait_s: float
+    """Of the operations that wait now."""
+    trained_tokens: int
+    """Since the server started, as is the next."""
+    sampled_tokens: int
+    tenants: tuple[TenantLoad, ...]
 
 
 class Pages(StaticFiles):
@@ -85,35 +113,62 @@ async def get_caller(request: Request) -> CallerInfo:
 
 
 @router.get("/runs/{run_id}/operations", response_model=RunOperations)
-async def list_operations(run_id: str, front: Fronted, service: Scoped) -> RunOperations:
+async def list_operations(run_id: str, gateway: GatewayDep, service: ServiceDep) -> RunOperations:
     await service.get_run(run_id)  # also refuses another project's
-    pending = front.service.activity.pending_of(run_id)
+    pending = gateway.service.activity.pending_of(run_id)
     return RunOperations(
         pending=tuple(pending[:PENDING]),
         num_pending=len(pending),
-        ended=tuple(reversed(front.service.activity.ended_of(run_id))),
+        ended=tuple(reversed(gateway.service.activity.ended_of(run_id))),
     )
 
 
 @router.get("/runs/{run_id}/curves", response_model=list[Curve])
 async def read_curves(
     run_id: str,
-    front: Fronted,
-    service: Scoped,
+    gateway: GatewayDep,
+    service: ServiceDep,
     points: Annotated[int, Query(ge=2, le=10_000)] = POINTS,
 ) -> list[Curve]:
     """What the client logged, and what the run's operations answered."""
     logged = await service.read_metrics(run_id)
-    answers = await front.service.activity.answers_of(run_id)
+    answers = await gateway.service.activity.answers_of(run_id)
     return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
 
 
 @router.get("/load", response_model=ServerLoad)
-async def get_load(request: Request, front: Fronted) -> ServerLoad:
+async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     """Of the whole server, by project: for administrators."""
     if not request.state.caller.admin:
         raise PermissionDeniedError("the load of the server needs an administrator's key.")
-    return await load_of(front, request.state.caller)
+    return await _load(gateway, request.state.caller)
+
+
+async def _load(gateway: Gateway, admin: Caller) -> ServerLoad:
+    """Asks as `admin`, who sees all projects."""
+    activity, owners = gateway.service.activity, gateway.service.owners
+    keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
+    projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
+    loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})
+    for run in await gateway.service.list_runs():
+        loads[run.project].update(runs=1, active_runs=run.status == "active")
+    for checkpoint in await gateway.service.list_checkpoints():
+        loads[owners.get(checkpoint.run_id, "")].update(stored_bytes=checkpoint.size_bytes)
+    pending = list(activity.pending())
+    for ticket in pending:
+        state = "waiting" if ticket.began_at is None else "running"
+        loads[ticket.session.caller.project][state] += 1
+    return ServerLoad(
+        at=time.time(),
+        waiting=sum(load["waiting"] for load in loads.values()),
+        running=sum(load["running"] for load in loads.values()),
+        longest_wait_s=max((t.waited_s for t in pending if t.began_at is None), default=0.0),
+        trained_tokens=activity.trained_tokens,
+        sampled_tokens=activity.sampled_tokens,
+        tenants=tuple(
+            TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
+        ),
+    )
 
 
 CONSOLE = Adapter(

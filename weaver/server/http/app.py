@@ -11,7 +11,6 @@ import re
 import time
 import uuid
 from contextlib import nullcontext
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,7 +24,8 @@ from starlette.routing import Match
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
 from weaver.server.http.adapter import Adapter
 from weaver.server.http.errors import error_response, native_envelope
-from weaver.server.http.front import BODY_LIMITS, Fronted
+from weaver.server.http.gateway import BODY_LIMITS, GatewayDep
+from weaver.server.http.telemetry import request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,27 +34,24 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from weaver.server.http.front import Front
+    from weaver.server.http.gateway import Gateway
 
 logger = logging.getLogger("weaver.server.http")
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""Of the request in whose course a log line is written."""
 
-
-def create_app(front: Front, adapters: Sequence[Adapter]) -> ASGIApp:
+def create_app(gateway: Gateway, adapters: Sequence[Adapter]) -> ASGIApp:
     """The application; whoever calls it opens and closes the service and the database."""
-    return App(front, adapters)
+    return App(gateway, adapters)
 
 
 class App:
     """Hands each request to the adapter that has a route for it."""
 
-    def __init__(self, front: Front, adapters: Sequence[Adapter]) -> None:
-        self._front = front
+    def __init__(self, gateway: Gateway, adapters: Sequence[Adapter]) -> None:
+        self._gateway = gateway
         own = _own_routes(adapters)
         self._adapters = sorted([own, *adapters], key=lambda one: -len(one.prefix))
 
@@ -68,7 +65,7 @@ class App:
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(current)
         scope["state"] = {
-            "front": self._front,
+            "gateway": self._gateway,
             "request_id": current,
             "envelope": adapter.envelope,
         }
@@ -82,15 +79,17 @@ class App:
                 MutableHeaders(scope=message)["X-Request-ID"] = current
             await send(message)
 
-        tracing, method = self._front.tracing, scope["method"]
+        tracing, method = self._gateway.tracing, scope["method"]
         span: AbstractContextManager[Span | None] = nullcontext()
         if tracing is not None:
             span = tracing.request(headers, method=method, request_id=current)
-        with self._front.metrics.running.track_inprogress(), span as traced:
+        with self._gateway.metrics.running.track_inprogress(), span as traced:
             try:
                 if not adapter.opens(scope["path"]):
                     await self._admit(scope, headers)
-                limit = self._front.body_bytes(adapter.body_limit(headers.get("Content-Type", "")))
+                limit = self._gateway.body_bytes(
+                    adapter.body_limit(headers.get("Content-Type", ""))
+                )
                 receive_some = _bounded(receive, limit, headers.get("Content-Length", ""))
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
@@ -119,17 +118,17 @@ class App:
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
-        if self._front.stopping.is_set():
+        if self._gateway.stopping.is_set():
             raise ServiceConnectionError("the server is stopping.", hint="Try again in a moment.")
-        if self._front.keys is None:
+        if self._gateway.keys is None:
             _check_local(headers)
-        caller = await self._front.authenticate(headers)
+        caller = await self._gateway.authenticate(headers)
         scope["state"]["caller"] = caller
-        scope["state"]["service"] = self._front.service.seen_by(caller)
+        scope["state"]["service"] = self._gateway.service.seen_by(caller)
 
     def _note(self, scope: Scope, path: str, route: str, status: int, seconds: float) -> None:
         method = scope["method"]
-        self._front.metrics.answered(method, route, status, seconds)
+        self._gateway.metrics.answered(method, route, status, seconds)
         caller = scope["state"].get("caller")
         fields = {
             "method": method,
@@ -219,16 +218,16 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-async def readyz(front: Fronted, response: Response) -> dict[str, str]:
-    if front.stopping.is_set():
+async def readyz(gateway: GatewayDep, response: Response) -> dict[str, str]:
+    if gateway.stopping.is_set():
         response.status_code = 503
-    return {"status": "stopping" if front.stopping.is_set() else "ready"}
+    return {"status": "stopping" if gateway.stopping.is_set() else "ready"}
 
 
-async def metrics(front: Fronted, request: Request) -> Response:
+async def metrics(gateway: GatewayDep, request: Request) -> Response:
     if not request.state.caller.admin:
         raise PermissionDeniedError("metrics of the server need an administrator's key.")
-    return Response(front.metrics.render(), media_type="text/plain; version=0.0.4")
+    return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 def _document(adapters: Sequence[Adapter]) -> dict[str, Any]:

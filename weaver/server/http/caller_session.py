@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict
 
 from weaver.errors import NotFoundError, ServiceConnectionError
 from weaver.protocol import Submission
-from weaver.server.http.front import LONGEST_POLL_S, Fronted
+from weaver.server.http.gateway import LONGEST_POLL_S, GatewayDep
 from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation, Outcome, Result
-    from weaver.server.http.front import Front
+    from weaver.server.http.gateway import Gateway
     from weaver.server.scoped import ScopedService
 
 KEPT_S = 600.0
@@ -58,14 +58,14 @@ class Entry:
 
 
 class CallerSession:
-    """`front` says when the server stops: waits then end with what there is."""
+    """`gateway` says when the server stops: waits then end with what there is."""
 
-    def __init__(self, service: ScopedService, front: Front) -> None:
+    def __init__(self, service: ScopedService, gateway: Gateway) -> None:
         self.service = service
         self.turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         """Of each run: held from before a request is read until it is submitted, so that requests
         keep the order in which they began to arrive, however long their bodies are."""
-        self._front = front
+        self._gateway = gateway
         self._session_id: str | None = None
         self._opening = anyio.Lock()
         self._submitting = anyio.Lock()
@@ -118,7 +118,7 @@ class CallerSession:
 
     async def wait(self, entry: Entry, timeout_s: float) -> None:
         """Until the entry has an outcome, at most `timeout_s`."""
-        with self._front.until_it_stops(), anyio.move_on_after(timeout_s):
+        with self._gateway.until_it_stops(), anyio.move_on_after(timeout_s):
             await entry.ended.wait()
 
     def find(self, operation_id: str) -> Entry:
@@ -214,12 +214,12 @@ class CallerSessions(dict[Caller, CallerSession]):
     """Of each caller its one session."""
 
 
-async def session_of(request: Request, front: Fronted) -> CallerSession:
+async def session_of(request: Request, gateway: GatewayDep) -> CallerSession:
     """Async, so that no thread comes between two requests of one client."""
-    sessions, caller = front.own(CallerSessions), request.state.caller
+    sessions, caller = gateway.own(CallerSessions), request.state.caller
     if caller not in sessions:
-        sessions[caller] = CallerSession(request.state.service, front)
+        sessions[caller] = CallerSession(request.state.service, gateway)
     return sessions[caller]
 
 
-InSession = Annotated[CallerSession, Depends(session_of)]
+CallerDep = Annotated[CallerSession, Depends(session_of)]

@@ -70,7 +70,7 @@ class OnceRoute(APIRoute):
             request.state.resend_key = None
             if key is None:
                 return await handle(request)
-            replies: Replies = request.state.front.replies
+            replies: Replies = request.state.gateway.replies
             place = (request.state.caller.project, request.method, str(request.url), key)
             digest = hashlib.sha256(repr(place).encode())  # headers may be long
             request.state.resend_key = digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from weaver.server.adapters.weaver_rest import artifacts, routes
 from weaver.server.adapters.weaver_rest.answers import refused
 from weaver.server.http.adapter import Adapter
-from weaver.server.http.front import MEDIA_TYPE
+from weaver.server.http.gateway import MEDIA_TYPE
 
 JSON_BYTES = 32 * 2**20
 """JSON carries training data: half a million tokens."""

@@ -32,8 +32,8 @@ from weaver.server.adapters.weaver_rest.answers import (
 from weaver.server.adapters.weaver_rest.bodies import RunBody, TtlSeconds
 from weaver.server.adapters.weaver_rest.routes import PREFIX, ordered
 from weaver.server.adapters.weaver_rest.tensors import Body
-from weaver.server.http.caller_session import CallerSession, InSession
-from weaver.server.http.front import Fronted
+from weaver.server.http.caller_session import CallerDep, CallerSession
+from weaver.server.http.gateway import GatewayDep
 from weaver.types import JsonDict
 
 if TYPE_CHECKING:
@@ -86,50 +86,50 @@ class Downloads:
 
 
 @router.get("/models/{model_id}/checkpoints")
-async def list_checkpoints(model_id: str, caller: InSession) -> JsonDict:
+async def list_checkpoints(model_id: str, caller: CallerDep) -> JsonDict:
     items = await caller.service.list_checkpoints((await caller.service.get_run(model_id)).run_id)
     return {"items": [checkpoint_json(info) for info in items]}
 
 
 @router.patch("/models/{model_id}/checkpoints/ttl")
-async def set_ttl(model_id: str, request: Request, caller: InSession) -> JsonDict:
+async def set_ttl(model_id: str, request: Request, caller: CallerDep) -> JsonDict:
     body = await TtlBody.read(request)
     info = await caller.service.set_checkpoint_ttl(native_path(body.path), body.ttl_seconds)
     return checkpoint_json(info)
 
 
 @router.post("/models/{model_id}/export-hf")
-async def export_model(model_id: str, request: Request, caller: InSession) -> Response:
+async def export_model(model_id: str, request: Request, caller: CallerDep) -> Response:
     """Saves the model as it is now, and answers the checkpoint's artifact."""
     return await ordered(request, caller, model_id, ExportBody, artifact=True)
 
 
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(
-    checkpoint_id: str, request: Request, front: Fronted, caller: InSession
+    checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
     body = await ExportBody.read(request)
     info = by_id(identified(await _exportable(caller)), checkpoint_id)
     if not body.merge_adapter:
         return artifact_json(info, artifact_kind(info))
     await caller.service.export_checkpoint(info.path, merge=True)
-    front.own(Downloads).merged.add((request.state.caller, info.path))
+    gateway.own(Downloads).merged.add((request.state.caller, info.path))
     return artifact_json(info, "hf_model")
 
 
 @router.get("/checkpoints/{checkpoint_id}/artifacts")
 async def list_artifacts(
-    checkpoint_id: str, request: Request, front: Fronted, caller: InSession
+    checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
     info = by_id(identified(await _exportable(caller)), checkpoint_id)
-    merged = (request.state.caller, info.path) in front.own(Downloads).merged
+    merged = (request.state.caller, info.path) in gateway.own(Downloads).merged
     kinds = sorted({artifact_kind(info), *(["hf_model"] if merged else [])})
     return {"items": [artifact_json(info, kind) for kind in kinds]}
 
 
 @router.get("/artifacts/{artifact}/download")
 async def describe_download(
-    artifact: str, request: Request, front: Fronted, caller: InSession
+    artifact: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
     known = {
         artifact_id(info, kind): (info.path, kind == "hf_model")
@@ -138,7 +138,7 @@ async def describe_download(
     }
     path, merge = by_id(known, artifact)
     export = await caller.service.export_checkpoint(path, merge=merge)
-    downloads, token, now = front.own(Downloads), secrets.token_urlsafe(32), time.monotonic()
+    downloads, token, now = gateway.own(Downloads), secrets.token_urlsafe(32), time.monotonic()
     kept = {token: grant for token, grant in downloads.grants.items() if grant.ends_at > now}
     downloads.grants = kept | {token: Grant(caller.service, path, merge, now + URL_LIFE_S)}
     base = f"{request.base_url}{PREFIX[1:]}/downloads/{token}"
@@ -150,9 +150,9 @@ async def describe_download(
 
 
 @router.get("/downloads/{token}/{name}")
-async def download(token: str, name: str, front: Fronted) -> Response:
+async def download(token: str, name: str, gateway: GatewayDep) -> Response:
     """Needs no key, as its address is known only to who was given it. Obeys Range."""
-    grant = front.own(Downloads).grants.get(token)
+    grant = gateway.own(Downloads).grants.get(token)
     if grant is None or grant.ends_at <= time.monotonic():
         raise PermissionDeniedError(
             "this address is not valid, or no longer.", hint="Ask for a new one."

@@ -23,8 +23,8 @@ from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import CreateModel, LoadCheckpoint, ModelCreated, OpenSampler, Sample
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.answers import RestNote
-from weaver.server.http.caller_session import CallerSession, Entry, InSession
-from weaver.server.http.front import LONGEST_POLL_S
+from weaver.server.http.caller_session import CallerDep, CallerSession, Entry
+from weaver.server.http.gateway import LONGEST_POLL_S
 from weaver.server.sampling import BASE
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, MetricPoint
@@ -74,7 +74,7 @@ async def heartbeat(session: UUID) -> None:
 
 
 @router.post("/sessions/{session}/metrics", status_code=202)
-async def log_metrics(session: UUID, request: Request, caller: InSession) -> JsonDict:
+async def log_metrics(session: UUID, request: Request, caller: CallerDep) -> JsonDict:
     body = await bodies.MetricsBody.read(request)
     by_run: defaultdict[str, list[MetricPoint]] = defaultdict(list)
     for point in body.metrics:
@@ -90,7 +90,7 @@ async def log_metrics(session: UUID, request: Request, caller: InSession) -> Jso
 
 
 @router.post("/sessions/{session}/models", status_code=201)
-async def create_model(session: UUID, request: Request, caller: InSession) -> JsonDict:
+async def create_model(session: UUID, request: Request, caller: CallerDep) -> JsonDict:
     body = await bodies.ModelBody.read(request)
     models = {model.name for model in await caller.service.list_models()}
     name = body.base_model
@@ -112,7 +112,7 @@ async def create_model(session: UUID, request: Request, caller: InSession) -> Js
 
 @router.get("/models")
 @router.get("/training-runs")
-async def list_runs(caller: InSession, limit: Limit = 25, offset: Offset = 0) -> JsonDict:
+async def list_runs(caller: CallerDep, limit: Limit = 25, offset: Offset = 0) -> JsonDict:
     seqs, runs = caller.last_seqs(), await caller.service.list_runs()
     described = [answers.run_json(run, last_seq=seqs.get(run.run_id, 0)) for run in runs]
     return _page(described, limit, offset)
@@ -121,7 +121,7 @@ async def list_runs(caller: InSession, limit: Limit = 25, offset: Offset = 0) ->
 @router.get("/models/{model_id}")
 @router.get("/training-runs/{model_id}")
 @router.post("/models/{model_id}/terminate")
-async def get_run(model_id: str, caller: InSession) -> JsonDict:
+async def get_run(model_id: str, caller: CallerDep) -> JsonDict:
     """Terminating leaves the run as it is: closing a client destroys no state."""
     run = await caller.service.get_run(model_id)
     described = answers.run_json(run, last_seq=caller.last_seqs().get(model_id, 0))
@@ -131,7 +131,7 @@ async def get_run(model_id: str, caller: InSession) -> JsonDict:
 
 @router.get("/supported-models")
 @router.get("/model-catalog")
-async def list_base_models(caller: InSession, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
+async def list_base_models(caller: CallerDep, limit: Limit = 100, offset: Offset = 0) -> JsonDict:
     models = [answers.catalog_json(model) for model in await caller.service.list_models()]
     return _page(models, limit, offset)
 
@@ -140,12 +140,12 @@ async def list_base_models(caller: InSession, limit: Limit = 100, offset: Offset
 
 
 @router.get("/operations/{operation_id}")
-async def get_operation(operation_id: str, caller: InSession) -> Response:
+async def get_operation(operation_id: str, caller: CallerDep) -> Response:
     return await answered(caller, caller.find(operation_id), hold_s=LONGEST_POLL_S)
 
 
 def _add(path: str, kind: type[bodies.RunBody]) -> None:
-    async def submit(model_id: str, request: Request, caller: InSession) -> Response:
+    async def submit(model_id: str, request: Request, caller: CallerDep) -> Response:
         return await ordered(request, caller, model_id, kind)
 
     router.add_api_route(f"/models/{{model_id}}/{path}", submit, methods=["POST"])
@@ -203,7 +203,7 @@ async def answered(caller: CallerSession, entry: Entry, *, hold_s: float = HOLD_
 # --- sampling -----------------------------------------------------------------------------------
 
 
-async def sampler_in(sampling_session: str, caller: InSession) -> str:
+async def sampler_in(sampling_session: str, caller: CallerDep) -> str:
     """The sampler that a path names, if the caller may see it."""
     sampler_id = answers.sampler_of(sampling_session)
     await _base_model(caller, sampler_id)
@@ -214,7 +214,7 @@ SamplerId = Annotated[str, Depends(sampler_in)]
 
 
 @router.post("/sessions/{session}/sampling-sessions", status_code=201)
-async def open_sampling_session(session: UUID, request: Request, caller: InSession) -> JsonDict:
+async def open_sampling_session(session: UUID, request: Request, caller: CallerDep) -> JsonDict:
     body = await bodies.SamplingSessionBody.read(request)
     if body.model_path is not None:
         path = (await answers.find_checkpoint(caller.service, body.model_path)).path
@@ -230,7 +230,7 @@ async def open_sampling_session(session: UUID, request: Request, caller: InSessi
 
 @router.get("/sampling-sessions/{sampling_session}")
 async def get_sampling_session(
-    sampler_id: SamplerId, request: Request, caller: InSession
+    sampler_id: SamplerId, request: Request, caller: CallerDep
 ) -> JsonDict:
     base_model = await _base_model(caller, sampler_id)
     return {
@@ -248,7 +248,7 @@ async def delete_sampling_session(sampler_id: SamplerId) -> None:
 
 
 @router.post("/sampling-sessions/{sampling_session}/samples")
-async def sample(sampler_id: SamplerId, request: Request, caller: InSession) -> Response:
+async def sample(sampler_id: SamplerId, request: Request, caller: CallerDep) -> Response:
     body = await bodies.SampleBody.read(request)
     operation = Sample(
         sampler_id=sampler_id,
@@ -267,7 +267,7 @@ async def sample(sampler_id: SamplerId, request: Request, caller: InSession) -> 
 
 
 @router.post("/sampling-sessions/{sampling_session}/logprobs")
-async def logprobs(sampler_id: SamplerId, request: Request, caller: InSession) -> Response:
+async def logprobs(sampler_id: SamplerId, request: Request, caller: CallerDep) -> Response:
     body = await bodies.LogprobsBody.read(request)
     if body.loss_fn_config.get("temperature", 1) != 1:
         raise bodies.unsupported("loss_fn_config.temperature")
@@ -279,19 +279,19 @@ async def logprobs(sampler_id: SamplerId, request: Request, caller: InSession) -
 
 
 @router.post("/sampling-sessions/{sampling_session}/pause-generation")
-async def pause(sampler_id: SamplerId, request: Request, caller: InSession) -> JsonDict:
+async def pause(sampler_id: SamplerId, request: Request, caller: CallerDep) -> JsonDict:
     body = await bodies.PauseBody.read(request)
     await caller.pause(sampler_id, abort=body.mode == "abort")
     return {"ok": True, "status": "paused", "mode": body.mode}
 
 
 @router.post("/sampling-sessions/{sampling_session}/continue-generation")
-async def go_on(sampler_id: SamplerId, caller: InSession) -> JsonDict:
+async def go_on(sampler_id: SamplerId, caller: CallerDep) -> JsonDict:
     await caller.go_on(sampler_id)
     return {"ok": True, "status": "running"}
 
 
-async def _base_model(caller: InSession, sampler_id: str) -> str:
+async def _base_model(caller: CallerDep, sampler_id: str) -> str:
     if sampler_id.startswith(BASE):
         return (await caller.service.get_model(sampler_id.removeprefix(BASE))).name
     return (await caller.service.get_checkpoint(sampler_id)).base_model
@@ -302,14 +302,14 @@ async def tokenizer_path(request: Request, base_model: str) -> str | None:
 
     Those take it from where `base_model` says, or the native client fetches it.
     """
-    front, service = request.state.front, request.state.service
-    if front.folder is None or request.client is None or not is_loopback(request.client.host):
+    gateway, service = request.state.gateway, request.state.service
+    if gateway.folder is None or request.client is None or not is_loopback(request.client.host):
         return None
     try:
         files = await service.tokenizer_files(base_model)
     except UnsupportedError:  # it has none
         return None
-    return str(await to_thread.run_sync(store_tokenizer, files, front.folder / "tokenizers"))
+    return str(await to_thread.run_sync(store_tokenizer, files, gateway.folder / "tokenizers"))
 
 
 def _page(items: Sequence[JsonDict], limit: int, offset: int) -> JsonDict:

@@ -52,12 +52,12 @@ class Body(BaseModel):
             InvalidRequestError: it is not what it should be, with the field at fault.
             TooLargeError: its tensors have more than `DECODED_BYTES`.
         """
-        data, front = await request.body(), request.state.front
+        data, gateway = await request.body(), request.state.gateway
         media_type = request.headers.get("Content-Type", "")
         announced = len(data) if not media_type.startswith(MULTIPART) else DECODED_BYTES
-        async with front.reading.of(announced):
+        async with gateway.reading.of(announced):
             read = partial(parse, data, media_type, cls)
-            return await wire.beside(announced, read, limiter=front.readers)
+            return await wire.beside(announced, read, limiter=gateway.readers)
 
 
 Dimension = Annotated[int, Field(ge=0, lt=2**63)]

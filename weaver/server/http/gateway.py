@@ -1,9 +1,13 @@
-"""`Front`: what all routes of one app share; each request brings it along in its state."""
+"""`Gateway`: what stands between all wire formats of a server and its service.
+
+Who may ask, how much is read at once, waits that end when the server stops, the counters. Each
+request brings it along in its state.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -11,14 +15,13 @@ import anyio
 from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
-from weaver.server.http.budget import Budget
-from weaver.server.http.metrics import ServerMetrics
 from weaver.server.http.replies import Replies
+from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
-from weaver.wire import WireLimits
+from weaver.wire import LARGE_BYTES, WireLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
     from starlette.datastructures import Headers
@@ -40,8 +43,32 @@ LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
 
 
+class Budget:
+    """The bytes that requests may take together while they are read."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = self._free = total_bytes
+        self._freed = anyio.Condition()
+
+    @asynccontextmanager
+    async def of(self, size_bytes: int) -> AsyncIterator[None]:
+        """Waits until so many bytes are free; little always is, and more than all waits for all."""
+        size = 0 if size_bytes <= LARGE_BYTES else min(size_bytes, self._total)
+        async with self._freed:
+            while size > self._free:
+                await self._freed.wait()
+            self._free -= size
+        try:
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with self._freed:
+                    self._free += size
+                    self._freed.notify_all()
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
-class Front:
+class Gateway:
     service: LocalService
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
@@ -130,9 +157,9 @@ class Front:
 
 
 # Dependencies are coroutines because the framework calls plain functions in a thread.
-async def front_of(request: Request) -> Front:
-    front: Front = request.state.front
-    return front
+async def gateway_of(request: Request) -> Gateway:
+    gateway: Gateway = request.state.gateway
+    return gateway
 
 
 async def service_of(request: Request) -> ScopedService:
@@ -140,5 +167,5 @@ async def service_of(request: Request) -> ScopedService:
     return service
 
 
-Fronted = Annotated[Front, Depends(front_of)]
-Scoped = Annotated["ScopedService", Depends(service_of)]
+GatewayDep = Annotated[Gateway, Depends(gateway_of)]
+ServiceDep = Annotated["ScopedService", Depends(service_of)]

@@ -1,0 +1,293 @@
+"""The routes of the native protocol: each hands one request to the caller's view of the service.
+
+Bodies and answers that carry arrays are messages of `weaver.wire`; all else is JSON.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import Field, TypeAdapter
+from starlette.exceptions import HTTPException
+from starlette.routing import request_response
+
+from weaver import wire
+from weaver.errors import TooLargeError
+from weaver.fields import ShortText
+from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
+from weaver.server.http.adapter import Adapter
+from weaver.server.http.errors import REFUSALS, native_envelope
+from weaver.server.http.gateway import BODY_LIMITS, LONGEST_POLL_S, MEDIA_TYPE, ServiceDep
+from weaver.server.http.replies import OnceRoute
+from weaver.server.http.streaming import EventStream
+from weaver.types import (
+    CheckpointInfo,
+    JsonDict,
+    MetricPoint,
+    ModelInfo,
+    TrainingRun,
+    Value,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PREFIX = "/v1"
+SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
+BINARY: dict[str, Any] = {
+    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+}
+FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
+
+
+class SessionRequest(Value):
+    user_metadata: JsonDict = Field(default_factory=dict)
+
+
+class CancelRequest(Value):
+    submission_ids: tuple[ShortText, ...] = Field(max_length=10_000, fail_fast=True)
+
+
+class TtlRequest(Value):
+    ttl_seconds: int | None = Field(ge=1, le=2**31)
+
+
+class MetricsRequest(Value):
+    points: tuple[MetricPoint, ...] = Field(max_length=10_000, fail_fast=True)
+
+
+Name = Annotated[str, Query(min_length=1, max_length=1024)]
+Path = Annotated[str, Query(min_length=1, max_length=1024, examples=["weaver://run/weights/name"])]
+
+router = APIRouter(prefix=PREFIX, route_class=OnceRoute, responses=REFUSALS)
+
+
+class Accepted(Value):
+    accepted: int
+
+
+class Poll(Value):
+    after: int = Field(0, ge=0, le=2**63)
+    timeout: float = Field(0.0, ge=0, le=LONGEST_POLL_S)
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+# What the framework does for the other routes costs as much as all that the server does for an
+# operation beside it, so these two read their requests themselves.
+
+
+async def submit(request: Request) -> Response:
+    gateway, service = request.state.gateway, request.state.service
+    if request.headers.get("Content-Type") != MEDIA_TYPE:
+        raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
+    data = await request.body()
+    read = partial(wire.decode, data, SUBMISSIONS, limits=gateway.message_limits)
+    announced = wire.announced_bytes(data)
+    async with gateway.reading.of(announced):
+        submissions = await wire.beside(announced, read, limiter=gateway.readers)
+        count, limit = len(submissions), gateway.service.limits.submissions
+        if count > limit:
+            raise TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
+        request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
+        await service.submit(request.path_params["session_id"], submissions)
+    gateway.metrics.submitted(submissions)
+    return JSONResponse(Accepted(accepted=len(submissions)).model_dump(), status_code=202)
+
+
+async def collect(request: Request) -> Response:
+    gateway, service = request.state.gateway, request.state.service
+    poll = Poll(**request.query_params)
+    outcomes: Sequence[Outcome] = ()
+    with gateway.until_it_stops():
+        outcomes = await service.collect(
+            request.path_params["session_id"], after=poll.after, timeout_s=poll.timeout
+        )
+    outcomes = next(wire.portions(outcomes), [])  # the cursor of the next poll asks for the rest
+    gateway.metrics.collected(outcomes)
+    data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
+    return Response(data, media_type=MEDIA_TYPE)
+
+
+class _DirectRoute(APIRoute):
+    """Its endpoint takes the request and answers the response, with nothing between."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = request_response(self.endpoint)
+
+
+IN_PATH: dict[str, Any] = {
+    "name": "session_id",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+}
+IN_QUERY: list[dict[str, Any]] = [
+    {"name": name, "in": "query", "schema": schema}
+    for name, schema in Poll.model_json_schema()["properties"].items()
+]
+
+
+_body = {"parameters": [IN_PATH], "requestBody": {**BINARY, "required": True}}
+_add = partial(router.add_api_route, route_class_override=_DirectRoute)
+_add(
+    "/sessions/{session_id}/submissions",
+    submit,
+    methods=["POST"],
+    response_model=Accepted,
+    status_code=202,
+    openapi_extra=_body,
+)
+_add(
+    "/sessions/{session_id}/outcomes",
+    collect,
+    methods=["GET"],
+    response_class=Response,
+    responses={200: BINARY},
+    openapi_extra={"parameters": [IN_PATH, *IN_QUERY]},
+)
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+@router.post("/sessions", response_model=SessionInfo, status_code=201)
+async def open_session(body: SessionRequest, service: ServiceDep) -> SessionInfo:
+    return await service.open_session(user_metadata=body.user_metadata)
+
+
+@router.get("/sessions", response_model=list[SessionState])
+async def list_sessions(service: ServiceDep) -> list[SessionState]:
+    return list(await service.list_sessions())
+
+
+@router.delete("/sessions/{session_id}", status_code=204)
+async def close_session(session_id: str, service: ServiceDep) -> None:
+    await service.close_session(session_id)
+
+
+@router.post("/sessions/{session_id}/cancel", status_code=204)
+async def cancel(session_id: str, body: CancelRequest, service: ServiceDep) -> None:
+    await service.cancel(session_id, body.submission_ids)
+
+
+@router.get(
+    "/sessions/{session_id}/stream/{submission_id}",
+    response_class=Response,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def stream(
+    session_id: str,
+    submission_id: str,
+    service: ServiceDep,
+    last_event_id: Annotated[int, Header(ge=0)] = 0,
+) -> Response:
+    return EventStream(service.stream(session_id, submission_id), after=last_event_id)
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+@router.get("/models", response_model=list[ModelInfo])
+async def list_models(service: ServiceDep) -> list[ModelInfo]:
+    return list(await service.list_models())
+
+
+@router.get("/models/info", response_model=ModelInfo)
+async def get_model(name: Name, service: ServiceDep) -> ModelInfo:
+    return await service.get_model(name)
+
+
+@router.get("/models/tokenizer", response_class=Response, responses={200: BINARY})
+async def tokenizer_files(name: Name, service: ServiceDep) -> Response:
+    files = await service.tokenizer_files(name)
+    return Response(await to_thread.run_sync(wire.encode, files), media_type=MEDIA_TYPE)
+
+
+# --- runs, checkpoints, metrics -----------------------------------------------------------------
+
+
+@router.get("/runs", response_model=list[TrainingRun])
+async def list_runs(service: ServiceDep) -> list[TrainingRun]:
+    return list(await service.list_runs())
+
+
+@router.get("/runs/{run_id}", response_model=TrainingRun)
+async def get_run(run_id: str, service: ServiceDep) -> TrainingRun:
+    return await service.get_run(run_id)
+
+
+@router.post("/runs/{run_id}/stop", response_model=TrainingRun)
+async def stop_run(run_id: str, service: ServiceDep) -> TrainingRun:
+    return await service.stop_run(run_id)
+
+
+@router.delete("/runs/{run_id}", status_code=204)
+async def delete_run(run_id: str, service: ServiceDep, checkpoints: bool = False) -> None:
+    await service.delete_run(run_id, checkpoints=checkpoints)
+
+
+@router.post("/runs/{run_id}/metrics", status_code=204)
+async def log_metrics(
+    run_id: str, body: MetricsRequest, request: Request, service: ServiceDep
+) -> None:
+    await service.log_metrics(run_id, body.points, key=request.state.resend_key)
+
+
+@router.get("/runs/{run_id}/metrics", response_model=list[MetricPoint])
+async def read_metrics(
+    run_id: str, service: ServiceDep, name: str | None = None
+) -> list[MetricPoint]:
+    return list(await service.read_metrics(run_id, name=name))
+
+
+@router.get("/checkpoints", response_model=list[CheckpointInfo])
+async def list_checkpoints(service: ServiceDep, run_id: str | None = None) -> list[CheckpointInfo]:
+    return list(await service.list_checkpoints(run_id))
+
+
+@router.get("/checkpoints/info", response_model=CheckpointInfo)
+async def get_checkpoint(path: Path, service: ServiceDep) -> CheckpointInfo:
+    return await service.get_checkpoint(path)
+
+
+@router.delete("/checkpoints", status_code=204)
+async def delete_checkpoint(path: Path, service: ServiceDep) -> None:
+    await service.delete_checkpoint(path)
+
+
+@router.put("/checkpoints/ttl", response_model=CheckpointInfo)
+async def set_checkpoint_ttl(path: Path, body: TtlRequest, service: ServiceDep) -> CheckpointInfo:
+    return await service.set_checkpoint_ttl(path, body.ttl_seconds)
+
+
+@router.get("/checkpoints/export", response_model=Export)
+async def export_checkpoint(path: Path, service: ServiceDep, merge: bool = False) -> Export:
+    export = await service.export_checkpoint(path, merge=merge)
+    return export.model_copy(update={"folder": None})
+
+
+@router.get("/checkpoints/export/file", response_class=Response, responses={200: FILE})
+async def read_exported(
+    path: Path,
+    name: Name,
+    service: ServiceDep,
+    merge: bool = False,
+    offset: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+) -> Response:
+    data = await service.read_exported(path, name, merge=merge, offset=offset)
+    return Response(data, media_type="application/octet-stream")
+
+
+NATIVE = Adapter(
+    routes=router.routes,
+    prefix=PREFIX,
+    envelope=native_envelope,
+    body_limits=BODY_LIMITS,
+)

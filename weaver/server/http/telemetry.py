@@ -1,0 +1,193 @@
+"""What a server says of itself: log lines, counters, and where its event loop stands, if it does.
+
+Spans for a collector are in `tracing.py`, as they need packages of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import threading
+import time
+import traceback
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import anyio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+    from prometheus_client.metrics_core import Metric
+
+    from weaver.protocol import Outcome, Submission
+    from weaver.server.activity import Activity
+
+logger = logging.getLogger(__name__)
+
+# --- logs: each line with its request's id; as text, or as JSON for collectors --------------------
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Of the request in whose course a log line is written."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+
+
+def configure_logs(*, as_json: bool) -> None:
+    """Sends all logs of the process to stderr. Called once, by `weaver serve`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter(TEXT))
+    handler.addFilter(_add_request_id)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+class TextFormatter(logging.Formatter):
+    """What a request brought must not look like a line of its own, or move a terminal's cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().formatMessage(record))
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "request_id": getattr(record, "request_id", "-"),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _add_request_id(record: logging.LogRecord) -> bool:
+    record.request_id = request_id.get()
+    return True
+
+
+# --- counters -------------------------------------------------------------------------------------
+
+
+class ServerMetrics(Collector):
+    """Prometheus counters of one app; `GET /metrics` shows them. Labels never name a tenant."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._activity = activity
+        registry.register(self)
+        self._requests = Counter(
+            "weaver_http_requests_total",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "weaver_http_request_seconds",
+            "Time to answer; long polls wait on purpose.",
+            ["route"],
+            registry=registry,
+        )
+        self.running = Gauge(
+            "weaver_http_requests_running", "Requests being answered.", registry=registry
+        )
+        self._submissions = Counter(
+            "weaver_submissions_total", "Operations accepted.", ["kind"], registry=registry
+        )
+        self._outcomes = Counter(
+            "weaver_outcomes_total", "Outcomes handed out.", ["kind"], registry=registry
+        )
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def submitted(self, submissions: Sequence[Submission]) -> None:
+        for submission in submissions:
+            kind = submission.operation.kind if submission.operation else "withdrawn"
+            self._submissions.labels(kind).inc()
+
+    def collected(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            kind = outcome.result.kind if outcome.result else "error"
+            self._outcomes.labels(kind).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """What the service is doing, asked when the metrics are."""
+        tokens = CounterMetricFamily("weaver_tokens", "Tokens computed.", labels=["kind"])
+        tokens.add_metric(["trained"], self._activity.trained_tokens)
+        tokens.add_metric(["sampled"], self._activity.sampled_tokens)
+        yield tokens
+        states = [ticket.began_at is not None for ticket in self._activity.pending()]
+        pending = GaugeMetricFamily(
+            "weaver_operations_pending", "Operations without an outcome.", labels=["state"]
+        )
+        pending.add_metric(["running"], sum(states))
+        pending.add_metric(["waiting"], len(states) - sum(states))
+        yield pending
+        held = GaugeMetricFamily(
+            "weaver_pending_bytes", "About, of operations and outcomes until they are collected."
+        )
+        held.add_metric([], self._activity.held_bytes)
+        yield held
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+# --- the event loop -------------------------------------------------------------------------------
+
+BEAT_S = 0.25
+STILL_S = 1.0
+QUIET_S = 60.0
+"""Between two reports, however often it stands still."""
+
+
+@asynccontextmanager
+async def watch() -> AsyncIterator[None]:
+    """Looks at the loop that runs this, for as long as it is entered.
+
+    A loop that is held up cannot say so itself, so a thread looks at it.
+    """
+    watchdog = _Watchdog()
+    threading.Thread(target=watchdog.look, name="watchdog", daemon=True).start()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watchdog.beat)
+        try:
+            yield
+        finally:
+            watchdog.ended.set()
+            tasks.cancel_scope.cancel()
+
+
+class _Watchdog:
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._loop_thread = threading.get_ident()
+        self._beat_at = time.monotonic()
+        self._reported_at = -QUIET_S
+
+    async def beat(self) -> None:
+        while True:
+            self._beat_at = time.monotonic()
+            await anyio.sleep(BEAT_S)
+
+    def look(self) -> None:
+        while not self.ended.wait(BEAT_S):
+            now = time.monotonic()
+            still_s = now - self._beat_at
+            if still_s > STILL_S and now > self._reported_at + QUIET_S:
+                self._reported_at = now
+                frame = sys._current_frames().get(self._loop_thread)
+                where = "".join(traceback.format_stack(frame))
+                logger.warning("the event loop stands still for %.1f s at\n%s", still_s, where)
