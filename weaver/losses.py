@@ -93,6 +93,8 @@ class Loss(ABC):
     averaged: ClassVar[bool] = True
     """Whether the sum is divided by that of the weights, where no option says otherwise."""
     reads_entropy: ClassVar[bool] = False
+    corrects: ClassVar[bool] = False
+    """Whether a ratio in it makes up for samples of older weights."""
 
     reduction: str = "mean"
     temperature: float = option(1.0, above=0.0)
@@ -140,6 +142,7 @@ class RatioLoss(Loss):
 
     inputs = ("target_tokens", "logprobs", "advantages")
     reads_entropy = True
+    corrects = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +282,7 @@ class Dro(RatioLoss):
     """
 
     name = "dro"
+    corrects = False
     beta: float = option(0.05, at_least=0.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from weaver import losses
 from weaver.checks import check_loss
 from weaver.errors import ConfigError, nearest
 
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
 
     from weaver.types import SamplingParams
 
-LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro", "cross_entropy")
-RATIO_LOSSES = frozenset(LOSSES) - {"cross_entropy", "dro"}
+LOSSES = tuple(
+    name
+    for name, loss in losses.LOSSES.items()
+    if name == "cross_entropy" or issubclass(loss, losses.RatioLoss)
+)
+"""Those that rollouts have the inputs of."""
+RATIO_LOSSES = frozenset(name for name in LOSSES if losses.LOSSES[name].corrects)
 
 Aggregate = Literal["token", "sequence", "constant"]
 Correction = Literal["ratio", "token", "sequence", "none"]
