@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import weaver
-from weaver.config import Settings, load_settings
+from weaver.config import Option, Settings, load_settings, options
 from weaver.errors import ConfigError
+from weaver.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_defaults() -> None:
@@ -56,3 +63,36 @@ def test_only_config_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.attr if isinstance(node, ast.Attribute) else ""
             assert name not in ("environ", "getenv"), f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+def test_the_pages_have_every_setting() -> None:
+    flags = table(("option", "variable", "default", ""), map(flag_row, options(ServerSettings())))
+    assert flags in (DOCS / "serving.md").read_text(), flags
+    variables = table(("variable", "meaning", "default"), map(variable_row, options(Settings())))
+    assert variables in (DOCS / "embedded.md").read_text(), variables
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = (head, ("---",) * len(head), *rows)
+    return "".join(f"| {' | '.join(cells)} |\n".replace("  ", " ") for cells in lines)
+
+
+def flag_row(option: Option) -> tuple[str, ...]:
+    name = option.name.replace("_", "-")
+    flag = f"`--{'no-' if option.default is True else ''}{name}`"
+    names = ", ".join(f"`{variable}`" for variable in option.variables)
+    return flag, names, written(option.default), option.help
+
+
+def variable_row(option: Option) -> tuple[str, ...]:
+    return f"`{option.variables[0]}`", option.help, written(option.default)
+
+
+def written(default: object) -> str:
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, int) and default >= 2**28:
+        return f"{default // 2**20} MiB"
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,77 +1,145 @@
-"""Settings from the environment. The only module that reads it; called by the clients and the CLI.
+"""Settings: each is declared once, as a field of a class with its default and its help.
 
-| variable           | meaning                                            | default        |
-|--------------------|----------------------------------------------------|----------------|
-| WEAVER_BASE_URL    | the server to use; unset: the embedded engine      | unset          |
-| WEAVER_API_KEY     | the key sent to that server                        | unset          |
-| WEAVER_HOME        | where the embedded engine keeps runs               | ~/.weaver      |
-| WEAVER_DEVICE      | torch device of the embedded engine                | cpu            |
-| WEAVER_DTYPE       | float32 or bfloat16 base weights                   | float32        |
-| WEAVER_THREADS     | torch threads of the embedded engine; 0: by size   | 0              |
-| WEAVER_DETERMINISTIC | 1: no result depends on what runs beside it      | 0              |
+`Settings` are a client's, read here from the environment, which no other module reads.
+`ServerSettings` (weaver/server/settings.py) are a server's: of their fields `weaver serve` makes
+its flags, variables, the keys of its file, and its help.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from weaver.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+Instance = TypeVar("Instance", bound="DataclassInstance")
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    name: str = "",
+    least: float | None = None,
+    most: float | None = None,
+    variables: tuple[str, ...] = (),
+    secret: bool = False,
+) -> T:
+    """A field that users set: `threads: int = setting(0, "Torch threads.", least=0)`.
+
+    Args:
+        name: by which users know it, where that is not the field's.
+        least, most: of what users may give; a program may go beyond.
+        variables: that are read where WEAVER_NAME is not set.
+        secret: is left out of `repr`.
+    """
+    how = {"help": help, "name": name, "least": least, "most": most, "variables": variables}
+    return field(default=default, repr=not secret, metadata=how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    base_url: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    home: Path = Path("~/.weaver")
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = 0
-    deterministic: bool = False
+class Option:
+    """A setting as users know it."""
+
+    name: str
+    """Of a flag; with `_` for `-`, as in the file it may be, too."""
+    type: Any
+    default: Any
+    help: str
+    least: float | None
+    most: float | None
+    variables: tuple[str, ...]
+    """The first of these in the environment counts."""
+
+
+def options(defaults: DataclassInstance) -> Iterator[Option]:
+    """What users can set in an instance of a settings class, and in those inside it."""
+    types = get_type_hints(type(defaults))
+    for item in fields(defaults):
+        value = getattr(defaults, item.name)
+        if is_dataclass(type(value)):
+            yield from options(value)
+        elif item.metadata:
+            name = item.metadata["name"] or item.name
+            names = (f"WEAVER_{name.upper()}", *item.metadata["variables"])
+            how = {**item.metadata, "name": name, "variables": names}
+            yield Option(type=types[item.name], default=value, **how)
+
+
+def changed(defaults: Instance, given: Mapping[str, Any]) -> Instance:
+    """Settings with the values that are given by their names; a path may begin with `~`."""
+    values: dict[str, Any] = {}
+    for item in fields(defaults):
+        value = getattr(defaults, item.name)
+        if is_dataclass(type(value)):
+            value = changed(value, given)
+        elif item.metadata:
+            value = given.get(item.metadata["name"] or item.name, value)
+        values[item.name] = value.expanduser() if isinstance(value, Path) else value
+    return replace(defaults, **values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What an engine in a user's own process and that of a server have in common."""
+
+    home: Path = setting(Path("~/.weaver"), "Where runs, checkpoints and the database are kept.")
+    device: str = setting("cpu", "The torch device: cpu or cuda.")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "Of base weights; what is trained is float32."
+    )
+    threads: int = setting(0, "Torch threads; 0 chooses by the model's size.", least=0)
+    deterministic: bool = setting(False, "No result depends on what else runs.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(EngineSettings):
+    """A client's."""
+
+    base_url: str | None = setting(None, "The server to use; without it, all runs in this process.")
+    api_key: str | None = setting(None, "The key that is sent to that server.", secret=True)
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """Reads WEAVER_* from `environ` (the process's own by default).
+    """A client's settings from `environ`, which is the process's own by default.
 
     Raises:
         ConfigError: a variable has a value that cannot be used; names it.
     """
     env = os.environ if environ is None else environ
-    threads = env.get("WEAVER_THREADS") or "0"
-    if not threads.isdecimal():
-        raise ConfigError(
-            f"is {threads!r}.", field="WEAVER_THREADS", hint="Use a whole number; 0 chooses."
-        )
-    base_url = env.get("WEAVER_BASE_URL") or None
-    if base_url is not None and not base_url.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"is {base_url!r}.",
-            field="WEAVER_BASE_URL",
-            hint="Start it with http:// or https://, or unset it to run embedded.",
-        )
-    return Settings(
-        base_url=base_url,
-        api_key=env.get("WEAVER_API_KEY") or None,
-        home=Path(env.get("WEAVER_HOME") or "~/.weaver").expanduser(),
-        device=env.get("WEAVER_DEVICE") or "cpu",
-        dtype=_choice(env, "WEAVER_DTYPE", ("float32", "bfloat16")),
-        threads=int(threads),
-        deterministic=_choice(env, "WEAVER_DETERMINISTIC", ("0", "1")) == "1",
-    )
+    given = {
+        option.name: _value(option, text)
+        for option in options(Settings())
+        if (text := env.get(option.variables[0]))
+    }
+    return changed(Settings(), given)
 
 
-def _choice(env: Mapping[str, str], name: str, values: tuple[str, ...]) -> str:
-    """One of the values; the first by default."""
-    value = env.get(name) or values[0]
-    if value not in values:
-        raise ConfigError(f"is {value!r}.", field=name, hint=f"Use {' or '.join(values)}.")
-    return value
+def _value(option: Option, text: str) -> Any:
+    """What the text of a variable stands for."""
+    hint = None
+    if option.type is int and not text.isdecimal():
+        hint = f"Use a whole number. {option.help}"
+    elif option.type is bool and text not in ("0", "1"):
+        hint = "Use 0 or 1."
+    elif option.name == "dtype" and text not in (known := get_args(option.type)):
+        hint = f"Use {' or '.join(known)}."
+    elif option.name == "base_url" and not text.startswith(("http://", "https://")):
+        hint = "Start it with http:// or https://, or unset it to run embedded."
+    if hint is not None:
+        raise ConfigError(f"is {text!r}.", field=option.variables[0], hint=hint)
+    if option.type in (int, bool):
+        return option.type(int(text))
+    return Path(text) if option.type is Path else text
 
 
 def is_loopback(host: str) -> bool:

@@ -37,7 +37,8 @@ PAIRS, SAMPLES, CLIENTS, UPLOADS = 200, 1000, 64, 20
 SERVER = """
 import asyncio, pathlib, sys
 from tests.fake_engine import FakeEngine
-from weaver.server.serve import ServerSettings, run_server
+from weaver.server.serve import run_server
+from weaver.server.settings import ServerSettings
 settings = ServerSettings(home=pathlib.Path(sys.argv[1]), port=0)
 started = lambda running: print(running.address, flush=True)
 asyncio.run(run_server(FakeEngine(context_length=2**20), settings, started=started))

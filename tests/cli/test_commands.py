@@ -23,7 +23,7 @@ from weaver.cli.serve import parse_models
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError, StorageError, WeaverError
 from weaver.protocol import GradientsDone, StepDone
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 from weaver.types import MetricPoint
 
 if TYPE_CHECKING:

@@ -48,7 +48,10 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(
         ("[server]\nport = 1", "unknown key 'server'"),
         ("port = 'eight'", "port is 'eight'.*integer"),
         ("model = 'one'", "model is 'one'.*list"),
+        ("home = 1", "home is 1.*path"),
+        ("dtype = 'int8'", "dtype is 'int8'.*'float32' or 'bfloat16'"),
         ("port =", "cannot be read"),
+        ("port = 1\nhost = x", "cannot be read.*line 2"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, content: str, message: str) -> None:

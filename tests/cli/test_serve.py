@@ -28,7 +28,8 @@ from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError
 from weaver.protocol import OpenSampler, SamplerOpened
 from weaver.server.http import telemetry
-from weaver.server.serve import ServerSettings, run_server
+from weaver.server.serve import run_server
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

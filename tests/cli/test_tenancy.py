@@ -17,7 +17,7 @@ from weaver.errors import WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.database import open_database
 from weaver.server.keys import Keys
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

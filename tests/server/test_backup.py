@@ -19,7 +19,7 @@ from tests.server.test_kill import FAKE, running
 from weaver import Datum, ServiceClient
 from weaver.server.database import open_database
 from weaver.server.keys import Keys
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from tests.postgres import Postgres

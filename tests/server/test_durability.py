@@ -36,8 +36,8 @@ from weaver.protocol import (
 )
 from weaver.server import ledger, sql_store
 from weaver.server.database import open_database
-from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
+from weaver.server.settings import Durability
 from weaver.server.sql_store import SqlStore
 from weaver.server.step_store import StepStore
 from weaver.server.store import SessionRecord

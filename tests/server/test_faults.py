@@ -26,9 +26,8 @@ from weaver.errors import CheckpointNotFoundError, ConflictError, StorageError
 from weaver.protocol import GradientsDone, Sample, SaveCheckpoint, StepDone
 from weaver.server.checkpoints import now_utc
 from weaver.server.database import open_database
-from weaver.server.recovery import Durability
-from weaver.server.serve import ServerSettings
 from weaver.server.service import LocalService
+from weaver.server.settings import Durability, ServerSettings
 from weaver.server.sql_store import SqlStore
 from weaver.types import Datum, SamplingParams
 

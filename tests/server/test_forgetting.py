@@ -19,8 +19,8 @@ from weaver.server.tables import operations_table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weaver.server.recovery import Durability
     from weaver.server.service import LocalService
+    from weaver.server.settings import Durability
 
 pytestmark = pytest.mark.anyio
 

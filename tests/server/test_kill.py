@@ -36,8 +36,8 @@ import sys, time
 from functools import partial
 from pathlib import Path
 import anyio
-from weaver.server.serve import ServerSettings, run_server
-from weaver.server.recovery import Durability
+from weaver.server.serve import run_server
+from weaver.server.settings import Durability, ServerSettings
 {engine}
 settings = ServerSettings(
     home=Path(sys.argv[1]), database_url=sys.argv[2] or None, port=int(sys.argv[3]),

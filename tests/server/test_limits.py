@@ -33,8 +33,8 @@ from weaver.protocol import (
 from weaver.server import intake, recovery
 from weaver.server.database import open_database
 from weaver.server.limits import Limits
-from weaver.server.recovery import Durability
 from weaver.server.service import LocalService
+from weaver.server.settings import Durability
 from weaver.server.sql_store import SqlStore
 from weaver.server.tenancy import Caller
 from weaver.types import Datum, ModelInput, SamplingParams

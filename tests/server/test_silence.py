@@ -20,8 +20,8 @@ from weaver.client import session
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError
 from weaver.server.limits import Limits
-from weaver.server.serve import ServerSettings
 from weaver.server.service import LocalService
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

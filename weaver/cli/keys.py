@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weaver.cli.output import Json, find, show, show_one
+from weaver.cli.serve import DEFAULTS, flag
 
 if TYPE_CHECKING:
     from weaver.server.keys import Keys
 
 app = typer.Typer(help="API keys of the server on this machine.", no_args_is_help=True)
-Home = Annotated[str, typer.Option(envvar="WEAVER_HOME", help="The server's home.")]
-Database = Annotated[
-    str | None, typer.Option("--database-url", envvar="WEAVER_DATABASE_URL", help="Its database.")
-]
+Home = Annotated[Path, flag("home")]
+Database = Annotated[str | None, flag("database_url")]
 
 
 @app.command()
@@ -24,7 +24,7 @@ def create(
     project: Annotated[str, typer.Option(help="What is made with the key belongs to it.")],
     name: Annotated[str, typer.Option(help="A note for the list.")] = "",
     admin: Annotated[bool, typer.Option(help="May see every project.")] = False,
-    home: Home = "~/.weaver",
+    home: Home = DEFAULTS.home,
     database_url: Database = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +39,7 @@ def create(
 
 @app.command("list")
 def list_keys(
-    home: Home = "~/.weaver", database_url: Database = None, as_json: Json = False
+    home: Home = DEFAULTS.home, database_url: Database = None, as_json: Json = False
 ) -> None:
     """List keys, without their secrets."""
     rows = [info.model_dump(mode="json") for info in _keys(home, database_url).list()]
@@ -49,7 +49,7 @@ def list_keys(
 @app.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(help="The id, or its beginning.")],
-    home: Home = "~/.weaver",
+    home: Home = DEFAULTS.home,
     database_url: Database = None,
 ) -> None:
     """End a key; requests with it are refused from now on."""
@@ -59,10 +59,8 @@ def revoke(
     sys.stdout.write(f"Revoked key {info.id} of project {info.project}.\n")
 
 
-def _keys(home: str, database_url: str | None) -> Keys:
-    from pathlib import Path
-
+def _keys(home: Path, database_url: str | None) -> Keys:
     from weaver.server.database import open_database
     from weaver.server.keys import Keys
 
-    return Keys(open_database(Path(home).expanduser(), database_url))
+    return Keys(open_database(home.expanduser(), database_url))

@@ -25,7 +25,7 @@ from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
 from weaver.server.attempt import attempt, attempt_async
 from weaver.server.fingerprint import fingerprint
 from weaver.server.reach import Reach
-from weaver.server.validation import refusal
+from weaver.server.validation import check_size, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,7 +122,7 @@ class Intake:
         if isinstance(encoded, WeaverError):
             return encoded
         ticket.submission = ticket.submission.model_copy(update={"operation": encoded})
-        return attempt(partial(self.limits.check_operation, encoded))
+        return attempt(partial(check_size, encoded, self.limits))
 
     def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""

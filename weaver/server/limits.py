@@ -1,4 +1,4 @@
-"""`Limits`: what a request may bring and a project may hold; set by options of `weaver serve`.
+"""`Limits`: what a request may bring and a project may hold; options of `weaver serve`.
 
 Asked by `LocalService` and its operations, and of bodies by the HTTP front.
 """
@@ -10,12 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weaver.config import setting
 from weaver.errors import QuotaExceededError, TooLargeError
-from weaver.protocol import CreateModel, ForwardBackward, Sample
-from weaver.types import ModelInput
 
 if TYPE_CHECKING:
-    from weaver.protocol import Operation
     from weaver.types import JsonDict
 
 
@@ -23,40 +21,52 @@ if TYPE_CHECKING:
 class Limits:
     """None is without a limit."""
 
-    body_bytes: int = 256 * 2**20
-    """Of a body, decompressed. Those of JSON have smaller limits of their own beside it."""
+    body_bytes: int = setting(
+        256 * 2**20, "Bytes of a request's body, decompressed.", name="max_body_bytes", least=2**16
+    )
+    """Those of JSON have smaller limits of their own beside it."""
     submissions: int = 1024
     """Of one request."""
-    operation_tokens: int | None = 2**22
-    """Of the datums of a gradient pass; of a sample, those of its prompt and those it may draw."""
+    operation_tokens: int | None = setting(
+        2**22,
+        "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw.",
+        name="max_operation_tokens",
+        least=1,
+    )
     metadata_bytes: int | None = 2**16
     """Of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
-    pending_operations: int | None = 2**14
-    """Of a project; those whose outcome its client has not collected."""
-    pending_bytes: int | None = 2**30
-    """About, of these operations and of outcomes that are kept; and of the gradient passes of a
-    project's runs that no snapshot holds, so that the journal does."""
-    runs: int | None = None
-    """Of a project."""
-    stored_bytes: int | None = None
-    """Of a project's checkpoints, and of its samplers without a name. Merged exports have a bound
-    of their own, for all projects together."""
-    session_timeout_s: float = math.inf
-    """A session whose client was not heard of for so long is closed."""
+    pending_operations: int | None = setting(
+        2**14,
+        "Operations of a project whose outcome its client has not collected.",
+        name="max_pending",
+        least=256,
+    )
+    pending_bytes: int | None = setting(
+        2**30,
+        "About the bytes of these operations and of outcomes that are kept; and of the gradient "
+        "passes of a project's runs that only the journal holds.",
+        name="max_pending_bytes",
+        least=2**26,
+    )
+    runs: int | None = setting(None, "Runs of a project.", name="max_runs", least=0)
+    stored_bytes: int | None = setting(
+        None,
+        "Bytes of a project's checkpoints and of its samplers without a name.",
+        name="max_stored_bytes",
+        least=0,
+    )
+    """Merged exports have a bound of their own, for all projects together."""
+    session_timeout_s: float = setting(
+        math.inf,
+        "Seconds after which the session of a silent client is closed.",
+        name="session_timeout",
+        least=120,
+    )
     unnamed_samplers: int = 64
     """The newest of a session are kept."""
 
-    def check_operation(self, operation: Operation | None) -> None:
-        """Raises TooLargeError."""
-        tokens = 0
-        match operation:
-            case CreateModel(user_metadata=metadata):
-                self.check_metadata(metadata)
-            case ForwardBackward(datums=datums):
-                tokens = sum(datum.model_input.length for datum in datums)
-            case Sample(prompt=prompt, num_samples=count, params=params):
-                read = prompt.length if isinstance(prompt, ModelInput) else 0
-                tokens = read + count * params.max_tokens
+    def check_tokens(self, tokens: int) -> None:
+        """Raises TooLargeError: those of an operation."""
         if self.operation_tokens is not None and tokens > self.operation_tokens:
             raise TooLargeError(
                 f"the operation has {tokens} tokens, the limit is {self.operation_tokens}.",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from weaver.server.checkpoints import Checkpoints, Manifest
     from weaver.server.engine_thread import EngineThread
     from weaver.server.runs import Run
+    from weaver.server.settings import Durability
     from weaver.server.store import Executed, RunRecord, Store
 
 logger = logging.getLogger(__name__)
@@ -42,19 +43,6 @@ UNSAVED_BYTES = 16 * 2**20
 """A run with more in its journal alone is snapshotted after its next step, even one that failed."""
 KEEP, KEEP_S = "keep", 86_400.0
 """A file of this name keeps snapshots that are replaced, as deploy/backup.sh wants, for a day."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Durability:
-    """Snapshots are taken after steps, when so many steps and so much time have passed.
-
-    What lies behind the last one is replayed after a restart.
-    """
-
-    snapshot_every_steps: int = 1
-    snapshot_every_s: float = 10.0
-    unload_after_s: float = 1800.0
-    """A run that is idle for so long leaves the engine until its next operation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

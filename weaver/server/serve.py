@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -25,16 +25,14 @@ from weaver.server.http.app import create_app
 from weaver.server.http.gateway import Gateway
 from weaver.server.http.telemetry import watch
 from weaver.server.keys import Keys
-from weaver.server.limits import SERVED, Limits
-from weaver.server.service import DURABILITY, LocalService
+from weaver.server.service import LocalService
 from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.server.recovery import Durability
+    from weaver.server.settings import ServerSettings
 
 GRACE_S = 10
 MAX_HEAD_BYTES = 2**16
@@ -44,21 +42,6 @@ REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"connection: close\r\ncontent-length: 0\r\n\r\n"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    home: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0: any free one."""
-    database_url: str | None = field(default=None, repr=False)
-    auth: bool = True
-    deterministic: bool = False
-    durability: Durability = DURABILITY
-    limits: Limits = SERVED
-    otel_endpoint: str | None = None
-    """Of a collector that traces are sent to."""
 
 
 @dataclass(frozen=True, slots=True)

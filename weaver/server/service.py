@@ -24,10 +24,11 @@ from weaver.server.known import Known
 from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
-from weaver.server.recovery import OTHER_HOME, Durability, Recovery, release
+from weaver.server.recovery import OTHER_HOME, Recovery, release
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.scoped import Parts, ScopedService
+from weaver.server.settings import DURABILITY, Durability
 from weaver.server.store import MemoryStore
 from weaver.server.tenancy import OWNER
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine
     from weaver.server.store import Store
-
-DURABILITY = Durability()
 
 
 class LocalService(ScopedService):

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 from weaver.checks import check_datums
 from weaver.errors import InvalidRequestError, WeaverError
 from weaver.protocol import (
+    CreateModel,
     ForwardBackward,
     LoadCheckpoint,
     OpenSampler,
     OptimStep,
+    Sample,
     SaveCheckpoint,
     check_name,
 )
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.reach import no_run
+from weaver.types import ModelInput
 
 if TYPE_CHECKING:
-    from weaver.protocol import Submission
+    from weaver.protocol import Operation, Submission
     from weaver.server.limits import Limits
     from weaver.server.reach import Reach
     from weaver.server.runs import Run
@@ -34,11 +37,23 @@ def refusal(
         if submission.run_id is not None:
             reach.check_run(submission.run_id)
         reach.check_operation(submission.operation)
-        limits.check_operation(submission.operation)
+        check_size(submission.operation, limits)
         _check(submission, run)
     except WeaverError as error:
         return error
     return None
+
+
+def check_size(operation: Operation | None, limits: Limits) -> None:
+    """Raises TooLargeError."""
+    match operation:
+        case CreateModel(user_metadata=metadata):
+            limits.check_metadata(metadata)
+        case ForwardBackward(datums=datums):
+            limits.check_tokens(sum(datum.model_input.length for datum in datums))
+        case Sample(prompt=prompt, num_samples=count, params=params):
+            read = prompt.length if isinstance(prompt, ModelInput) else 0
+            limits.check_tokens(read + count * params.max_tokens)
 
 
 def _check(submission: Submission, run: Run | None) -> None:

@@ -33,7 +33,7 @@ from weaver.protocol import (
 )
 from weaver.server.database import open_database
 from weaver.server.keys import Keys
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 from weaver.types import AdamParams, Datum, MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from weaver.server.http.app import create_app
 from weaver.server.http.gateway import Gateway
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
-from weaver.server.serve import Running, ServerSettings, run_server
+from weaver.server.serve import Running, run_server
 from weaver.server.service import LocalService
+from weaver.server.settings import ServerSettings
 from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
-from weaver.server.serve import MAX_HEAD_BYTES, ServerSettings
+from weaver.server.serve import MAX_HEAD_BYTES
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,7 +26,7 @@ from weaver.errors import (
 )
 from weaver.protocol import GradientsDone, Sample, StepDone
 from weaver.server.limits import Limits
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

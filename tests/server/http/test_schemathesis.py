@@ -22,7 +22,7 @@ from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient, wire
 from weaver.protocol import CreateModel, ForwardBackward, Sample, Submission
 from weaver.server.http.gateway import MEDIA_TYPE
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ from weaver.errors import ConfigError, WeaverError
 from weaver.server.database import open_database
 from weaver.server.http.telemetry import JsonFormatter
 from weaver.server.keys import Keys
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

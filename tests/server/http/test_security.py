@@ -11,7 +11,7 @@ import pytest
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from weaver.errors import ConfigError
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[3]
 MODULES = sorted((ROOT / "weaver").rglob("*.py"))

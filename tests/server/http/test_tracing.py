@@ -19,7 +19,7 @@ from tests.server.http.helpers import running, serving
 from weaver import Datum, ServiceClient
 from weaver.errors import WeaverError
 from weaver.server.http.tracing import Tracing
-from weaver.server.serve import ServerSettings
+from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
