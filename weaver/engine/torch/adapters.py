@@ -17,23 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
+from weaver import errors
+from weaver.engine.torch import models
 from weaver.engine.torch.lora import PREFIX, adapter_from_tensors
-from weaver.engine.torch.models import (
-    CONFIG,
-    INDEX,
-    folder_of,
-    read_module,
-    stored_tensor,
-    tied_weights,
-    weight_map,
-    without_progress_bars,
-)
-from weaver.errors import (
-    CheckpointCorruptError,
-    CheckpointMismatchError,
-    StorageError,
-    UnsupportedError,
-)
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -150,7 +136,7 @@ def _lora_tensors(
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             lora[name] = tensor.float()
             continue
-        base = stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        base = models.stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
         if base is None or not torch.equal(base.to(tensor.dtype), tensor):
             raise _not_plain(
                 f"{name}, which is neither LoRA's nor what {facts.info.name} has there."
@@ -184,16 +170,16 @@ def _check_fit(
     return roles
 
 
-def _not_plain(what: str) -> UnsupportedError:
-    return UnsupportedError(
+def _not_plain(what: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
         f"the adapter has {what}",
         field="model_path",
         hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
     )
 
 
-def _of_another(what: str) -> CheckpointMismatchError:
-    return CheckpointMismatchError(
+def _of_another(what: str) -> errors.CheckpointMismatchError:
+    return errors.CheckpointMismatchError(
         what, field="path", hint="Load it on the model it was trained on."
     )
 
@@ -224,9 +210,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def corrupt(path: Path, what: str) -> CheckpointCorruptError:
+def corrupt(path: Path, what: str) -> errors.CheckpointCorruptError:
     """Of a file of a checkpoint."""
-    return CheckpointCorruptError(
+    return errors.CheckpointCorruptError(
         f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )
 
@@ -245,20 +231,20 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     """
     tensors, config = read_adapter(adapter, facts=facts)
     made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
-    source, untied = folder_of(facts.source), _untied(facts, tensors)
+    source, untied = models.folder_of(facts.source), _untied(facts, tensors)
     changed = {f"{path}.weight" for path in made.pairs}
     try:
-        shards = weight_map(source)
+        shards = models.weight_map(source)
         if changed <= shards.keys() | untied.keys():
             _write_shards(source, folder, made, shards=shards, untied=untied)
         else:
             _write_whole(facts, folder, made, untied=untied)
         _copy_others(facts, source, folder)
         if untied:
-            settings = read_json(source / CONFIG) | {"tie_word_embeddings": False}
-            (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+            settings = read_json(source / models.CONFIG) | {"tie_word_embeddings": False}
+            (folder / models.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise StorageError(
+        raise errors.StorageError(
             f"merging {facts.info.name} failed: {error}",
             hint="Check the free space, and that the base model's files are complete.",
         ) from error
@@ -284,16 +270,18 @@ def _write_shards(
             if f"{path}.weight" in weights:
                 weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
         save_file(weights, folder / shard, metadata={"format": "pt"})
-    if (source / INDEX).is_file():
-        index = read_json(source / INDEX) | {"weight_map": shards}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if (source / models.INDEX).is_file():
+        index = read_json(source / models.INDEX) | {"weight_map": shards}
+        (folder / models.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_whole(
     facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
 ) -> None:
     dtype = facts.config.dtype or torch.float32
-    module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+    module = models.read_module(
+        facts.source, name=facts.info.name, config=facts.config, dtype=dtype
+    )
     for name in untied:
         module.config.tie_word_embeddings = False
         owner, _, leaf = name.rpartition(".")
@@ -302,7 +290,7 @@ def _write_whole(
     for path, pair in adapter.pairs.items():
         layer = module.get_submodule(path)
         layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
-    with without_progress_bars():
+    with models.without_progress_bars():
         module.save_pretrained(folder)
 
 
@@ -313,7 +301,7 @@ def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
 
 def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
     for file in source.iterdir():
-        if file.suffix in BESIDE and file.name != INDEX:
+        if file.suffix in BESIDE and file.name != models.INDEX:
             shutil.copyfile(file, folder / file.name)
     if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
         (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
@@ -324,5 +312,5 @@ def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
 def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
     """All tied weights, by name, and what each was tied to, where the adapter changes one."""
     changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
-    tied = tied_weights(facts)
+    tied = models.tied_weights(facts)
     return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}

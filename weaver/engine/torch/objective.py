@@ -30,6 +30,7 @@ class Objective:
     def __init__(self, job: GradientJob) -> None:
         self.job = job
         self.loss = make_loss(job.loss_fn, job.loss_fn_config)
+        self.lengths = [datum.model_input.length for datum in job.datums]
         self._weights = [weights_of(datum, self.loss) for datum in job.datums]
         self.weight_sum = float(sum(float(w.sum(dtype=np.float64)) for w in self._weights))
         self._factor = self._reduction()
@@ -49,7 +50,7 @@ class Objective:
     def add(self, indices: Sequence[int], scores: Scores) -> torch.Tensor:
         """The share of these datums in the loss: float64 [D], reduced, differentiable."""
         device = scores.logprobs.device
-        lengths = torch.tensor([self.job.datums[i].model_input.length for i in indices])
+        lengths = torch.tensor([self.lengths[i] for i in indices])
         w = torch.from_numpy(self._concatenated(indices)).to(device, torch.float64)
         datum = torch.arange(len(indices)).repeat_interleave(lengths).to(device)
         values = self._values(indices, scores, w=w, datum=datum)
@@ -63,7 +64,7 @@ class Objective:
             "loss": self._loss_sum * self._factor,
             "loss_sum": self._loss_sum,
             "weight_sum": self.weight_sum,
-            "num_tokens": float(sum(d.model_input.length for d in self.job.datums)),
+            "num_tokens": float(sum(self.lengths)),
         }
         if not isinstance(self.loss, RatioLoss):
             return common

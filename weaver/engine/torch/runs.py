@@ -24,21 +24,7 @@ from safetensors.torch import save_file
 
 from weaver import errors
 from weaver.engine.base import WeightSnapshot
-from weaver.engine.torch.adapters import (
-    ADAPTER_CONFIG,
-    corrupt,
-    read_adapter,
-    read_json,
-    read_tensors,
-    write_adapter,
-)
-from weaver.engine.torch.models import (
-    check_finite,
-    check_weights,
-    read_module,
-    set_weights,
-    without_progress_bars,
-)
+from weaver.engine.torch import adapters, models
 from weaver.types import LoraConfig, TrainingMode, Value
 
 if TYPE_CHECKING:
@@ -47,7 +33,6 @@ if TYPE_CHECKING:
 
     from weaver.engine.torch.catalog import ModelFacts
     from weaver.engine.torch.lora import Adapter
-    from weaver.engine.torch.models import LoadedModel
     from weaver.types import AdamParams
 
 STATE = "weaver_state.json"
@@ -61,7 +46,7 @@ class Run:
     """Parameters are float32. A LoRA run shares `model`; a full fine-tuning run owns it."""
 
     run_id: str
-    model: LoadedModel
+    model: models.LoadedModel
     lora_config: LoraConfig | None = None
     adapter: Adapter | None = None
     step: int = 0
@@ -156,14 +141,14 @@ def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None
         NonFiniteError: a weight is NaN or infinite; nothing was written.
         StorageError: the disk is full or not writable.
     """
-    check_finite(run.named_parameters())
+    models.check_finite(run.named_parameters())
     try:
         if run.lora_config is not None:
             base = run.model.facts.public_name
             tensors = run.named_parameters()
-            write_adapter(folder, tensors, config=run.lora_config, base=base)
+            adapters.write_adapter(folder, tensors, config=run.lora_config, base=base)
         else:
-            with without_progress_bars():
+            with models.without_progress_bars():
                 run.model.module.save_pretrained(folder)
             _write_tokenizer(run, folder)
         if include_optimizer:
@@ -189,9 +174,9 @@ def read_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None:
     _check_same(run, state)
     snapshot = read_snapshot(folder, facts=run.model.facts)
     parameters = run.named_parameters()
-    check_weights(parameters, snapshot.tensors)
+    models.check_weights(parameters, snapshot.tensors)
     moments = _read_optimizer(run, folder) if include_optimizer else None
-    set_weights(parameters, snapshot.tensors)
+    models.set_weights(parameters, snapshot.tensors)
     run.step = state.step
     run.gradient = None
     run.reset_optimizer()
@@ -208,8 +193,8 @@ def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
     """
     version = read_state(folder).step if (folder / STATE).exists() else 0
     tensors, config = (
-        read_adapter(folder, facts=facts)
-        if (folder / ADAPTER_CONFIG).exists()
+        adapters.read_adapter(folder, facts=facts)
+        if (folder / adapters.ADAPTER_CONFIG).exists()
         else (_read_model(folder), None)
     )
     return WeightSnapshot(
@@ -227,9 +212,9 @@ def read_state(folder: Path) -> State:
         CheckpointCorruptError: weaver_state.json is missing or broken.
     """
     try:
-        return State(**read_json(folder / STATE))
+        return State(**adapters.read_json(folder / STATE))
     except errors.InvalidParamsError as error:
-        raise corrupt(folder / STATE, f"is broken: {error}") from error
+        raise adapters.corrupt(folder / STATE, f"is broken: {error}") from error
 
 
 def _state_of(run: Run) -> State:
@@ -265,9 +250,11 @@ def _described(state: State) -> dict[str, Any]:
 
 def _read_model(folder: Path) -> dict[str, torch.Tensor]:
     try:
-        module = read_module(folder, name=str(folder), config=None, dtype=torch.float32)
+        module = models.read_module(folder, name=str(folder), config=None, dtype=torch.float32)
     except errors.UnsupportedError as error:
-        raise corrupt(folder / "model.safetensors", f"is broken: {error.message}") from error
+        raise adapters.corrupt(
+            folder / "model.safetensors", f"is broken: {error.message}"
+        ) from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
@@ -296,7 +283,7 @@ def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
             field="path",
             hint="Load it with load_state, or save with save_state.",
         )
-    tensors = read_tensors(folder / OPTIMIZER)
+    tensors = adapters.read_tensors(folder / OPTIMIZER)
     stepped = ADAM_STEP in tensors and float(tensors[ADAM_STEP]) > 0
     expected: Mapping[str, torch.Size] = {
         f"{name}.{key}": parameter.shape
@@ -305,7 +292,7 @@ def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
         if stepped
     } | {ADAM_STEP: torch.Size()}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
+        raise adapters.corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
     return tensors
 
 

@@ -139,7 +139,7 @@ class TorchTrainer:
     def _compute(self, tasks: list[_Task]) -> None:
         """Runs all passes of jobs that share a model and `backward`."""
         self._store.use_threads(tasks[0].run.model)
-        lengths = [[d.model_input.length for d in task.job.datums] for task in tasks]
+        lengths = [task.objective.lengths for task in tasks]
         plan = plan_passes(lengths, budget=self._tokens_per_pass, merge=not self._deterministic)
         try:
             for shares in plan:
@@ -216,7 +216,7 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> 
         device=device,
     )
     objectives = [(task.objective, share.datums) for task, share in alive]
-    lengths = [sum(t.job.datums[i].model_input.length for i in s.datums) for t, s in alive]
+    lengths = [sum(o.lengths[i] for i in datums) for o, datums in objectives]
     queries = Queries(
         targets=torch.cat([o.targets(i) for o, i in objectives]).to(device),
         temperature=torch.tensor([o.loss.temperature for o, _ in objectives])
@@ -249,7 +249,7 @@ def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
     """The share's loss; keeps its log-probabilities, or marks the task as failed."""
     loss_D = task.objective.add(share.datums, scores)
     values: Any = scores.logprobs.detach().cpu().numpy()
-    sizes = [task.job.datums[i].model_input.length for i in share.datums]
+    sizes = [task.objective.lengths[i] for i in share.datums]
     pieces = np.split(values, np.cumsum(sizes)[:-1])
     for datum, piece, loss in zip(share.datums, pieces, loss_D.tolist(), strict=True):
         if not np.isfinite(piece).all():
