@@ -7,14 +7,14 @@ is accepted, as what its session's caller may do.
 from __future__ import annotations
 
 import secrets
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
-from weaver.errors import ClosedError
+from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
 from weaver.server.attempt import attempt, or_raise
 from weaver.server.reach import Reach, no_run
@@ -84,26 +84,33 @@ class ScopedService:
     # --- sessions and operations ----------------------------------------------------------------
 
     async def open_session(
-        self, *, user_metadata: JsonDict | None = None, lasting: bool = False
+        self,
+        *,
+        user_metadata: JsonDict | None = None,
+        lasting: bool = False,
+        key: str | None = None,
     ) -> SessionInfo:
-        """A `lasting` one is never silent for too long."""
+        """A `lasting` one is never silent for too long; the same `key` names the same one."""
         self._check_open()
-        parts, session_id = self._parts, f"session-{secrets.token_hex(6)}"
+        parts, name = self._parts, key[:12] if key else secrets.token_hex(6)
         parts.intake.limits.check_metadata(user_metadata or {})
-        record = SessionRecord(session_id, self._caller, lasting, user_metadata or {})
-        session = Session.of(record)
-        await parts.store.open_session(record)
-        parts.known.sessions[session_id] = session
+        record = SessionRecord(f"session-{name}", self._caller, lasting, user_metadata or {})
+        if record.session_id not in parts.known.sessions and not await self._was_done(key):
+            session = Session.of(record)
+            await parts.store.open_session(record)
+            parts.known.sessions[record.session_id] = session
+            await self._keep(key)
         return SessionInfo(
-            session_id=session_id,
+            session_id=record.session_id,
             description=parts.thread.engine.description,
             deterministic=parts.deterministic,
         )
 
-    async def close_session(self, session_id: str) -> None:
-        if not self._caller.local:  # for whom one that was closed is as one that never was
-            self._reach.check_session(session_id)
-        await self._parts.intake.close(session_id)
+    async def close_session(self, session_id: str, *, key: str | None = None) -> None:
+        async with self._once(key):
+            if not self._caller.local:  # for whom one that was closed is as one that never was
+                self._reach.check_session(session_id)
+            await self._parts.intake.close(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
         sessions = self._parts.known.sessions
@@ -180,14 +187,17 @@ class ScopedService:
         await self._parts.executor.stop_run(run)
         return run.describe()
 
-    async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
-        run = await self._run(run_id)
-        await self._parts.executor.delete_run(run, checkpoints=checkpoints)
+    async def delete_run(
+        self, run_id: str, *, checkpoints: bool = False, key: str | None = None
+    ) -> None:
+        async with self._once(key):
+            run = await self._run(run_id)
+            await self._parts.executor.delete_run(run, checkpoints=checkpoints)
 
     async def log_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
     ) -> None:
-        """Nothing, if it was done for the same `key`, at most 64 characters, before."""
+        """Nothing, if it was done for the same `key` before."""
         await self._run(run_id)
         now = self._parts.now()
         timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
@@ -209,15 +219,21 @@ class ScopedService:
         self._reach.check_path(path)
         return self._shown(await self._disk(partial(self._parts.checkpoints.get, path)))
 
-    async def delete_checkpoint(self, path: str) -> None:
-        self._reach.check_path(path)
-        await self._disk(partial(self._parts.checkpoints.delete, path))
-        self._parts.executor.release([path])
+    async def delete_checkpoint(self, path: str, *, key: str | None = None) -> None:
+        async with self._once(key):
+            self._reach.check_path(path)
+            await self._disk(partial(self._parts.checkpoints.delete, path))
+            self._parts.executor.release([path])
 
-    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+    async def set_checkpoint_ttl(
+        self, path: str, ttl_seconds: int | None, *, key: str | None = None
+    ) -> CheckpointInfo:
         self._reach.check_path(path)
+        if await self._was_done(key):
+            return await self.get_checkpoint(path)
         info = await self._disk(partial(self._parts.checkpoints.set_ttl, path, ttl_seconds))
         self._parts.executor.release([path])  # a sampler knows when its weights expire
+        await self._keep(key)
         return self._shown(info)
 
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
@@ -235,6 +251,31 @@ class ScopedService:
         self._reach.check_path(path)
         read = partial(self._parts.exports.read, path, name, merge=merge, offset=offset)
         return await self._disk(read)
+
+    # --- requests that may come again -----------------------------------------------------------
+    # A key has at most 64 characters, and one request at a time.
+
+    async def _was_done(self, key: str | None) -> bool:
+        return key is not None and await self._parts.store.knows_request(key)
+
+    async def _keep(self, key: str | None) -> None:
+        if key is not None:
+            await self._parts.store.keep_request(key)
+
+    @asynccontextmanager
+    async def _once(self, key: str | None) -> AsyncIterator[None]:
+        """Around a removal: what its resend does not find has been removed."""
+        again = await self._was_done(key)
+        if not again:  # before, as this process may end in its midst
+            await self._keep(key)
+        try:
+            yield
+        except NotFoundError:
+            if again:
+                return
+            if key is not None:
+                await self._parts.store.drop_request(key)
+            raise
 
     # --- helpers --------------------------------------------------------------------------------
 

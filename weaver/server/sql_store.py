@@ -60,27 +60,17 @@ ACKNOWLEDGED = 64
 RESEND_S = 86_400.0
 """So long a request that was carried out is known by its key."""
 OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
-SETTLE = (
-    operations_table.update()
-    .where(
-        operations.session_id == sa.bindparam("of_session"),
-        operations.submission_id == sa.bindparam("of_submission"),
-    )
-    .values({name: sa.bindparam(name) for name in OUTCOME_COLUMNS})
-)
-ACKNOWLEDGE = (
-    operations_table.update()
-    .where(
-        operations.session_id == sa.bindparam("of_session"),
-        operations.submission_id == sa.bindparam("of_submission"),
-    )
-    .values(outcome=None)
-)
-FORGET_SAMPLE = operations_table.delete().where(
+IS_THAT = sa.and_(
     operations.session_id == sa.bindparam("of_session"),
     operations.submission_id == sa.bindparam("of_submission"),
-    operations.kind == "sample",
 )
+SETTLE = (
+    operations_table.update()
+    .where(IS_THAT)
+    .values({name: sa.bindparam(name) for name in OUTCOME_COLUMNS})
+)
+ACKNOWLEDGE = operations_table.update().where(IS_THAT).values(outcome=None)
+FORGET_SAMPLE = operations_table.delete().where(IS_THAT, operations.kind == "sample")
 IS_ACKNOWLEDGED = sa.and_(operations.cursor.is_not(None), operations.outcome.is_(None))
 IS_PASSED = sa.and_(
     IS_ACKNOWLEDGED,
@@ -318,16 +308,24 @@ class SqlStore:
         rows = await self._read(query.order_by(answers_table.c.position))
         return [Answer(**row._mapping) for row in rows]
 
+    async def knows_request(self, key: str) -> bool:
+        return bool(await self._read(sa.select(requests_table).where(requests_table.c.key == key)))
+
+    async def keep_request(self, key: str) -> None:
+        await self._write(lambda: _kept(key))
+
+    async def drop_request(self, key: str) -> None:
+        this = requests_table.delete().where(requests_table.c.key == key)
+        await self._write(lambda: [(this, ALWAYS)])
+
     async def add_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
     ) -> None:
-        known = sa.select(requests_table).where(requests_table.c.key == key)
-        if not points or (key is not None and await self._read(known)):
+        if not points or (key is not None and await self.knows_request(key)):
             return
-        rows, now = [metric_row(run_id, point) for point in points], time.time()
-        old = requests_table.delete().where(requests_table.c.at < now - RESEND_S)
-        done = [(old, ALWAYS), (requests_table.insert(), [{"key": key, "at": now}])] if key else []
-        await self._write(lambda: [(metrics_table.insert(), rows), *done])
+        rows = [metric_row(run_id, point) for point in points]
+        kept = [] if key is None else _kept(key)
+        await self._write(lambda: [(metrics_table.insert(), rows), *kept])
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
         query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)
@@ -386,6 +384,12 @@ class SqlStore:
                 return connection.execute(query).all()
 
         return await to_thread.run_sync(read)
+
+
+def _kept(key: str) -> Statements:
+    now = time.time()
+    old = requests_table.delete().where(requests_table.c.at < now - RESEND_S)
+    return [(old, ALWAYS), (requests_table.insert(), [{"key": key, "at": now}])]
 
 
 def insert_operations(rows: list[dict[str, Any]]) -> Statement:

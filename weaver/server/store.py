@@ -176,10 +176,17 @@ class Store(Protocol):
     async def answers(self, run_id: str) -> Sequence[Answer]:
         """Those of what was settled, in that order; none where clients do not outlive them."""
 
+    async def knows_request(self, key: str) -> bool:
+        """Whether it was kept within the last day, by any process."""
+
+    async def keep_request(self, key: str) -> None: ...
+
+    async def drop_request(self, key: str) -> None: ...
+
     async def add_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
     ) -> None:
-        """Nothing, if this was done for the same `key` within the last day, by any process."""
+        """Keeps the request with them; nothing, if it is known."""
 
     async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
         """In the order in which they were added."""
@@ -244,6 +251,15 @@ class MemoryStore:
 
     async def answers(self, run_id: str) -> Sequence[Answer]:
         return self._answers.get(run_id, [])
+
+    async def knows_request(self, key: str) -> bool:
+        return False
+
+    async def keep_request(self, key: str) -> None:
+        pass
+
+    async def drop_request(self, key: str) -> None:
+        pass
 
     async def add_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None

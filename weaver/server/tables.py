@@ -99,8 +99,8 @@ requests_table = sa.Table(
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("at", sa.Float, nullable=False),
 )
-"""sql_store.py; what was done in the commit that wrote the row, so that a resend does nothing; with
-seconds since 1970."""
+"""sql_store.py; keys of requests, beside operations, that have changed something or are about to;
+with seconds since 1970."""
 
 metrics_table = sa.Table(
     "metrics",

@@ -5,11 +5,12 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
@@ -22,8 +23,13 @@ from weaver.fields import ShortText
 from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
 from weaver.server.http.adapter import Adapter
 from weaver.server.http.errors import REFUSALS, native_envelope
-from weaver.server.http.gateway import BODY_LIMITS, LONGEST_POLL_S, MEDIA_TYPE, ServiceDep
-from weaver.server.http.replies import OnceRoute
+from weaver.server.http.gateway import (
+    BODY_LIMITS,
+    LONGEST_POLL_S,
+    MEDIA_TYPE,
+    GatewayDep,
+    ServiceDep,
+)
 from weaver.server.http.streaming import EventStream
 from weaver.types import (
     CheckpointInfo,
@@ -35,7 +41,7 @@ from weaver.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
 PREFIX = "/v1"
 SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
@@ -64,7 +70,35 @@ class MetricsRequest(Value):
 Name = Annotated[str, Query(min_length=1, max_length=1024)]
 Path = Annotated[str, Query(min_length=1, max_length=1024, examples=["weaver://run/weights/name"])]
 
-router = APIRouter(prefix=PREFIX, route_class=OnceRoute, responses=REFUSALS)
+
+class _CheckedRoute(APIRoute):
+    """Counts what is in the JSON of a request before it is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def check_and_handle(request: Request) -> Response:
+            if request.method != "GET":
+                wire.check_json(await request.body(), share=2)
+            return await handle(request)
+
+        return check_and_handle
+
+
+async def resend_key(request: Request, gateway: GatewayDep) -> AsyncIterator[str | None]:
+    """What a request has in common with its resends, which wait until it has been answered."""
+    given = request.headers.get("Idempotency-Key")
+    if given is None:
+        yield None
+        return
+    place = (request.state.caller.project, request.method, str(request.url), given)
+    key = hashlib.sha256(repr(place).encode()).hexdigest()  # headers may be long
+    async with gateway.alone(key):
+        yield key
+
+
+ResendKey = Annotated[str | None, Depends(resend_key)]
+router = APIRouter(prefix=PREFIX, route_class=_CheckedRoute, responses=REFUSALS)
 
 
 class Accepted(Value):
@@ -158,8 +192,8 @@ _add(
 
 
 @router.post("/sessions", response_model=SessionInfo, status_code=201)
-async def open_session(body: SessionRequest, service: ServiceDep) -> SessionInfo:
-    return await service.open_session(user_metadata=body.user_metadata)
+async def open_session(body: SessionRequest, service: ServiceDep, key: ResendKey) -> SessionInfo:
+    return await service.open_session(user_metadata=body.user_metadata, key=key)
 
 
 @router.get("/sessions", response_model=list[SessionState])
@@ -168,8 +202,8 @@ async def list_sessions(service: ServiceDep) -> list[SessionState]:
 
 
 @router.delete("/sessions/{session_id}", status_code=204)
-async def close_session(session_id: str, service: ServiceDep) -> None:
-    await service.close_session(session_id)
+async def close_session(session_id: str, service: ServiceDep, key: ResendKey) -> None:
+    await service.close_session(session_id, key=key)
 
 
 @router.post("/sessions/{session_id}/cancel", status_code=204)
@@ -229,15 +263,17 @@ async def stop_run(run_id: str, service: ServiceDep) -> TrainingRun:
 
 
 @router.delete("/runs/{run_id}", status_code=204)
-async def delete_run(run_id: str, service: ServiceDep, checkpoints: bool = False) -> None:
-    await service.delete_run(run_id, checkpoints=checkpoints)
+async def delete_run(
+    run_id: str, service: ServiceDep, key: ResendKey, checkpoints: bool = False
+) -> None:
+    await service.delete_run(run_id, checkpoints=checkpoints, key=key)
 
 
 @router.post("/runs/{run_id}/metrics", status_code=204)
 async def log_metrics(
-    run_id: str, body: MetricsRequest, request: Request, service: ServiceDep
+    run_id: str, body: MetricsRequest, service: ServiceDep, key: ResendKey
 ) -> None:
-    await service.log_metrics(run_id, body.points, key=request.state.resend_key)
+    await service.log_metrics(run_id, body.points, key=key)
 
 
 @router.get("/runs/{run_id}/metrics", response_model=list[MetricPoint])
@@ -258,13 +294,15 @@ async def get_checkpoint(path: Path, service: ServiceDep) -> CheckpointInfo:
 
 
 @router.delete("/checkpoints", status_code=204)
-async def delete_checkpoint(path: Path, service: ServiceDep) -> None:
-    await service.delete_checkpoint(path)
+async def delete_checkpoint(path: Path, service: ServiceDep, key: ResendKey) -> None:
+    await service.delete_checkpoint(path, key=key)
 
 
 @router.put("/checkpoints/ttl", response_model=CheckpointInfo)
-async def set_checkpoint_ttl(path: Path, body: TtlRequest, service: ServiceDep) -> CheckpointInfo:
-    return await service.set_checkpoint_ttl(path, body.ttl_seconds)
+async def set_checkpoint_ttl(
+    path: Path, body: TtlRequest, service: ServiceDep, key: ResendKey
+) -> CheckpointInfo:
+    return await service.set_checkpoint_ttl(path, body.ttl_seconds, key=key)
 
 
 @router.get("/checkpoints/export", response_model=Export)

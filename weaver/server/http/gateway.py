@@ -15,7 +15,6 @@ import anyio
 from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
-from weaver.server.http.replies import Replies
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
 from weaver.wire import LARGE_BYTES, WireLimits
@@ -77,7 +76,6 @@ class Gateway:
     """Of what bodies announce, until what they hold is accepted."""
     readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
     """Threads for that. More of them would take the interpreter from the event loop."""
-    replies: Replies = field(default_factory=Replies)
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
     tracing: Tracing | None = None
@@ -111,6 +109,7 @@ class Gateway:
 
     _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
     _waits: set[anyio.CancelScope] = field(default_factory=set)
+    _under_way: dict[str, anyio.Event] = field(default_factory=dict)
 
     def stop(self) -> None:
         """Ends long polls; who comes from now on is told to come back."""
@@ -129,6 +128,18 @@ class Gateway:
                 yield
             finally:
                 self._waits.discard(scope)
+
+    @asynccontextmanager
+    async def alone(self, key: str) -> AsyncIterator[None]:
+        """A resend waits for what becomes of the request before it."""
+        while key in self._under_way:
+            await self._under_way[key].wait()
+        ended = self._under_way[key] = anyio.Event()
+        try:
+            yield
+        finally:
+            del self._under_way[key]
+            ended.set()
 
     async def authenticate(self, headers: Headers) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.
