@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from weaver import TrainingClient
 
 
-@dataclass(frozen=True, kw_only=True)
 class Focal(Loss):
     """-b·(1 - p)^γ·lp: the focal loss (arXiv:1708.02002, eq. 5), b a factor of each token."""
 

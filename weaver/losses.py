@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
 
 from weaver.errors import InvalidLossConfigError
 
@@ -81,9 +81,13 @@ class TokenLoss(NamedTuple):
     clipped: Array = None
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Loss(ABC):
-    """Made with its options, which are its fields; those here are every loss's."""
+    """Made with its options, which are its fields; those here are every loss's.
+
+    A class that inherits is a frozen dataclass, too, without saying so.
+    """
 
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ("target_tokens",)
@@ -99,6 +103,9 @@ class Loss(ABC):
     reduction: str = "mean"
     temperature: float = option(1.0, above=0.0)
     denominator: float | None = option(None, above=0.0)
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -136,7 +143,6 @@ class Surrogate(Loss):
         return TokenLoss(tokens.lp)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RatioLoss(Loss):
     """Of what was sampled from q; metrics say how far the policy has left it."""
 
@@ -145,7 +151,6 @@ class RatioLoss(Loss):
     corrects = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class Truncated(RatioLoss):
     """Truncates r, rewards entropy and holds the policy near q, where it is asked to."""
 
@@ -174,7 +179,6 @@ class Truncated(RatioLoss):
         return value - self.entropy_coef * tokens.entropy if self.entropy_coef else value
 
 
-@dataclass(frozen=True, kw_only=True)
 class Clipped(RatioLoss):
     """Bounds are absolute ratios."""
 
@@ -198,7 +202,6 @@ class Clipped(RatioLoss):
         return plain.minimum(bounded), bounded < plain
 
 
-@dataclass(frozen=True, kw_only=True)
 class ImportanceSampling(Truncated):
     """-r·A: the off-policy policy gradient, E_q[r·A·∇lp].
 
@@ -214,7 +217,6 @@ class ImportanceSampling(Truncated):
         return TokenLoss(self.regularised(value, tokens), ratio.detach(), capped)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ppo(Clipped, Truncated):
     """-min(r·A, clip(r, low, high)·A): PPO (arXiv:1707.06347, eq. 7).
 
@@ -238,7 +240,6 @@ class Ppo(Clipped, Truncated):
         return TokenLoss(self.regularised(-value, tokens), ratio.detach(), clipped | capped)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cispo(Clipped):
     """-stop(clip(r, low, high))·lp·A: CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4).
 
@@ -257,7 +258,6 @@ class Cispo(Clipped):
         return TokenLoss(value, ratio, weight != ratio)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Gspo(Clipped):
     """-min(s·A, clip(s)·A), s = exp(mean(lp - q)) over a datum: GSPO (arXiv:2507.18071, eq. 5).
 
@@ -274,7 +274,6 @@ class Gspo(Clipped):
         return TokenLoss(-value, ratio.detach(), clipped)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Dro(RatioLoss):
     """-(lp·A - β/2·(lp - q)²): direct reward optimisation (arXiv:2405.19107), per token.
 
