@@ -27,13 +27,14 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(
 ) -> None:
     file = tmp_path / "weaver.toml"
     file.write_text(
-        'host = "::1"\nport = 1\nthreads = 2\nmodel = ["a=b", "c/d"]\n'
+        'home = "~/kept"\nhost = "::1"\nport = 1\nthreads = 2\nmodel = ["a=b", "c/d"]\n'
         "snapshot-every = 3\nsnapshot_every_steps = 4\nauth = false\n"
     )
     monkeypatch.setenv("WEAVER_PORT", "5")
     monkeypatch.setenv("WEAVER_THREADS", "6")
     got = options("--config", str(file), "--port", "7")
     assert (got["port"], got["threads"], got["host"], got["dtype"]) == (7, 6, "::1", "float32")
+    assert str(got["home"]) == "~/kept"
     assert got["model"] == ["a=b", "c/d"] and got["auth"] is False
     assert (got["snapshot_every"], got["snapshot_every_steps"]) == (3.0, 4)
     monkeypatch.setenv("WEAVER_CONFIG", str(file))

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import chat, checkpoints, doctor, keys, models, runs, serve, sessions
+from weaver.cli import chat, checkpoints, models, runs, serve
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -23,11 +23,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
-app.command("doctor")(doctor.doctor)
-app.command("sessions")(sessions.sessions)
+app.command("doctor")(models.doctor)
+app.command("sessions")(runs.sessions)
 app.command("sample")(chat.sample)
 app.command("chat")(chat.chat)
-app.add_typer(keys.app, name="keys")
+app.add_typer(serve.keys, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")

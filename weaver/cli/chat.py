@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+from weaver.cli.output import ask_model
 
+if TYPE_CHECKING:
     from weaver.client.sampling import AsyncSamplingClient
-    from weaver.types import Message, SamplingParams
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a weaver:// path.")]
 MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
@@ -30,74 +28,46 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Sample from a model or a checkpoint."""
-    import anyio
-
     from weaver.types import SamplingParams
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, stop=stop or (), seed=seed
     )
-
-    async def run() -> None:
-        async with _sampler(model) as client:
-            result = await client.sample(
-                prompt=text, sampling_params=params, num_samples=num_samples
-            )
-        if as_json:
-            sys.stdout.write(result.model_dump_json(indent=2) + "\n")
-            return
-        for sequence in result.sequences:
-            sys.stdout.write(f"{sequence.text}\n")
-
-    anyio.run(run)
+    result = ask_model(model, lambda client: client.sample(text, params, num_samples=num_samples))
+    if as_json:
+        sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+        return
+    for sequence in result.sequences:
+        sys.stdout.write(f"{sequence.text}\n")
 
 
 def chat(
     model: Model = "weaver-nano", max_tokens: MaxTokens = 256, temperature: Temperature = 0.7
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it."""
-    import anyio
+    from anyio.to_thread import run_sync
 
     from weaver.types import Message, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
 
-    async def run() -> None:
+    async def talk(client: AsyncSamplingClient) -> None:
         messages: list[Message] = []
-        async with _sampler(model) as client:
-            while said := await anyio.to_thread.run_sync(_read_line):
-                messages.append(Message(role="user", content=said))
-                answer = await _answer(client, messages, params)
-                messages.append(Message(role="assistant", content=answer))
+        while said := await run_sync(_read_line):
+            messages.append(Message(role="user", content=said))
+            pieces = []
+            async for delta in client.stream(list(messages), params):
+                pieces.append(delta.text)
+                sys.stdout.write(delta.text)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            messages.append(Message(role="assistant", content="".join(pieces)))
 
-    anyio.run(run)
-
-
-async def _answer(
-    client: AsyncSamplingClient, messages: Sequence[Message], params: SamplingParams
-) -> str:
-    pieces = []
-    async for delta in client.stream(prompt=list(messages), sampling_params=params):
-        pieces.append(delta.text)
-        sys.stdout.write(delta.text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return "".join(pieces)
+    ask_model(model, talk)
 
 
 def _read_line() -> str:
     sys.stdout.write("> ")
     sys.stdout.flush()
     return sys.stdin.readline().strip()
-
-
-@asynccontextmanager
-async def _sampler(model: str) -> AsyncIterator[AsyncSamplingClient]:
-    from weaver import AsyncServiceClient
-
-    path = model.startswith("weaver://")
-    async with AsyncServiceClient() as service:
-        yield await service.create_sampling_client(
-            model_path=model if path else None, base_model=None if path else model
-        )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Saved states and samplers.", no_args_is_help=True)
 Path = Annotated[str, typer.Argument(help="weaver://..., or a part of it that only one has.")]
-SHORT = {"path", "kind", "base_model", "step", "size_bytes", "created_at", "expires_at"}
+LONG = ("run_id", "name", "training_mode", "lora_config", "ttl_seconds", "folder")
 
 
 @app.command("list")
@@ -38,15 +38,13 @@ def list_checkpoints(
         chosen = find(run, sorted(runs), name=str, what="runs")
         return [c for c in known if c.run_id == chosen]
 
-    found = ask(read)
-    rows = [c.model_dump(mode="json", include=None if as_json else SHORT) for c in found]
-    show(rows, as_json=as_json, empty="No checkpoints.")
+    show(ask(read), as_json=as_json, empty="No checkpoints.", hide=LONG)
 
 
 @app.command("show")
 def show_checkpoint(path: Path, as_json: Json = False) -> None:
     """Show a checkpoint."""
-    show_one(ask(lambda s: _find(s, path)).model_dump(mode="json"), as_json=as_json)
+    show_one(ask(lambda service: _find(service, path)), as_json=as_json)
 
 
 @app.command()

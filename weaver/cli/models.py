@@ -1,14 +1,25 @@
-"""`weaver models`: which base models there are, and whether one can run."""
+"""`weaver models` and `weaver doctor`: which base models there are, and what can run here."""
 
 from __future__ import annotations
 
+import platform
 import sys
-from typing import Annotated
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, ask, show, show_one
+from weaver.cli.output import Json, ask, ask_model, show, show_one
+from weaver.config import load_settings
+from weaver.errors import WeaverError, requiring
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from weaver.config import Settings
+
+PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 app = typer.Typer(help="Base models.", no_args_is_help=True)
 
 
@@ -16,8 +27,7 @@ app = typer.Typer(help="Base models.", no_args_is_help=True)
 def list_models(as_json: Json = False) -> None:
     """List the base models that the service names."""
     models = ask(lambda service: service.list_models())
-    rows = [model.model_dump(mode="json") for model in models]
-    show(rows, as_json=as_json, empty="No models.")
+    show(models, as_json=as_json, empty="No models.")
 
 
 @app.command()
@@ -38,5 +48,56 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say whether a model can be trained here, without loading its weights."""
-    model = ask(lambda service: service.get_model(name))
-    show_one(model.model_dump(mode="json"), as_json=as_json)
+    show_one(ask(lambda service: service.get_model(name)), as_json=as_json)
+
+
+def doctor(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="To load and sample.")
+    ] = "weaver-nano",
+) -> None:
+    """Look at the installation: packages, device, server; whether a model fits and answers."""
+    from weaver.types import SamplingParams
+
+    params = SamplingParams(max_tokens=4, temperature=0)
+    settings = load_settings()
+    for name, state in _installation(settings):
+        _say(name, state)
+    began = time.perf_counter()
+    fits = True
+    try:
+        if settings.base_url is None:  # a server has its own memory
+            fits, said = _memory(settings, model)
+            _say("memory", said)
+        if fits:
+            [answer] = ask_model(model, lambda client: client.sample("a", params)).sequences
+            _say(model, f"answers: {answer.text!r} ({time.perf_counter() - began:.1f} s)")
+    except WeaverError as error:
+        _say(model, f"FAILED: {error}")
+        fits = False
+    raise typer.Exit(0 if fits else 1)
+
+
+def _say(name: str, state: str) -> None:
+    sys.stdout.write(f"{name:<14} {state}\n")
+
+
+def _installation(settings: Settings) -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+    yield "home", str(settings.home)
+    yield "service", settings.base_url or f"embedded, {settings.device}, {settings.dtype}"
+    yield "api key", "set" if settings.api_key else "not set"
+
+
+def _memory(settings: Settings, model: str) -> tuple[bool, str]:
+    """Whether it fits, in words; before it is loaded, which might take the machine down."""
+    with requiring("the embedded engine", "engine"):
+        from weaver.engine.torch.catalog import Catalog
+        from weaver.engine.torch.store import free_bytes, needs_of
+    needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
+    return needs.against(free_bytes(settings.device))

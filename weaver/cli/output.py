@@ -1,42 +1,50 @@
-"""How commands print, and how they reach a service."""
+"""How commands print, and how they reach a service and a model."""
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from weaver.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
+    from weaver.client.sampling import AsyncSamplingClient
     from weaver.protocol import Service
+    from weaver.types import Value
 
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str) -> None:
-    """A list of things: a table for people, or a JSON array for programs."""
+def show(rows: Sequence[Value], *, as_json: bool, empty: str, hide: Collection[str] = ()) -> None:
+    """A list of things: a table for people, without what to `hide`, or a JSON array for programs.
+
+    The table keeps to a terminal's width: what is longer goes on below itself, to be copied.
+    """
+    items = [row.model_dump(mode="json") for row in rows]
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2, default=str) + "\n")
+        sys.stdout.write(json.dumps(items, indent=2) + "\n")
         return
-    if not rows:
+    if not items:
         sys.stdout.write(f"{empty}\n")
         return
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    if sys.stdout.isatty():
-        _show_table(lines)
-        return
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        sys.stdout.write("  ".join(padded).rstrip() + "\n")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = [name for name in items[0] if name not in hide]
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for item in items:
+        table.add_row(*(Text(_cell(item[name])) for name in columns))
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _cell(value: object) -> str:
@@ -45,24 +53,11 @@ def _cell(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _show_table(lines: Sequence[Sequence[str]]) -> None:
-    """On a terminal, whose width it keeps to: what is longer goes on below itself, to be copied."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in lines[0]:
-        table.add_column(name, overflow="fold")
-    for line in lines[1:]:
-        table.add_row(*map(Text, line))
-    Console().print(table)
-
-
-def show_one(fields: Mapping[str, Any], *, as_json: bool) -> None:
-    """One thing: a line for each field, or a JSON object."""
+def show_one(item: Value, *, as_json: bool, **more: object) -> None:
+    """One thing, and `more` of it: a line for each field, or a JSON object."""
+    fields = {**item.model_dump(mode="json"), **more}
     if as_json:
-        sys.stdout.write(json.dumps(fields, indent=2, default=str) + "\n")
+        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
         return
     width = max(map(len, fields))
     for name, value in fields.items():
@@ -102,27 +97,25 @@ def ask(question: Callable[[Service], Awaitable[T]]) -> T:
     """Asks the configured service, and waits for the answer."""
     import anyio
 
+    from weaver.client.service import open_service
+    from weaver.config import load_settings
+
     async def run() -> T:
-        async with _service() as service:
+        async with open_service(load_settings(), patient=False) as service:
             return await question(service)
 
     return anyio.run(run)
 
 
-@asynccontextmanager
-async def _service() -> AsyncIterator[Service]:
-    from weaver.config import load_settings
+def ask_model(model: str, question: Callable[[AsyncSamplingClient], Awaitable[T]]) -> T:
+    """Asks a client that samples from a base model or a weaver:// path."""
+    import anyio
 
-    settings = load_settings()
-    if settings.base_url is None:
-        from weaver.client.embedded import embedded_service
+    from weaver import AsyncServiceClient
 
-        async with embedded_service(settings) as service:
-            yield service
-    else:
-        from weaver.client.http import FIRST_CONTACT_S, HttpService
+    async def run() -> T:
+        path, name = (model, None) if model.startswith("weaver://") else (None, model)
+        async with AsyncServiceClient() as service:
+            return await question(await service.create_sampling_client(path, name))
 
-        async with HttpService(
-            settings.base_url, api_key=settings.api_key, outage_s=FIRST_CONTACT_S
-        ) as remote:
-            yield remote
+    return anyio.run(run)

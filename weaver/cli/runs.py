@@ -1,4 +1,4 @@
-"""`weaver runs`: models in training."""
+"""`weaver runs`: models in training; `weaver sessions`: who is connected."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import typer
 from weaver.cli.output import Json, Yes, ask, find, show, show_one
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weaver.protocol import Service
-    from weaver.types import TrainingRun
+    from weaver.types import MetricPoint, TrainingRun
 
 app = typer.Typer(help="Models in training.", no_args_is_help=True)
 RunId = Annotated[str, typer.Argument(help="The id, or its beginning, with or without `run-`.")]
@@ -21,22 +23,19 @@ RunId = Annotated[str, typer.Argument(help="The id, or its beginning, with or wi
 def list_runs(as_json: Json = False) -> None:
     """List the runs that the service has."""
     runs = ask(lambda service: service.list_runs())
-    hidden = None if as_json else {"lora_config", "user_metadata"}
-    rows = [run.model_dump(mode="json", exclude=hidden) for run in runs]
-    show(rows, as_json=as_json, empty="No runs.")
+    show(runs, as_json=as_json, empty="No runs.", hide=("lora_config", "user_metadata"))
 
 
 @app.command("show")
 def show_run(run_id: RunId, as_json: Json = False) -> None:
     """Show a run and its last metrics."""
 
-    async def read(service: Service) -> dict[str, object]:
+    async def read(service: Service) -> tuple[TrainingRun, Sequence[MetricPoint]]:
         run = await find_run(service, run_id)
-        points = await service.read_metrics(run.run_id)
-        latest = {point.name: point.value for point in points}
-        return {**run.model_dump(mode="json"), "metrics": latest}
+        return run, await service.read_metrics(run.run_id)
 
-    show_one(ask(read), as_json=as_json)
+    run, points = ask(read)
+    show_one(run, as_json=as_json, metrics={point.name: point.value for point in points})
 
 
 @app.command()
@@ -65,6 +64,12 @@ def delete(
         typer.confirm(f"Delete {run.run_id}{too}?", abort=True)
     ask(lambda service: service.delete_run(run.run_id, checkpoints=checkpoints))
     sys.stdout.write(f"Deleted {run.run_id}{too}.\n")
+
+
+def sessions(as_json: Json = False) -> None:
+    """List the open sessions of clients, and how much each waits for."""
+    found = ask(lambda service: service.list_sessions())
+    show(found, as_json=as_json, empty="No sessions.", hide=("user_metadata",))
 
 
 async def find_run(service: Service, run_id: str) -> TrainingRun:

@@ -1,6 +1,7 @@
-"""`weaver serve`: the server. Its options are the fields of `ServerSettings`.
+"""`weaver serve` and `weaver keys`: the server of this machine, and its API keys.
 
-An option is what its flag says, else its variable, else the file of `--config`, else its default.
+Options are the fields of `ServerSettings`. One is what its flag says, else its variable, else the
+file of `--config`, else its default.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weaver.cli.output import Json, find, show, show_one
 from weaver.config import changed, options
 from weaver.errors import ConfigError, nearest, requiring
 from weaver.server.settings import ServerSettings
@@ -22,8 +24,10 @@ from weaver.server.settings import ServerSettings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from weaver.server.keys import Keys
     from weaver.server.serve import Running
 
+keys = typer.Typer(help="API keys of the server on this machine.", no_args_is_help=True)
 DEFAULTS = ServerSettings()
 OPTIONS = {option.name: option for option in options(DEFAULTS)}
 
@@ -34,6 +38,10 @@ def flag(name: str) -> Any:
     return typer.Option(
         envvar=list(option.variables), help=option.help, min=option.least, max=option.most
     )
+
+
+Home = Annotated[Path, flag("home")]
+Database = Annotated[str | None, flag("database_url")]
 
 
 def parse_config(file: Path) -> dict[str, Any]:
@@ -142,7 +150,54 @@ def parse_models(given: Sequence[str]) -> Mapping[str, str | Path]:
 
 
 def _tell(auth: bool, server: Running) -> None:
-    keys = "with API keys" if auth else "without keys, to this machine only"
-    sys.stderr.write(f"Weaver at {server.address} ({keys}); Ctrl-C stops it.\n")
+    how = "with API keys" if auth else "without keys, to this machine only"
+    sys.stderr.write(f"Weaver at {server.address} ({how}); Ctrl-C stops it.\n")
     if auth:
         sys.stderr.write("`weaver keys create --project NAME` makes a key.\n")
+
+
+@keys.command()
+def create(
+    project: Annotated[str, typer.Option(help="What is made with the key belongs to it.")],
+    name: Annotated[str, typer.Option(help="A note for the list.")] = "",
+    admin: Annotated[bool, typer.Option(help="May see every project.")] = False,
+    home: Home = DEFAULTS.home,
+    database_url: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key. It is shown this once and cannot be read again."""
+    info, secret = _keys(home, database_url).create(project, name=name, admin=admin)
+    if as_json:
+        show_one(info, as_json=True, key=secret)
+        return
+    sys.stdout.write(f"{secret}\n")
+    sys.stderr.write(f"Key {info.id} of project {project}. Keep it: it is not shown again.\n")
+
+
+@keys.command("list")
+def list_keys(
+    home: Home = DEFAULTS.home, database_url: Database = None, as_json: Json = False
+) -> None:
+    """List keys, without their secrets."""
+    found = _keys(home, database_url).list()
+    show(found, as_json=as_json, empty="No keys; `weaver keys create` makes one.")
+
+
+@keys.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The id, or its beginning.")],
+    home: Home = DEFAULTS.home,
+    database_url: Database = None,
+) -> None:
+    """End a key; requests with it are refused from now on."""
+    known = _keys(home, database_url)
+    info = find(key_id, known.list(), name=lambda key: key.id, what="keys")
+    known.revoke(info.id)
+    sys.stdout.write(f"Revoked key {info.id} of project {info.project}.\n")
+
+
+def _keys(home: Path, database_url: str | None) -> Keys:
+    from weaver.server.database import open_database
+    from weaver.server.keys import Keys
+
+    return Keys(open_database(home.expanduser(), database_url))

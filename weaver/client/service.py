@@ -89,7 +89,7 @@ class AsyncServiceClient:
         async with AsyncExitStack() as stack:
             service = self._given
             if service is None:
-                service = await stack.enter_async_context(_service(self._settings))
+                service = await stack.enter_async_context(open_service(self._settings))
             self._open = await stack.enter_async_context(
                 open_session(service, self._settings.home, user_metadata=self._user_metadata)
             )
@@ -248,12 +248,16 @@ class AsyncServiceClient:
         return self._open
 
 
-def _service(settings: Settings) -> AbstractAsyncContextManager[Service]:
+def open_service(
+    settings: Settings, *, patient: bool = True
+) -> AbstractAsyncContextManager[Service]:
+    """That which the settings choose; who is `patient` waits longer for a server to come back."""
     if settings.base_url is None:
         return embedded_service(settings)
-    from weaver.client.http import HttpService
+    from weaver.client.http import FIRST_CONTACT_S, OUTAGE_S, HttpService
 
-    return HttpService(settings.base_url, api_key=settings.api_key)
+    outage_s = OUTAGE_S if patient else FIRST_CONTACT_S
+    return HttpService(settings.base_url, api_key=settings.api_key, outage_s=outage_s)
 
 
 def _check_model_name(base_model: object) -> None:
