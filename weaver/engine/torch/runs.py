@@ -1,6 +1,6 @@
 """`Run`: the weights, gradient and optimizer of one model in training, and its checkpoints on disk.
 
-The trainer holds the runs, and writes and reads their checkpoints.
+The trainer holds the runs. A checkpoint is a folder:
 
 | file                                            | of               | holds                    |
 |-------------------------------------------------|------------------|--------------------------|
@@ -41,6 +41,19 @@ ADAM_STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class State(Value):
+    """What weaver_state.json says."""
+
+    base_model: str
+    architecture: str
+    vocab_size: int
+    num_parameters: int
+    """Of the base model."""
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    step: int
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """Parameters are float32. A LoRA run shares `model`; a full fine-tuning run owns it."""
@@ -55,7 +68,7 @@ class Run:
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reset_optimizer()
+        self._reset_optimizer()
 
     def named_parameters(self) -> dict[str, torch.Tensor]:
         """Trained tensors by PEFT's names, or by the model's own."""
@@ -66,8 +79,12 @@ class Run:
     def parameters(self) -> list[torch.Tensor]:
         return list(self.named_parameters().values())
 
-    def reset_optimizer(self) -> None:
+    def _reset_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
+
+    def accumulate(self, gradient: list[torch.Tensor]) -> None:
+        """Adds to the gradient of the next step; takes the tensors over."""
+        self.gradient = added(self.gradient, gradient)
 
     def optim_step(self, params: AdamParams) -> float:
         """AdamW on the accumulated gradient, clipped to a global norm; answers the norm before.
@@ -112,6 +129,120 @@ class Run:
             tensors={n: p.detach().clone() for n, p in self.named_parameters().items()},
         )
 
+    def save(self, folder: Path, *, include_optimizer: bool) -> None:
+        """Writes a checkpoint into an empty folder.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing was written.
+            StorageError: the disk is full or not writable.
+        """
+        tensors = self.named_parameters()
+        models.check_finite(tensors)
+        try:
+            if self.lora_config is not None:
+                base = self.model.facts.public_name
+                adapters.write_adapter(folder, tensors, config=self.lora_config, base=base)
+            else:
+                with models.without_progress_bars():
+                    self.model.module.save_pretrained(folder)
+                self._write_tokenizer(folder)
+            if include_optimizer:
+                save_file(self._optimizer_tensors(), folder / OPTIMIZER)
+            state = self._state().model_dump()
+            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise errors.StorageError(
+                f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+                hint="Free some space or check the permissions.",
+            ) from error
+
+    def load(self, folder: Path, *, include_optimizer: bool) -> None:
+        """Replaces weights and step, restores or resets the optimizer, clears the gradient.
+
+        Raises:
+            CheckpointMismatchError: of another base model, mode, rank or scale, or without
+                optimizer state where it is asked; before anything changed.
+            CheckpointCorruptError: a file is missing or broken; before anything changed.
+        """
+        state = read_state(folder)
+        self._check_same(state)
+        snapshot = read_snapshot(folder, facts=self.model.facts)
+        parameters = self.named_parameters()
+        models.check_weights(parameters, snapshot.tensors)
+        moments = self._read_optimizer(folder) if include_optimizer else None
+        models.set_weights(parameters, snapshot.tensors)
+        self.step = state.step
+        self.gradient = None
+        self._reset_optimizer()
+        if moments is not None:
+            self._restore_optimizer(moments)
+
+    def _state(self) -> State:
+        info = self.model.info
+        return State(
+            base_model=info.name,
+            architecture=info.architecture,
+            vocab_size=info.vocab_size,
+            num_parameters=info.num_parameters,
+            training_mode="lora" if self.lora_config else "full_ft",
+            lora_config=self.lora_config,
+            step=self.step,
+        )
+
+    def _check_same(self, state: State) -> None:
+        ours = _described(self._state())
+        for name, theirs in _described(state).items():
+            if theirs != ours[name]:
+                raise errors.CheckpointMismatchError(
+                    f"the checkpoint has {name} {theirs!r}, the run {ours[name]!r}.",
+                    field="path",
+                    hint="Create a run like the checkpoint's, then load it.",
+                )
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        try:
+            files = self.model.facts.tokenizer_files()
+        except errors.UnsupportedError:
+            return  # the base model has none either
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {ADAM_STEP: torch.zeros(())}
+        for name, parameter in self.named_parameters().items():
+            for key, value in self.optimizer.state[parameter].items():
+                stored = key if key == ADAM_STEP else f"{name}.{key}"
+                tensors[stored] = value.detach().cpu().contiguous()
+        return tensors
+
+    def _read_optimizer(self, folder: Path) -> dict[str, torch.Tensor]:
+        if not (folder / OPTIMIZER).exists():
+            raise errors.CheckpointMismatchError(
+                f"{folder.name} was saved without optimizer state.",
+                field="path",
+                hint="Load it with load_state, or save with save_state.",
+            )
+        tensors = adapters.read_tensors(folder / OPTIMIZER)
+        stepped = ADAM_STEP in tensors and float(tensors[ADAM_STEP]) > 0
+        expected: Mapping[str, torch.Size] = {
+            f"{name}.{key}": parameter.shape
+            for name, parameter in self.named_parameters().items()
+            for key in MOMENTS
+            if stepped
+        } | {ADAM_STEP: torch.Size()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise adapters.corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
+        return tensors
+
+    def _restore_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if float(tensors[ADAM_STEP]) == 0:
+            return
+        for name, parameter in self.named_parameters().items():
+            self.optimizer.state[parameter] = {
+                ADAM_STEP: tensors[ADAM_STEP].clone().to(parameter.device),
+                **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS},
+            }
+
 
 def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """`total` plus `parts`, in the place of `total` where there is one."""
@@ -119,69 +250,6 @@ def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[t
         return parts
     torch._foreach_add_(total, parts)
     return total
-
-
-class State(Value):
-    """What weaver_state.json says."""
-
-    base_model: str
-    architecture: str
-    vocab_size: int
-    num_parameters: int
-    """Of the base model."""
-    training_mode: TrainingMode
-    lora_config: LoraConfig | None
-    step: int
-
-
-def write_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None:
-    """Writes a run into an empty folder.
-
-    Raises:
-        NonFiniteError: a weight is NaN or infinite; nothing was written.
-        StorageError: the disk is full or not writable.
-    """
-    models.check_finite(run.named_parameters())
-    try:
-        if run.lora_config is not None:
-            base = run.model.facts.public_name
-            tensors = run.named_parameters()
-            adapters.write_adapter(folder, tensors, config=run.lora_config, base=base)
-        else:
-            with models.without_progress_bars():
-                run.model.module.save_pretrained(folder)
-            _write_tokenizer(run, folder)
-        if include_optimizer:
-            save_file(_optimizer_tensors(run), folder / OPTIMIZER)
-        state = _state_of(run).model_dump()
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise errors.StorageError(
-            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
-            hint="Free some space or check the permissions.",
-        ) from error
-
-
-def read_checkpoint(run: Run, folder: Path, *, include_optimizer: bool) -> None:
-    """Replaces a run's weights and step, restores or resets its optimizer, clears its gradient.
-
-    Raises:
-        CheckpointMismatchError: of another base model, mode, rank or scale, or without optimizer
-            state where it is asked; before anything changed.
-        CheckpointCorruptError: a file is missing or broken; before anything changed.
-    """
-    state = read_state(folder)
-    _check_same(run, state)
-    snapshot = read_snapshot(folder, facts=run.model.facts)
-    parameters = run.named_parameters()
-    models.check_weights(parameters, snapshot.tensors)
-    moments = _read_optimizer(run, folder) if include_optimizer else None
-    models.set_weights(parameters, snapshot.tensors)
-    run.step = state.step
-    run.gradient = None
-    run.reset_optimizer()
-    if moments is not None:
-        _restore_optimizer(run, moments)
 
 
 def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
@@ -217,30 +285,6 @@ def read_state(folder: Path) -> State:
         raise adapters.corrupt(folder / STATE, f"is broken: {error}") from error
 
 
-def _state_of(run: Run) -> State:
-    info = run.model.info
-    return State(
-        base_model=info.name,
-        architecture=info.architecture,
-        vocab_size=info.vocab_size,
-        num_parameters=info.num_parameters,
-        training_mode="lora" if run.lora_config else "full_ft",
-        lora_config=run.lora_config,
-        step=run.step,
-    )
-
-
-def _check_same(run: Run, state: State) -> None:
-    ours = _described(_state_of(run))
-    for name, theirs in _described(state).items():
-        if theirs != ours[name]:
-            raise errors.CheckpointMismatchError(
-                f"the checkpoint has {name} {theirs!r}, the run {ours[name]!r}.",
-                field="path",
-                hint="Create a run like the checkpoint's, then load it.",
-            )
-
-
 def _described(state: State) -> dict[str, Any]:
     """What must agree; the seed of the initial values need not."""
     values = state.model_dump(exclude={"step", "lora_config"})
@@ -256,51 +300,3 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
             folder / "model.safetensors", f"is broken: {error.message}"
         ) from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
-def _write_tokenizer(run: Run, folder: Path) -> None:
-    try:
-        files = run.model.facts.tokenizer_files()
-    except errors.UnsupportedError:
-        return  # the base model has none either
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
-    tensors = {ADAM_STEP: torch.zeros(())}
-    for name, parameter in run.named_parameters().items():
-        for key, value in run.optimizer.state[parameter].items():
-            stored = key if key == ADAM_STEP else f"{name}.{key}"
-            tensors[stored] = value.detach().cpu().contiguous()
-    return tensors
-
-
-def _read_optimizer(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    if not (folder / OPTIMIZER).exists():
-        raise errors.CheckpointMismatchError(
-            f"{folder.name} was saved without optimizer state.",
-            field="path",
-            hint="Load it with load_state, or save with save_state.",
-        )
-    tensors = adapters.read_tensors(folder / OPTIMIZER)
-    stepped = ADAM_STEP in tensors and float(tensors[ADAM_STEP]) > 0
-    expected: Mapping[str, torch.Size] = {
-        f"{name}.{key}": parameter.shape
-        for name, parameter in run.named_parameters().items()
-        for key in MOMENTS
-        if stepped
-    } | {ADAM_STEP: torch.Size()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise adapters.corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
-    return tensors
-
-
-def _restore_optimizer(run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
-    if float(tensors[ADAM_STEP]) == 0:
-        return
-    for name, parameter in run.named_parameters().items():
-        run.optimizer.state[parameter] = {
-            ADAM_STEP: tensors[ADAM_STEP].clone().to(parameter.device),
-            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS},
-        }

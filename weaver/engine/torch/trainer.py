@@ -19,7 +19,7 @@ from weaver.engine.torch.lora import choose_targets, new_adapter
 from weaver.engine.torch.models import check_finite
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import pack, plan_passes
-from weaver.engine.torch.runs import Run, added, read_checkpoint, write_checkpoint
+from weaver.engine.torch.runs import Run, added
 from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
@@ -118,10 +118,10 @@ class TorchTrainer:
         return self._run(run_id).snapshot()
 
     def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        write_checkpoint(self._run(run_id), folder, include_optimizer=include_optimizer)
+        self._run(run_id).save(folder, include_optimizer=include_optimizer)
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        read_checkpoint(self._run(run_id), folder, include_optimizer=include_optimizer)
+        self._run(run_id).load(folder, include_optimizer=include_optimizer)
 
     def delete_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
@@ -197,7 +197,7 @@ class _Task:
         if self.error is not None:
             return self.error
         if self.gradient is not None:
-            self.run.gradient = added(self.run.gradient, self.gradient)
+            self.run.accumulate(self.gradient)
         return ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
