@@ -12,6 +12,7 @@ Every array is [T]: the tokens of some datums, end to end.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
@@ -64,6 +65,14 @@ class Tokens:
     """int64: the datum that each token is of, counted from 0."""
     entropy: Array = None
     """float64: of the policy at that position, in nats; None where no loss reads it."""
+
+    @property
+    def q(self) -> Array:
+        return self.inputs["logprobs"]
+
+    @property
+    def A(self) -> Array:
+        return self.inputs["advantages"]
 
     def mean_of_datum(self, values: Array) -> Array:
         """At each token the mean of its datum's counted tokens."""
@@ -164,18 +173,14 @@ class Truncated(RatioLoss):
 
     def ratio(self, tokens: Tokens) -> tuple[Array, Array]:
         """min(r, cap) whose gradient is min(r, cap)·∇lp, and where it was capped."""
-        lp = tokens.lp
-        ratio, cap = (lp - tokens.inputs["logprobs"]).exp(), self.ratio_cap
-        if cap is None:
-            return ratio, ratio.new_zeros(ratio.shape).bool()
-        weight = ratio.detach()
+        lp, cap = tokens.lp, math.inf if self.ratio_cap is None else self.ratio_cap
+        weight = (lp - tokens.q).exp().detach()
         return weight.clamp(max=cap) * (lp - lp.detach()).exp(), weight > cap
 
     def regularised(self, value: Array, tokens: Tokens) -> Array:
         """`value` + `kl_coef`·k3 - `entropy_coef`·H."""
         if self.kl_coef:
-            _, _, k3 = kl_estimates(tokens.lp, tokens.inputs["logprobs"])
-            value = value + self.kl_coef * k3
+            value = value + self.kl_coef * kl_estimates(tokens.lp, tokens.q)[2]
         return value - self.entropy_coef * tokens.entropy if self.entropy_coef else value
 
 
@@ -213,8 +218,8 @@ class ImportanceSampling(Truncated):
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
         ratio, capped = self.ratio(tokens)
-        value = -ratio * tokens.inputs["advantages"]
-        return TokenLoss(self.regularised(value, tokens), ratio.detach(), capped)
+        value = self.regularised(-ratio * tokens.A, tokens)
+        return TokenLoss(value, ratio.detach(), capped)
 
 
 class Ppo(Clipped, Truncated):
@@ -230,12 +235,11 @@ class Ppo(Clipped, Truncated):
     dual_clip: float | None = option(None, above=1.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
-        A = tokens.inputs["advantages"]
         ratio, capped = self.ratio(tokens)
-        value, clipped = self.lesser(ratio, A)
+        value, clipped = self.lesser(ratio, tokens.A)
         if self.dual_clip is not None:
-            floor = self.dual_clip * A
-            bounded = (A < 0) & (value < floor)
+            floor = self.dual_clip * tokens.A
+            bounded = (tokens.A < 0) & (value < floor)
             value, clipped = floor.where(bounded, value), clipped | bounded
         return TokenLoss(self.regularised(-value, tokens), ratio.detach(), clipped | capped)
 
@@ -252,10 +256,9 @@ class Cispo(Clipped):
     clip_high_threshold: float = option(4.0, at_least=0.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
-        ratio = (tokens.lp - tokens.inputs["logprobs"]).exp().detach()
+        ratio = (tokens.lp - tokens.q).exp().detach()
         weight = self.clip(ratio)
-        value = -weight * tokens.lp * tokens.inputs["advantages"]
-        return TokenLoss(value, ratio, weight != ratio)
+        return TokenLoss(-weight * tokens.lp * tokens.A, ratio, weight != ratio)
 
 
 class Gspo(Clipped):
@@ -269,8 +272,8 @@ class Gspo(Clipped):
     clip_high_threshold: float = option(1 + 4e-4, at_least=0.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
-        ratio = tokens.mean_of_datum(tokens.lp - tokens.inputs["logprobs"]).exp()
-        value, clipped = self.lesser(ratio, tokens.inputs["advantages"])
+        ratio = tokens.mean_of_datum(tokens.lp - tokens.q).exp()
+        value, clipped = self.lesser(ratio, tokens.A)
         return TokenLoss(-value, ratio.detach(), clipped)
 
 
@@ -285,8 +288,8 @@ class Dro(RatioLoss):
     beta: float = option(0.05, at_least=0.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
-        log_ratio = tokens.lp - tokens.inputs["logprobs"]
-        value = tokens.lp * tokens.inputs["advantages"] - 0.5 * self.beta * log_ratio**2
+        log_ratio = tokens.lp - tokens.q
+        value = tokens.lp * tokens.A - 0.5 * self.beta * log_ratio**2
         ratio = log_ratio.exp().detach()
         return TokenLoss(-value, ratio, ratio.new_zeros(ratio.shape).bool())
 

@@ -101,7 +101,7 @@ class Objective:
         counted = tokens.counted
         if not bool(counted.any()):
             return
-        estimates = kl_estimates(tokens.lp, tokens.inputs["logprobs"])
+        estimates = kl_estimates(tokens.lp, tokens.q)
         columns = (token.ratio, token.clipped, *estimates, tokens.entropy)
         for name, column in zip(self._sums, columns, strict=True):
             self._sums[name] += float(column[counted].double().sum())
