@@ -14,10 +14,10 @@ from weaver.engine.torch.kv_cache import CachedRow
 from weaver.engine.torch.sampling import stream_keys
 from weaver.engine.torch.text import Draft, Stops
 from weaver.errors import NonFiniteError
-from weaver.types import SampleDelta, SampledSequence, SampleResult
+from weaver.types import SampleDelta, SampleResult
 
 if TYPE_CHECKING:
-    from weaver.engine.base import SampleJob, Tokenizer
+    from weaver.engine.base import SampleJob
     from weaver.engine.torch.kv_cache import PromptCache
     from weaver.engine.torch.store import PublishedWeights
     from weaver.errors import WeaverError
@@ -55,14 +55,15 @@ class RunningJob:
         self.deltas: list[SampleDelta] = []
         self.prompt_logprobs: list[float | None] = [None]
         self.error: WeaverError | None = None
-        self._sequences: dict[int, SampledSequence] = {}
-        self._tokenizer: Tokenizer | None = None
-        self._stops: Stops | None = None
+        self._drafts: list[Draft] = []
         if job.num_samples:
-            model = weights.model
-            self._tokenizer = tokenizer = model.facts.tokenizer
-            ends = model.eos_token_ids | model.facts.end_token_ids
-            self._stops = Stops.of(job.params, tokenizer, ends=ends)
+            facts = weights.model.facts
+            ends = weights.model.eos_token_ids | facts.end_token_ids
+            stops = Stops.of(job.params, facts.tokenizer, ends=ends)
+            self._drafts = [
+                Draft(facts.tokenizer, stops, index=i, length=self.length, stream=job.stream)
+                for i in range(job.num_samples)
+            ]
         seed = job.params.seed
         self._keys = stream_keys(
             secrets.randbits(63) if seed is None else seed, job.num_samples
@@ -85,7 +86,7 @@ class RunningJob:
 
     @property
     def done(self) -> bool:
-        return not self.unread and len(self._sequences) == self.job.num_samples
+        return not (self.unread or self.pending or self.running)
 
     def begin(self, count: int) -> list[Row]:
         """The next `count` samples."""
@@ -111,28 +112,23 @@ class RunningJob:
             row.seen[token] = True
         if row.draft.ended:
             self.running -= 1
-            self._sequences[row.draft.index] = row.draft.sequence(version=self.weights.version)
 
     def result(self) -> SampleResult:
         """Once it is done."""
+        version, scored = self.weights.version, self.job.include_prompt_logprobs
         return SampleResult(
-            sequences=tuple(self._sequences[i] for i in range(self.job.num_samples)),
+            sequences=tuple(draft.sequence(version=version) for draft in self._drafts),
             prompt_tokens=tuple(self.prompt),
-            prompt_logprobs=tuple(self.prompt_logprobs)
-            if self.job.include_prompt_logprobs
-            else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
         )
 
     def _row(self, index: int) -> Row:
-        assert self.logits is not None and self._tokenizer is not None and self._stops is not None
         seen = None
         if self.job.params.repetition_penalty != 1:
+            assert self.logits is not None
             seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
             seen[self.prompt] = True
-        draft = Draft(
-            self._tokenizer, self._stops, index=index, length=self.length, stream=self.job.stream
-        )
-        return Row(self, draft, self._keys[index], seen)
+        return Row(self, self._drafts[index], self._keys[index], seen)
 
 
 @dataclass(slots=True, eq=False)
