@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import weaver_rl as rl
 from weaver.errors import ConfigError, WeaverError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weaver import AsyncServiceClient
+Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan)
 TRIES = 4
 """Replies that a dry run scores."""
 
@@ -69,6 +70,12 @@ class Flags:
     @property
     def sampling(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.max_tokens)
+
+
+def plan_of(kind: type[Plan], flags: Flags, **more: Any) -> Plan:
+    """A plan whose fields are the flags of the same names, and `more`."""
+    named = {one.name: getattr(flags, one.name) for one in fields(kind) if hasattr(flags, one.name)}
+    return kind(**(named | more))
 
 
 def split_tasks(

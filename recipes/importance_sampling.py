@@ -67,20 +67,8 @@ def main(flags: Flags) -> Mapping[str, float]:
 
 async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS)
-    plan = rl.Plan(
-        steps=flags.steps,
-        groups_per_step=flags.groups_per_step,
-        group_size=flags.group_size,
-        learning_rate=flags.learning_rate,
-        sampling=flags.sampling,
-        objective=rl.Objective(loss_fn=flags.objective, correction=flags.correction),
-        advantage=flags.advantage,
-        passes=flags.passes,
-        max_staleness=flags.max_staleness,
-        evaluate_every=10,
-        max_logprob_gap=flags.max_logprob_gap,
-        seed=flags.seed,
-    )
+    objective = rl.Objective(loss_fn=flags.objective, correction=flags.correction)
+    plan = _run.plan_of(rl.Plan, flags, objective=objective, evaluate_every=10)
     ahead = flags.max_staleness > 0  # where rollouts of several steps share the engine
     async with AsyncServiceClient(flags.base_url, deterministic=ahead) as service:
         if flags.dry_run:

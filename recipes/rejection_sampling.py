@@ -62,16 +62,7 @@ def main(flags: Flags) -> Mapping[str, float]:
 async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS)
     keep = rl.Keep(threshold=flags.threshold, top_k=flags.top_k, unique=flags.unique)
-    plan = rl.Plan(
-        steps=flags.steps,
-        groups_per_step=flags.groups_per_step,
-        group_size=flags.group_size,
-        learning_rate=flags.learning_rate,
-        sampling=flags.sampling,
-        evaluate_every=10,
-        max_logprob_gap=flags.max_logprob_gap,
-        seed=flags.seed,
-    )
+    plan = _run.plan_of(rl.Plan, flags, evaluate_every=10)
     planned = {"keep": asdict(keep), "reward": exact, **plan.as_config()}
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:

@@ -74,16 +74,8 @@ async def train(flags: Flags) -> Mapping[str, float]:
     examples, tests = ([example_of(one) for one in part] for part in (tasks, held_out))
     answered = all("answer" in one for one in (*tasks, *held_out))
     rate = flags.learning_rate
-    plan = rl.SupervisedPlan(
-        epochs=flags.epochs,
-        steps=flags.steps,
-        batch_tokens=flags.batch_tokens,
-        max_length=flags.max_length,
-        too_long=flags.too_long,
-        learning_rate=2e-3 if rate is None and flags.model == "weaver-nano" else rate,
-        evaluate_every=20,
-        seed=flags.seed,
-    )
+    rate = 2e-3 if rate is None and flags.model == "weaver-nano" else rate
+    plan = _run.plan_of(rl.SupervisedPlan, flags, learning_rate=rate, evaluate_every=20)
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             sampler = await service.create_sampling_client(base_model=flags.model)

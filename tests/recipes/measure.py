@@ -1,6 +1,6 @@
 """Runs every recipe over seeds, as a user would, and writes the numbers into two pages.
 
-    python -m recipes._measure --seeds 0 1 2
+    python -m tests.recipes.measure --seeds 0 1 2
 
 `recipes/README.md` gets the recipes without a flag; `docs/objectives.md` gets the curve of each
 objective. Each run is a process of its own, whose CPU time includes loading. What stands between a
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NANO = Path(weaver.__file__).parent / "models" / "nano" / "model.safetensors"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = {
     "sft": ("train/loss", "loss"),
     "rejection_sampling": ("reward/mean", "mean reward"),
@@ -68,14 +68,14 @@ def main(
         for name in RECIPES:
             runs = [measure(name, seed) for seed in seeds]
             fill(page, name, table(name, runs, seeds))
-        fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
+        fill(page, "measured", f"Measured by `python -m tests.recipes.measure` {machine()}\n")
     if "objectives" in pages:
         page = ROOT / "docs" / "objectives.md"
         for name in OBJECTIVES:
             flags = [*REUSE.split(), "--objective", name]
             runs = [measure("importance_sampling", seed, flags) for seed in seeds]
             fill(page, name, f"{card(runs)}\n")
-        fill(page, "measured", f"Measured by `python -m recipes._measure` {machine()}\n")
+        fill(page, "measured", f"Measured by `python -m tests.recipes.measure` {machine()}\n")
 
 
 def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
