@@ -9,7 +9,7 @@ FUZZ = """
 import random, resource, sys, zstandard
 import numpy as np
 from pydantic import TypeAdapter
-from tests.server.compat.helpers import multipart, packed
+from tests.server.adapters.helpers import multipart, packed
 from tests.test_wire import batch_of
 from weaver import wire
 from weaver.errors import WeaverError

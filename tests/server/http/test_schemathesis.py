@@ -17,7 +17,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from tests.fake_engine import FakeEngine
-from tests.server.compat.helpers import CHUNKS, DATUM, passes
+from tests.server.adapters.helpers import CHUNKS, DATUM, passes
 from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient, wire
 from weaver.protocol import CreateModel, ForwardBackward, Sample, Submission

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.fake_engine import FakeEngine
-from tests.server.compat.helpers import Rest
+from tests.server.adapters.helpers import Rest
 from tests.server.http.helpers import running, serving
 from weaver import Datum, ServiceClient
 from weaver.errors import WeaverError

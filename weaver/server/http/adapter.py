@@ -6,21 +6,18 @@ Each is a value beside its routes; `create_app` mounts any number of them, also 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
-from starlette.routing import Match
-
-from weaver.server.http.errors import add_error_handlers
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from starlette.routing import BaseRoute
-    from starlette.types import Scope
-
     from weaver.server.http.errors import Envelope
+
+Found = tuple[Match, BaseRoute | None, Scope]
+"""How well a route fits, the route, and what it adds to the scope."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,21 +41,15 @@ class Adapter:
     body_limits: Mapping[str, int | None]
     open_paths: tuple[str, ...] = ()
 
-    @cached_property
-    def app(self) -> FastAPI:
-        """The application of these routes alone; made once for all servers of a process."""
-        app = FastAPI(routes=[*self.routes], openapi_url=None, redirect_slashes=False)
-        add_error_handlers(app)
-        return app
-
-    def match(self, scope: Scope) -> Match:
-        """How well its best route fits the request: wholly, but for the method, or not at all."""
-        best = Match.NONE
+    def match(self, scope: Scope) -> Found:
+        """Its best route for the request: one for the method, too, or else for the path."""
+        best: Found = Match.NONE, None, {}
         for route in self.routes:
-            match, _ = route.matches(scope)
+            match, child_scope = route.matches(scope)
             if match is Match.FULL:
-                return match
-            best = max(best, match, key=lambda one: one.value)
+                return match, route, child_scope
+            if match is Match.PARTIAL and best[1] is None:
+                best = match, route, child_scope
         return best
 
     def body_limit(self, media_type: str) -> int | None:

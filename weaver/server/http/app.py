@@ -11,19 +11,20 @@ import re
 import time
 import uuid
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
-from weaver.server.http.adapter import Adapter
-from weaver.server.http.errors import error_response, native_envelope
+from weaver.server.http.adapter import Adapter, Found
+from weaver.server.http.errors import add_error_handlers, error_response, native_envelope
 from weaver.server.http.gateway import BODY_LIMITS, GatewayDep
 from weaver.server.http.telemetry import request_id
 
@@ -57,9 +58,9 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._adapters[-1].app(scope, receive, send)
+            await _framework()(scope, receive, send)
             return
-        adapter = self._adapter(scope)
+        adapter, found = self._find(scope)
         headers = Headers(scope=scope)
         given = headers.get("X-Request-ID", "")
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -94,7 +95,8 @@ class App:
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
             else:
-                await adapter.app(scope, receive_some, send_and_note)
+                scope["found"] = found
+                await _framework()(scope, receive_some, send_and_note)
             finally:
                 route = str(getattr(scope.get("route"), "path", "none"))
                 path = route if adapter.hides(scope["path"]) else scope["path"]
@@ -104,17 +106,18 @@ class App:
                     traced.set_attribute("http.route", route)
                     traced.set_attribute("http.response.status_code", status)
 
-    def _adapter(self, scope: Scope) -> Adapter:
-        """By its routes; by its prefix where nobody has one."""
-        below = [one for one in self._adapters if scope["path"].startswith(one.prefix)]
-        otherwise = None
-        for adapter in below:
-            match = adapter.match(scope)
-            if match is Match.FULL:
-                return adapter
-            if match is Match.PARTIAL and otherwise is None:
-                otherwise = adapter
-        return otherwise or below[0]
+    def _find(self, scope: Scope) -> tuple[Adapter, Found]:
+        """The adapter that the request is for: by its routes; by its prefix if nobody has one."""
+        otherwise: tuple[Adapter, Found] | None = None
+        for adapter in self._adapters:
+            if scope["path"].startswith(adapter.prefix):
+                found = adapter.match(scope)
+                if found[0] is Match.FULL:
+                    return adapter, found
+                if otherwise is None or found[0].value > otherwise[1][0].value:
+                    otherwise = adapter, found
+        assert otherwise is not None  # the server's own routes begin with anything
+        return otherwise
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
@@ -142,6 +145,29 @@ class App:
         if method == "GET" and status < 400:  # clients, pages and probes poll; all are counted
             level = logging.DEBUG
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
+
+
+class _Found(BaseRoute):
+    """The route that `App` has found for the request."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.FULL if "found" in scope else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _, route, child_scope = scope["found"]
+        if route is None:
+            raise HTTPException(404)
+        scope["route"] = route
+        scope.update(child_scope)
+        await route.handle(scope, receive, send)
+
+
+@cache
+def _framework() -> FastAPI:
+    """What turns errors into answers around a route, the same for all servers of a process."""
+    app = FastAPI(routes=[_Found()], openapi_url=None, redirect_slashes=False)
+    add_error_handlers(app)
+    return app
 
 
 def _check_local(headers: Headers) -> None:

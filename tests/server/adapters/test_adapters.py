@@ -11,7 +11,7 @@ import pytest
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from tests.server.compat.helpers import CHUNKS
+from tests.server.adapters.helpers import CHUNKS
 from tests.server.http.helpers import running
 from weaver.errors import NotFoundError
 from weaver.protocol import CreateModel, ModelCreated

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.server.compat.helpers import CHUNKS, DATUM, Rest, passes, rest
+from tests.server.adapters.helpers import CHUNKS, DATUM, Rest, passes, rest
 from tests.server.test_kill import running
 
 if TYPE_CHECKING:

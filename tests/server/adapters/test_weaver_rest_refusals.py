@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.server.compat.helpers import CHUNKS, TARGETS, multipart, packed, passes, rest
+from tests.server.adapters.helpers import CHUNKS, TARGETS, multipart, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.errors import InvalidRequestError, TooLargeError
 from weaver.server.adapters.weaver_rest.bodies import BackwardBody

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from tests.fake_engine import FakeEngine
-from tests.server.compat.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
+from tests.server.adapters.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.server.adapters.weaver_rest.answers import sampling_session_of
 from weaver.server.limits import Limits
