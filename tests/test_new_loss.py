@@ -22,7 +22,7 @@ class Focal(Loss):
     """-b·(1 - p)^γ·lp: the focal loss (arXiv:1708.02002, eq. 5), b a factor of each token."""
 
     name = "focal"
-    inputs = ("target_tokens", "factors")
+    inputs = ("factors",)
     gamma: float = option(2.0, at_least=0.0)
     least: float = option(0.0, above=-1.0)
     most: float = option(1.0)

@@ -166,14 +166,15 @@ def check_length(length: int, context: int, *, field: str, max_new_tokens: int =
 
 def _check_datum(datum: Datum, where: str, loss: type[Loss]) -> None:
     inputs = datum.loss_fn_inputs
-    missing = [name for name in loss.inputs if name not in inputs]
+    needed = ("target_tokens", *loss.inputs)
+    missing = [name for name in needed if name not in inputs]
     if missing:
         raise InvalidDatumError(
             f"{loss.name} needs {missing[0]!r}.",
             field=f"{where}.loss_fn_inputs",
-            hint=f"It takes {', '.join(loss.inputs)}.",
+            hint=f"It takes {', '.join(needed)}.",
         )
-    known = dict.fromkeys((*loss.inputs, *loss.weights))
+    known = dict.fromkeys((*needed, *loss.weights))
     for name, data in inputs.items():
         if name not in known:
             raise InvalidDatumError(

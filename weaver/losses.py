@@ -99,8 +99,8 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens",)
-    """What every datum must have: int64 `target_tokens`, and float32 [T] by other names."""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What every datum must have beside `target_tokens`, float32 [T]."""
     weights: ClassVar[tuple[str, ...]] = ("weights", "loss_mask")
     """Names of the input, float32 [T], by which tokens are weighed: 1 where a datum has none."""
     averaged: ClassVar[bool] = True
@@ -144,7 +144,7 @@ class Surrogate(Loss):
     """c·lp, c being its weight: the linear form whose gradient is c, for losses of the client's."""
 
     name = "surrogate"
-    inputs = ("target_tokens", "surrogate_weights")
+    inputs = ("surrogate_weights",)
     weights = ("surrogate_weights",)
     averaged = False
 
@@ -155,7 +155,7 @@ class Surrogate(Loss):
 class RatioLoss(Loss):
     """Of what was sampled from q; metrics say how far the policy has left it."""
 
-    inputs = ("target_tokens", "logprobs", "advantages")
+    inputs = ("logprobs", "advantages")
     reads_entropy = True
     corrects = True
 

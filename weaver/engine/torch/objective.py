@@ -86,7 +86,6 @@ class Objective:
         inputs = {
             name: torch.where(counted, self._input(name, indices).to(lp), neutral.get(name, 0.0))
             for name in self.loss.inputs
-            if name != "target_tokens"
         }
         tokens = Tokens(lp=lp, inputs=inputs, counted=counted, datum=datum, entropy=entropy)
         token = self.loss.per_token(tokens)
