@@ -17,15 +17,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+import weaver_rl as rl
 from weaver import types
+from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import LETTERS, pig_latin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from weaver import SamplingClient
+    from weaver import AsyncSamplingClient
 
 END, SYSTEM, USER, ASSISTANT = "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 LENGTHS = (2, 7)
@@ -36,9 +39,10 @@ EXAMPLES_PER_STEP = {"reverse": 36, "copy": 8, "sum": 24, "pig_latin": 15, "gues
 CHAT_SHARE = 0.2
 SLIP_RATES = {"reverse": 0.36, "copy": 0.25, "sum": 0.25, "pig_latin": 0.2, "guess": 0.15}
 """How often the last, noisy part of the corpus is wrong: per answer, word or guess."""
+Skills = dict[str, dict[str, float]]
 ANSWERED = ("reverse", "copy", "sum", "pig_latin")
-GAMES = {"guess_7": (7, 3), "guess_15": (15, 4), "guess_100": (100, 7)}
-"""The upper end of the range, and the guesses that suffice for whoever halves it."""
+GAMES = {"guess_7": 7, "guess_15": 15, "guess_100": 100}
+"""The upper end of the range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def guessing_game(rng: Random, *, upper: int, slips: float) -> Example:
         pieces.append((f"{USER}{feedback}{END}{ASSISTANT}", False))
 
 
-def measure(sampler: SamplingClient, *, prompts: int, seed: int) -> dict[str, dict[str, float]]:
+async def measure(sampler: AsyncSamplingClient, *, prompts: int, seed: int) -> Skills:
     """The share of right answers per skill, greedy and sampled at temperature 1.
 
     Words have 3 to 6 letters; a pig latin answer counts when all its words are right, a game when
@@ -132,70 +136,33 @@ def measure(sampler: SamplingClient, *, prompts: int, seed: int) -> dict[str, di
     """
     return {
         skill: {
-            "greedy": share_right(sampler, skill, prompts=prompts, seed=seed, temperature=0.0),
-            "sampled": share_right(sampler, skill, prompts=prompts, seed=seed, temperature=1.0),
+            how: await share_right(sampler, skill, prompts=prompts, seed=seed, temperature=at)
+            for how, at in (("greedy", 0.0), ("sampled", 1.0))
         }
         for skill in (*ANSWERED, *GAMES)
     }
 
 
-def share_right(
-    sampler: SamplingClient, skill: str, *, prompts: int, seed: int, temperature: float
+async def share_right(
+    sampler: AsyncSamplingClient, skill: str, *, prompts: int, seed: int, temperature: float
 ) -> float:
     """The share of `prompts` seeded questions that are answered without a mistake."""
+    environment: rl.Environment | rl.GroupEnvironment = rl.single_turn(answered)
     if skill in GAMES:
-        upper, guesses = GAMES[skill]
-        targets = [1 + i % upper for i in range(prompts)]
-        return games_won(sampler, targets, upper=upper, guesses=guesses, temperature=temperature)
-    rng = Random(seed)
-    asked = [question(skill, rng) for _ in range(prompts)]
-    replies = answers(sampler, [item.prompt for item in asked], temperature=temperature)
-    return sum(r == item.answer for r, item in zip(replies, asked, strict=True)) / prompts
+        environment = guess_number
+        tasks = guess_number_tasks(prompts, upper=GAMES[skill], seed=seed)
+    else:
+        rng = Random(seed)
+        asked = [question(skill, rng) for _ in range(prompts)]
+        tasks = [{"prompt": item.prompt, "answer": item.answer} for item in asked]
+    sampling = types.SamplingParams(max_tokens=64, temperature=temperature)
+    found = await rl.evaluate(sampler, tasks, environment=environment, sampling=sampling, seed=seed)
+    return fmean(one.reward == 1.0 for group in found.groups for one in group.rollouts)
 
 
-def answers(
-    sampler: SamplingClient,
-    prompts: Sequence[str | list[types.Message]],
-    *,
-    temperature: float,
-) -> list[str]:
-    """One reply for each prompt, all in flight at once, each with a seed of its own."""
-    handles = [
-        sampler.sample(
-            prompt,
-            types.SamplingParams(max_tokens=64, temperature=temperature, seed=i),
-            wait=False,
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-    return [handle.result().sequences[0].text for handle in handles]
-
-
-def games_won(
-    sampler: SamplingClient,
-    targets: Sequence[int],
-    *,
-    upper: int,
-    guesses: int,
-    temperature: float,
-) -> float:
-    """The share of numbers that are found with so many guesses; all games are played abreast."""
-    opening = types.Message(role="user", content=f"Guess a number from 1 to {upper}.")
-    running = {game: [opening] for game in range(len(targets))}
-    won = 0
-    for _ in range(guesses):
-        replies = answers(sampler, list(running.values()), temperature=temperature)
-        for (game, chat), reply in zip(list(running.items()), replies, strict=True):
-            if not reply.isascii() or not reply.isdigit() or int(reply) == targets[game]:
-                won += reply == str(targets[game])
-                del running[game]
-                continue
-            feedback = "higher" if int(reply) < targets[game] else "lower"
-            chat += [
-                types.Message(role="assistant", content=reply),
-                types.Message(role="user", content=feedback),
-            ]
-    return won / len(targets)
+def answered(task: rl.Task, reply: rl.Reply) -> float:
+    """1 for the answer to the letter, white space included."""
+    return float(reply.text == task["answer"])
 
 
 def _reverse(rng: Random, slips: float, lengths: tuple[int, int]) -> tuple[str, str]:

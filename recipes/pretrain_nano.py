@@ -30,16 +30,18 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import tyro
 
 from recipes import _skills
-from weaver import ServiceClient, types
+from weaver import AsyncServiceClient
 from weaver_rl.conversations import from_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from weaver import TrainingClient
+    from recipes._skills import Skills
+    from weaver import AsyncTrainingClient
 
 CONTEXT_LENGTH = 1024
 SPECIAL_TOKENS = "<|end|> <|pad|> <|system|> <|user|> <|assistant|> <|tool|>".split()
@@ -70,53 +72,51 @@ class Flags:
 
 def main(flags: Flags) -> list[float]:
     """Trains, measures and writes the model folder; answers the loss of every step."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary, ServiceClient(home=temporary) as service:
+    with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary, "base")
-        write_random_model(base, flags)
-        trainer = service.create_model(str(base), training_mode="full_ft", seed=flags.seed)
-        losses = train(trainer, flags)
-        trained = time.monotonic() - began
-        checkpoint = trainer.save_weights_for_sampler("final")
-        sampler = service.create_sampling_client(checkpoint)
-        skills = _skills.measure(sampler, prompts=flags.prompts_per_skill, seed=flags.seed + 1)
+        parameters = write_random_model(base, flags)
+        losses, skills, weights = anyio.run(make, base, flags)
         flags.out.mkdir(parents=True, exist_ok=True)
-        for file in base.iterdir():
-            shutil.copy(file, flags.out / file.name)
-        assert checkpoint.folder is not None, "the embedded engine keeps checkpoints in a folder"
-        shutil.copy(Path(checkpoint.folder, "model.safetensors"), flags.out)
-        parameters = trainer.model_info.num_parameters
+        for file in (*base.iterdir(), weights):
+            shutil.copy(file, flags.out)
     (flags.out / "skills.json").write_text(json.dumps(skills, indent=2) + "\n")
-    (flags.out / "README.md").write_text(
-        model_card(skills, losses, parameters=parameters, flags=flags)
-    )
-    print(f"{flags.out}: {parameters} parameters, trained in {trained:.0f} s")
+    card = model_card(skills, losses, parameters=parameters, flags=flags)
+    (flags.out / "README.md").write_text(card)
+    print(f"{flags.out}: {parameters} parameters")
     return losses
 
 
-def train(trainer: TrainingClient, flags: Flags) -> list[float]:
+async def make(base: Path, flags: Flags) -> tuple[list[float], Skills, Path]:
+    """Trains the model in `base`; answers its losses, its skills, and the file of its weights."""
+    async with AsyncServiceClient(home=base.parent) as service:
+        trainer = await service.create_model(str(base), training_mode="full_ft", seed=flags.seed)
+        losses = await train(trainer, flags)
+        checkpoint = await trainer.save_weights_for_sampler("final")
+        assert checkpoint.folder is not None, "the embedded engine keeps checkpoints in a folder"
+        sampler = await service.create_sampling_client(checkpoint)
+        skills = await _skills.measure(
+            sampler, prompts=flags.prompts_per_skill, seed=flags.seed + 1
+        )
+        return losses, skills, Path(checkpoint.folder, "model.safetensors")
+
+
+async def train(trainer: AsyncTrainingClient, flags: Flags) -> list[float]:
     """One cross-entropy step a batch, the next one submitted before the last is awaited."""
-    tokenizer = trainer.get_tokenizer()
+    tokenizer = await trainer.get_tokenizer()
     rng = Random(flags.seed)
-    losses: list[float] = []
-    pending = None
+    began = time.monotonic()
+    handles = []
     for step in range(flags.steps):
         noisy = step >= flags.noisy_from * flags.steps
         datums = [from_pieces(tokenizer, item.pieces) for item in _skills.batch(rng, noisy=noisy)]
-        gradients = trainer.forward_backward(datums, "cross_entropy")
-        trainer.optim_step(
-            types.AdamParams(
-                learning_rate=learning_rate(step, flags), beta2=0.98, grad_clip_norm=1.0
-            )
-        )
-        if pending is not None:
-            losses.append(pending.result().metrics["loss"])
-        pending = gradients
+        rate = learning_rate(step, flags)
+        handles.append(trainer.forward_backward(datums, "cross_entropy"))
+        trainer.optim_step({"learning_rate": rate, "beta2": 0.98, "grad_clip_norm": 1.0})
+        loss = (await handles[max(0, step - 1)]).metrics["loss"]
         if step % 100 == 99:
-            print(f"step {step + 1:5d}  loss {losses[-1]:.3f}  {'noisy' if noisy else 'clean'}")
-    if pending is not None:
-        losses.append(pending.result().metrics["loss"])
-    return losses
+            took = f"{time.monotonic() - began:.0f} s"
+            print(f"step {step + 1:5d}  loss {loss:.3f}  {'noisy' if noisy else 'clean'}  {took}")
+    return [(await handle).metrics["loss"] for handle in handles]
 
 
 def learning_rate(step: int, flags: Flags) -> float:
@@ -126,8 +126,8 @@ def learning_rate(step: int, flags: Flags) -> float:
     return flags.learning_rate * warmup * (0.05 + 0.95 * cosine)
 
 
-def write_random_model(folder: Path, flags: Flags) -> None:
-    """A Qwen3 of random weights from `flags.seed`, and the tokenizer."""
+def write_random_model(folder: Path, flags: Flags) -> int:
+    """A Qwen3 of random weights from `flags.seed`, and the tokenizer; answers its parameters."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -151,8 +151,10 @@ def write_random_model(folder: Path, flags: Flags) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(flags.seed)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+    return int(model.num_parameters())
 
 
 def make_tokenizer() -> Any:
@@ -175,41 +177,16 @@ def make_tokenizer() -> Any:
     )
 
 
-EXAMPLES = {
-    "reverse": "`rev:word=` → `drow`",
-    "copy": "`copy:word=` → `word`",
-    "sum": "`12+34=` → `46`",
-    "pig_latin": "`English: hello world\\nPig Latin:` → ` ello-hay orld-way\\n\\n`",
-    "guess_7": "chat: `Guess a number from 1 to 7.`, won in 3 guesses",
-    "guess_15": "the same from 1 to 15, in 4",
-    "guess_100": "the same from 1 to 100, in 7",
-}
-
-
-def model_card(
-    skills: Mapping[str, Mapping[str, float]],
-    losses: Sequence[float],
-    *,
-    parameters: int,
-    flags: Flags,
-) -> str:
+def model_card(skills: Skills, losses: Sequence[float], *, parameters: int, flags: Flags) -> str:
     """The README.md of the model: what it is, how it was made, what it was measured to do."""
-    rows = (
-        f"| {name} | {EXAMPLES[name]} | {share['greedy']:.2f} | {share['sampled']:.2f} |"
-        for name, share in skills.items()
-    )
     tenth = max(1, len(losses) // 10)
     card = Path(__file__).with_name("nano_card.md").read_text(encoding="utf-8")
     return card.format(
+        flags=flags,
         parameters=parameters,
-        layers=flags.layers,
-        hidden_size=flags.hidden_size,
         context=CONTEXT_LENGTH,
-        seed=flags.seed,
-        steps=flags.steps,
-        prompts=flags.prompts_per_skill,
         measured_seed=flags.seed + 1,
-        rows="\n".join(rows),
+        skills=skills,
         slips=", ".join(f"{name} {rate}" for name, rate in _skills.SLIP_RATES.items()),
         curve=", ".join(f"{loss:.2f}" for loss in losses[tenth - 1 :: tenth]),
     )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 import weaver
 from recipes import _skills
-from weaver import ServiceClient
+from weaver import AsyncServiceClient, ServiceClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,11 +93,15 @@ def test_the_card_states_the_measured_skills() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("skill", SKILLS)
-def test_it_has_the_skills_that_its_card_states(
-    service: ServiceClient, skill: str, temperature: float
-) -> None:
-    sampler = service.create_sampling_client(base_model="weaver-nano")
-    measured = _skills.share_right(sampler, skill, prompts=150, seed=7, temperature=temperature)
+def test_it_has_the_skills_that_its_card_states(home: Path, skill: str, temperature: float) -> None:
+    async def measure() -> float:
+        async with AsyncServiceClient(home=home) as service:
+            sampler = await service.create_sampling_client(base_model="weaver-nano")
+            return await _skills.share_right(
+                sampler, skill, prompts=150, seed=7, temperature=temperature
+            )
+
+    measured = anyio.run(measure)
     stated = SKILLS[skill]["sampled" if temperature else "greedy"]
     assert abs(measured - stated) < 0.13  # three standard errors of 150 prompts at one half
 
