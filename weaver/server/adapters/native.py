@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.routing import request_response
 
-from weaver import wire
+from weaver import types, wire
 from weaver.errors import TooLargeError
 from weaver.fields import ShortText
 from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
@@ -31,14 +31,6 @@ from weaver.server.http.gateway import (
     ServiceDep,
 )
 from weaver.server.http.streaming import EventStream
-from weaver.types import (
-    CheckpointInfo,
-    JsonDict,
-    MetricPoint,
-    ModelInfo,
-    TrainingRun,
-    Value,
-)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -51,20 +43,29 @@ BINARY: dict[str, Any] = {
 FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
 
-class SessionRequest(Value):
-    user_metadata: JsonDict = Field(default_factory=dict)
+class SessionRequest(types.Value):
+    user_metadata: types.JsonDict = Field(default_factory=dict)
 
 
-class CancelRequest(Value):
+class CancelRequest(types.Value):
     submission_ids: tuple[ShortText, ...] = Field(max_length=10_000, fail_fast=True)
 
 
-class TtlRequest(Value):
+class TtlRequest(types.Value):
     ttl_seconds: int | None = Field(ge=1, le=2**31)
 
 
-class MetricsRequest(Value):
-    points: tuple[MetricPoint, ...] = Field(max_length=10_000, fail_fast=True)
+class MetricsRequest(types.Value):
+    points: tuple[types.MetricPoint, ...] = Field(max_length=10_000, fail_fast=True)
+
+
+class Accepted(types.Value):
+    accepted: int
+
+
+class Poll(types.Value):
+    after: int = Field(0, ge=0, le=2**63)
+    timeout: float = Field(0.0, ge=0, le=LONGEST_POLL_S)
 
 
 Name = Annotated[str, Query(min_length=1, max_length=1024)]
@@ -85,6 +86,18 @@ class _CheckedRoute(APIRoute):
         return check_and_handle
 
 
+class _DirectRoute(APIRoute):
+    """Its endpoint takes the request and answers the response, with nothing between.
+
+    What the framework does for other routes costs as much as all that the server does for an
+    operation beside it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = request_response(self.endpoint)
+
+
 async def resend_key(request: Request, gateway: GatewayDep) -> AsyncIterator[str | None]:
     """What a request has in common with its resends, which wait until it has been answered."""
     given = request.headers.get("Idempotency-Key")
@@ -99,23 +112,24 @@ async def resend_key(request: Request, gateway: GatewayDep) -> AsyncIterator[str
 
 ResendKey = Annotated[str | None, Depends(resend_key)]
 router = APIRouter(prefix=PREFIX, route_class=_CheckedRoute, responses=REFUSALS)
+direct = APIRouter(prefix=PREFIX, route_class=_DirectRoute, responses=REFUSALS)
 
 
-class Accepted(Value):
-    accepted: int
+# --- operations ---------------------------------------------------------------------------------
+
+SESSION_ID = {"name": "session_id", "in": "path", "required": True, "schema": {"type": "string"}}
+POLL = [
+    {"name": name, "in": "query", "schema": schema}
+    for name, schema in Poll.model_json_schema()["properties"].items()
+]
 
 
-class Poll(Value):
-    after: int = Field(0, ge=0, le=2**63)
-    timeout: float = Field(0.0, ge=0, le=LONGEST_POLL_S)
-
-
-# --- operations -----------------------------------------------------------------------------------
-
-# What the framework does for the other routes costs as much as all that the server does for an
-# operation beside it, so these two read their requests themselves.
-
-
+@direct.post(
+    "/sessions/{session_id}/submissions",
+    response_model=Accepted,
+    status_code=202,
+    openapi_extra={"parameters": [SESSION_ID], "requestBody": {**BINARY, "required": True}},
+)
 async def submit(request: Request) -> Response:
     gateway, service = request.state.gateway, request.state.service
     if request.headers.get("Content-Type") != MEDIA_TYPE:
@@ -134,6 +148,12 @@ async def submit(request: Request) -> Response:
     return JSONResponse(Accepted(accepted=len(submissions)).model_dump(), status_code=202)
 
 
+@direct.get(
+    "/sessions/{session_id}/outcomes",
+    response_class=Response,
+    responses={200: BINARY},
+    openapi_extra={"parameters": [SESSION_ID, *POLL]},
+)
 async def collect(request: Request) -> Response:
     gateway, service = request.state.gateway, request.state.service
     poll = Poll(**request.query_params)
@@ -146,46 +166,6 @@ async def collect(request: Request) -> Response:
     gateway.metrics.collected(outcomes)
     data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
     return Response(data, media_type=MEDIA_TYPE)
-
-
-class _DirectRoute(APIRoute):
-    """Its endpoint takes the request and answers the response, with nothing between."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.app = request_response(self.endpoint)
-
-
-IN_PATH: dict[str, Any] = {
-    "name": "session_id",
-    "in": "path",
-    "required": True,
-    "schema": {"type": "string"},
-}
-IN_QUERY: list[dict[str, Any]] = [
-    {"name": name, "in": "query", "schema": schema}
-    for name, schema in Poll.model_json_schema()["properties"].items()
-]
-
-
-_body = {"parameters": [IN_PATH], "requestBody": {**BINARY, "required": True}}
-_add = partial(router.add_api_route, route_class_override=_DirectRoute)
-_add(
-    "/sessions/{session_id}/submissions",
-    submit,
-    methods=["POST"],
-    response_model=Accepted,
-    status_code=202,
-    openapi_extra=_body,
-)
-_add(
-    "/sessions/{session_id}/outcomes",
-    collect,
-    methods=["GET"],
-    response_class=Response,
-    responses={200: BINARY},
-    openapi_extra={"parameters": [IN_PATH, *IN_QUERY]},
-)
 
 
 # --- sessions -----------------------------------------------------------------------------------
@@ -228,13 +208,13 @@ async def stream(
 # --- models -------------------------------------------------------------------------------------
 
 
-@router.get("/models", response_model=list[ModelInfo])
-async def list_models(service: ServiceDep) -> list[ModelInfo]:
+@router.get("/models", response_model=list[types.ModelInfo])
+async def list_models(service: ServiceDep) -> list[types.ModelInfo]:
     return list(await service.list_models())
 
 
-@router.get("/models/info", response_model=ModelInfo)
-async def get_model(name: Name, service: ServiceDep) -> ModelInfo:
+@router.get("/models/info", response_model=types.ModelInfo)
+async def get_model(name: Name, service: ServiceDep) -> types.ModelInfo:
     return await service.get_model(name)
 
 
@@ -247,18 +227,18 @@ async def tokenizer_files(name: Name, service: ServiceDep) -> Response:
 # --- runs, checkpoints, metrics -----------------------------------------------------------------
 
 
-@router.get("/runs", response_model=list[TrainingRun])
-async def list_runs(service: ServiceDep) -> list[TrainingRun]:
+@router.get("/runs", response_model=list[types.TrainingRun])
+async def list_runs(service: ServiceDep) -> list[types.TrainingRun]:
     return list(await service.list_runs())
 
 
-@router.get("/runs/{run_id}", response_model=TrainingRun)
-async def get_run(run_id: str, service: ServiceDep) -> TrainingRun:
+@router.get("/runs/{run_id}", response_model=types.TrainingRun)
+async def get_run(run_id: str, service: ServiceDep) -> types.TrainingRun:
     return await service.get_run(run_id)
 
 
-@router.post("/runs/{run_id}/stop", response_model=TrainingRun)
-async def stop_run(run_id: str, service: ServiceDep) -> TrainingRun:
+@router.post("/runs/{run_id}/stop", response_model=types.TrainingRun)
+async def stop_run(run_id: str, service: ServiceDep) -> types.TrainingRun:
     return await service.stop_run(run_id)
 
 
@@ -276,20 +256,22 @@ async def log_metrics(
     await service.log_metrics(run_id, body.points, key=key)
 
 
-@router.get("/runs/{run_id}/metrics", response_model=list[MetricPoint])
+@router.get("/runs/{run_id}/metrics", response_model=list[types.MetricPoint])
 async def read_metrics(
     run_id: str, service: ServiceDep, name: str | None = None
-) -> list[MetricPoint]:
+) -> list[types.MetricPoint]:
     return list(await service.read_metrics(run_id, name=name))
 
 
-@router.get("/checkpoints", response_model=list[CheckpointInfo])
-async def list_checkpoints(service: ServiceDep, run_id: str | None = None) -> list[CheckpointInfo]:
+@router.get("/checkpoints", response_model=list[types.CheckpointInfo])
+async def list_checkpoints(
+    service: ServiceDep, run_id: str | None = None
+) -> list[types.CheckpointInfo]:
     return list(await service.list_checkpoints(run_id))
 
 
-@router.get("/checkpoints/info", response_model=CheckpointInfo)
-async def get_checkpoint(path: Path, service: ServiceDep) -> CheckpointInfo:
+@router.get("/checkpoints/info", response_model=types.CheckpointInfo)
+async def get_checkpoint(path: Path, service: ServiceDep) -> types.CheckpointInfo:
     return await service.get_checkpoint(path)
 
 
@@ -298,10 +280,10 @@ async def delete_checkpoint(path: Path, service: ServiceDep, key: ResendKey) -> 
     await service.delete_checkpoint(path, key=key)
 
 
-@router.put("/checkpoints/ttl", response_model=CheckpointInfo)
+@router.put("/checkpoints/ttl", response_model=types.CheckpointInfo)
 async def set_checkpoint_ttl(
     path: Path, body: TtlRequest, service: ServiceDep, key: ResendKey
-) -> CheckpointInfo:
+) -> types.CheckpointInfo:
     return await service.set_checkpoint_ttl(path, body.ttl_seconds, key=key)
 
 
@@ -324,7 +306,7 @@ async def read_exported(
 
 
 NATIVE = Adapter(
-    routes=router.routes,
+    routes=[*direct.routes, *router.routes],
     prefix=PREFIX,
     envelope=native_envelope,
     body_limits=BODY_LIMITS,

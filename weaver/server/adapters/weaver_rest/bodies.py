@@ -9,19 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasPath, ConfigDict, Field, model_validator
 
+from weaver import types
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep, SaveCheckpoint
 from weaver.server.adapters.weaver_rest.tensors import Body
-from weaver.types import (
-    AdamParams,
-    Datum,
-    JsonDict,
-    LoraConfig,
-    MetricPoint,
-    ModelInput,
-    SamplingParams,
-    TrainingMode,
-)
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,12 +28,12 @@ class OpenBody(Body):
 
 class ModelBody(Body):
     base_model: str
-    training_mode: TrainingMode | None = None
-    lora_config: LoraConfig | None = None
-    user_metadata: JsonDict | None = None
+    training_mode: types.TrainingMode | None = None
+    lora_config: types.LoraConfig | None = None
+    user_metadata: types.JsonDict | None = None
 
 
-class Point(MetricPoint):
+class Point(types.MetricPoint):
     model_config = ConfigDict(extra="ignore")
     _error = InvalidRequestError
     model_id: str
@@ -70,10 +61,10 @@ INPUTS_KEPT = {
 class RestDatum(Body):
     kind: str = "datum"
     datum_id: str | None = None
-    model_input: ModelInput = ModelInput()
+    model_input: types.ModelInput = types.ModelInput()
     loss_fn_inputs: Mapping[str, Any] = Field(default_factory=dict)
 
-    def to_native(self, loss_fn: str) -> Datum:
+    def to_native(self, loss_fn: str) -> types.Datum:
         inputs = {
             name: value.get("data") if isinstance(value, Mapping) else value
             for name, value in self.loss_fn_inputs.items()
@@ -81,7 +72,7 @@ class RestDatum(Body):
         }
         if loss_fn == "forward_logprob":
             inputs.setdefault("target_tokens", self.model_input.to_ints())
-        return Datum(model_input=self.model_input, loss_fn_inputs=inputs)
+        return types.Datum(model_input=self.model_input, loss_fn_inputs=inputs)
 
 
 class PassInput(Body):
@@ -132,7 +123,7 @@ class BackwardBody(PassBody):
 
 
 class StepBody(RunBody):
-    adam_params: AdamParams = Field(validation_alias=AliasPath("payload", "adam_params"))
+    adam_params: types.AdamParams = Field(validation_alias=AliasPath("payload", "adam_params"))
 
     def operation(self) -> OptimStep:
         return OptimStep(params=self.adam_params)
@@ -205,7 +196,7 @@ class SamplingSessionBody(Body):
 
 class PromptBody(Body):
     model_config = ConfigDict(extra="allow")
-    prompt: ModelInput
+    prompt: types.ModelInput
 
     @model_validator(mode="after")
     def _refuse_what_is_not_computed(self) -> Self:
@@ -230,12 +221,14 @@ class PauseBody(Body):
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
-def params_of(given: JsonDict) -> SamplingParams:
+def params_of(given: types.JsonDict) -> types.SamplingParams:
     """Without what newer clients may send beside; `sampling_seed` is another name of `seed`."""
     set_ = {name: value for name, value in given.items() if value is not None}
     if "sampling_seed" in set_:
         set_.setdefault("seed", set_["sampling_seed"])
-    return SamplingParams(**{n: v for n, v in set_.items() if n in SamplingParams.model_fields})
+    return types.SamplingParams(
+        **{n: v for n, v in set_.items() if n in types.SamplingParams.model_fields}
+    )
 
 
 def unsupported(field: str) -> UnsupportedError:
