@@ -20,7 +20,6 @@ from 1 as well.
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from rich.text import Text
 import weaver_rl as rl
 from weaver import ServiceClient, types
 from weaver_rl.conversations import from_pieces
+from weaver_rl.storage import read_lines
 from weaver_rl.tasks.words import pig_latin, reverse_tasks
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def reinforce(flags: Flags, console: Console) -> bool:
         folder=folder,
         base_url=flags.base_url,
     )
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rows = read_lines(folder / "metrics.jsonl")
     rewards: list[float] = [row["reward/mean"] for row in rows if row["step"]]
     if not console.is_terminal:  # there, the curve was drawn as it rose
         console.print("\n".join(rl.draw_curve(rewards, width=64, height=6)))

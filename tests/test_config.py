@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import weaver
-from weaver.config import Option, Settings, load_settings, options
+from weaver.config import Option, Settings, changed, load_settings, options, setting
 from weaver.errors import ConfigError
 from weaver.server.settings import ServerSettings
 
@@ -63,6 +64,28 @@ def test_only_config_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.attr if isinstance(node, ast.Attribute) else ""
             assert name not in ("environ", "getenv"), f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size_bytes: int = setting(5, "Of a thing.", name="max_bytes", least=1)
+    unset: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = Inner(size_bytes=6)
+    home: Path = setting(Path("~/things"), "Of things.", variables=("THINGS",))
+    token: str | None = setting(None, "Of access.", secret=True)
+
+
+def test_a_field_is_all_that_a_setting_needs() -> None:
+    size, home, token = options(Outer())
+    assert (size.name, size.default, size.type, size.least) == ("max_bytes", 6, int, 1)
+    assert home.variables == ("WEAVER_HOME", "THINGS") and token.help == "Of access."
+    made = changed(Outer(), {"max_bytes": 9, "token": "s3cret", "other": 1})
+    assert made == Outer(inner=Inner(size_bytes=9), home=Path.home() / "things", token="s3cret")
+    assert "s3cret" not in repr(made)
 
 
 def test_the_pages_have_every_setting() -> None:

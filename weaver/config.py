@@ -11,7 +11,7 @@ import ipaddress
 import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from weaver.errors import ConfigError
 
@@ -131,7 +131,7 @@ def _value(option: Option, text: str) -> Any:
         hint = f"Use a whole number. {option.help}"
     elif option.type is bool and text not in ("0", "1"):
         hint = "Use 0 or 1."
-    elif option.name == "dtype" and text not in (known := get_args(option.type)):
+    elif get_origin(option.type) is Literal and text not in (known := get_args(option.type)):
         hint = f"Use {' or '.join(known)}."
     elif option.name == "base_url" and not text.startswith(("http://", "https://")):
         hint = "Start it with http:// or https://, or unset it to run embedded."
