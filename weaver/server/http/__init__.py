@@ -1,1 +1,1 @@
-"""The HTTP front of a service: `create_app` makes it, `weaver serve` runs it."""
+"""What all wire formats of a server share: `create_app` mounts them, `run_server` listens."""

@@ -6,6 +6,7 @@ Each is a value beside its routes; `create_app` mounts any number of them, also 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from starlette.routing import BaseRoute, Match
@@ -61,4 +62,8 @@ class Adapter:
 
     def hides(self, path: str) -> bool:
         """Whether the path may be a secret."""
-        return path.startswith(tuple(one[:-1] for one in self.open_paths if one.endswith("*")))
+        return path.startswith(self._hidden)
+
+    @cached_property
+    def _hidden(self) -> tuple[str, ...]:
+        return tuple(one[:-1] for one in self.open_paths if one.endswith("*"))

@@ -38,7 +38,8 @@ class Note(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     key: str | None = None
-    """What a resend of the same request has in common with it."""
+    """What a resend of the same request has in common with it, and no other request of its caller,
+    by whichever adapter."""
     sampler_id: str | None = None
     """Whose samples are held back together."""
 
