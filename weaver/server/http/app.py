@@ -12,9 +12,10 @@ import time
 import uuid
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -223,13 +224,11 @@ def _own_routes(adapters: Sequence[Adapter]) -> Adapter:
     router.add_api_route("/healthz", healthz)
     router.add_api_route("/readyz", readyz)
     router.add_api_route("/metrics", metrics)
-    described: list[JSONResponse] = []
 
     @router.api_route("/openapi.json", methods=["GET", "HEAD"])
     async def openapi() -> Response:
-        if not described:
-            described.append(JSONResponse(_document(adapters)))
-        return described[0]
+        document = await to_thread.run_sync(_document, tuple(adapters))
+        return Response(document, media_type="application/json")
 
     return Adapter(
         routes=router.routes,
@@ -256,8 +255,9 @@ async def metrics(gateway: GatewayDep, request: Request) -> Response:
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def _document(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """OpenAPI's, of all routes that are in its schema."""
+@cache
+def _document(adapters: tuple[Adapter, ...]) -> bytes:
+    """OpenAPI's, of all routes that are in its schema; slow, the first time."""
     document = get_openapi(
         title="Weaver",
         version="0.1.0",
@@ -266,4 +266,4 @@ def _document(adapters: Sequence[Adapter]) -> dict[str, Any]:
     )
     document["components"]["securitySchemes"] = SECURITY
     document["security"] = [{name: []} for name in SECURITY]
-    return document
+    return bytes(JSONResponse(document).body)
