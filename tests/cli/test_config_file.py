@@ -49,6 +49,8 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(
         ("[server]\nport = 1", "unknown key 'server'"),
         ("port = 'eight'", "port is 'eight'.*integer"),
         ("model = 'one'", "model is 'one'.*list"),
+        ("port = 65536", "port is 65536.*less than or equal to 65535"),
+        ("max_runs = -1", "max_runs is -1.*greater than or equal to 0"),
         ("home = 1", "home is 1.*path"),
         ("dtype = 'int8'", "dtype is 'int8'.*'float32' or 'bfloat16'"),
         ("port =", "cannot be read"),

@@ -163,7 +163,10 @@ def test_a_server_that_cannot_start_says_why(
 )
 def test_a_number_that_makes_no_sense_is_refused(option: str, home: Path) -> None:
     result = CliRunner().invoke(app, ["serve", f"--{option}", "--host=", f"--home={home}"])
-    assert result.exit_code == 2 and f"--{option.partition('=')[0]}" in result.output
+    name = option.partition("=")[0]
+    variable = f"WEAVER_{name.upper().replace('-', '_')}"
+    assert result.exit_code == 2
+    assert f"Invalid value for '--{name}' (env var: '{variable}')" in result.output
 
 
 @pytest.mark.parametrize("name", ["with space", "a?b=c#d", "100%41", "naïve-家"])

@@ -35,9 +35,9 @@ OPTIONS = {option.name: option for option in options(DEFAULTS)}
 def flag(name: str) -> Any:
     """The option of a command that sets this one of the server's settings."""
     option = OPTIONS[name]
-    return typer.Option(
-        envvar=list(option.variables), help=option.help, min=option.least, max=option.most
-    )
+    first, *others = option.variables
+    variables = [first, *others] if others else first  # a list is shown as one in errors
+    return typer.Option(envvar=variables, help=option.help, min=option.least, max=option.most)
 
 
 Home = Annotated[Path, flag("home")]
@@ -48,9 +48,10 @@ def parse_config(file: Path) -> dict[str, Any]:
     """The options that the file sets, by the names of their flags.
 
     Raises:
-        ConfigError: the file cannot be read, or has an unknown key or a value of another type.
+        ConfigError: the file cannot be read, or has an unknown key, or a value of another type or
+            out of bounds.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import Field, TypeAdapter, ValidationError
 
     try:
         given = tomllib.loads(file.read_text())
@@ -66,8 +67,10 @@ def parse_config(file: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{file} has the unknown key {key!r}.", field="config", hint=nearest(key, known)
             )
+        option = OPTIONS[name]
+        kind: Any = Annotated[option.type, Field(ge=option.least, le=option.most)]
         try:
-            values[name] = TypeAdapter(OPTIONS[name].type).validate_python(value)
+            values[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise ConfigError(
                 f"{file}: {key} is {value!r}.",
