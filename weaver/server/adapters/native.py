@@ -136,9 +136,7 @@ async def submit(request: Request) -> Response:
         raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
     data = await request.body()
     read = partial(wire.decode, data, SUBMISSIONS, limits=gateway.message_limits)
-    announced = wire.announced_bytes(data)
-    async with gateway.reading.of(announced):
-        submissions = await wire.beside(announced, read, limiter=gateway.readers)
+    async with gateway.read(wire.announced_bytes(data), read) as submissions:
         count, limit = len(submissions), gateway.service.limits.submissions
         if count > limit:
             raise TooLargeError(f"{count} submissions in a request, the limit is {limit}.")

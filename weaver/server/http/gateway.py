@@ -17,10 +17,10 @@ from fastapi import Depends, Request
 from weaver.errors import AuthenticationError
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
-from weaver.wire import LARGE_BYTES, WireLimits
+from weaver.wire import LARGE_BYTES, WireLimits, beside
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from pathlib import Path
 
     from starlette.datastructures import Headers
@@ -42,50 +42,34 @@ LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
 
 
-class Budget:
-    """The bytes that requests may take together while they are read."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._total = self._free = total_bytes
-        self._freed = anyio.Condition()
-
-    @asynccontextmanager
-    async def of(self, size_bytes: int) -> AsyncIterator[None]:
-        """Waits until so many bytes are free; little always is, and more than all waits for all."""
-        size = 0 if size_bytes <= LARGE_BYTES else min(size_bytes, self._total)
-        async with self._freed:
-            while size > self._free:
-                await self._freed.wait()
-            self._free -= size
-        try:
-            yield
-        finally:
-            with anyio.CancelScope(shield=True):
-                async with self._freed:
-                    self._free += size
-                    self._freed.notify_all()
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Gateway:
     service: LocalService
     keys: Keys | None
     """None: everybody is the administrator of one project; for loopback only."""
     metrics: ServerMetrics = field(init=False)
-    reading: Budget = field(init=False)
-    """Of what bodies announce, until what they hold is accepted."""
-    readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
-    """Threads for that. More of them would take the interpreter from the event loop."""
     stopping: anyio.Event = field(default_factory=anyio.Event)
     """Once set, long polls end and new requests are told to come back."""
     tracing: Tracing | None = None
     folder: Path | None = None
     """Where tokenizers are kept for clients on this machine; None: they are not."""
+    _free_bytes: int = field(init=False)
+    _freed: anyio.Condition = field(default_factory=anyio.Condition)
+    _readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
+    """More threads would take the interpreter from the event loop."""
+    _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
+    _waits: set[anyio.CancelScope] = field(default_factory=set)
+    _under_way: dict[str, anyio.Event] = field(default_factory=dict)
     _owned: dict[type, object] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.service.activity)
-        self.reading = Budget(2 * self.message_limits.message_bytes)
+        self._free_bytes = self._reading_bytes
+
+    @property
+    def _reading_bytes(self) -> int:
+        """That requests may take together while they are read."""
+        return 2 * self.message_limits.message_bytes
 
     @property
     def message_limits(self) -> WireLimits:
@@ -107,9 +91,24 @@ class Gateway:
         assert isinstance(kept, kind)
         return kept
 
-    _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
-    _waits: set[anyio.CancelScope] = field(default_factory=set)
-    _under_way: dict[str, anyio.Event] = field(default_factory=dict)
+    @asynccontextmanager
+    async def read(self, announced_bytes: int, work: Callable[[], T]) -> AsyncIterator[T]:
+        """What `work` makes of a body; what that announces is taken until this is left.
+
+        Waits until so many bytes are free; little always is, and more than all waits for all.
+        """
+        size = 0 if announced_bytes <= LARGE_BYTES else min(announced_bytes, self._reading_bytes)
+        async with self._freed:
+            while size > self._free_bytes:
+                await self._freed.wait()
+            self._free_bytes -= size
+        try:
+            yield await beside(announced_bytes, work, limiter=self._readers)
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with self._freed:
+                    self._free_bytes += size
+                    self._freed.notify_all()
 
     def stop(self) -> None:
         """Ends long polls; who comes from now on is told to come back."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from fastapi import Request
 
+    from weaver.server.http.gateway import Gateway
+
     B = TypeVar("B", bound="Body")
 
 DECODED_BYTES = 512 * 2**20
@@ -52,12 +54,12 @@ class Body(BaseModel):
             InvalidRequestError: it is not what it should be, with the field at fault.
             TooLargeError: its tensors have more than `DECODED_BYTES`.
         """
-        data, gateway = await request.body(), request.state.gateway
+        gateway: Gateway = request.state.gateway
+        data = await request.body()
         media_type = request.headers.get("Content-Type", "")
         announced = len(data) if not media_type.startswith(MULTIPART) else DECODED_BYTES
-        async with gateway.reading.of(announced):
-            read = partial(parse, data, media_type, cls)
-            return await wire.beside(announced, read, limiter=gateway.readers)
+        async with gateway.read(announced, partial(parse, data, media_type, cls)) as body:
+            return body
 
 
 Dimension = Annotated[int, Field(ge=0, lt=2**63)]
