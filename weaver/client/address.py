@@ -5,12 +5,24 @@ Called by `HttpService`.
 
 from __future__ import annotations
 
-import traceback
+import ssl
 from urllib.parse import SplitResult, urlsplit
 
-from weaver.errors import ServiceConnectionError
+from weaver.errors import ServiceConnectionError, WeaverError
 
 NOT_RUNNING = "Is the server running? `weaver serve` starts one; check WEAVER_BASE_URL."
+OTHER_NAME = "The certificate is for another name: use that in the address."
+UNKNOWN_AUTHORITY = (
+    "Its authority is not known: SSL_CERT_FILE names a file of those to trust (PEM), or "
+    "SSL_CERT_DIR a folder of them, named by `openssl rehash`."
+)
+CERTIFICATE_HINTS = {
+    9: "The certificate is not valid yet: set this machine's clock, or wait.",
+    10: "The certificate has expired: renew it at the server, or set this machine's clock.",
+    **dict.fromkeys((18, 19, 20, 21), UNKNOWN_AUTHORITY),
+    **dict.fromkeys((62, 64), OTHER_NAME),
+}
+"""By OpenSSL's number of what is wrong, which stays as it is where the text does not."""
 
 
 def parse_address(base_url: str) -> SplitResult:
@@ -37,16 +49,21 @@ def parse_address(base_url: str) -> SplitResult:
     return parts
 
 
-def tls_hint(error: Exception) -> str:
-    """What to do about an error of TLS, which trying again does not mend; "" of any other."""
-    chain = "".join(traceback.format_exception(error))
-    if "Hostname mismatch" in chain or "IP address mismatch" in chain:
-        return "The certificate is for another name: use that in the address."
-    if "CERTIFICATE_VERIFY_FAILED" in chain:
-        return "Its authority is not known: SSL_CERT_FILE names a file of those to trust (PEM)."
-    if "WRONG_VERSION_NUMBER" in chain or "RECORD_LAYER_FAILURE" in chain:
-        return "The server speaks no TLS: try http:// in place of https://."
-    return ""
+def tls_fault(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong with the server's TLS, and what to do; None where trying again may mend it.
+
+    Each backend wraps the error of `ssl` in others, and the one of trio leaves out its text.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (OSError, WeaverError)):
+        cause = cause.__cause__ or cause.__context__  # ends before an error that the caller handles
+    match cause:
+        case ssl.SSLCertVerificationError():
+            about = CERTIFICATE_HINTS.get(cause.verify_code, "Replace the server's certificate.")
+            return f"its certificate is refused: {cause.verify_message.rstrip('.')}", about
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER" | "RECORD_LAYER_FAILURE"):
+            return str(cause), "The server speaks no TLS: try http:// in place of https://."
+    return None
 
 
 def _refused(address: str, why: str) -> ServiceConnectionError:

@@ -21,7 +21,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from weaver import wire
-from weaver.client.address import NOT_RUNNING, parse_address, tls_hint
+from weaver.client.address import NOT_RUNNING, parse_address, tls_fault
 from weaver.config import is_loopback
 from weaver.errors import (
     ConfigError,
@@ -110,7 +110,7 @@ class HttpService:
         except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
             raise ServiceConnectionError(
                 f"{self._address} cannot be used: {error}",
-                hint="Check it, and the proxy and the SSL_CERT_FILE that the environment names.",
+                hint="Check it, and the proxy, SSL_CERT_FILE and SSL_CERT_DIR of the environment.",
             ) from None
 
     async def __aenter__(self) -> Self:
@@ -375,13 +375,13 @@ class _Outage:
         pause_s = min(FIRST_PAUSE_S * 2**self.attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
         if isinstance(error, _ComesBackError):
             pause_s = max(pause_s, error.after_s)
-        if (wrong := tls_hint(error)) or now + pause_s > self._began + self._longest_s:
+        fault = tls_fault(error)
+        if fault or now + pause_s > self._began + self._longest_s:
             if isinstance(error, _ComesBackError):
                 raise error.error
-            raise ServiceConnectionError(
-                f"{self._address} cannot be reached: {str(error) or type(error).__name__}.",
-                hint=wrong or NOT_RUNNING,
-            ) from None
+            why, hint = fault or (str(error) or type(error).__name__, NOT_RUNNING)
+            message = f"{self._address} cannot be reached: {why}."
+            raise ServiceConnectionError(message, hint=hint) from None
         self.attempts += 1
         await anyio.sleep(pause_s)
 
