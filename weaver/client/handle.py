@@ -1,25 +1,32 @@
 """`OperationHandle[T]`: the result to come of an operation that already has its place in the order.
 
-Made by `weaver.client.session`; users get one from every ordered verb of the async clients.
+Made by `weaver.client.session`; users get one from every ordered verb of the async clients. It may
+be used only where it was made: sessions, handles and the sync clients' portal check their `Origin`
+or `Process` first. A fork has none of its parent's threads, and an event loop is woken only from
+within, so what is used elsewhere would wait for ever.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import anyio
-import anyio.lowlevel
+from anyio.lowlevel import checkpoint, current_token
 
-from weaver.errors import InvalidParamsError, OperationCancelledError, WaitTimeoutError
+from weaver.errors import (
+    InvalidParamsError,
+    OperationCancelledError,
+    UnsupportedError,
+    WaitTimeoutError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
-
-    from weaver.client.origin import Origin
 
 T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -28,6 +35,50 @@ LOG_WAIT_S = 30.0
 """A wait logs what it is waiting for each time this many seconds have passed."""
 
 logger = logging.getLogger("weaver")
+
+
+class Process:
+    """The process that this is made in."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """Raises UnsupportedError in a fork of the process."""
+        if not self.is_here:
+            raise UnsupportedError(
+                f"the client was made in process {self._pid}, of which this is a fork: what it "
+                "needs does not run here.",
+                field="client",
+                hint="Make a new client in the child.",
+            )
+
+
+class Origin(Process):
+    """The process and the running event loop that this is made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = current_token().native_token
+
+    def check(self) -> None:
+        """Raises UnsupportedError in a fork, and outside of the event loop."""
+        super().check()
+        try:
+            loop = current_token().native_token
+        except RuntimeError:
+            loop = None
+        if loop is not self._loop:
+            raise UnsupportedError(
+                "the async client belongs to another event loop than the one that it is used from.",
+                field="client",
+                hint="Call it where it was entered, make a client of this event loop's own, or "
+                "use the sync ServiceClient, which serves every thread.",
+            )
 
 
 class OperationHandle(Generic[T]):
@@ -63,7 +114,7 @@ class OperationHandle(Generic[T]):
         """
         if not self.done():
             self._origin.check()
-            await anyio.lowlevel.checkpoint()  # so that polling with timeout 0 lets others run
+            await checkpoint()  # so that polling with timeout 0 lets others run
         for wait_s in self.waits(timeout):
             with anyio.move_on_after(wait_s):
                 await self._finished.wait()

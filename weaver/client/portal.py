@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 from anyio.from_thread import run_sync, start_blocking_portal
 from anyio.lowlevel import current_token
 
-from weaver.client.origin import Process
+from weaver.client.handle import Process
 from weaver.errors import ClosedError
 
 if TYPE_CHECKING:

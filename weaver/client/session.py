@@ -17,8 +17,7 @@ import anyio
 import anyio.abc
 
 from weaver import wire
-from weaver.client.handle import OperationHandle
-from weaver.client.origin import Origin
+from weaver.client.handle import OperationHandle, Origin
 from weaver.errors import (
     ClosedError,
     InvalidRequestError,
