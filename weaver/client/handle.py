@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint, current_token
 
-from weaver.errors import (
-    InvalidParamsError,
-    OperationCancelledError,
-    UnsupportedError,
-    WaitTimeoutError,
-)
+from weaver import errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -50,7 +45,7 @@ class Process:
     def check(self) -> None:
         """Raises UnsupportedError in a fork of the process."""
         if not self.is_here:
-            raise UnsupportedError(
+            raise errors.UnsupportedError(
                 f"the client was made in process {self._pid}, of which this is a fork: what it "
                 "needs does not run here.",
                 field="client",
@@ -73,7 +68,7 @@ class Origin(Process):
         except RuntimeError:
             loop = None
         if loop is not self._loop:
-            raise UnsupportedError(
+            raise errors.UnsupportedError(
                 "the async client belongs to another event loop than the one that it is used from.",
                 field="client",
                 hint="Call it where it was entered, make a client of this event loop's own, or "
@@ -128,7 +123,7 @@ class OperationHandle(Generic[T]):
             WaitTimeoutError: so many seconds have passed.
         """
         if timeout is not None and not timeout >= 0:
-            raise InvalidParamsError(
+            raise errors.InvalidParamsError(
                 f"is {timeout!r}.", field="timeout", hint="Give seconds, at least 0, or None."
             )
         timeout_s = math.inf if timeout is None else timeout
@@ -136,7 +131,7 @@ class OperationHandle(Generic[T]):
         while not self.done():
             waited = time.monotonic() - start
             if waited >= timeout_s:
-                raise WaitTimeoutError(
+                raise errors.WaitTimeoutError(
                     f"{self.label} has not finished in {timeout_s:g} s; it goes on.",
                     hint="Wait again, or cancel it.",
                 )
@@ -168,7 +163,7 @@ class OperationHandle(Generic[T]):
         error = self.outcome.exception()
         if error is None:
             return "done"
-        return "cancelled" if isinstance(error, OperationCancelledError) else "failed"
+        return "cancelled" if isinstance(error, errors.OperationCancelledError) else "failed"
 
     def __repr__(self) -> str:
         return f"<OperationHandle {self.label}: {self.status}>"

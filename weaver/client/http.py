@@ -20,25 +20,13 @@ import anyio
 import httpx
 from pydantic import TypeAdapter
 
-from weaver import wire
+from weaver import errors, protocol, types, wire
 from weaver.client.address import NOT_RUNNING, parse_address, tls_fault
 from weaver.config import is_loopback
-from weaver.errors import (
-    ConfigError,
-    InvalidRequestError,
-    NotFoundError,
-    ServiceConnectionError,
-    WeaverError,
-)
-from weaver.protocol import ErrorInfo, Export, Outcome, SessionInfo, SessionState
-from weaver.types import CheckpointInfo, MetricPoint, ModelInfo, SampleDelta, TrainingRun
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
     from typing import Self
-
-    from weaver.protocol import Submission
-    from weaver.types import JsonDict
 
     Params = Mapping[str, str | float]
 
@@ -57,13 +45,13 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 COMES_BACK = frozenset({429, 502, 503, 504})
 """Statuses that pass; 429 only where the server says when."""
 
-SESSION, SESSIONS = TypeAdapter(SessionInfo), TypeAdapter(list[SessionState])
-OUTCOMES = TypeAdapter(tuple[Outcome, ...])
-MODEL, MODELS = TypeAdapter(ModelInfo), TypeAdapter(list[ModelInfo])
+SESSION, SESSIONS = TypeAdapter(protocol.SessionInfo), TypeAdapter(list[protocol.SessionState])
+OUTCOMES = TypeAdapter(tuple[protocol.Outcome, ...])
+MODEL, MODELS = TypeAdapter(types.ModelInfo), TypeAdapter(list[types.ModelInfo])
 FILES = TypeAdapter(dict[str, bytes])
-RUN, RUNS = TypeAdapter(TrainingRun), TypeAdapter(list[TrainingRun])
-CHECKPOINT, CHECKPOINTS = TypeAdapter(CheckpointInfo), TypeAdapter(list[CheckpointInfo])
-METRICS, EXPORT = TypeAdapter(list[MetricPoint]), TypeAdapter(Export)
+RUN, RUNS = TypeAdapter(types.TrainingRun), TypeAdapter(list[types.TrainingRun])
+CHECKPOINT, CHECKPOINTS = TypeAdapter(types.CheckpointInfo), TypeAdapter(list[types.CheckpointInfo])
+METRICS, EXPORT = TypeAdapter(list[types.MetricPoint]), TypeAdapter(protocol.Export)
 
 
 class HttpService:
@@ -91,7 +79,7 @@ class HttpService:
         self._address = parts.geturl()
         self._outage_s = outage_s
         if api_key is not None and not re.fullmatch(r"[!-~]*", api_key):  # it is not shown
-            raise ConfigError(
+            raise errors.ConfigError(
                 "has a space, a line end or another character that no key has.",
                 field="api_key",
                 hint="Copy it again, as `weaver keys create` printed it.",
@@ -108,7 +96,7 @@ class HttpService:
             )
             self._headers = dict(self._http.headers)
         except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
-            raise ServiceConnectionError(
+            raise errors.ServiceConnectionError(
                 f"{self._address} cannot be used: {error}",
                 hint="Check it, and the proxy, SSL_CERT_FILE and SSL_CERT_DIR of the environment.",
             ) from None
@@ -121,7 +109,9 @@ class HttpService:
 
     # --- the service ----------------------------------------------------------------------------
 
-    async def open_session(self, *, user_metadata: JsonDict | None = None) -> SessionInfo:
+    async def open_session(
+        self, *, user_metadata: types.JsonDict | None = None
+    ) -> protocol.SessionInfo:
         body = {"user_metadata": user_metadata or {}}
         outage_s = min(FIRST_CONTACT_S, self._outage_s)
         reply = await self._call("POST", "sessions", body=body, outage_s=outage_s)
@@ -130,17 +120,19 @@ class HttpService:
     async def close_session(self, session_id: str) -> None:
         try:
             await self._call("DELETE", f"sessions/{_quoted(session_id)}", outage_s=FIRST_CONTACT_S)
-        except NotFoundError:
+        except errors.NotFoundError:
             logger.debug("session %s was closed before", session_id)
 
-    async def list_sessions(self) -> Sequence[SessionState]:
+    async def list_sessions(self) -> Sequence[protocol.SessionState]:
         return self._read(await self._call("GET", "sessions"), SESSIONS)
 
-    async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
+    async def submit(self, session_id: str, submissions: Sequence[protocol.Submission]) -> None:
         data = await wire.beside(wire.about_bytes(submissions), partial(wire.encode, submissions))
         await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
 
-    async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
+    async def collect(
+        self, session_id: str, *, after: int, timeout_s: float
+    ) -> Sequence[protocol.Outcome]:
         end = anyio.current_time() + timeout_s
         while True:
             wait_s = min(max(end - anyio.current_time(), 0.0), LONGEST_POLL_S)
@@ -158,7 +150,7 @@ class HttpService:
         body = {"submission_ids": list(submission_ids)}
         await self._call("POST", f"sessions/{_quoted(session_id)}/cancel", body=body)
 
-    async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+    async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[types.SampleDelta]:
         path = f"sessions/{_quoted(session_id)}/stream/{_quoted(submission_id)}"
         outage = _Outage(self._address, self._outage_s)
         seen = 0
@@ -172,20 +164,20 @@ class HttpService:
                             continue  # to the end of the reply, so that its connection is kept
                         seen += 1
                         outage.over()
-                        yield SampleDelta.model_validate_json(data)
+                        yield types.SampleDelta.model_validate_json(data)
                 match last:
                     case ("end", _):
                         return
                     case ("error", info):
-                        raise ErrorInfo.model_validate_json(info).to_error()
+                        raise protocol.ErrorInfo.model_validate_json(info).to_error()
                 raise httpx.ReadError("the stream ended in its middle")
             except (httpx.TransportError, _ComesBackError) as error:
                 await outage.pause(error)
 
-    async def list_models(self) -> Sequence[ModelInfo]:
+    async def list_models(self) -> Sequence[types.ModelInfo]:
         return self._read(await self._call("GET", "models"), MODELS)
 
-    async def get_model(self, base_model: str) -> ModelInfo:
+    async def get_model(self, base_model: str) -> types.ModelInfo:
         reply = await self._call("GET", "models/info", params={"name": base_model})
         return self._read(reply, MODEL)
 
@@ -193,36 +185,36 @@ class HttpService:
         reply = await self._call("GET", "models/tokenizer", params={"name": base_model})
         return await self._decode(reply, FILES)
 
-    async def list_runs(self) -> Sequence[TrainingRun]:
+    async def list_runs(self) -> Sequence[types.TrainingRun]:
         return self._read(await self._call("GET", "runs"), RUNS)
 
-    async def get_run(self, run_id: str) -> TrainingRun:
+    async def get_run(self, run_id: str) -> types.TrainingRun:
         return self._read(await self._call("GET", f"runs/{_quoted(run_id)}"), RUN)
 
-    async def stop_run(self, run_id: str) -> TrainingRun:
+    async def stop_run(self, run_id: str) -> types.TrainingRun:
         return self._read(await self._call("POST", f"runs/{_quoted(run_id)}/stop"), RUN)
 
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
         asked = {"checkpoints": checkpoints}
         await self._call("DELETE", f"runs/{_quoted(run_id)}", params=asked)
 
-    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
+    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[types.CheckpointInfo]:
         params = {} if run_id is None else {"run_id": run_id}
         return self._read(await self._call("GET", "checkpoints", params=params), CHECKPOINTS)
 
-    async def get_checkpoint(self, path: str) -> CheckpointInfo:
+    async def get_checkpoint(self, path: str) -> types.CheckpointInfo:
         reply = await self._call("GET", "checkpoints/info", params={"path": path})
         return self._read(reply, CHECKPOINT)
 
     async def delete_checkpoint(self, path: str) -> None:
         await self._call("DELETE", "checkpoints", params={"path": path})
 
-    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> types.CheckpointInfo:
         body = {"ttl_seconds": ttl_seconds}
         reply = await self._call("PUT", "checkpoints/ttl", params={"path": path}, body=body)
         return self._read(reply, CHECKPOINT)
 
-    async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> protocol.Export:
         params: Params = {"path": path, "merge": merge}
         return self._read(await self._call("GET", "checkpoints/export", params=params), EXPORT)
 
@@ -232,11 +224,13 @@ class HttpService:
         params: Params = {"path": path, "name": name, "merge": merge, "offset": offset}
         return (await self._call("GET", "checkpoints/export/file", params=params)).content
 
-    async def log_metrics(self, run_id: str, points: Sequence[MetricPoint]) -> None:
+    async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None:
         body = {"points": [point.model_dump(mode="json") for point in points]}
         await self._call("POST", f"runs/{_quoted(run_id)}/metrics", body=body)
 
-    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+    async def read_metrics(
+        self, run_id: str, *, name: str | None = None
+    ) -> Sequence[types.MetricPoint]:
         params = {} if name is None else {"name": name}
         reply = await self._call("GET", f"runs/{_quoted(run_id)}/metrics", params=params)
         return self._read(reply, METRICS)
@@ -252,7 +246,7 @@ class HttpService:
         path: str,
         *,
         params: Params | None = None,
-        body: JsonDict | bytes | None = None,
+        body: types.JsonDict | bytes | None = None,
         wait_s: float = 0.0,
         outage_s: float | None = None,
     ) -> httpx.Response:
@@ -309,13 +303,13 @@ class HttpService:
             raise _ComesBackError(error, float(after) if after.isdecimal() else 0.0)
         raise error
 
-    def _error(self, reply: httpx.Response) -> WeaverError:
+    def _error(self, reply: httpx.Response) -> errors.WeaverError:
         try:
             info = reply.json()["error"]
-            known = {name: info.get(name) for name in ErrorInfo.model_fields}
-            return ErrorInfo(**known).to_error()
+            known = {name: info.get(name) for name in protocol.ErrorInfo.model_fields}
+            return protocol.ErrorInfo(**known).to_error()
         except (ValueError, TypeError, KeyError, AttributeError):
-            return ServiceConnectionError(
+            return errors.ServiceConnectionError(
                 f"{self._address} answered {reply.status_code} {reply.reason_phrase}.",
                 hint="Is a Weaver server there?",
             )
@@ -330,11 +324,11 @@ class HttpService:
         data = reply.content
         try:
             return await wire.beside(len(data), partial(wire.decode, data, adapter))
-        except InvalidRequestError:
+        except errors.InvalidRequestError:
             raise self._not_understood() from None
 
-    def _not_understood(self) -> ServiceConnectionError:
-        return ServiceConnectionError(
+    def _not_understood(self) -> errors.ServiceConnectionError:
+        return errors.ServiceConnectionError(
             f"{self._address} answered something that this client does not understand.",
             hint="Is a Weaver server of the same version there?",
         )
@@ -343,7 +337,7 @@ class HttpService:
 class _ComesBackError(Exception):
     """An answer that will be another one after a while."""
 
-    def __init__(self, error: WeaverError, after_s: float) -> None:
+    def __init__(self, error: errors.WeaverError, after_s: float) -> None:
         super().__init__(str(error))
         self.error = error
         self.after_s = after_s
@@ -381,16 +375,16 @@ class _Outage:
                 raise error.error
             why, hint = fault or (str(error) or type(error).__name__, NOT_RUNNING)
             message = f"{self._address} cannot be reached: {why}."
-            raise ServiceConnectionError(message, hint=hint) from None
+            raise errors.ServiceConnectionError(message, hint=hint) from None
         self.attempts += 1
         await anyio.sleep(pause_s)
 
 
-def _json(body: JsonDict) -> bytes:
+def _json(body: types.JsonDict) -> bytes:
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             f"cannot be sent: {error}.", field="user_metadata", hint="Use plain JSON values."
         ) from None
 

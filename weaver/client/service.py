@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weaver import types
+from weaver import errors, protocol, types
 from weaver.client.checks import as_path, as_value, check_ttl
 from weaver.client.embedded import embedded_service
 from weaver.client.exports import export_to
@@ -18,8 +18,6 @@ from weaver.client.sampling import open_sampler
 from weaver.client.session import Answer, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
-from weaver.errors import ClosedError, InvalidParamsError, InvalidRequestError
-from weaver.protocol import CreateModel, ModelCreated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +65,7 @@ class AsyncServiceClient:
         service: Service | None = None,
     ) -> None:
         if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise InvalidParamsError(
+            raise errors.InvalidParamsError(
                 f"is {base_url!r}.",
                 field="base_url",
                 hint="Start it with http:// or https://, or leave it out to run embedded.",
@@ -132,7 +130,7 @@ class AsyncServiceClient:
         session = self._session
         _check_model_name(base_model)
         if training_mode == "full_ft" and lora_config is not None:
-            raise InvalidParamsError(
+            raise errors.InvalidParamsError(
                 "full fine-tuning has no adapter.",
                 field="lora_config",
                 hint='Leave it out, or use training_mode="lora".',
@@ -140,7 +138,7 @@ class AsyncServiceClient:
         lora = None
         if training_mode == "lora":
             lora = as_value(types.LoraConfig, lora_config or {}, field="lora_config")
-        operation = CreateModel(
+        operation = protocol.CreateModel(
             base_model=base_model,
             training_mode=training_mode,
             lora_config=lora,
@@ -148,7 +146,7 @@ class AsyncServiceClient:
             user_metadata=user_metadata or {},
         )
         reply = Answer(
-            ModelCreated, lambda made: AsyncTrainingClient(session, made.run, made.model)
+            protocol.ModelCreated, lambda made: AsyncTrainingClient(session, made.run, made.model)
         )
         return session.submit(operation, reply)
 
@@ -180,7 +178,7 @@ class AsyncServiceClient:
             CheckpointCorruptError: from the handle.
         """
         if model_path is None and base_model is None:
-            raise InvalidRequestError(
+            raise errors.InvalidRequestError(
                 "needs model_path or base_model.",
                 field="create_sampling_client",
                 hint='Pass base_model="weaver-nano", or the path of saved weights.',
@@ -242,7 +240,7 @@ class AsyncServiceClient:
     @property
     def _session(self) -> Session:
         if self._open is None:
-            raise ClosedError(
+            raise errors.ClosedError(
                 "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
             )
         return self._open
@@ -262,7 +260,7 @@ def open_service(
 
 def _check_model_name(base_model: object) -> None:
     if not isinstance(base_model, str) or not base_model.strip():
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             f"is {base_model!r}.",
             field="base_model",
             hint='Pass a name such as "weaver-nano", a Hugging Face id or a folder.',

@@ -16,29 +16,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 import anyio.abc
 
-from weaver import wire
+from weaver import errors, protocol, types, wire
 from weaver.client.handle import OperationHandle, Origin
-from weaver.errors import (
-    ClosedError,
-    InvalidRequestError,
-    OperationCancelledError,
-    ServiceConnectionError,
-    StorageError,
-    WeaverError,
-)
-from weaver.protocol import ForwardBackward, ReleaseSampler, SamplerReleased, Submission
 from weaver.tokenizers import TokenizerCache
-from weaver.types import Value
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from weaver.protocol import Operation, Outcome, Service, SessionInfo
     from weaver.tokenizers import PreTrainedTokenizer
-    from weaver.types import JsonDict, SampleDelta
 
-R = TypeVar("R", bound=Value)
+R = TypeVar("R", bound=types.Value)
 T = TypeVar("T")
 
 POLL_S = 30.0
@@ -57,7 +45,7 @@ class Answer(Generic[R, T]):
     read: Callable[[R], T]
 
 
-RELEASED = Answer(SamplerReleased, lambda result: None)
+RELEASED = Answer(protocol.SamplerReleased, lambda result: None)
 
 
 @dataclass(slots=True, eq=False)
@@ -69,14 +57,14 @@ class Ticket(Generic[T]):
     seq: int | None
     answer: Answer[Any, T]
     adds_gradient: bool
-    operation: Operation | None = None
+    operation: protocol.Operation | None = None
     open: bool = True
     """Neither filled nor given up: what comes behind it waits here, not at the service."""
     handle: OperationHandle[T] = field(init=False)
 
-    def submission(self) -> Submission:
+    def submission(self) -> protocol.Submission:
         """A tombstone where the operation was given up."""
-        return Submission(
+        return protocol.Submission(
             id=self.id,
             operation=self.operation,
             run_id=self.run_id,
@@ -90,7 +78,9 @@ class Session:
 
     _tasks: anyio.abc.TaskGroup
 
-    def __init__(self, service: Service, info: SessionInfo, *, tokenizers: TokenizerCache) -> None:
+    def __init__(
+        self, service: protocol.Service, info: protocol.SessionInfo, *, tokenizers: TokenizerCache
+    ) -> None:
         self.id = info.session_id
         self.deterministic = info.deterministic
         self.origin = Origin()
@@ -107,7 +97,7 @@ class Session:
         self._sending = anyio.Lock()
         self._to_send = anyio.Event()
         self._to_collect = anyio.Event()
-        self._ended: WeaverError | None = None
+        self._ended: errors.WeaverError | None = None
 
     # --- what the clients call ---
 
@@ -117,20 +107,20 @@ class Session:
         return await self._tokenizers.get(base_model)
 
     @property
-    def service(self) -> Service:
+    def service(self) -> protocol.Service:
         """For what has no place in an order; raises the error that ended the session, if any."""
         self.check_open()
         return self._service
 
     def submit(
-        self, operation: Operation, reply: Answer[Any, T], *, run_id: str | None = None
+        self, operation: protocol.Operation, reply: Answer[Any, T], *, run_id: str | None = None
     ) -> OperationHandle[T]:
         """Queues an operation; with `run_id` it takes the run's next place.
 
         Raises:
             ClosedError, ServiceConnectionError: the session has ended.
         """
-        gradient = isinstance(operation, ForwardBackward) and operation.backward
+        gradient = isinstance(operation, protocol.ForwardBackward) and operation.backward
         ticket = self.reserve(operation.kind, reply, run_id=run_id, adds_gradient=gradient)
         self.fill(ticket, operation)
         return ticket.handle
@@ -154,7 +144,7 @@ class Session:
         self._outbox.append(ticket)
         return ticket
 
-    def fill(self, ticket: Ticket[T], operation: Operation) -> None:
+    def fill(self, ticket: Ticket[T], operation: protocol.Operation) -> None:
         """Queues a reserved operation; does nothing if the ticket was cancelled meanwhile."""
         if not ticket.handle.done():
             ticket.operation, ticket.open = operation, False
@@ -180,12 +170,14 @@ class Session:
         """Lets go of a sampler with the next request; may be called from any thread."""
         self._unneeded.append(sampler_id)
 
-    async def stream(self, operation: Operation, *, of: object) -> AsyncIterator[SampleDelta]:
+    async def stream(
+        self, operation: protocol.Operation, *, of: object
+    ) -> AsyncIterator[types.SampleDelta]:
         """Submits a sample and yields its pieces; leaving early cancels it. Keeps `of` alive."""
-        submission = Submission(id=self._new_id(), operation=operation)
+        submission = protocol.Submission(id=self._new_id(), operation=operation)
         await self.service.submit(self.id, [submission])
         deltas = cast(
-            "AsyncGenerator[SampleDelta, None]", self._service.stream(self.id, submission.id)
+            "AsyncGenerator[types.SampleDelta, None]", self._service.stream(self.id, submission.id)
         )
         finished = False
         try:
@@ -219,7 +211,7 @@ class Session:
         """Sends what is queued, says goodbye and fails whatever is unfinished as closed."""
         self.origin.check()
         if self._ended is None:
-            self._end(ClosedError("the client was closed.", hint="Open a new one."))
+            self._end(errors.ClosedError("the client was closed.", hint="Open a new one."))
             with anyio.move_on_after(CLOSE_S, shield=True):
                 await self._guard(self._say_goodbye)
         self._tasks.cancel_scope.cancel()
@@ -245,7 +237,7 @@ class Session:
             try:
                 wait_s = POLL_S if self._sent else 0.0
                 outcomes = await self._service.collect(self.id, after=cursor, timeout_s=wait_s)
-            except ServiceConnectionError:
+            except errors.ServiceConnectionError:
                 if self._sent:
                     raise
                 continue  # nothing is lost by a heartbeat
@@ -258,10 +250,10 @@ class Session:
         """Runs a task whose failure ends the session by name, so that no handle hangs."""
         try:
             await task()
-        except WeaverError as error:
+        except errors.WeaverError as error:
             self._end(error)
         except Exception as defect:  # a service may be anybody's: it ends nobody's program
-            end = ServiceConnectionError(
+            end = errors.ServiceConnectionError(
                 f"the service failed with {type(defect).__name__}: {defect}",
                 hint="Open a new client.",
             )
@@ -279,7 +271,7 @@ class Session:
         """
         try:
             await self._service.submit(self.id, [ticket.submission() for ticket in batch])
-        except InvalidRequestError as error:
+        except errors.InvalidRequestError as error:
             if len(batch) > 1:
                 await self._submit(batch[: len(batch) // 2])
                 await self._submit(batch[len(batch) // 2 :])
@@ -289,7 +281,7 @@ class Session:
                 self._give_up(batch[0], error)
                 if batch[0].seq is not None:
                     await self._submit(batch)
-        except StorageError as error:  # it has no room for tombstones either, for now
+        except errors.StorageError as error:  # it has no room for tombstones either, for now
             for ticket in batch:
                 self._give_up(ticket, error)
             self._outbox[:0] = batch
@@ -297,7 +289,7 @@ class Session:
     async def _flush(self) -> None:
         async with self._sending:
             while self._unneeded and self._ended is None:
-                self.submit(ReleaseSampler(sampler_id=self._unneeded.popleft()), RELEASED)
+                self.submit(protocol.ReleaseSampler(sampler_id=self._unneeded.popleft()), RELEASED)
             batch, self._outbox = _sendable(self._outbox)
             for ticket in batch:
                 if not ticket.handle.done():
@@ -331,18 +323,20 @@ class Session:
             self._cancels.append(ticket.id)
         else:
             ticket.open = False
-            self._give_up(ticket, OperationCancelledError(f"{ticket.handle.label} was cancelled."))
+            self._give_up(
+                ticket, errors.OperationCancelledError(f"{ticket.handle.label} was cancelled.")
+            )
         self._to_send.set()
         return True
 
-    def _give_up(self, ticket: Ticket[Any], error: WeaverError) -> None:
+    def _give_up(self, ticket: Ticket[Any], error: errors.WeaverError) -> None:
         """Fails it. Its place in a run's order becomes a tombstone; what has none is not sent."""
         ticket.operation = None
         self._sent.pop(ticket.id, None)
         ticket.handle.fail(error)
         self._open.discard(ticket.handle)
 
-    def _settle(self, ticket: Ticket[Any], outcome: Outcome) -> None:
+    def _settle(self, ticket: Ticket[Any], outcome: protocol.Outcome) -> None:
         handle = ticket.handle
         if outcome.error is not None:
             handle.fail(outcome.error.to_error())
@@ -350,14 +344,14 @@ class Session:
             handle.settle(ticket.answer.read(outcome.result))
         else:
             handle.fail(
-                ServiceConnectionError(
+                errors.ServiceConnectionError(
                     f"{handle.label} was answered with {type(outcome.result).__name__}.",
                     hint="Client and service have different versions.",
                 )
             )
         self._open.discard(handle)
 
-    def _end(self, error: WeaverError) -> None:
+    def _end(self, error: errors.WeaverError) -> None:
         self._ended = self._ended or error
         for handle in self._open:
             handle.fail(error)
@@ -369,7 +363,7 @@ class Session:
 
 @asynccontextmanager
 async def open_session(
-    service: Service, home: Path, *, user_metadata: JsonDict | None = None
+    service: protocol.Service, home: Path, *, user_metadata: types.JsonDict | None = None
 ) -> AsyncIterator[Session]:
     """A session with a service, closed on leaving; tokenizers are kept below `home`."""
     info = await service.open_session(user_metadata=user_metadata)
