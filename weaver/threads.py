@@ -21,7 +21,6 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import anyio.from_thread
 from anyio.lowlevel import current_token
 
 if TYPE_CHECKING:
@@ -63,6 +62,16 @@ def out_at_exit(call: Callable[[], T], *, patience_s: float = math.inf) -> T:
         raise
 
 
+def call_soon(loop: Any, call: Callable[[], object]) -> None:
+    """Has an event loop, a `current_token().native_token`, call it; nothing if the loop has ended.
+
+    It does not wait for that, as `anyio.from_thread` does.
+    """
+    put = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon  # asyncio's, or trio's
+    with suppress(RuntimeError):
+        put(call)
+
+
 class DaemonThread:
     """One thread that runs calls in their order, and that nothing joins.
 
@@ -77,7 +86,7 @@ class DaemonThread:
 
     async def run(self, call: Callable[[], T]) -> T:
         """What `call` returns or raises; where the caller is cancelled, what has begun goes on."""
-        done, outcome, token = anyio.Event(), Future[T](), current_token()
+        done, outcome, loop = anyio.Event(), Future[T](), current_token().native_token
         in_context = partial(contextvars.copy_context().run, call)
 
         def work() -> None:
@@ -87,8 +96,7 @@ class DaemonThread:
                 outcome.set_result(out_at_exit(in_context, patience_s=self._patience_s))
             except BaseException as error:  # raised again where it is awaited
                 outcome.set_exception(error)
-            with suppress(RuntimeError):  # the event loop has ended: nobody waits
-                anyio.from_thread.run_sync(done.set, token=token)
+            call_soon(loop, done.set)
 
         if self._calls is None:
             self._calls = SimpleQueue()

@@ -15,6 +15,7 @@ import numpy as np
 from tests.fake_engine.model import VOCAB, read_weights, tokenizer_files
 from tests.fake_engine.sampler import FakeSampler
 from tests.fake_engine.trainer import FakeTrainer
+from weaver.engine.threaded import ThreadedEngine
 from weaver.errors import UnknownModelError, nearest
 from weaver.types import ModelInfo
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from weaver.types import Message
 
 
-class FakeEngine:
+class FakeEngine(ThreadedEngine):
     """An engine whose base models, `models`, are all alike.
 
     `hook(name, argument)` is called within each engine call, in its thread: it may sleep to make
@@ -54,9 +55,8 @@ class FakeEngine:
             )
             for name in models
         }
-        self.trainer = FakeTrainer(self)
-        self.sampler = FakeSampler(self, slots=slots)
         self._calling = threading.Lock()
+        super().__init__(FakeTrainer(self), FakeSampler(self, slots=slots))
 
     def list_models(self) -> Sequence[ModelInfo]:
         return list(self._models.values())
@@ -85,9 +85,6 @@ class FakeEngine:
         self.hook("merge_adapter", folder)
         weights, _ = read_weights(adapter, base_model)
         np.save(folder / "model.npy", weights)
-
-    def close(self) -> None:
-        pass
 
     @contextmanager
     def call(self, name: str, argument: object) -> Iterator[None]:

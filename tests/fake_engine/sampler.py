@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.fake_engine import FakeEngine
-    from weaver.engine.base import SampleJob, WeightSnapshot
+    from weaver.engine.base import SampleJob
+    from weaver.engine.blocking import WeightSnapshot
 
 
 @dataclass(slots=True, eq=False)

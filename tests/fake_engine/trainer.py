@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.fake_engine.model import BASE, VOCAB, Floats, log_softmax, logits, read_weights
 from weaver.checks import weights_of
-from weaver.engine.base import WeightSnapshot
+from weaver.engine.blocking import WeightSnapshot
 from weaver.errors import NoGradientsError, NonFiniteError, UnsupportedError, WeaverError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, OptimStepResult

@@ -260,7 +260,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_keeps_its_draft(
     child.start()
     try:
         others.append(receiver.recv())
-        mine = disk.draft(location, lambda folder: None)
+        mine = disk.draft(location)
         disk.sweep()
         assert others[0].exists() and mine.exists()
     finally:
@@ -271,7 +271,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_keeps_its_draft(
 
 
 def draft_and_wait(home: Path, location: Location, made: Connection) -> None:
-    made.send(Checkpoints(home).draft(location, lambda folder: None))
+    made.send(Checkpoints(home).draft(location))
     time.sleep(60)
 
 
@@ -285,7 +285,7 @@ def test_where_folders_cannot_be_locked_an_old_draft_is_abandoned(
     write(disk)
     draft = home / "runs/run-1/weights/.draft-0"
     draft.mkdir()
-    mine = disk.draft(Location("run-1", "weights", "z"), lambda folder: None)
+    mine = disk.draft(Location("run-1", "weights", "z"))
     disk.sweep()
     assert draft.exists()
     for folder in (draft, mine):  # or the clock has jumped

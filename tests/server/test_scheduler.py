@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weaver.server.scheduler import FairShare, Head, plan
+from weaver.engine.threaded import FairShare
+from weaver.server.scheduler import Head, plan
 
 HEADS = st.lists(
     st.builds(

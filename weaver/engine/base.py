@@ -1,17 +1,19 @@
 """What the service asks of an engine: the `Trainer`, `Sampler` and `Engine` protocols.
 
-All methods block; the service calls them from worker threads, one call at a time per engine, so an
-implementation needs no lock. They raise `WeaverError` for what a user can mend; anything else is a
-defect and reaches the user as `EngineError`. Inputs were validated by the service.
+An engine owns its device or devices: who waits for whom on them is its own affair, so its methods
+may be called at any time. Values are plain, so that an engine may be in another process. Methods
+raise `WeaverError` for what a user can mend; anything else is a defect and reaches the user as
+`EngineError`. Inputs were validated by the service. `weaver.engine.threaded` makes an engine of
+parts that block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
 
     from weaver import types
@@ -30,20 +32,16 @@ class GradientJob:
     backward: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WeightSnapshot:
-    """Weights that never change again.
-
-    For LoRA, `tensors` maps PEFT's names (`base_model.model....lora_A.weight`) to torch tensors;
-    for full fine-tuning the model's own parameter names.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRef:
+    """Where weights are that never change again."""
 
     base_model: str
-    lora_config: types.LoraConfig | None
-    """None after full fine-tuning."""
-    version: int
-    """The run's optimizer step."""
-    tensors: Mapping[str, Any] = field(repr=False)
+    version: int = 0
+    """The run's optimizer step; 0 for a base model."""
+    uri: str | None = None
+    """`mem:...` of the engine that answered it, `file:///...` of a folder (an adapter in PEFT's
+    layout, or a checkpoint); None is the base model itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,10 @@ class SampleJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleProgress:
-    """What one step of the sampler did for one job; the last one has a result or an error."""
+    """What was done for one job since the last; the last one of a job has a result.
+
+    A sampler whose steps serve many jobs tells of failed ones by `error`.
+    """
 
     job_id: str
     deltas: Sequence[types.SampleDelta] = ()
@@ -72,7 +73,12 @@ class SampleProgress:
 
 
 class Trainer(Protocol):
-    def create_run(
+    """Calls of one lane are made one at a time; lanes do not wait for each other."""
+
+    def lane(self, run_id: str) -> str:
+        """Where the calls of a run wait for each other: always the same for a run."""
+
+    async def create_run(
         self,
         run_id: str,
         base_model: str,
@@ -82,75 +88,75 @@ class Trainer(Protocol):
         seed: int,
     ) -> None: ...
 
-    def forward_backward(
+    async def forward_backward(
         self, jobs: Sequence[GradientJob]
     ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
         """Adds each job's gradient to its run. A job that fails adds nothing to any run.
 
-        The jobs are of different runs on one base model.
+        The jobs are of different runs of one lane on one base model.
         """
 
-    def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
+    async def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
         """One AdamW step on the accumulated gradient, which is then cleared.
+
+        The answer's metrics have `step`: the optimizer steps that the run has taken.
 
         Raises:
             NoGradientsError: nothing was accumulated.
             NonFiniteError: the gradient has NaN or infinity; it is cleared, weights untouched.
         """
 
-    def clear_gradients(self, run_id: str) -> None: ...
+    async def clear_gradients(self, run_id: str) -> None: ...
 
-    def step(self, run_id: str) -> int:
-        """Optimizer steps taken."""
+    async def snapshot(self, run_id: str) -> WeightsRef:
+        """The weights as they are now, to be published; until the run's next snapshot."""
 
-    def snapshot(self, run_id: str) -> WeightSnapshot: ...
-
-    def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
+    async def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
         """Writes into an empty folder: PEFT's layout (or a model folder for full fine-tuning).
 
         With the optimizer also `optimizer.safetensors`. The accumulated gradient is not saved.
         """
 
-    def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
+    async def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> int:
         """Replaces weights, step and (or resets) optimizer state; clears the gradient.
+
+        Answers the run's step, in optimizer steps taken.
 
         Raises:
             CheckpointMismatchError, CheckpointCorruptError: before anything changed.
         """
 
-    def delete_run(self, run_id: str) -> None: ...
+    async def delete_run(self, run_id: str) -> None: ...
+
+
+class Samples(Protocol):
+    """What is done for one sample job, as it is done, up to its result.
+
+    It raises why the job cannot be done: the last that is heard of it.
+    """
+
+    def __aiter__(self) -> AsyncIterator[SampleProgress]: ...
+
+    async def __anext__(self) -> SampleProgress: ...
+
+    async def aclose(self) -> None:
+        """Drops the job, unless it has ended; does not wait for that."""
 
 
 class Sampler(Protocol):
-    def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
-        """Makes a trainer's snapshot sampleable under an id.
+    async def publish(self, weights_id: str, ref: WeightsRef) -> int:
+        """Makes weights sampleable under an id that was never used; answers their version.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite.
-        """
-
-    def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
-        """Makes a base model, or a folder's weights on it, sampleable; answers their version.
-
-        Raises:
             UnknownModelError, CheckpointMismatchError, CheckpointCorruptError
         """
 
-    def release(self, weights_id: str) -> None:
+    async def release(self, weights_id: str) -> None:
         """Forgets the weights, once running jobs are done with them. Unknown ids are ignored."""
 
-    def add(self, job: SampleJob) -> None:
-        """Queues a job; it joins at a following step."""
-
-    def cancel(self, job_id: str) -> None:
-        """Drops a job and frees its slots at once, without progress. Unknown ids are ignored."""
-
-    def step(self) -> Sequence[SampleProgress]:
-        """Prefills or decodes once for all running rows. Empty list: nothing new yet."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether `step` has work."""
+    def sample(self, job: SampleJob) -> Samples:
+        """Begins a job, behind those that were begun before."""
 
 
 class Tokenizer(Protocol):
@@ -161,12 +167,11 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
-class Engine(Protocol):
-    @property
-    def trainer(self) -> Trainer: ...
+class Engine(Trainer, Sampler, Protocol):
+    """Beside training and sampling it knows its models: from files, and without their weights.
 
-    @property
-    def sampler(self) -> Sampler: ...
+    What it says of models blocks, and may be asked in any number of threads at once.
+    """
 
     @property
     def description(self) -> str:
@@ -175,7 +180,7 @@ class Engine(Protocol):
     def list_models(self) -> Sequence[types.ModelInfo]: ...
 
     def get_model(self, base_model: str) -> types.ModelInfo:
-        """Reads a model's configuration; cheap, loads no weights.
+        """Reads a model's configuration.
 
         Raises:
             UnknownModelError: with the known names.
@@ -184,8 +189,6 @@ class Engine(Protocol):
 
     def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
         """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
-
-        Like `get_model` it may run beside other methods, in any number of threads.
 
         Raises:
             ContextLengthError: it cannot fit the model's context, however it is encoded.
@@ -198,10 +201,9 @@ class Engine(Protocol):
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         """Writes the whole model with the adapter of a checkpoint folder into an empty folder.
 
-        It may run beside others, once `get_model` has answered for the base.
-
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Forgets everything, behind what still runs. The engine is not used again."""

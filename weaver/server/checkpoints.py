@@ -115,36 +115,52 @@ class Checkpoints:
     ) -> CheckpointInfo:
         """Saves what `fill` puts into an empty folder; answers `info` with its times and size.
 
-        A checkpoint that the same `author` has written is kept as it is: nothing is done twice.
-
         Raises:
             NameTakenError: it exists, and `overwrite` is not set.
             StorageError: the disk is full or not writable; nothing was left behind.
         """
-        location = Location.parse(info.path)
-        found = self._find(location)
+        done = self.written(info, author=author, overwrite=overwrite)
+        if done is not None:
+            return done
+        draft = self.draft(Location.parse(info.path))
+        try:
+            with storage_errors(f"saving {info.path}"):
+                fill(draft)
+        except BaseException:
+            self.discard(draft)
+            raise
+        return self.commit(draft, info, author=author)
+
+    def written(
+        self, info: CheckpointInfo, *, author: str, overwrite: bool
+    ) -> CheckpointInfo | None:
+        """What the same `author` has written there, which is kept: nothing is done twice.
+
+        Raises:
+            NameTakenError: another one has, and `overwrite` is not set.
+        """
+        found = self._find(Location.parse(info.path))
         if found is not None and author and found.author == author:
             return found.checkpoint
         if found is not None and not overwrite:
             raise NameTakenError(
-                f"{location} exists already.", field="name", hint="Set overwrite=True."
+                f"{info.path} exists already.", field="name", hint="Set overwrite=True."
             )
-        return self.commit(self.draft(location, fill), info, author=author)
+        return None
 
-    def draft(self, location: Location, fill: Callable[[Path], None]) -> Path:
-        """The first half of `write`: a folder for `commit`, which need not be on the disk yet.
+    def draft(self, location: Location) -> Path:
+        """An empty folder to be filled, for `commit` or `discard`.
 
         Raises:
             StorageError
         """
         draft = self._folder(location).parent / f"{DRAFT}{secrets.token_hex(8)}"
         try:
-            with _storage_errors(f"saving {location}"):
+            with storage_errors(f"saving {location}"):
                 self._drafts[draft] = None
                 self._drafts[draft] = make_own(draft)
-                fill(draft)
         except BaseException:
-            self._drop(draft)
+            self.discard(draft)
             raise
         return draft
 
@@ -156,10 +172,10 @@ class Checkpoints:
         author: str = "",
         last_seqs: Mapping[str, int] | None = None,
     ) -> CheckpointInfo:
-        """The second half: flushes a draft to the disk and puts it in its place."""
+        """Flushes a draft to the disk and puts it in its place."""
         place = self._folder(Location.parse(info.path))
         try:
-            with _storage_errors(f"saving {info.path}"):
+            with storage_errors(f"saving {info.path}"):
                 files = sorted(path for path in draft.rglob("*") if path.is_file())
                 now = self._now()
                 info = info.model_copy(
@@ -180,10 +196,11 @@ class Checkpoints:
                 with self._changing:
                     _swap(draft, place)
         finally:
-            self._drop(draft)
+            self.discard(draft)
         return info.model_copy(update={"folder": str(place)})
 
-    def _drop(self, draft: Path) -> None:
+    def discard(self, draft: Path) -> None:
+        """Gives up what was not committed."""
         shutil.rmtree(draft, ignore_errors=True)
         lock = self._drafts.pop(draft, None)
         if lock is not None:
@@ -250,7 +267,7 @@ class Checkpoints:
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
         """Counts from now; None keeps it for ever."""
-        with _storage_errors(f"setting the lifetime of {path}"), self._changing:
+        with storage_errors(f"setting the lifetime of {path}"), self._changing:
             manifest = self.manifest(path)
             lifetime = {
                 "ttl_seconds": ttl_seconds,
@@ -290,7 +307,7 @@ class Checkpoints:
 
     def _remove(self, location: Location) -> None:
         place = self._folder(location)
-        with _storage_errors(f"deleting {location}"), self._changing:
+        with storage_errors(f"deleting {location}"), self._changing:
             for folder in (_replaced(place), place):
                 if folder.is_dir():
                     doomed = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
@@ -360,7 +377,7 @@ def _corrupt(folder: Path, file: str, what: str) -> CheckpointCorruptError:
 
 
 @contextmanager
-def _storage_errors(doing: str) -> Iterator[None]:
+def storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

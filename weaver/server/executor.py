@@ -1,18 +1,23 @@
-"""`Executor`: the one task that calls the engine, and the way of each ticket to its outcome.
+"""`Executor`: which operation begins when, and the way of each ticket to its outcome.
 
-Called by `LocalService`. Engine calls go to a worker thread one at a time; everything else here
-runs on the event loop. It sleeps until it is woken, it never polls.
+Called by `LocalService`, on the event loop. Operations of runs wait in lanes for their turn; a
+worker of each lane of the engine carries them out one after the other. Samples begin at once: who
+waits for whom on a device is the engine's affair. It sleeps until it is woken, it never polls.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import CancelScope
 
+from weaver.boundary import attempt_async
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.protocol import (
     CheckpointLoaded,
@@ -28,15 +33,15 @@ from weaver.protocol import (
     StepDone,
 )
 from weaver.server.activity import run_of
-from weaver.server.attempt import attempt_async
 from weaver.server.lanes import Lane
-from weaver.server.scheduler import FairShare, Head, Turns, plan
+from weaver.server.scheduler import Head, Turns, plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from anyio.abc import TaskStatus
 
+    from weaver.engine.base import Samples
     from weaver.protocol import Result
     from weaver.server.ledger import Ended, Ledger
     from weaver.server.operations import Operations
@@ -45,11 +50,19 @@ if TYPE_CHECKING:
     from weaver.server.sessions import Session, Ticket
 
 
-class Executor:
-    """Runs the heads of the lanes and the samples, by equal shares of the engine's time.
+@dataclass(slots=True, eq=False)
+class Worker:
+    """Of one lane of the engine: carries out one operation at a time."""
 
-    Among lanes that of the project served longest ago comes first.
-    """
+    turn: anyio.Lock = field(default_factory=partial(anyio.Lock, fast_acquire=True))
+    """Held from the choice of an operation to its end."""
+    wake: anyio.Event = field(default_factory=anyio.Event)
+    lanes: dict[Lane, Run | None] = field(default_factory=dict)
+    """Those with something at their head, the one served longest ago first, and their runs."""
+
+
+class Executor:
+    """Among the lanes of a worker that of the project served longest ago comes first."""
 
     def __init__(
         self,
@@ -62,75 +75,90 @@ class Executor:
         self._operations = operations
         self._recovery = recovery
         self._ledger = ledger
-        self._call = recovery.thread.call
+        self._samplers = operations.samplers
         self._merge_tokens = merge_tokens
-        self._turn = anyio.Lock(fast_acquire=True)
-        """Held from the choice of an operation to its end."""
-        self._share = FairShare()
         self._turns = Turns()
         self._stopped = False
-        self._wake = anyio.Event()
-        self._lanes: dict[Lane, Run | None] = {}
-        """Lanes with something at their head, the one served longest ago first, and their runs."""
-        self._samples: dict[str, Ticket] = {}
-        """By the engine's job id."""
-        self._added: dict[str, tuple[Sample, str]] = {}
-        """With the project."""
+        self._workers: dict[str, Worker] = {}
+        """By the engine's lane."""
+        self._beginning: dict[str, deque[Ticket | None]] = {}
+        """Of each sampler what is to begin, in that order: samples, and requests to release it,
+        which are nobody's where its checkpoint or session went."""
+        self._samples: dict[Ticket, CancelScope] = {}
+        """Those that have not ended."""
+        self._streams: dict[Ticket, Samples] = {}
+        """Those that the engine has."""
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
-        self._cancelled: list[str] = []
-        self._released: list[str] = []
-        self._ending: dict[Ticket, str] = {}
-        """Requests to release a sampler, once the samples before them have begun."""
         self.settle = ledger.settle
 
-    def stop(self) -> None:
-        """Begins no further operation."""
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        """Until cancelled."""
+        async with anyio.create_task_group() as self._beside:
+            task_status.started()
+            await anyio.sleep_forever()
+
+    def beside(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs a task that lasts at most as long as this."""
+        self._beside.start_soon(task)
+
+    async def stop(self) -> None:
+        """Begins no further operation, drops the samples, and waits for what has begun."""
         self._stopped = True
         self._ledger.stop()
+        for samples in self._streams.values():
+            await samples.aclose()
+        for worker in self._workers.values():
+            async with worker.turn:
+                worker.wake.set()
 
     def enqueue(self, ticket: Ticket, run: Run | None) -> None:
         """Takes in an accepted operation; that of a run is in its lane already."""
         operation = ticket.submission.operation
         if run is not None:
-            self._lanes.setdefault(run.lane, run)
+            self._work_on(run.lane, run)
         elif isinstance(operation, Sample):
             held = self._held.get((ticket.session, operation.sampler_id))
             if held is not None:
                 held.append(ticket)
                 return
-            job_id = ticket.job_id
-            self._samples[job_id] = ticket
-            self._added[job_id] = operation, _project(ticket)
+            self._samples[ticket] = CancelScope()
+            self._begin(operation.sampler_id, ticket)
         elif isinstance(operation, ReleaseSampler):
-            self._ending[ticket] = operation.sampler_id
+            self._begin(operation.sampler_id, ticket)
         else:
-            self._lanes[Lane(ticket)] = None
-        self._wake.set()
+            self._work_on(Lane(ticket), None)
 
-    def hold(self, session: Session, sampler_id: str, *, hold: bool) -> None:
-        """Keeps a session's new samples of a sampler waiting, or lets them go on."""
-        if hold:
-            self._held.setdefault((session, sampler_id), [])
-            return
-        for ticket in self._held.pop((session, sampler_id), []):
-            if not ticket.settled:
-                self.enqueue(ticket, None)
+    # --- training and the like, in turns --------------------------------------------------------
 
-    def sampled_runs(self) -> set[str]:
-        """Runs whose weights sample, or wait to."""
-        return {run_id for ticket in self._samples.values() if (run_id := run_of(ticket))}
+    def _worker(self, run: Run | None) -> Worker:
+        lane = self._operations.engine.lane(run.run_id if run else "")
+        worker = self._workers.get(lane)
+        if worker is None:
+            worker = self._workers[lane] = Worker()
+            self.beside(partial(self._work_off, worker))
+        return worker
 
-    def release(self, sampler_ids: list[str]) -> None:
-        """Lets go of sampleable weights before the next step of the sampler."""
-        self._released += sampler_ids
-        self._wake.set()
+    def _work_on(self, lane: Lane, run: Run | None) -> None:
+        worker = self._worker(run)
+        worker.lanes.setdefault(lane, run)
+        worker.wake.set()
+
+    async def _work_off(self, worker: Worker) -> None:
+        while not self._stopped:
+            async with worker.turn:
+                heads = self._heads(worker)
+                if heads:
+                    await self._train(worker, heads)
+            if not heads:
+                await worker.wake.wait()
+                worker.wake = anyio.Event()
 
     async def unload_idle(self) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
         since = time.monotonic() - self._recovery.durability.unload_after_s
-        for run in list(self._operations.known.runs.values()):  # the engine's thread may add one
+        for run in list(self._operations.known.runs.values()):
             if run.loaded and run.heard_at < since:
-                async with self._turn:
+                async with self._worker(run).turn:
                     if not run.lane.busy:
                         await self._unload(run)
 
@@ -143,7 +171,7 @@ class Executor:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
         with CancelScope(shield=True):
             await self.cancel(*run.lane.tickets())
-            async with self._turn:
+            async with self._worker(run).turn:
                 await self._unload(run)
         run.stopped = True
 
@@ -166,70 +194,39 @@ class Executor:
         runs.pop(run.run_id, None)  # someone may have asked the database in the meantime
         self.release(gone)
 
-    def beside(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs a task that lasts at most as long as this."""
-        self._beside.start_soon(task)
-
     async def cancel(self, *tickets: Ticket) -> None:
         """Ends what has not begun, and any sample, in one commit."""
         ended: list[Ended] = []
         for ticket in tickets:
             if ticket.running or ticket.settled:
                 continue
-            job_id = ticket.job_id
-            sampled = self._samples.pop(job_id, None) is not None
-            if sampled and self._added.pop(job_id, None) is None:
-                self._cancelled.append(job_id)
-                self._wake.set()
+            scope = self._samples.pop(ticket, None)
+            if scope is not None:
+                scope.cancel()
             ended.append((ticket, OperationCancelledError("it was cancelled.")))
         if ended:
             await self.settle(*ended)
 
-    async def run(self, *, task_status: TaskStatus[None]) -> None:
-        """Until cancelled."""
-        async with anyio.create_task_group() as self._beside:
-            task_status.started()
-            while not self._stopped:
-                async with self._turn:
-                    busy = await self._work()
-                if not busy:
-                    await self._wake.wait()
-                    self._wake = anyio.Event()
-
-    async def _work(self) -> bool:
-        """Does what comes next; False if there is nothing to do."""
-        heads = self._heads()
-        sampler = bool(self._added or self._cancelled or self._released or self._ending)
-        side = self._share.choose(
-            trainer=bool(heads), sampler=sampler or self._operations.samplers.busy
-        )
-        if side is None:
-            return False
-        start = time.perf_counter()
-        await (self._train(heads) if side == "trainer" else self._sample())
-        self._share.charge(side, time.perf_counter() - start)
-        return True
-
-    def _heads(self) -> list[tuple[Run | None, Ticket]]:
-        heads = [(lane, run, lane.head()) for lane, run in self._lanes.items()]
+    def _heads(self, worker: Worker) -> list[tuple[Run | None, Ticket]]:
+        heads = [(lane, run, lane.head()) for lane, run in worker.lanes.items()]
         for lane, _, ticket in heads:
             if ticket is None:
-                del self._lanes[lane]
+                del worker.lanes[lane]
         ready = [(run, ticket) for _, run, ticket in heads if ticket is not None]
         return sorted(ready, key=lambda head: self._turns.last(_project(head[1])))
 
-    async def _train(self, heads: list[tuple[Run | None, Ticket]]) -> None:
+    async def _train(self, worker: Worker, heads: Sequence[tuple[Run | None, Ticket]]) -> None:
         chosen = plan([_head(run, ticket) for run, ticket in heads], self._merge_tokens)
         batch = [heads[i] for i in chosen]
         for run, ticket in batch:
             ticket.running, ticket.began_at = True, time.monotonic()
             if run is not None:
-                self._lanes[run.lane] = self._lanes.pop(run.lane)  # to the back of the queue
+                worker.lanes[run.lane] = worker.lanes.pop(run.lane)  # to the back of the queue
         self._turns.serve({_project(ticket) for _, ticket in batch})
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch or self._stopped:  # which may have emptied the engine
             return
-        results = list(await self._call(partial(self._operations.execute, batch)))
+        results = list(await self._operations.execute(batch))
         changed: list[tuple[Run, Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
@@ -286,31 +283,77 @@ class Executor:
         self.release(mine[: max(0, len(mine) - keep)])
         del mine[: max(0, len(mine) - keep)]
 
-    async def _sample(self) -> None:
-        turn = partial(
-            self._operations.samplers.turn,
-            released=self._released,
-            cancelled=self._cancelled,
-            added=self._added,
-            ended=list(self._ending.values()),
-        )
-        for job_id in self._added:
-            self._samples[job_id].began_at = time.monotonic()
-        ended: list[Ended] = [(ticket, SamplerReleased()) for ticket in self._ending]
-        self._released, self._cancelled, self._added, self._ending = [], [], {}, {}
-        for progress in await self._call(turn):
-            ticket = self._samples.get(progress.job_id)
-            if ticket is None:
-                continue  # cancelled during the step
-            if ticket.stream is not None and progress.deltas:
-                ticket.stream.push(progress.deltas)
-            if progress.error is not None:
-                ended.append((ticket, progress.error))
-            elif progress.result is not None:
-                ended.append((ticket, Sampled(output=progress.result)))
-        for ticket, _ in ended:
-            self._samples.pop(ticket.job_id, None)
-        await self.settle(*ended)
+    # --- samples --------------------------------------------------------------------------------
+
+    def hold(self, session: Session, sampler_id: str, *, hold: bool) -> None:
+        """Keeps a session's new samples of a sampler waiting, or lets them go on."""
+        if hold:
+            self._held.setdefault((session, sampler_id), [])
+            return
+        for ticket in self._held.pop((session, sampler_id), []):
+            if not ticket.settled:
+                self.enqueue(ticket, None)
+
+    def sampled_runs(self) -> set[str]:
+        """Runs whose weights sample, or wait to."""
+        return {run_id for ticket in self._samples if (run_id := run_of(ticket))}
+
+    def release(self, sampler_ids: Sequence[str]) -> None:
+        """Lets go of sampleable weights, once the samples before have begun."""
+        for sampler_id in sampler_ids:
+            self._begin(sampler_id, None)
+
+    def _begin(self, sampler_id: str, ticket: Ticket | None) -> None:
+        waiting = self._beginning.get(sampler_id)
+        if waiting is None:
+            waiting = self._beginning[sampler_id] = deque()
+            self.beside(partial(self._begin_all, sampler_id, waiting))
+        waiting.append(ticket)
+
+    async def _begin_all(self, sampler_id: str, waiting: deque[Ticket | None]) -> None:
+        """Gives the engine what waits for a sampler, in its order."""
+        while waiting and not self._stopped:
+            ticket = waiting.popleft()
+            operation = ticket.submission.operation if ticket else None
+            if ticket is None or not isinstance(operation, Sample):
+                await self._samplers.discard(sampler_id)
+                if ticket is not None:
+                    await self.settle((ticket, SamplerReleased()))
+                continue
+            if ticket.settled:
+                continue
+            begin = partial(self._samplers.begin, project=_project(ticket))
+            begun = await attempt_async(partial(begin, ticket.job_id, operation))
+            if isinstance(begun, WeaverError):
+                self._samples.pop(ticket, None)
+                await self.settle((ticket, begun))
+            elif ticket.settled:  # cancelled meanwhile
+                await begun.aclose()
+            else:
+                ticket.began_at = time.monotonic()
+                self._streams[ticket] = begun
+                self.beside(partial(self._follow, ticket, begun, self._samples[ticket]))
+        del self._beginning[sampler_id]
+
+    async def _follow(self, ticket: Ticket, samples: Samples, scope: CancelScope) -> None:
+        ended: Result | WeaverError | None = None
+        with scope:
+            async with aclosing(samples):
+                ended = await attempt_async(partial(_result, ticket, samples))
+        del self._streams[ticket]
+        self._samples.pop(ticket, None)
+        if ended is not None:
+            await self.settle((ticket, ended))
+
+
+async def _result(ticket: Ticket, samples: Samples) -> Sampled:
+    """Shows the pieces of a sample as they come."""
+    while True:
+        progress = await anext(samples)
+        if ticket.stream is not None and progress.deltas:
+            ticket.stream.push(progress.deltas)
+        if progress.result is not None:
+            return Sampled(output=progress.result)
 
 
 def _empties(ticket: Ticket, result: Result | WeaverError) -> bool:

@@ -14,6 +14,7 @@ import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
 from weaver import wire
+from weaver.boundary import attempt, attempt_async
 from weaver.errors import (
     ConflictError,
     NotFoundError,
@@ -22,7 +23,6 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
-from weaver.server.attempt import attempt, attempt_async
 from weaver.server.fingerprint import fingerprint
 from weaver.server.reach import Reach
 from weaver.server.validation import check_size, refusal

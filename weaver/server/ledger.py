@@ -6,15 +6,16 @@ Called by the executor and, for what never begins, by the service.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CancelScope
 
+from weaver.boundary import attempt_async
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.server.activity import answer_of
-from weaver.server.attempt import attempt_async
 from weaver.server.store import Settled
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
 Ended = tuple["Ticket", "Result | WeaverError"]
 
 
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """What is journaled together or not at all; with others, where they wait at the same time."""
+
+    ended: Sequence[Ended]
+    runs: Sequence[TrainingRun]
+    done: bool = False
+
+
 class Ledger:
     """Shows nothing that is not in the journal: it would be carried out again after a restart."""
 
@@ -43,6 +53,7 @@ class Ledger:
         self._recovery = recovery
         self._settling = anyio.Lock(fast_acquire=True)
         self._stopped = False
+        self._waiting: list[_Batch] = []
         self._unwritten: list[Ended] = []
         """Failures that could not be journaled, so that their clients do not know of them yet."""
 
@@ -62,19 +73,33 @@ class Ledger:
             ticket.error = value if isinstance(value, WeaverError) else None
         if not (fresh or self._unwritten):
             return
+        mine = _Batch(fresh, runs)
+        self._waiting.append(mine)
         with CancelScope(shield=True):  # what is settled gets shown
             async with self._settling:
+                if mine.done:
+                    return
+                batches, self._waiting = self._waiting, []
                 before, self._unwritten = self._unwritten, []
-                failure = await self._tell(fresh, runs=runs) if fresh else None
-                if failure is not None:
-                    undone = await self._undo(fresh, failure)
-                    waits_for = (ServiceConnectionError, StorageError)
-                    if await self._tell(undone, waits_for=waits_for) is not None:
-                        logger.error("not told of, until there is room for it: %s", failure)
-                        self._unwritten += undone
+                every = [one for batch in batches for one in batch.ended]
+                described = [run for batch in batches for run in batch.runs]
+                for batch in batches:
+                    batch.done = True
+                if every and await self._tell(every, runs=described) is not None:
+                    for batch in batches:  # the fault of one is not that of the others
+                        await self._tell_or_undo(batch)
                 for one in before:
                     if await self._tell([one], waits_for=()) is not None:
                         self._unwritten.append(one)
+
+    async def _tell_or_undo(self, batch: _Batch) -> None:
+        failure = await self._tell(batch.ended, runs=batch.runs) if batch.ended else None
+        if failure is None:
+            return
+        undone = await self._undo(batch.ended, failure)
+        if await self._tell(undone, waits_for=(ServiceConnectionError, StorageError)) is not None:
+            logger.error("not told of, until there is room for it: %s", failure)
+            self._unwritten += undone
 
     async def _tell(
         self,

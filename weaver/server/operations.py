@@ -1,10 +1,14 @@
-"""What each operation does to engine and disk. Called by the executor, in a worker thread."""
+"""What each operation does to engine and disk. Called by the executor, on the event loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
+from anyio import CancelScope, to_thread
+
+from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.errors import (
@@ -27,13 +31,13 @@ from weaver.protocol import (
     SaveCheckpoint,
     StepDone,
 )
-from weaver.server.attempt import attempt
-from weaver.server.checkpoints import Location
+from weaver.server.checkpoints import Location, storage_errors
 from weaver.server.runs import Run
+from weaver.threads import out_at_exit
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from weaver.server.limits import Limits
     from weaver.server.sampling import Samplers
     from weaver.server.sessions import Ticket
+    from weaver.types import CheckpointInfo
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,9 @@ class Operations:
     known: Known
     now: Callable[[], datetime]
 
-    def execute(self, batch: Sequence[tuple[Run | None, Ticket]]) -> Sequence[Result | WeaverError]:
+    async def execute(
+        self, batch: Sequence[tuple[Run | None, Ticket]]
+    ) -> Sequence[Result | WeaverError]:
         """One operation and its run, or several `forward_backward` that share a pass."""
         gradients = [
             (gradient_job(run.run_id, operation), operation.labels)
@@ -68,36 +77,36 @@ class Operations:
             and isinstance(operation := ticket.submission.operation, ForwardBackward)
         ]
         if gradients:
-            done = attempt(lambda: self._forward_backward(gradients))
+            done = await attempt_async(partial(self._forward_backward, gradients))
             return [done] * len(batch) if isinstance(done, WeaverError) else done
-        return [attempt(lambda: self._one(*batch[0]))]
+        return [await attempt_async(partial(self._one, *batch[0]))]
 
-    def forget_all(self) -> None:
+    async def forget_all(self) -> None:
         """Frees what this service holds of the engine."""
-        self.samplers.clear()
+        await self.samplers.clear()
         for run in self.known.runs.values():
             if run.loaded:
-                self.engine.trainer.delete_run(run.run_id)
+                await self.engine.delete_run(run.run_id)
 
-    def _one(self, run: Run | None, ticket: Ticket) -> Result:
+    async def _one(self, run: Run | None, ticket: Ticket) -> Result:
         match ticket.submission.operation:
             case CreateModel() as operation:
-                return self._create_model(operation, ticket)
+                return await self._create_model(operation, ticket)
             case OpenSampler() as operation:
-                return self.samplers.open(operation)
+                return await self.samplers.open(operation)
             case OptimStep() as operation if run is not None:
-                return self._optim_step(run, operation)
+                return await self._optim_step(run, operation)
             case SaveCheckpoint() as operation if run is not None:
-                return self._save(run, operation, ticket)
+                return await self._save(run, operation, ticket)
             case LoadCheckpoint() as operation if run is not None:
-                return self._load(run, operation)
+                return await self._load(run, operation)
         raise AssertionError(ticket.job_id)
 
-    def _create_model(self, operation: CreateModel, ticket: Ticket) -> ModelCreated:
+    async def _create_model(self, operation: CreateModel, ticket: Ticket) -> ModelCreated:
         run_id, project = f"run-{ticket.token}", ticket.session.caller.project
-        mine = [run for run in list(self.known.runs.values()) if run.project == project]
+        mine = [run for run in self.known.runs.values() if run.project == project]
         self.limits.check_runs(len(mine))
-        model = self.engine.get_model(operation.base_model)
+        model = await blocking(partial(self.engine.get_model, operation.base_model))
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
             raise UnsupportedError(
@@ -123,16 +132,16 @@ class Operations:
             project=project,
             seed=operation.seed if lora is None or lora.seed is None else lora.seed,
         )
-        self.engine.trainer.create_run(
+        await self.engine.create_run(
             run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
         self.known.runs[run_id], self.known.owners[run_id] = run, run.project
         return ModelCreated(run=run.describe(), model=model)
 
-    def _forward_backward(
+    async def _forward_backward(
         self, labelled: Sequence[tuple[GradientJob, tuple[str, ...]]]
     ) -> Sequence[GradientsDone | WeaverError]:
-        outputs = self.engine.trainer.forward_backward([job for job, _ in labelled])
+        outputs = await self.engine.forward_backward([job for job, _ in labelled])
         return [
             output
             if isinstance(output, WeaverError)
@@ -140,22 +149,21 @@ class Operations:
             for output, (_, labels) in zip(outputs, labelled, strict=True)
         ]
 
-    def _optim_step(self, run: Run, operation: OptimStep) -> StepDone:
-        trainer, reason = self.engine.trainer, run.lane.discard_reason
+    async def _optim_step(self, run: Run, operation: OptimStep) -> StepDone:
+        reason = run.lane.discard_reason
         if reason is not None:
-            trainer.clear_gradients(run.run_id)
+            await self.engine.clear_gradients(run.run_id)
             run.lane.discard_reason = None
             raise GradientsDiscardedError(
                 f"part of this batch is missing, so no step was taken ({reason})",
                 hint="The gradient is cleared: repeat the batch's forward_backward calls.",
             )
-        output = trainer.optim_step(run.run_id, operation.params)
-        run.step = trainer.step(run.run_id)
+        output = await self.engine.optim_step(run.run_id, operation.params)
+        run.step = int(output.metrics["step"])
         return StepDone(output=output)
 
-    def _save(self, run: Run, operation: SaveCheckpoint, ticket: Ticket) -> CheckpointSaved:
-        trainer, sampler = self.engine.trainer, operation.purpose == "sampler"
-        run.step = trainer.step(run.run_id)
+    async def _save(self, run: Run, operation: SaveCheckpoint, ticket: Ticket) -> CheckpointSaved:
+        sampler = operation.purpose == "sampler"
         if operation.name is None:
             kind = "unnamed" if sampler else f"step-{run.step}"
             name = f"{kind}-{ticket.token}"
@@ -171,23 +179,37 @@ class Operations:
         )
         unnamed = sampler and operation.name is None
         disk = self.kept_samplers if unnamed else self.checkpoints
-
-        def fill(folder: Path) -> None:
-            self._check_stored(run.project)
-            trainer.save(run.run_id, folder, include_optimizer=optimizer)
-
         if disk is not None:
-            info = disk.write(info, fill, author=ticket.job_id, overwrite=operation.overwrite)
+            info = await self._write(disk, info, operation, ticket, optimizer=optimizer)
         if sampler:
-            self.samplers.publish(
+            await self.samplers.publish(
                 str(location),
-                trainer.snapshot(run.run_id),
+                await self.engine.snapshot(run.run_id),
+                model=run.model,
                 pinned=disk is None,
                 expires_at=info.expires_at,
             )
         return CheckpointSaved(
             checkpoint=info.model_copy(update={"folder": None}) if unnamed else info
         )
+
+    async def _write(
+        self,
+        disk: Checkpoints,
+        info: CheckpointInfo,
+        operation: SaveCheckpoint,
+        ticket: Ticket,
+        *,
+        optimizer: bool,
+    ) -> CheckpointInfo:
+        author, overwrite = ticket.job_id, operation.overwrite
+        done = await blocking(partial(disk.written, info, author=author, overwrite=overwrite))
+        if done is not None:
+            return done
+        await blocking(partial(self._check_stored, ticket.session.caller.project))
+        save = partial(self.engine.save, info.run_id, include_optimizer=optimizer)
+        draft = await filled(disk, Location.parse(info.path), save)
+        return await blocking(partial(disk.commit, draft, info, author=author))
 
     def _check_stored(self, project: str) -> None:
         """Raises QuotaExceededError. Snapshots do not count: they are the server's own."""
@@ -202,8 +224,8 @@ class Operations:
             stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
         self.limits.check_stored(stored)
 
-    def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:
-        info, folder = self.checkpoints.open(operation.path)
+    async def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:
+        info, folder = await blocking(partial(self.checkpoints.open, operation.path))
         wrong = run.mismatch(info)
         if wrong is None and operation.include_optimizer and info.kind != "weights_and_optimizer":
             wrong = "it has no optimizer state"
@@ -213,10 +235,35 @@ class Operations:
                 field="path",
                 hint="Create a model of the same kind, or use load_state for weights alone.",
             )
-        self.engine.trainer.load(run.run_id, folder, include_optimizer=operation.include_optimizer)
-        run.step = self.engine.trainer.step(run.run_id)
+        optimizer = operation.include_optimizer
+        run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.discard_reason = None  # loading cleared the gradient
         return CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+
+
+async def blocking(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, in a worker thread: the disk is slow at times."""
+    return or_raise(await to_thread.run_sync(attempt, partial(out_at_exit, work)))
+
+
+async def filled(
+    disk: Checkpoints, location: Location, fill: Callable[[Path], Awaitable[None]]
+) -> Path:
+    """A draft that `fill` has put files into.
+
+    Raises:
+        StorageError: the disk is full or not writable; nothing was left behind.
+    """
+    draft, done = await blocking(partial(disk.draft, location)), False
+    try:
+        with storage_errors(f"saving {location}"):
+            await fill(draft)
+        done = True
+    finally:
+        if not done:
+            with CancelScope(shield=True):
+                await to_thread.run_sync(disk.discard, draft)
+    return draft
 
 
 def gradient_job(run_id: str, operation: ForwardBackward) -> GradientJob:

@@ -15,21 +15,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from anyio import to_thread
 
+from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.errors import EngineError, RunNotFoundError, WeaverError
 from weaver.locks import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
-from weaver.server.attempt import attempt, attempt_async, or_raise
 from weaver.server.checkpoints import Location
-from weaver.server.operations import gradient_job
+from weaver.server.operations import blocking, filled, gradient_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
+    from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints, Manifest
-    from weaver.server.engine_thread import EngineThread
     from weaver.server.runs import Run
     from weaver.server.settings import Durability
     from weaver.server.store import Executed, RunRecord, Store
@@ -41,15 +42,17 @@ OTHER_HOME = "Close that one, or use another home (WEAVER_HOME)."
 
 UNSAVED_BYTES = 16 * 2**20
 """A run with more in its journal alone is snapshotted after its next step, even one that failed."""
+FORGET_S = 1.0
+"""How long an ending service waits for the engine to forget a run that did not come back."""
 KEEP, KEEP_S = "keep", 86_400.0
 """A file of this name keeps snapshots that are replaced, as deploy/backup.sh wants, for a day."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """Brings runs of `store` back into the engine of `thread`."""
+    """Brings runs of `store` back into the engine."""
 
-    thread: EngineThread
+    engine: Engine
     store: Store
     checkpoints: Checkpoints
     live: Checkpoints
@@ -74,7 +77,7 @@ class Recovery:
                     )
                 record = await adopt(self.store, self.live, run, record)
                 done = await self.store.executed(run.run_id, after=record.snapshot)
-                or_raise(await self.thread.attempt(partial(self._restore, run, record, done)))
+                or_raise(await attempt_async(partial(self._restore, run, record, done)))
         except WeaverError:
             release(run)
             raise
@@ -82,7 +85,7 @@ class Recovery:
     async def unload(self, run: Run) -> None:
         """Takes it out of the engine; its next operation brings it back."""
         run.loaded = False
-        await self.thread.attempt(partial(self.thread.engine.trainer.delete_run, run.run_id))
+        await attempt_async(partial(self.engine.delete_run, run.run_id))
         release(run)
 
     async def delete(self, run: Run, *, checkpoints: bool) -> list[str]:
@@ -143,8 +146,8 @@ class Recovery:
         """
         number, saved_bytes = run.executed, run.unsaved_bytes
         run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
-        save = partial(self.thread.engine.trainer.save, run.run_id, include_optimizer=True)
-        draft = await self.thread.attempt(partial(self.live.draft, _place(run, number), save))
+        save = partial(self.engine.save, run.run_id, include_optimizer=True)
+        draft = await attempt_async(partial(filled, self.live, _place(run, number), save))
         if isinstance(draft, WeaverError):
             logger.warning("no snapshot of %s: %s", run.run_id, draft)
             return None
@@ -174,54 +177,57 @@ class Recovery:
             if info.kind != "sampler" and info.name != str(number):
                 self.live.delete(info.path)
 
-    def _restore(self, run: Run, record: RunRecord, done: Sequence[Executed]) -> None:
-        trainer, reason = self.thread.engine.trainer, None
-        trainer.create_run(
+    async def _restore(self, run: Run, record: RunRecord, done: Sequence[Executed]) -> None:
+        engine, reason = self.engine, None
+        await engine.create_run(
             run.run_id,
             run.model.name,
             training_mode=run.training_mode,
             lora_config=run.lora_config,
             seed=run.seed,
         )
+        restored, step = False, 0
         try:
             if record.snapshot:
-                _, folder = self.live.open(str(_place(run, record.snapshot)))
-                trainer.load(run.run_id, folder, include_optimizer=True)
-            run.snapshot_step = trainer.step(run.run_id)
+                open_it = partial(self.live.open, str(_place(run, record.snapshot)))
+                _, folder = await blocking(open_it)
+                step = await engine.load(run.run_id, folder, include_optimizer=True)
+            run.step = run.snapshot_step = step
             for one in done:
-                reason = self._replay(run, one, reason)
-        except BaseException:
-            trainer.delete_run(run.run_id)
-            raise
-        run.step = trainer.step(run.run_id)
+                reason = await self._replay(run, one, reason)
+            restored = True
+        finally:
+            if not restored:
+                with anyio.move_on_after(FORGET_S, shield=True):
+                    await attempt_async(partial(engine.delete_run, run.run_id))
         run.executed = max([record.executed, *(one.number for one in done)])
         run.lane.discard_reason = run.lane.discard_reason or reason
         run.loaded = True
 
-    def _replay(self, run: Run, done: Executed, reason: str | None) -> str | None:
+    async def _replay(self, run: Run, done: Executed, reason: str | None) -> str | None:
         """Does again what changed the run; answers why its gradient must not be applied, if so."""
-        trainer, operation = self.thread.engine.trainer, done.operation
+        engine, operation = self.engine, done.operation
         match operation:
             case ForwardBackward(backward=True):
                 if done.error is not None:
                     return f"operation {done.number}: {done.error}"
-                [output] = trainer.forward_backward([gradient_job(run.run_id, operation)])
-                if isinstance(output, WeaverError):
+                [answer] = await engine.forward_backward([gradient_job(run.run_id, operation)])
+                if isinstance(answer, WeaverError):
                     raise EngineError(
                         f"{run.run_id} cannot be brought back: its operation {done.number} "
-                        f"succeeded before and now fails ({output}).",
+                        f"succeeded before and now fails ({answer}).",
                         hint="Is the base model the same? Else go on from a checkpoint.",
                     )
             case OptimStep(params=params):
                 if done.error is None:
-                    trainer.optim_step(run.run_id, params)
+                    output = await engine.optim_step(run.run_id, params)
+                    run.step = int(output.metrics["step"])
                 else:  # whatever the reason was, nothing of that batch was left
-                    trainer.clear_gradients(run.run_id)
+                    await engine.clear_gradients(run.run_id)
                 return None
             case LoadCheckpoint(path=path, include_optimizer=optimizer) if done.error is None:
-                trainer.load(
-                    run.run_id, self.checkpoints.open(path)[1], include_optimizer=optimizer
-                )
+                _, folder = await blocking(partial(self.checkpoints.open, path))
+                run.step = await engine.load(run.run_id, folder, include_optimizer=optimizer)
                 return None
         return reason
 

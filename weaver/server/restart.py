@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
+from weaver.boundary import attempt_async
 from weaver.errors import OperationError, WeaverError
 from weaver.protocol import Outcome, Submission
-from weaver.server.attempt import attempt_async
 from weaver.server.recovery import adopt, forget_files
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket

@@ -1,6 +1,6 @@
-"""`Samplers`: which weights are ready to sample, and the samples that run on them.
+"""`Samplers`: which weights are ready to sample, and the samples that begin on them.
 
-Called by the executor, from the thread that calls the engine, so it needs no lock.
+Called by the executor, on the event loop.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+from anyio import to_thread
+
+from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.checks import check_tokens
-from weaver.engine.base import SampleJob, SampleProgress
+from weaver.engine.base import SampleJob, WeightsRef
 from weaver.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -22,18 +26,16 @@ from weaver.errors import (
     InvalidRequestError,
     NotFoundError,
     TokenOutOfRangeError,
-    WeaverError,
 )
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
-from weaver.server.attempt import attempt
 from weaver.server.checkpoints import MANIFEST, SCHEME
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
-    from weaver.engine.base import Engine, WeightSnapshot
+    from weaver.engine.base import Engine, Samples
     from weaver.server.checkpoints import Checkpoints
     from weaver.types import CheckpointInfo, ModelInfo
 
@@ -76,15 +78,11 @@ class Samplers:
         self._kept = kept
         self._max_loaded = max_loaded
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._loading = anyio.Lock()
         self._folders: dict[str, tuple[str, Path | None]] = {}
-        self._running: set[str] = set()
         self._count = 0
 
-    @property
-    def busy(self) -> bool:
-        return self._engine.sampler.busy
-
-    def open(self, operation: OpenSampler) -> SamplerOpened:
+    async def open(self, operation: OpenSampler) -> SamplerOpened:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError ..."""
         path, base_model = operation.model_path, operation.base_model
         if path is None:
@@ -92,10 +90,11 @@ class Samplers:
         elif path.startswith(SCHEME):
             sampler_id = path
         else:
-            folder = Path(path).expanduser().absolute()
+            find = partial(attempt, partial(self._source, path, base_model))
+            folder, source = or_raise(await to_thread.run_sync(find))
             sampler_id = str(folder)
-            self._folders[sampler_id] = self._source(folder, base_model)
-        loaded = self._get(sampler_id)
+            self._folders[sampler_id] = source
+        loaded = await self._get(sampler_id)
         if path is not None and base_model not in (None, loaded.model.name):
             raise CheckpointMismatchError(
                 f"{path} was made from {loaded.model.name}, not from {base_model}.",
@@ -106,25 +105,24 @@ class Samplers:
             sampler_id=sampler_id, model=loaded.model, weights_version=loaded.version
         )
 
-    def publish(
+    async def publish(
         self,
         sampler_id: str,
-        snapshot: WeightSnapshot,
+        ref: WeightsRef,
         *,
+        model: ModelInfo,
         pinned: bool,
         expires_at: datetime | None,
     ) -> None:
-        """Makes a snapshot sampleable; samples that run on a former one go on with that."""
+        """Makes weights sampleable; samples that run on former ones go on with those."""
         weights_id = self._weights_id(sampler_id)
-        self._engine.sampler.publish(weights_id, snapshot)
-        model = self._engine.get_model(snapshot.base_model)
-        self.release(sampler_id)
-        self._keep(
+        version = await self._engine.publish(weights_id, ref)
+        await self._keep(
             sampler_id,
             Loaded(
                 weights_id=weights_id,
                 model=model,
-                version=snapshot.version,
+                version=version,
                 pinned=pinned,
                 expires_at=expires_at,
             ),
@@ -138,64 +136,30 @@ class Samplers:
         tokens = ModelInput.from_ints(self._engine.encode(name, operation.prompt))
         return operation.model_copy(update={"prompt": tokens})
 
-    def release(self, sampler_id: str) -> None:
+    async def release(self, sampler_id: str) -> None:
         """Forgets weights once running samples are done with them; ignores unknown ids."""
         loaded = self._loaded.pop(sampler_id, None)
         if loaded is not None:
-            self._engine.sampler.release(loaded.weights_id)
+            await self._let_go(loaded)
 
-    def clear(self) -> None:
-        """Ends all samples and forgets all weights."""
-        for job_id in self._running:
-            self._engine.sampler.cancel(job_id)
-        self._running.clear()
+    async def discard(self, sampler_id: str) -> None:
+        """Releases weights, and deletes them where they were kept without a name."""
+        await self.release(sampler_id)
+        if self._kept is not None and sampler_id.startswith(SCHEME):
+            await to_thread.run_sync(attempt, partial(self._kept.delete, sampler_id))
+
+    async def clear(self) -> None:
+        """Forgets all weights."""
         for sampler_id in list(self._loaded):
-            self.release(sampler_id)
+            await self.release(sampler_id)
 
-    def turn(
-        self,
-        *,
-        released: Sequence[str],
-        cancelled: Sequence[str],
-        added: Mapping[str, tuple[Sample, str]],
-        ended: Sequence[str] = (),
-    ) -> list[SampleProgress]:
-        """Takes in what was asked for since the last turn, then lets the sampler take a step.
+    async def begin(self, job_id: str, operation: Sample, *, project: str) -> Samples:
+        """Gives the engine a job, behind those that began before.
 
-        `added` maps the job's id to its operation and project. Samplers of `released` are let go of
-        before it, those of `ended` after it.
+        Raises:
+            NotFoundError, InvalidParamsError, ContextLengthError, TokenOutOfRangeError ...
         """
-        self._let_go(released)
-        for job_id in cancelled:
-            self._running.discard(job_id)
-            attempt(partial(self._engine.sampler.cancel, job_id))
-        progress = []
-        for job_id, (operation, project) in added.items():
-            problem = attempt(partial(self._add, job_id, operation, project))
-            if problem is not None:
-                progress.append(SampleProgress(job_id=job_id, error=problem))
-        self._let_go(ended)
-        if self._engine.sampler.busy:
-            progress += self._step()
-        self._running -= {p.job_id for p in progress if p.result or p.error}
-        return progress
-
-    def _let_go(self, sampler_ids: Sequence[str]) -> None:
-        for sampler_id in sampler_ids:
-            attempt(partial(self.release, sampler_id))
-            if self._kept is not None and sampler_id.startswith(SCHEME):
-                attempt(partial(self._kept.delete, sampler_id))
-
-    def _step(self) -> Sequence[SampleProgress]:
-        stepped = attempt(self._engine.sampler.step)
-        if not isinstance(stepped, WeaverError):
-            return stepped
-        for job_id in self._running:  # nobody knows whose fault it was, or what state is left
-            attempt(partial(self._engine.sampler.cancel, job_id))
-        return [SampleProgress(job_id=job_id, error=stepped) for job_id in self._running]
-
-    def _add(self, job_id: str, operation: Sample, project: str) -> None:
-        loaded = self._get(operation.sampler_id)
+        loaded = await self._get(operation.sampler_id)
         assert isinstance(operation.prompt, ModelInput)  # text was encoded when it was accepted
         tokens = operation.prompt.to_ints()
         _check_sample(operation, tokens, loaded.model)
@@ -203,7 +167,7 @@ class Samplers:
         if params.seed is None:  # drawn from the id, so that a restart in its middle repeats it
             digest = hashlib.blake2b(job_id.encode(), digest_size=6).digest()
             params = params.model_copy(update={"seed": int.from_bytes(digest, "little")})
-        self._engine.sampler.add(
+        return self._engine.sample(
             SampleJob(
                 job_id=job_id,
                 weights_id=loaded.weights_id,
@@ -215,19 +179,27 @@ class Samplers:
                 tenant=project,
             )
         )
-        self._running.add(job_id)
 
-    def _get(self, sampler_id: str) -> Loaded:
+    async def _get(self, sampler_id: str) -> Loaded:
+        """Nothing is awaited once the weights are found, so that they are there when it ends."""
         ready = self._loaded.get(sampler_id)
         if ready is not None and ready.expires_at is not None and ready.expires_at <= self._now():
-            self.release(sampler_id)
-        elif ready is not None:
-            self._loaded.move_to_end(sampler_id)
-            return ready
-        base_model, folder, expires_at = self._find(sampler_id)
-        model = self._engine.get_model(base_model)
+            await self.release(sampler_id)
+        while sampler_id not in self._loaded:
+            async with self._loading:
+                if sampler_id not in self._loaded:
+                    await self._load(sampler_id)
+        self._loaded.move_to_end(sampler_id)
+        return self._loaded[sampler_id]
+
+    async def _load(self, sampler_id: str) -> None:
+        find = partial(attempt, partial(self._find, sampler_id))
+        base_model, folder, expires_at = or_raise(await to_thread.run_sync(find))
+        describe = partial(attempt, partial(self._engine.get_model, base_model))
+        model = or_raise(await to_thread.run_sync(describe))
         weights_id = self._weights_id(sampler_id)
-        version = self._engine.sampler.load(weights_id, base_model, folder)
+        ref = WeightsRef(base_model=base_model, uri=None if folder is None else folder.as_uri())
+        version = await self._engine.publish(weights_id, ref)
         loaded = Loaded(
             weights_id=weights_id,
             model=model,
@@ -235,8 +207,7 @@ class Samplers:
             pinned=False,
             expires_at=expires_at,
         )
-        self._keep(sampler_id, loaded)
-        return loaded
+        await self._keep(sampler_id, loaded)
 
     def _find(self, sampler_id: str) -> tuple[str, Path | None, datetime | None]:
         """The base model of a sampler, the folder of its weights, and when they expire."""
@@ -262,25 +233,33 @@ class Samplers:
                 raise
             return self._kept.open(path)
 
-    def _keep(self, sampler_id: str, loaded: Loaded) -> None:
+    async def _keep(self, sampler_id: str, loaded: Loaded) -> None:
+        """In place of former weights, and of those that there is no room for any more."""
+        former = self._loaded.pop(sampler_id, None)
         self._loaded[sampler_id] = loaded
         spare = [id for id, other in self._loaded.items() if not other.pinned]
-        for old in spare[: -self._max_loaded]:
-            self.release(old)
+        gone = [self._loaded.pop(id) for id in spare[: -self._max_loaded]]
+        for one in [former, *gone] if former else gone:
+            await self._let_go(one)
+
+    async def _let_go(self, loaded: Loaded) -> None:
+        await attempt_async(partial(self._engine.release, loaded.weights_id))
 
     def _weights_id(self, sampler_id: str) -> str:
         self._count += 1
         return f"{sampler_id}#{self._count}"
 
-    def _source(self, folder: Path, base_model: str | None) -> tuple[str, Path | None]:
-        """The base model of a folder's weights, and the folder if it holds an adapter."""
+    def _source(self, path: str, base_model: str | None) -> tuple[Path, tuple[str, Path | None]]:
+        """A folder; the base model of its weights, and the folder again if it holds an adapter."""
+        folder = Path(path).expanduser().absolute()
         if (folder / MANIFEST).is_file():
-            return self._checkpoints.open(str(folder))[0].base_model, folder
+            return folder, (self._checkpoints.open(str(folder))[0].base_model, folder)
         if (folder / "adapter_config.json").is_file():
             config = json.loads((folder / "adapter_config.json").read_text())
-            return base_model or config.get("base_model_name_or_path") or "", folder
+            name = base_model or config.get("base_model_name_or_path") or ""
+            return folder, (name, folder)
         if (folder / "config.json").is_file():
-            return str(folder), None
+            return folder, (str(folder), None)
         raise CheckpointNotFoundError(
             f"{folder} is neither an adapter nor a model.",
             field="model_path",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
+from weaver.boundary import attempt, or_raise
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
-from weaver.server.attempt import attempt, or_raise
 from weaver.server.reach import Reach, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from datetime import datetime
 
+    from weaver.engine.base import Engine
     from weaver.protocol import Export, Outcome, SessionState, Submission
     from weaver.server.checkpoints import Checkpoints
-    from weaver.server.engine_thread import EngineThread
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
@@ -52,7 +52,7 @@ T = TypeVar("T")
 class Parts:
     """What all views of one service share."""
 
-    thread: EngineThread
+    engine: Engine
     store: Store
     checkpoints: Checkpoints
     exports: Exports
@@ -102,7 +102,7 @@ class ScopedService:
             await self._keep(key)
         return SessionInfo(
             session_id=record.session_id,
-            description=parts.thread.engine.description,
+            description=parts.engine.description,
             deterministic=parts.deterministic,
         )
 
@@ -155,22 +155,20 @@ class ScopedService:
 
     async def list_models(self) -> Sequence[ModelInfo]:
         if self._parts.models is None:
-            self._parts.models = await self._engine_call(self._parts.thread.engine.list_models)
+            self._parts.models = await self._disk(self._parts.engine.list_models)
         return self._parts.models
 
     async def get_model(self, base_model: str) -> ModelInfo:
         for model in await self.list_models():
             if model.name == base_model:
                 return model
-        return await self._engine_call(partial(self._parts.thread.engine.get_model, base_model))
+        return await self._disk(partial(self._parts.engine.get_model, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return await self._engine_call(
-            partial(self._parts.thread.engine.tokenizer_files, base_model)
-        )
+        return await self._disk(partial(self._parts.engine.tokenizer_files, base_model))
 
     async def list_runs(self) -> Sequence[TrainingRun]:
-        runs = list(self._parts.known.runs.values())  # the engine's thread may add one
+        runs = list(self._parts.known.runs.values())
         busy = self._parts.executor.sampled_runs()
         return [
             run.describe(sampled=run.run_id in busy)
@@ -300,10 +298,6 @@ class ScopedService:
         if run_id not in runs:
             raise no_run(run_id)
         return runs[run_id]
-
-    async def _engine_call(self, work: Callable[[], T]) -> T:
-        self._check_open()
-        return or_raise(await self._parts.thread.attempt(work))
 
     async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
         self._check_open()

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import CancelScope, to_thread
 
+from weaver.boundary import attempt, attempt_async
 from weaver.locks import hold_lock, release_lock
 from weaver.server.activity import Activity
-from weaver.server.attempt import attempt
 from weaver.server.checkpoints import Checkpoints, now_utc
-from weaver.server.engine_thread import EngineThread
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
@@ -57,8 +56,8 @@ class LocalService(ScopedService):
         gap_timeout_s: how long operations wait for an earlier one that has not come.
         sweep_every_s: how often expired checkpoints are looked for; they are never found after
             their time, swept or not.
-        close_timeout_s: how long `aclose` waits for an engine call to end before it leaves the
-            call's thread to itself.
+        close_timeout_s: how long `aclose` waits for the engine, to end what has begun and then to
+            forget it.
         loaded_samplers: the weights that stay ready to sample though they could be loaded again.
         limits: of requests and projects.
         durability: how often runs are snapshotted, if the store outlives this process.
@@ -96,9 +95,8 @@ class LocalService(ScopedService):
             known=known,
             now=now,
         )
-        thread = EngineThread(engine)
         recovery = Recovery(
-            thread=thread,
+            engine=engine,
             store=store,
             checkpoints=checkpoints,
             live=self._live,
@@ -120,7 +118,7 @@ class LocalService(ScopedService):
             encode=self._operations.samplers.encode,
         )
         parts = Parts(
-            thread=thread,
+            engine=engine,
             store=store,
             checkpoints=checkpoints,
             exports=Exports(engine, checkpoints, home=home, now=now),
@@ -194,12 +192,13 @@ class LocalService(ScopedService):
         parts.closed = True
         for session in parts.known.sessions.values():
             session.close()
-        parts.executor.stop()
-        with anyio.move_on_after(self._close_timeout_s):
-            await parts.thread.attempt(self._operations.forget_all)
-        parts.thread.stop()
+        deadline = anyio.current_time() + self._close_timeout_s
+        with CancelScope(deadline=deadline):
+            await parts.executor.stop()
         self._scope.cancel()
         await self._ended.wait()
+        with CancelScope(deadline=deadline):
+            await attempt_async(self._operations.forget_all)
         self._unlock()
 
     def _unlock(self) -> None:

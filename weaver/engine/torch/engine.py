@@ -1,7 +1,6 @@
 """`TorchEngine`: models that transformers can read, trained and sampled by torch on one device.
 
-The embedded client and the server make one and give it to the service, which calls it through
-`weaver.engine.base.Engine`.
+The embedded client and the server make one and give it to the service.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.adapters import merge_adapter
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.sampler import TorchSampler
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weaver.types import Message, ModelInfo
 
 
-class TorchEngine:
+class TorchEngine(ThreadedEngine):
     """`models` names folders or Hugging Face ids beside `weaver-nano`.
 
     Args:
@@ -55,8 +55,9 @@ class TorchEngine:
         self._store = ModelStore(
             self._catalog, device=_device(device), dtype=DTYPES[dtype], threads=threads
         )
-        self.trainer = TorchTrainer(self._store, deterministic=deterministic)
-        self.sampler = TorchSampler(self._store, deterministic=deterministic)
+        self._trainer = TorchTrainer(self._store, deterministic=deterministic)
+        self._sampler = TorchSampler(self._store, deterministic=deterministic)
+        super().__init__(self._trainer, self._sampler)
 
     @property
     def description(self) -> str:
@@ -83,10 +84,10 @@ class TorchEngine:
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         merge_adapter(self._catalog.facts(base_model), adapter, folder)
 
-    def close(self) -> None:
-        """Forgets every model, run and sample."""
-        self.trainer.close()
-        self.sampler.close()
+    def _forget(self) -> None:
+        super()._forget()
+        self._trainer.close()
+        self._sampler.close()
         self._store.close()
 
 

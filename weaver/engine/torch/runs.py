@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from weaver import errors
-from weaver.engine.base import WeightSnapshot
+from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import adapters, models
 from weaver.types import LoraConfig, TrainingMode, Value
 

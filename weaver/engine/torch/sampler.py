@@ -1,6 +1,6 @@
 """`TorchSampler`: continuous batching of sample jobs over shared base models and many adapters.
 
-The service calls it through `weaver.engine.base.Sampler`, one call at a time. A step reads pieces
+`ThreadedEngine` calls it, one call at a time. A step reads pieces
 of prompts or adds one token to every row of one base model; the two take turns, so that a long
 prompt does not stall running rows. B rows, T tokens of a pass, H hidden, V vocabulary.
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from weaver.engine.base import SampleJob, WeightSnapshot
+    from weaver.engine.base import SampleJob
+    from weaver.engine.blocking import WeightSnapshot
     from weaver.engine.torch.models import LoadedModel
     from weaver.engine.torch.sample_jobs import Row
     from weaver.engine.torch.sampling import RowParams

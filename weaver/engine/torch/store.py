@@ -28,7 +28,7 @@ from weaver.types import LoraConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from weaver.engine.base import WeightSnapshot
+    from weaver.engine.blocking import WeightSnapshot
     from weaver.engine.torch.catalog import Catalog, ModelFacts
 
 

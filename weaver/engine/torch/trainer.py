@@ -1,6 +1,6 @@
 """`TorchTrainer`: gradients, optimizer steps and checkpoints of many runs over shared base models.
 
-The service calls it through `weaver.engine.base.Trainer`, one call at a time.
+`ThreadedEngine` calls it, one call at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from weaver.engine.base import GradientJob, WeightSnapshot
+    from weaver.engine.base import GradientJob
+    from weaver.engine.blocking import WeightSnapshot
     from weaver.engine.torch.logprobs import Scores
     from weaver.engine.torch.packing import Share
     from weaver.engine.torch.store import ModelStore

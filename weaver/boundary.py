@@ -1,6 +1,6 @@
 """The boundary around an operation: whatever happens inside becomes a value.
 
-Called by the executor and by the service.
+Called by the service and by engines.
 """
 
 from __future__ import annotations

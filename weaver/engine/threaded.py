@@ -1,0 +1,338 @@
+"""`ThreadedEngine`: an `Engine` made of a trainer and a sampler that block and share one device.
+
+The base of `TorchEngine`. One thread calls the parts, one call at a time, so that they need no
+lock. While both sides have work they get the same share of its time.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlparse
+
+import anyio
+from anyio.lowlevel import current_token
+
+from weaver.boundary import attempt
+from weaver.engine.base import SampleProgress, WeightsRef
+from weaver.errors import ClosedError, NotFoundError, WeaverError
+from weaver.threads import call_soon, out_at_exit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weaver import types
+    from weaver.engine.base import GradientJob, SampleJob, Samples
+    from weaver.engine.blocking import BlockingSampler, BlockingTrainer, WeightSnapshot
+
+T = TypeVar("T")
+IDLE_S = 10.0
+"""The thread ends when nothing was asked of it for so long."""
+PATIENCE_S = 0.01
+"""How long the device waits for the next call of a trainer whose turn it is: one that is busy calls
+again as soon as the result of its last call is written down."""
+
+
+class FairShare:
+    """Gives trainer and sampler the same time on the device while both want it.
+
+    The one that has used less goes first; a side that was idle saves up no claim.
+    """
+
+    def __init__(self) -> None:
+        self._used_s = {"trainer": 0.0, "sampler": 0.0}
+
+    def choose(self, *, trainer: bool, sampler: bool) -> str | None:
+        """Whose turn it is among those that have work; None if neither has."""
+        used = self._used_s
+        if not trainer:
+            used["trainer"] = max(used.values()) if sampler else used["trainer"]
+            return "sampler" if sampler else None
+        if not sampler:
+            used["sampler"] = max(used.values())
+            return "trainer"
+        return min(used, key=lambda side: used[side])
+
+    @property
+    def trainer_is_next(self) -> bool:
+        return self._used_s["trainer"] <= self._used_s["sampler"]
+
+    def charge(self, side: str, seconds: float) -> None:
+        self._used_s[side] += seconds
+
+
+class _Samples:
+    """See `Samples`; told by the engine's thread, through the event loop of the one who waits."""
+
+    def __init__(self, drop: Callable[[_Samples], None]) -> None:
+        self.loop = current_token().native_token
+        self._drop = drop
+        self._told: deque[SampleProgress] = deque()
+        self._changed = anyio.Event()
+        self._ended = False
+
+    def tell(self, progress: SampleProgress) -> None:
+        self._told.append(progress)
+        self._changed.set()
+
+    def __aiter__(self) -> _Samples:
+        return self
+
+    async def __anext__(self) -> SampleProgress:
+        if self._ended:
+            raise StopAsyncIteration
+        if not self._told:
+            self._changed = anyio.Event()
+            await self._changed.wait()
+        progress = self._told.popleft()
+        self._ended = progress.result is not None or progress.error is not None
+        if progress.error is not None:
+            raise progress.error
+        return progress
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._drop(self)
+
+
+class ThreadedEngine:
+    """Owns one device through `trainer` and `sampler`, which nobody else calls meanwhile.
+
+    A caller that is cancelled does not wait for the thread: its call is dropped unless it has
+    begun, and then goes on to its end.
+    """
+
+    def __init__(self, trainer: BlockingTrainer, sampler: BlockingSampler) -> None:
+        self.trainer = trainer
+        self.sampler = sampler
+        self._lock = threading.Condition()
+        """Around all that follows."""
+        self._thread: threading.Thread | None = None
+        self._training: deque[Callable[[], None]] = deque()
+        self._sampling: deque[Callable[[], None]] = deque()
+        self._closed = False
+        self._share = FairShare()
+        self._trained_at = -math.inf
+        self._posts: dict[Any, list[Callable[[], None]]] = {}
+        """By event loop, what is to be called there at the end of a turn. The thread's own, as are
+        the next two."""
+        self._samples: dict[str, _Samples] = {}
+        self._snapshots: dict[str, tuple[str, WeightSnapshot]] = {}
+        """Of each run the newest, by its uri."""
+        self._count = 0
+
+    # --- training -------------------------------------------------------------------------------
+
+    def lane(self, run_id: str) -> str:
+        return ""
+
+    async def create_run(
+        self,
+        run_id: str,
+        base_model: str,
+        *,
+        training_mode: types.TrainingMode,
+        lora_config: types.LoraConfig | None,
+        seed: int,
+    ) -> None:
+        create = partial(self.trainer.create_run, run_id, base_model, training_mode=training_mode)
+        await self._train(partial(create, lora_config=lora_config, seed=seed))
+
+    async def forward_backward(
+        self, jobs: Sequence[GradientJob]
+    ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
+        return await self._train(partial(self.trainer.forward_backward, jobs))
+
+    async def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
+        return await self._train(partial(self.trainer.optim_step, run_id, params))
+
+    async def clear_gradients(self, run_id: str) -> None:
+        await self._train(partial(self.trainer.clear_gradients, run_id))
+
+    async def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
+        save = partial(self.trainer.save, run_id, folder, include_optimizer=include_optimizer)
+        await self._train(save)
+
+    async def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> int:
+        def load() -> int:
+            self.trainer.load(run_id, folder, include_optimizer=include_optimizer)
+            return self.trainer.step(run_id)
+
+        return await self._train(load)
+
+    async def snapshot(self, run_id: str) -> WeightsRef:
+        def take() -> WeightsRef:
+            snapshot = self.trainer.snapshot(run_id)
+            self._count += 1
+            uri = f"mem:{self._count}"
+            self._snapshots[run_id] = uri, snapshot
+            return WeightsRef(base_model=snapshot.base_model, version=snapshot.version, uri=uri)
+
+        return await self._train(take)
+
+    async def delete_run(self, run_id: str) -> None:
+        def delete() -> None:
+            self._snapshots.pop(run_id, None)
+            self.trainer.delete_run(run_id)
+
+        await self._train(delete)
+
+    # --- sampling -------------------------------------------------------------------------------
+
+    async def publish(self, weights_id: str, ref: WeightsRef) -> int:
+        def publish() -> int:
+            if ref.uri is None or ref.uri.startswith("file:"):
+                folder = ref.uri and Path(unquote(urlparse(ref.uri).path))
+                return self.sampler.load(weights_id, ref.base_model, folder or None)
+            for run_id, (uri, snapshot) in self._snapshots.items():
+                if uri == ref.uri:
+                    del self._snapshots[run_id]
+                    self.sampler.publish(weights_id, snapshot)
+                    return snapshot.version
+            raise NotFoundError(f"the engine has no weights {ref.uri}.", field="uri")
+
+        return await self._call(self._sampling, publish)
+
+    async def release(self, weights_id: str) -> None:
+        await self._call(self._sampling, partial(self.sampler.release, weights_id))
+
+    def sample(self, job: SampleJob) -> Samples:
+        samples = _Samples(lambda mine: self._drop(job.job_id, mine))
+        self._put(self._sampling, partial(out_at_exit, partial(self._add, job, samples)))
+        return samples
+
+    def _drop(self, job_id: str, samples: _Samples) -> None:
+        with suppress(ClosedError):
+            self._put(self._sampling, partial(out_at_exit, partial(self._cancel, job_id, samples)))
+
+    def _add(self, job: SampleJob, samples: _Samples) -> None:
+        self._samples[job.job_id] = samples
+        refused = attempt(partial(self.sampler.add, job))
+        if refused is not None:
+            self._tell(SampleProgress(job_id=job.job_id, error=refused))
+
+    def _cancel(self, job_id: str, samples: _Samples) -> None:
+        if self._samples.get(job_id) is samples:
+            del self._samples[job_id]
+            attempt(partial(self.sampler.cancel, job_id))
+
+    def _tell(self, progress: SampleProgress) -> None:
+        samples = self._samples.get(progress.job_id)
+        if samples is not None:
+            if progress.result is not None or progress.error is not None:
+                del self._samples[progress.job_id]
+            self._post(samples.loop, partial(samples.tell, progress))
+
+    def _step(self) -> None:
+        stepped = attempt(self.sampler.step)
+        if isinstance(stepped, WeaverError):  # nobody knows whose fault it was, or what is left
+            for job_id in list(self._samples):
+                attempt(partial(self.sampler.cancel, job_id))
+                self._tell(SampleProgress(job_id=job_id, error=stepped))
+        else:
+            for progress in stepped:
+                self._tell(progress)
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the thread behind what was asked of it, and forgets everything."""
+        with self._lock:
+            alone, self._closed = self._thread is None, True
+            self._lock.notify()
+        if alone:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of what the parts hold; an engine adds its own."""
+        self._snapshots.clear()
+
+    async def _train(self, work: Callable[[], T]) -> T:
+        return await self._call(self._training, work)
+
+    async def _call(self, queue: deque[Callable[[], None]], work: Callable[[], T]) -> T:
+        """What `work` returns or raises in the engine's thread."""
+        done, outcome, loop = anyio.Event(), Future[T](), current_token().native_token
+        in_context = partial(contextvars.copy_context().run, work)
+
+        def call() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
+            try:
+                outcome.set_result(out_at_exit(in_context))
+            except BaseException as error:  # raised again where it is awaited
+                outcome.set_exception(error)
+            self._post(loop, done.set)
+
+        self._put(queue, call)
+        try:
+            await done.wait()
+        finally:
+            outcome.cancel()
+        return outcome.result()
+
+    def _post(self, loop: object, call: Callable[[], None]) -> None:
+        self._posts.setdefault(loop, []).append(call)
+
+    def _put(self, queue: deque[Callable[[], None]], call: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the engine is closed.")
+            queue.append(call)
+            self._lock.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="weaver-engine", daemon=True
+                )
+                self._thread.start()
+
+    def _work(self) -> None:
+        """Until nothing was asked for a while, or the engine is closed."""
+        while (side := self._next()) is not None:
+            begin = time.perf_counter()
+            if side == "trainer":
+                self._training.popleft()()
+                self._trained_at = time.monotonic()
+            else:
+                while self._sampling:
+                    self._sampling.popleft()()
+                if self.sampler.busy and not self._closed:
+                    out_at_exit(self._step)
+            self._share.charge(side, time.perf_counter() - begin)
+            posts, self._posts = self._posts, {}
+            for loop, calls in posts.items():
+                call_soon(loop, partial(_all, calls))
+        if self._closed:
+            out_at_exit(self._forget)
+
+    def _next(self) -> str | None:
+        """Whose turn it is, once there is something to do; None ends the thread."""
+        with self._lock:
+            if self._share.trainer_is_next:
+                left_s = self._trained_at + PATIENCE_S - time.monotonic()
+                self._lock.wait_for(lambda: self._training or self._closed, max(0.0, left_s))
+            while True:
+                side = self._share.choose(
+                    trainer=bool(self._training),
+                    sampler=bool(self._sampling) or (self.sampler.busy and not self._closed),
+                )
+                if side is not None:
+                    return side
+                asked = not self._closed and self._lock.wait(IDLE_S)
+                if not (asked or self._training or self._sampling):
+                    self._thread = None
+                    return None
+
+
+def _all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
