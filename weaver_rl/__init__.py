@@ -10,19 +10,24 @@ from weaver_rl.agent import Agent, Budget, BudgetExceeded
 from weaver_rl.checks import check
 from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
-from weaver_rl.environments import Environment, GroupEnvironment, each, single_turn
 from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
-from weaver_rl.gap import LogprobGapError, check_gap, rounding_gap
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from weaver_rl.loops.policy import Result, off_policy, on_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.run import Run, open_run
 from weaver_rl.loops.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.objectives import Objective
-from weaver_rl.plan import Plan
+from weaver_rl.plan import LogprobGapError, Plan, check_gap, rounding_gap
 from weaver_rl.report import write_report
 from weaver_rl.rewards import GroupReward, Reward, group_reward, judge, weighted
-from weaver_rl.rollouts import RolloutsFailedError, sample_groups
+from weaver_rl.rollouts import (
+    Environment,
+    GroupEnvironment,
+    RolloutsFailedError,
+    each,
+    sample_groups,
+    single_turn,
+)
 from weaver_rl.run_folder import (
     Manifest,
     RunFolder,

@@ -4,20 +4,22 @@ Tokens in, tokens out: the recorded tokens are those that the sampler read and s
 conversation is rendered as text, and only what is new in it is encoded, behind the tokens that are
 there; no reply is ever encoded again. Where the chat template rewrote history (it dropped the
 reasoning of earlier turns, say), a new segment begins.
+
+A turn is sampled with a seed that follows from what it is, so that a resumed run draws what it
+would have drawn.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import ModelInput
-from weaver_rl.conversations import render, reply_content
-from weaver_rl.encoding import decode_behind, encode_behind
+from weaver_rl.conversations import decode_behind, encode_behind, render, reply_content
 from weaver_rl.examples import read_messages
-from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Reply, Segment, Trajectory
 
 if TYPE_CHECKING:
@@ -226,3 +228,9 @@ async def respond_all(
     return [
         agent._write(sequence) for agent, sequence in zip(agents, result.sequences, strict=True)
     ]
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed in [0, 2^63) for `(run's seed, step, problem, sample, turn)` or any such numbers."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -6,7 +6,8 @@ Agents call `render`; `loops.supervised` calls `to_datum`, whose examples are on
     {"messages": [{"role": "user", ...}, ...]}        messages of the roles asked for are learned
     {"text": "2+2=4", "spans": [[4, 5]]}              characters of the spans; all without `spans`
 
-Tokens are those of the whole text, split where a sampler would have begun to write.
+Tokens are those of the whole text, split where a sampler would have begun to write: texts are not
+encoded piece by piece, since SentencePiece's tokenizers put a space before each.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from weaver.checks import check_length
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens, render_chat
 from weaver.types import Datum, ModelInput
-from weaver_rl.encoding import encode_split
 from weaver_rl.examples import Chat, Completion, read_example
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -289,3 +289,87 @@ def _chat(
             )
         spans.append((len(opening), len(opening) + len(said)))
     return full, spans
+
+
+ANCHORS = ("\n", ".", "a", "0")
+
+
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    borders: Sequence[int],
+    *,
+    encode: Callable[[str], list[int]],
+    where: str,
+) -> tuple[list[int], list[int]]:
+    """The text's tokens, and how many of them stand before each border, a character of it.
+
+    They are `encode(text)`, and before a border `encode(text[:border])`, which is what a sampler
+    would have read there. Where both cannot be, since a token would reach over the border, the
+    second holds, and what follows is encoded on its own.
+
+    Args:
+        borders: ascending.
+        where: what the error names.
+
+    Raises:
+        InvalidRequestError: no tokens with such a border say the text.
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    tokens = encode(text)
+    base: list[int] = []
+    start = 0
+    counts: list[int] = []
+    for border in borders:
+        heads = (
+            [base + more for more in encode_behind(tokenizer, base, text[start:border])]
+            if start
+            else [encode(text[:border])]
+        )
+        head = next((one for one in heads if tokens[: len(one)] == one), None)
+        if head is None:
+            said = decode(tokens)
+            split = (
+                (one, one + more)
+                for one in heads
+                for more in encode_behind(tokenizer, one, text[border:])
+            )
+            head, tokens = next((both for both in split if decode(both[1]) == said), (None, tokens))
+            if head is None:
+                raise InvalidRequestError(
+                    f"has no border between tokens behind {text[max(0, border - 20) : border]!r}.",
+                    field=where,
+                    hint="Begin or end what is learned a character earlier or later.",
+                )
+            base, start = head, border
+        counts.append(len(head))
+    return tokens, counts
+
+
+def encode_behind(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], text: str
+) -> Iterator[list[int]]:
+    """Tokens of `text` where it goes on behind `tokens`, likeliest first; there is at least one.
+
+    What goes before a text decides about a space before it and stands in the way of merges, so the
+    last token's text is encoded with it, or another, and taken away again.
+    """
+    last = str(tokenizer.decode(list(tokens[-1:])))
+    for anchor in (last, *ANCHORS) if tokens else ():
+        before = tokenizer.encode(anchor, add_special_tokens=False)
+        both = tokenizer.encode(anchor + text, add_special_tokens=False)
+        if anchor and both[: len(before)] == before:
+            yield both[len(before) :]
+    yield tokenizer.encode(text, add_special_tokens=False)
+
+
+def decode_behind(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens: Sequence[int]
+) -> str:
+    """What `tokens` say behind `before`: alone, decoders leave out the space that begins a text."""
+    head, whole = (
+        str(tokenizer.decode([*before[-1:], *more], skip_special_tokens=False))
+        for more in ((), tokens)
+    )
+    alone = str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+    return whole[len(head) :] if whole.startswith(head) else alone

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from weaver.errors import requiring
-from weaver_rl.hints import find_hints
 from weaver_rl.loggers import Logger, prompt_text
+from weaver_rl.metrics import find_hints
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,15 +17,14 @@ import numpy.typing as npt
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
-from weaver_rl.environments import played_by
-from weaver_rl.rollouts import sample_groups
+from weaver_rl.rollouts import played_by, sample_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weaver import AsyncSamplingClient
-    from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.rewards import GroupReward, Reward
+    from weaver_rl.rollouts import Environment, GroupEnvironment
     from weaver_rl.types import Group, Task
 
 Evaluate = Callable[["AsyncSamplingClient"], Awaitable[Mapping[str, float]]]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from weaver.errors import WeaverError, requiring
-from weaver_rl.boundary import attempt
+from weaver_rl.guard import attempt
 from weaver_rl.storage import append_line, plain
 
 if TYPE_CHECKING:

@@ -1,15 +1,19 @@
-"""What is measured in a step, and under which name; loops call it, loggers and reports read it.
+"""What is measured in a step, under which name, and plain words for numbers that look wrong.
 
-Pure functions of groups and of the engine's metrics. A number that cannot be computed (the mean
-reward when every rollout failed) is left out, so that no metric is ever NaN. The names and their
-meanings are listed in docs/logging.md.
+Pure functions: from groups and the engine's metrics to numbers, which loops log; from the numbers
+of the steps so far to hints, which the display and the report show. What cannot be computed (the
+mean reward when every rollout failed) is left out, so that no metric is ever NaN. The names and
+their meanings are listed in docs/logging.md.
 """
 
 from __future__ import annotations
 
+from statistics import fmean, median, variance
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from weaver_rl.plan import ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,3 +143,151 @@ def _token_metrics(rollouts: Sequence[Rollout], weights_version: int) -> dict[st
     ages = weights_version - sampled[:, 0]
     surprise = {"policy/surprise": float(-sampled[:, 1].mean())}
     return surprise | _summary("staleness", ages, "mean", "max")
+
+
+KL_LIMIT = 0.5
+"""Nats per token between the policy and the one that sampled: far outside any trust region."""
+RATIO_LIMIT = 1e3
+GRADIENT_LIMIT = 100.0
+"""Norm before clipping; and twenty times the run's median."""
+STILL = 60
+"""Steps without a movement of the reward after which a run is said not to learn."""
+COLLAPSE = 0.02
+"""The share of its first entropy below which a policy has stopped exploring."""
+ABOVE = (
+    (
+        "rollout/failed_fraction",
+        0.0,
+        "failures",
+        "{:.0%} of the rollouts failed and are left out of training. The first traceback is in the "
+        "log; try the reward with weaver_rl.check(reward, tasks).",
+    ),
+    (
+        "train/kl_k3",
+        KL_LIMIT,
+        "kl",
+        "The policy moved {:.2g} nats per token away from the one that sampled. "
+        "Lower the learning rate, take fewer passes, or use a clipped loss (ppo).",
+    ),
+    (
+        "rollout/truncated_fraction",
+        0.9,
+        "truncated",
+        "{:.0%} of the replies were cut off by max_tokens. "
+        "Raise it, or give a stop string, such as a newline.",
+    ),
+)
+"""Metric, the most that is normal, the hint's name and text."""
+
+
+def find_hints(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What looks wrong at the last step of `history`, oldest step first. {} is good news.
+
+    By stable names: `{"gap": "Trainer and sampler disagree by up to 0.02 nats ..."}`.
+    """
+    if not history:
+        return {}
+    last = history[-1]
+    first = next((row for row in history if "policy/surprise" in row), last)
+    found = {
+        name: text.format(last[metric])
+        for metric, limit, name, text in ABOVE
+        if last.get(metric, 0.0) > limit
+    }
+    gap, rounding = last.get("gap/max", 0.0), last.get("gap/rounding", ROUNDING["float32"])
+    if gap > rounding:
+        found["gap"] = (
+            f"Trainer and sampler disagree by up to {gap:.3g} nats on a token; rounding costs at "
+            f"most {rounding:.3g}. Check that both use the same weights and temperature."
+        )
+    # Centred advantages make the loss of a first on-policy pass 0 while its gradient is not.
+    if last.get("train/loss") == 0.0 == last.get("train/grad_norm", 0.0):
+        found["loss_zero"] = (
+            "The loss and its gradient are exactly 0: nothing is learned. "
+            "Look at the advantages (all rewards equal?) and at the weights (all masked?)."
+        )
+    mean = last.get("reward/mean", float("nan"))
+    equal = last.get("groups/zero_variance_fraction", 0.0) >= 1 <= last.get("groups/count", 0.0)
+    given = _by_design(history)
+    fallen = _fallen(history)
+    if fallen:
+        found["fallen"] = fallen
+    if exploding := _exploding(history):
+        found["exploding"] = exploding
+    if last.get("reward/noise", 0.0) > 0.25 * last.get("reward/std", 0.0):
+        found["noisy"] = (
+            f"Equal replies to one task are scored differently, by {last['reward/noise']:.2g} on "
+            "average: the reward is noisy. Average several judgements, or make it deterministic."
+        )
+    if not (fallen or equal or given) and _still(history):
+        found["still"] = (
+            f"The mean reward has not moved for {STILL} steps. Look at the best and worst replies; "
+            "try a larger learning rate, more samples a task or partial credit."
+        )
+    if equal and mean >= 1 and mean >= last.get("reward/max", mean):
+        found["solved"] = "Every reply has the full reward: the tasks are solved. Stop here."
+    elif equal and not fallen and not given:
+        found["rewards_equal"] = (
+            "In every group all rewards are equal, so there is nothing to compare. "
+            "Use more samples a task, easier tasks, a higher temperature or partial credit."
+        )
+    before, now = first.get("policy/surprise", 0.0), last.get("policy/surprise", 0.0)
+    if 0 <= now < COLLAPSE * before and last.get("reward/mean", 1.0) < 0.9:
+        found["collapse"] = (
+            f"The entropy fell from {before:.2g} to {now:.2g} nats before the tasks were solved: "
+            "the policy no longer explores. Lower the learning rate or add entropy_coef."
+        )
+    return found
+
+
+def _by_design(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether kept samples teach, or the KL to a reference beside a reward of 0."""
+    last = history[-1]
+    ends = ("reward/mean", "reward/min", "reward/max")
+    rewards = [row.get(end, 0.0) for row in history for end in ends]
+    return "rejection/kept" in last or ("train/kl_reference" in last and not any(rewards))
+
+
+def _fallen(history: Sequence[Mapping[str, float]]) -> str | None:
+    """Below the best mean of five steps by half a standard deviation, and four standard errors."""
+    rows = [row for row in history if "reward/mean" in row and "reward/std" in row]
+    if len(rows) < 6:
+        return None
+    means = [row["reward/mean"] for row in rows]
+    best = max(fmean(means[i : i + 5]) for i in range(len(means) - 5))
+    spread = max(row["reward/std"] for row in rows)
+    error = spread / max(rows[-1].get("rollout/count", 1.0), 1.0) ** 0.5
+    if best - means[-1] <= max(0.5 * spread, 4 * error):
+        return None
+    return (
+        f"The mean reward fell from its best, {best:.2g}, to {means[-1]:.2g}. Lower the learning "
+        "rate, take fewer passes, and go on from a checkpoint before the fall."
+    )
+
+
+def _exploding(history: Sequence[Mapping[str, float]]) -> str | None:
+    last = history[-1]
+    norms = [row["train/grad_norm"] for row in history[:-1] if "train/grad_norm" in row]
+    usual = median(norms) if norms else 0.0
+    ratio = max(last.get("train/ratio_max", 0.0), last.get("off_policy/ratio_max", 0.0))
+    norm = last.get("train/grad_norm", 0.0)
+    if ratio <= RATIO_LIMIT and norm <= max(GRADIENT_LIMIT, 20 * usual):
+        return None
+    return (
+        f"The numbers explode: the largest ratio is {ratio:.2g}, the gradient's norm {norm:.2g} "
+        f"(usually {usual:.2g}). Lower the learning rate, take fewer passes, use fresher samples."
+    )
+
+
+def _still(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the halves of the last steps differ by less than two standard errors."""
+    rows = [row for row in history if "reward/mean" in row][-STILL:]
+    means = [row["reward/mean"] for row in rows]
+    best = max((row.get("reward/max", 0.0) for row in rows), default=0.0)
+    low = min((row.get("reward/min", 0.0) for row in rows), default=0.0)
+    # Near the best, there is no room; a mean of exactly 0 is that of replies scored by each other.
+    if len(rows) < STILL or best - fmean(means) <= 0.1 * (best - low) or not any(means):
+        return False
+    halves = means[: STILL // 2], means[STILL // 2 :]
+    error: float = sum(variance(half) / len(half) for half in halves) ** 0.5
+    return abs(fmean(halves[1]) - fmean(halves[0])) <= 2 * error

@@ -1,6 +1,6 @@
 """Learning proofs: what this package claims to learn, each with a gate, and what must not learn.
 
-`tests/learning` and `weaver_rl.selftest` run these definitions. Each trains weaver-nano with LoRA
+`tests/learning` and `weaver_rl.cli` run these definitions. Each trains weaver-nano with LoRA
 of rank 8, alpha 32, on 32 prompts x 8 samples a step, and asks about words that it never trained
 on. Proofs stand beside their negative controls.
 """
@@ -16,13 +16,13 @@ import numpy as np
 
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import group_centred
-from weaver_rl.environments import each, single_turn
 from weaver_rl.evaluation import evaluate
 from weaver_rl.loops.policy import Result, off_policy
 from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
+from weaver_rl.rollouts import each, single_turn
 from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import exact, reverse_tasks
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
-    from weaver_rl.environments import GroupEnvironment
+    from weaver_rl.rollouts import GroupEnvironment
     from weaver_rl.types import BoolPG, FloatPG, Reply, Task
 
 MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}

@@ -2,16 +2,23 @@
 
 Curves of every metric, hints, the best and the worst groups of any step with tokens coloured by
 log-probability gap, advantage, surprise or age, and the configuration. By hand: `weaver-rl report`.
+
+A page has its style, its script and its data in one file and needs no network; the self-test writes
+one too. Data travels as JSON in a block that is never executed, and a content security policy names
+the one script by its hash: what a model wrote cannot run.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 from datetime import datetime
+from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weaver.errors import NotFoundError
-from weaver_rl.hints import find_hints
-from weaver_rl.page import make_page
+from weaver_rl.metrics import find_hints
 from weaver_rl.run_folder import RunFolder, read_config
 from weaver_rl.storage import encode, read_lines, write_atomically
 from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
@@ -173,3 +180,32 @@ def _segment(segment: Row) -> Row:
 
 def _figures(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+def make_page(template: str, *, title: str, data: Mapping[str, object]) -> str:
+    """Fills `templates/<template>.html` with the common style and script, and its own script."""
+    script = _read("page.js") + _read(f"{template}.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "HASH": f"sha256-{digest}",
+        "TITLE": html.escape(title),
+        "CSS": _read("page.css"),
+        "DATA": json_block(data),
+        "SCRIPT": script,
+    }
+    # Split once: what is filled in is never searched for names again.
+    head, *rest = _read(f"{template}.html").split("@@")
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return head + "".join(parts[name] + text for name, text in pairs)
+
+
+def json_block(data: Mapping[str, object]) -> str:
+    """JSON that may stand inside a script element: no character there has a meaning in HTML."""
+    text = encode(data).decode()
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _read(name: str) -> str:
+    return (resources.files("weaver_rl") / "templates" / name).read_text(encoding="utf-8")

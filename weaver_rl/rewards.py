@@ -32,8 +32,7 @@ from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent
-from weaver_rl.boundary import attempt, attempt_async, call_pickled
-from weaver_rl.gather import gather
+from weaver_rl.guard import attempt, attempt_async, call_pickled, gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
 if TYPE_CHECKING:

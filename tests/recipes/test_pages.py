@@ -11,8 +11,8 @@ import pytest
 
 from recipes import rejection_sampling
 from tests.recipes.test_recipes import short
+from weaver_rl.cli import Ran, chosen, write_page
 from weaver_rl.proofs import Outcome
-from weaver_rl.selftest import Ran, chosen, write_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = ("--headless=new", "--no-sandbox", "--enable-logging=stderr", "--dump-dom")

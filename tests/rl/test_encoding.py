@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tests.zoo import TOKENIZERS, Zoo
 from weaver.errors import InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens
-from weaver_rl.conversations import to_datum
-from weaver_rl.encoding import encode_behind
+from weaver_rl.conversations import encode_behind, to_datum
 
 if TYPE_CHECKING:
     from weaver.types import Datum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weaver_rl.hints import find_hints
+from weaver_rl.metrics import find_hints
 
 HEALTHY = {
     "train/loss": 0.0,

@@ -11,19 +11,17 @@ import pytest
 from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
+from weaver_rl.agent import derive_seed
 from weaver_rl.data import TaskStream
-from weaver_rl.environments import single_turn
-from weaver_rl.gap import LogprobGapError
 from weaver_rl.loggers import Loggers
 from weaver_rl.loops.policy import off_policy, on_policy
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import policy_step
 from weaver_rl.loops.supervised import SupervisedPlan
 from weaver_rl.objectives import Objective
-from weaver_rl.plan import Plan
-from weaver_rl.rollouts import RolloutsFailedError, sample_groups
+from weaver_rl.plan import LogprobGapError, Plan
+from weaver_rl.rollouts import RolloutsFailedError, sample_groups, single_turn
 from weaver_rl.run_folder import manifests, open_run_folder
-from weaver_rl.seeds import derive_seed
 from weaver_rl.transcripts import read_transcripts
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from tests.rl.helpers import group
 from weaver.errors import NotFoundError
 from weaver_rl.datums import examples
 from weaver_rl.objectives import Behaviour
-from weaver_rl.page import json_block
-from weaver_rl.report import report_data, thinned, write_report
+from weaver_rl.report import json_block, report_data, thinned, write_report
 from weaver_rl.run_folder import RunFolder, open_run_folder
 from weaver_rl.storage import append_line
 from weaver_rl.transcripts import write_transcripts

@@ -14,14 +14,16 @@ from tests.rl.scripted import ScriptedSampler, byte_tokenizer
 from weaver.errors import ConfigError, EngineError, WeaverError
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Budget
-from weaver_rl.environments import (
+from weaver_rl.rollouts import (
     Environment,
+    FailureWatch,
     GroupEnvironment,
+    RolloutsFailedError,
     as_group_environment,
     each,
+    sample_groups,
     single_turn,
 )
-from weaver_rl.rollouts import FailureWatch, RolloutsFailedError, sample_groups
 from weaver_rl.types import Group, Reply, Score, Task
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from weaver.errors import EngineError
-from weaver_rl import selftest
+from weaver_rl import cli
 from weaver_rl.proofs import PROOFS, Outcome, Proof
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def test_all_results_are_on_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proofs = (proof("good", passes, 0, 1), proof("bad", fails), proof("broken", breaks))
-    monkeypatch.setattr(selftest, "PROOFS", proofs)
+    monkeypatch.setattr(cli, "PROOFS", proofs)
     page = tmp_path / "page.html"
-    assert selftest.main(["--page", str(page)]) == 1
+    assert cli.selftest(["--page", str(page)]) == 1
     data = page_data(page)
     assert dict(data["tiles"])["Runs"] == "4 of 4"
     assert (dict(data["tiles"])["Passed"], dict(data["tiles"])["Failed"]) == ("2", "2")
@@ -67,19 +67,19 @@ def test_all_results_are_on_the_page(
 
 
 def test_one_by_name_and_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "PROOFS", (proof("good", passes, 3, 4), proof("bad", fails)))
+    monkeypatch.setattr(cli, "PROOFS", (proof("good", passes, 3, 4), proof("bad", fails)))
     page = tmp_path / "page.html"
-    assert selftest.main(["good", "--quick", "--page", str(page)]) == 0
+    assert cli.selftest(["good", "--quick", "--page", str(page)]) == 0
     (good,) = page_data(page)["proofs"]
     assert [run["seed"] for run in good["runs"]] == [3]
 
 
 def test_wrong_names_and_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        selftest.main(["rejection"])
+        cli.selftest(["rejection"])
     assert ended.value.code == 2
     assert "Did you mean 'rejection sampling'?" in capsys.readouterr().err
-    assert selftest.main(["--list"]) == 0
+    assert cli.selftest(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(PROOFS)
 

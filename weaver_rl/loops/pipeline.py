@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pydantic import TypeAdapter
 
+from weaver_rl.agent import derive_seed
 from weaver_rl.data import TaskStream
 from weaver_rl.rollouts import FailureWatch, sample_groups
-from weaver_rl.seeds import derive_seed
 from weaver_rl.types import Group
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from weaver import AsyncSamplingClient
-    from weaver_rl.environments import GroupEnvironment
     from weaver_rl.plan import Plan, ZeroVariance
+    from weaver_rl.rollouts import GroupEnvironment
     from weaver_rl.types import Task
 
 Groups = tuple[Group, ...]

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weaver import AsyncTrainingClient
-    from weaver_rl.environments import Environment, GroupEnvironment
     from weaver_rl.evaluation import Evaluate
     from weaver_rl.loops.run import Run
     from weaver_rl.plan import Plan
+    from weaver_rl.rollouts import Environment, GroupEnvironment
     from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from weaver.types import ModelInput
 from weaver_rl import datums
 from weaver_rl.advantages import advantage_fn
-from weaver_rl.gap import check_gap, rounding_gap
-from weaver_rl.gather import gather
+from weaver_rl.guard import gather
 from weaver_rl.metrics import train_metrics
 from weaver_rl.objectives import behaviour
+from weaver_rl.plan import check_gap, rounding_gap
 from weaver_rl.types import reward_matrix
 
 if TYPE_CHECKING:

@@ -1,7 +1,9 @@
-"""The boundary around code that is not ours: rewards, environments, tools, loggers.
+"""Guards around code that is not ours, and around work that is done at the same time.
 
-The one place of this package that catches any exception. What was raised becomes a `Failure`: a
-value with the traceback, which the caller counts, shows, or tells the model.
+`attempt` and `attempt_async` are the one place of this package that catches any exception: rewards,
+environments, tools and loggers run in them. What was raised becomes a `Failure`: a value with the
+traceback, which the caller counts, shows, or tells the model. `task_group` and `gather` raise the
+first error of concurrent work as itself; loops, rollouts and rewards use them.
 """
 
 from __future__ import annotations
@@ -9,20 +11,51 @@ from __future__ import annotations
 import pickle
 import sys
 import traceback
+from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
+import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from weaver_rl.gather import task_group
 from weaver_rl.types import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from anyio.abc import TaskGroup
 
     from weaver_rl.types import Place
 
 T = TypeVar("T")
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[TaskGroup]:
+    """anyio's; where something in it fails the rest is cancelled, and the first error is raised."""
+    try:
+        async with anyio.create_task_group() as tasks:
+            yield tasks
+    except ExceptionGroup as group:
+        error: Exception = group
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__
+
+
+async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Awaits all of them at the same time; the results in order."""
+    results: dict[int, T] = {}
+
+    async def run(index: int) -> None:
+        results[index] = await calls[index]()
+
+    async with task_group() as tasks:
+        for index in range(len(calls)):
+            tasks.start_soon(run, index)
+    return [results[index] for index in range(len(calls))]
+
+
 Through = tuple[type[Exception], ...]
 
 
