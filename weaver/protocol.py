@@ -278,6 +278,8 @@ class Export(types.Value):
 
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NEXT_OFFSET = "weaver-next-offset"
+"""The header that says where the rest of a long answer begins."""
 N = TypeVar("N", bound=str | None)
 
 

@@ -157,3 +157,44 @@ async def test_what_was_forgotten_is_never_done_again(
             await caller.result(old.id)
         await train(caller, run, steps=1)
         assert (await service.get_run(run)).step == step + 1
+
+
+async def test_what_was_refused_before_a_snapshot_is_forgotten_but_not_its_place(
+    home: Path,
+) -> None:
+    async with server(home, durability=ALWAYS) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        withdrawn = [await caller.start(None, run) for _ in range(50)]
+        for one in withdrawn:
+            await caller.outcome(one)
+        await train(caller, run, steps=2)
+
+        async def forgotten() -> bool:
+            await train(caller, run, steps=1)
+            return rows(home) <= 12
+
+        await until(forgotten)
+    async with server(home, durability=ALWAYS) as service:
+        caller.service = service
+        again = caller.stamp(GRADIENT, run).model_copy(update={"seq": 7})
+        await caller.send(again)
+        assert (await caller.outcome(again.id)).error is not None
+        caller.seqs[run] -= 1
+        await train(caller, run, steps=1)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["refused", "executed"])
+async def test_the_body_of_what_was_refused_is_not_kept(home: Path, kept: bool) -> None:
+    async with server(home, durability=NEVER) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        if kept:
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+        else:
+            await caller.refused(BAD_GRADIENT, run_id=run)
+    database = open_database(home)
+    with database.begin() as connection:
+        query = sa.select(operations_table.c.body).where(operations_table.c.run_id == run)
+        assert [body is not None for body in connection.scalars(query)] == [kept]
+    database.dispose()

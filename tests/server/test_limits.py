@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import httpx
 import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, HELLO, STEP, TEXT
@@ -18,6 +19,7 @@ from weaver import wire
 from weaver.client.http import MEDIA_TYPE, HttpService
 from weaver.errors import NotFoundError, QuotaExceededError, TooLargeError
 from weaver.protocol import (
+    NEXT_OFFSET,
     CheckpointSaved,
     CreateModel,
     ForwardBackward,
@@ -32,12 +34,13 @@ from weaver.protocol import (
 )
 from weaver.server import intake, recovery
 from weaver.server.database import open_database
+from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.limits import Limits
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability
 from weaver.server.sql_store import SqlStore
 from weaver.server.tenancy import Caller
-from weaver.types import Datum, ModelInput, SamplingParams
+from weaver.types import Datum, MetricPoint, ModelInput, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -313,3 +316,113 @@ async def test_metadata(home: Path, kind: str) -> None:
             await a.open_session(user_metadata=large)
         assert len(await a.list_runs()) == 1
         assert len(await a.list_sessions()) == 2
+
+
+@EVERYWHERE
+async def test_open_sessions(home: Path, kind: str) -> None:
+    async with projects(kind, home, Limits(sessions=2)) as (a, b):
+        first, _ = await a.open_session(), await a.open_session()
+        with pytest.raises(QuotaExceededError, match="2 open sessions"):
+            await a.open_session()
+        await b.open_session()  # another project's are its own
+        await a.close_session(first.session_id)
+        await a.open_session()
+
+
+async def test_sessions_that_come_at_once_are_counted(home: Path) -> None:
+    async with LocalService(FakeEngine(), home=home, limits=Limits(sessions=3)) as service:
+        refused = []
+
+        async def open_one() -> None:
+            try:
+                await service.open_session()
+            except QuotaExceededError as error:
+                refused.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(10):
+                tasks.start_soon(open_one)
+        assert len(refused) == 7
+        await service.open_session(lasting=True)  # of a wire format without sessions
+
+
+@EVERYWHERE
+async def test_metrics_of_a_run(home: Path, kind: str) -> None:
+    def points(count: int, name: str = "loss") -> list[MetricPoint]:
+        return [MetricPoint(name=name, value=float(i)) for i in range(count)]
+
+    limits = Limits(metric_points=10, metric_names=2)
+    async with projects(kind, home, limits) as (a, _):
+        client = await Client.open(a)
+        run = await client.create()
+        await a.log_metrics(run, points(6))
+        with pytest.raises(TooLargeError, match="11 logged numbers"):
+            await a.log_metrics(run, points(5))
+        await a.log_metrics(run, points(4, "other"))
+        other = await client.create()
+        with pytest.raises(TooLargeError, match="3 names"):
+            await a.log_metrics(other, [p for name in "xyz" for p in points(1, name)])
+        assert len(await a.read_metrics(run)) == 10
+        assert await a.read_metrics(other) == []
+
+
+async def test_metrics_are_read_page_by_page(home: Path) -> None:
+    async with running(home) as server, server.http() as http:
+        service = HttpService(ADDRESS, transport=server.transport(), outage_s=0.0)
+        client = await Client.open(service)
+        run = await client.create()
+        logged = [MetricPoint(name="ab"[i % 2], value=float(i)) for i in range(7)]
+        await service.log_metrics(run, logged)
+        first = await http.get(f"/v1/runs/{run}/metrics", params={"limit": 3})
+        assert [p["value"] for p in first.json()] == [0.0, 1.0, 2.0]
+        assert first.headers[NEXT_OFFSET] == "3"
+        rest = await http.get(f"/v1/runs/{run}/metrics", params={"limit": 3, "offset": 6})
+        assert [p["value"] for p in rest.json()] == [6.0]
+        assert NEXT_OFFSET not in rest.headers
+        assert (await http.get(f"/v1/runs/{run}/metrics", params={"limit": 0})).status_code == 422
+        assert [p.value for p in await service.read_metrics(run, name="b")] == [1.0, 3.0, 5.0]
+        await service.aclose()
+
+
+async def test_a_client_reads_every_page(home: Path) -> None:
+    pages: list[str] = []
+
+    class Short(httpx.AsyncBaseTransport):
+        """Asks for short pages, as a server with a lower bound would answer."""
+
+        def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+            self.inner = inner
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "GET" and request.url.path.endswith("/metrics"):
+                request.url = request.url.copy_merge_params({"limit": "3"})
+                pages.append(request.url.params.get("offset", "0"))
+            return await self.inner.handle_async_request(request)
+
+    async with running(home) as server:
+        service = HttpService(ADDRESS, transport=Short(server.transport()), outage_s=0.0)
+        client = await Client.open(service)
+        run = await client.create()
+        await service.log_metrics(run, [MetricPoint(name="a", value=float(i)) for i in range(7)])
+        assert [p.value for p in await service.read_metrics(run)] == [float(i) for i in range(7)]
+        assert pages == ["0", "3", "6"]
+        await service.aclose()
+
+
+async def test_journaled_bytes_are_counted_over_a_restart_and_shown(home: Path) -> None:
+    database, never = open_database(home), Durability(snapshot_every_steps=1000)
+    passes = ForwardBackward(datums=(HELLO,) * 20, loss_fn="cross_entropy")
+    counted = []
+    for _ in range(2):
+        store = SqlStore(database)
+        async with LocalService(FakeEngine(), home=home, store=store, durability=never) as service:
+            if not counted:
+                client = await Client.open(service)
+                run = await client.create()
+                await client.do(passes, GradientsDone, run_id=run)
+            counted.append(service.activity.unsaved_bytes)
+            shown = ServerMetrics(service.activity).render().decode()
+            assert f"weaver_journaled_bytes {float(counted[-1])}" in shown
+    assert counted[0] > 1000
+    assert counted[1] == pytest.approx(counted[0], rel=0.5)  # about, and in bytes on the wire
+    database.dispose()

@@ -231,9 +231,15 @@ class HttpService:
     async def read_metrics(
         self, run_id: str, *, name: str | None = None
     ) -> Sequence[types.MetricPoint]:
-        params = {} if name is None else {"name": name}
-        reply = await self._call("GET", f"runs/{_quoted(run_id)}/metrics", params=params)
-        return self._read(reply, METRICS)
+        points: list[types.MetricPoint] = []
+        params, more = {} if name is None else {"name": name}, True
+        while more:
+            reply = await self._call("GET", f"runs/{_quoted(run_id)}/metrics", params=params)
+            page = self._read(reply, METRICS)
+            points += page
+            more = protocol.NEXT_OFFSET in reply.headers
+            params["offset"] = str(len(points))
+        return points
 
     async def aclose(self) -> None:
         await self._http.aclose()

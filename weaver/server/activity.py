@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Outcome, Result
+    from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
     from weaver.server.store import Store
 
@@ -62,8 +63,11 @@ class OperationInfo(Value):
 class Activity:
     """Of the sessions of one service."""
 
-    def __init__(self, sessions: Mapping[str, Session], store: Store) -> None:
+    def __init__(
+        self, sessions: Mapping[str, Session], runs: Mapping[str, Run], store: Store
+    ) -> None:
         self._sessions = sessions
+        self._runs = runs
         self._store = store
         self._ended: OrderedDict[str, deque[OperationInfo]] = OrderedDict()
         self.trained_tokens = 0
@@ -80,6 +84,11 @@ class Activity:
     def held_bytes(self) -> int:
         """About, of what waits, runs or was not collected."""
         return sum(session.held_bytes for session in self._sessions.values())
+
+    @property
+    def unsaved_bytes(self) -> int:
+        """About, of gradient passes that no snapshot holds, so that the journal does."""
+        return sum(run.unsaved_bytes for run in self._runs.values())
 
     def pending_of(self, run_id: str) -> list[OperationInfo]:
         """A run's, and the samples of its weights; what runs comes first."""

@@ -48,6 +48,15 @@ class Limits:
         name="max_pending_bytes",
         least=2**26,
     )
+    sessions: int | None = setting(
+        1024, "Open sessions of a project.", name="max_sessions", least=1
+    )
+    """Those that wire formats without sessions share do not count."""
+    metric_points: int | None = setting(
+        10**6, "Logged numbers of a run.", name="max_metric_points", least=1
+    )
+    metric_names: int | None = 10_000
+    """Of a run."""
     runs: int | None = setting(None, "Runs of a project.", name="max_runs", least=0)
     stored_bytes: int | None = setting(
         None,
@@ -116,6 +125,27 @@ class Limits:
                 hint="Collect results before sending more.",
             )
 
+    def check_sessions(self, sessions: int) -> None:
+        """Raises QuotaExceededError: there is no room for another one."""
+        if self.sessions is not None and sessions >= self.sessions:
+            raise QuotaExceededError(
+                f"the project has {sessions} open sessions, the limit is {self.sessions}.",
+                hint="Close one; that of a silent client closes by itself.",
+            )
+
+    def check_metrics(self, *, names: int, points: int) -> None:
+        """Raises TooLargeError: a run would have more metrics than there is room for."""
+        for what, count, limit in (
+            ("names of metrics", names, self.metric_names),
+            ("logged numbers", points, self.metric_points),
+        ):
+            if limit is not None and count > limit:
+                raise TooLargeError(
+                    f"the run would have {count} {what}, the limit is {limit}.",
+                    field="metrics",
+                    hint="Log fewer of them, or go on in another run.",
+                )
+
     def check_runs(self, runs: int) -> None:
         """Raises QuotaExceededError: there is no room for another one."""
         if self.runs is not None and runs >= self.runs:
@@ -137,6 +167,12 @@ class Limits:
 SERVED = Limits(session_timeout_s=600.0)
 """Of a server. A client rides out five minutes without it, and is heard of each minute."""
 EMBEDDED = Limits(
-    operation_tokens=None, metadata_bytes=None, pending_operations=None, pending_bytes=None
+    operation_tokens=None,
+    metadata_bytes=None,
+    pending_operations=None,
+    pending_bytes=None,
+    sessions=None,
+    metric_points=None,
+    metric_names=None,
 )
 """Of the engine in a user's own process."""

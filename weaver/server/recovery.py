@@ -246,7 +246,7 @@ async def adopt(store: Store, live: Checkpoints, run: Run, record: RunRecord) ->
     if newest is None or number <= record.snapshot:
         return record
     await store.put_snapshot(run.run_id, number)
-    run.step = newest.checkpoint.step
+    run.step, run.unsaved_bytes = newest.checkpoint.step, 0
     for session_id, seq in newest.last_seqs.items():
         run.last_seqs[session_id] = max(seq, run.last_seqs.get(session_id, 0))
     if number > record.executed:

@@ -64,6 +64,7 @@ def settled_row(settled: Settled) -> dict[str, Any]:
         "cursor": outcome.cursor,
         "outcome": wire.encode(outcome),
         "number": settled.number,
+        "executed": settled.number is not None,
         "error": error_code(settled),
         "lost_gradient": settled.lost_gradient,
     }
@@ -105,6 +106,7 @@ def run_record_of(row: sa.Row[Any]) -> RunRecord:
         project=row.project or "",
         snapshot=row.snapshot,
         executed=max(row.newest or 0, row.snapshot),
+        unsaved_bytes=row.unsaved_bytes or 0,
     )
 
 

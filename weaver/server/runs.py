@@ -49,7 +49,9 @@ class Run:
     last_seqs: dict[str, int] = field(default_factory=dict)
     """Of each session, the last seq that was executed."""
     unsaved_bytes: int = 0
-    """About, of its gradient passes that no snapshot holds; since this process began."""
+    """About, of its gradient passes that no snapshot holds, so that the journal does."""
+    metric_counts: dict[str, int] | None = None
+    """How many points it has of each name; None until some are added."""
     snapshot_step: int = 0
     snapshot_at: float = field(default_factory=time.monotonic)
     committing: anyio.Lock = field(default_factory=anyio.Lock)
@@ -74,6 +76,7 @@ class Run:
             step=run.step,
             loaded=False,
             seed=record.seed,
+            unsaved_bytes=record.unsaved_bytes,
         )
 
     def heard(self, now: datetime) -> None:

@@ -7,11 +7,13 @@ is accepted, as what its session's caller may do.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import anyio
 from anyio import CapacityLimiter, to_thread
 
 from weaver.boundary import attempt, or_raise
@@ -61,6 +63,8 @@ class Parts:
     known: Known
     deterministic: bool
     now: Callable[[], datetime]
+    opening: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held while a session is counted and written down."""
     closed: bool = True
     models: Sequence[ModelInfo] | None = None
     """An engine's list is made when the engine is."""
@@ -95,11 +99,16 @@ class ScopedService:
         parts, name = self._parts, key[:12] if key else secrets.token_hex(6)
         parts.intake.limits.check_metadata(user_metadata or {})
         record = SessionRecord(f"session-{name}", self._caller, lasting, user_metadata or {})
-        if record.session_id not in parts.known.sessions and not await self._was_done(key):
-            session = Session.of(record)
-            await parts.store.open_session(record)
-            parts.known.sessions[record.session_id] = session
-            await self._keep(key)
+        sessions = parts.known.sessions
+        async with parts.opening:
+            if record.session_id not in sessions and not await self._was_done(key):
+                project = self._caller.project
+                mine = [s for s in sessions.values() if s.caller.project == project]
+                if not lasting:
+                    parts.intake.limits.check_sessions(sum(not one.lasting for one in mine))
+                await parts.store.open_session(record)
+                sessions[record.session_id] = Session.of(record)
+                await self._keep(key)
         return SessionInfo(
             session_id=record.session_id,
             description=parts.engine.description,
@@ -196,14 +205,23 @@ class ScopedService:
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
     ) -> None:
         """Nothing, if it was done for the same `key` before."""
-        await self._run(run_id)
-        now = self._parts.now()
+        run, parts = await self._run(run_id), self._parts
+        if run.metric_counts is None:
+            run.metric_counts = dict(await parts.store.metric_counts(run_id))
+        new = Counter(point.name for point in points)
+        counts = {name: run.metric_counts.get(name, 0) + count for name, count in new.items()}
+        after = run.metric_counts | counts
+        parts.intake.limits.check_metrics(names=len(after), points=sum(after.values()))
+        now = parts.now()
         timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
-        await self._parts.store.add_metrics(run_id, timed, key=key)
+        await parts.store.add_metrics(run_id, timed, key=key)
+        run.metric_counts |= counts
 
-    async def read_metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+    async def read_metrics(
+        self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> Sequence[MetricPoint]:
         await self._run(run_id)
-        return await self._parts.store.metrics(run_id, name=name)
+        return await self._parts.store.metrics(run_id, name=name, offset=offset, limit=limit)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class LocalService(ScopedService):
         self._live = Checkpoints(home, folder="live", now=now)
         kept = self._live if store.keeps_sessions else None
         self.limits = limits
-        self.activity = Activity(known.sessions, store)
+        self.activity = Activity(known.sessions, known.runs, store)
         self._operations = Operations(
             engine=engine,
             checkpoints=checkpoints,

@@ -18,6 +18,7 @@ from anyio import CancelScope, to_thread
 
 from weaver import wire
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
+from weaver.server import statements as sql
 from weaver.server.database import Writer, transaction
 from weaver.server.rows import (
     entry_of,
@@ -59,53 +60,6 @@ ACKNOWLEDGED = 64
 """So many outcomes that their clients have are forgotten together."""
 RESEND_S = 86_400.0
 """So long a request that was carried out is known by its key."""
-OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
-IS_THAT = sa.and_(
-    operations.session_id == sa.bindparam("of_session"),
-    operations.submission_id == sa.bindparam("of_submission"),
-)
-SETTLE = (
-    operations_table.update()
-    .where(IS_THAT)
-    .values({name: sa.bindparam(name) for name in OUTCOME_COLUMNS})
-)
-ACKNOWLEDGE = operations_table.update().where(IS_THAT).values(outcome=None)
-FORGET_SAMPLE = operations_table.delete().where(IS_THAT, operations.kind == "sample")
-IS_ACKNOWLEDGED = sa.and_(operations.cursor.is_not(None), operations.outcome.is_(None))
-IS_PASSED = sa.and_(
-    IS_ACKNOWLEDGED,
-    operations.number.is_(None),
-    sa.not_(operations.lost_gradient),
-    operations.run_id.is_not(None),
-    operations.seq.is_not(None),
-)
-IS_OPEN = operations.session_id.in_(
-    sa.select(sessions_table.c.session_id).where(sa.not_(sessions_table.c.closed))
-)
-FORGET = sessions_table.delete().where(
-    sessions_table.c.closed,
-    ~sa.exists().where(
-        operations.session_id == sessions_table.c.session_id, operations.cursor.is_(None)
-    ),
-)
-"""Closed sessions that wait for nothing."""
-NEWEST = sa.select(sa.func.max(operations.number)).where(operations.run_id == runs_table.c.run_id)
-RUN = "run/"
-OWNER = sa.select(owners_table.c.project).where(
-    owners_table.c.resource == sa.literal(RUN) + runs_table.c.run_id
-)
-RECORD = sa.select(
-    runs_table,
-    NEWEST.scalar_subquery().label("newest"),
-    OWNER.scalar_subquery().label("project"),
-)
-DESCRIBE = (
-    runs_table.update()
-    .where(runs_table.c.run_id == sa.bindparam("of_run"))
-    .values(description=sa.bindparam("description"))
-)
-
-
 NOT_WRITTEN = StorageError("the database was not written, through a defect.")
 
 
@@ -152,7 +106,7 @@ class SqlStore:
         )
         closed = sessions_table.update().where(sessions_table.c.session_id == session_id)
         await self._write(
-            lambda: [(closed.values(closed=True), ALWAYS), (unneeded, ALWAYS), (FORGET, ALWAYS)]
+            lambda: [(closed.values(closed=True), ALWAYS), (unneeded, ALWAYS), (sql.FORGET, ALWAYS)]
         )
 
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
@@ -172,10 +126,10 @@ class SqlStore:
                 unneeded += [before[session_id] for session_id in last if session_id in before]
                 self._last = before | last
             return [
-                (SETTLE, [settled_row(one) for one in settled]),
+                (sql.SETTLE, [settled_row(one) for one in settled]),
                 describe_runs(runs),
-                (ACKNOWLEDGE, seen),
-                (FORGET_SAMPLE, unneeded),
+                (sql.ACKNOWLEDGE, seen),
+                (sql.FORGET_REPEATABLE, unneeded),
                 (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
             ]
 
@@ -197,7 +151,7 @@ class SqlStore:
                 *(column for column in operations_table.c if column is not operations.body),
                 sa.case((pending, operations.body)).label("body"),
             )
-            .where(sa.or_(pending, sa.and_(IS_OPEN, sa.not_(IS_PASSED))))
+            .where(sa.or_(pending, sa.and_(sql.IS_OPEN, sa.not_(sql.IS_PASSED))))
             .order_by(operations.position)
         )
         return [entry_of(row) for row in await self._read(query)]
@@ -209,7 +163,7 @@ class SqlStore:
             sa.select(
                 *place, operations.seq, operations.cursor, (operations.seq - count).label("island")
             )
-            .where(IS_PASSED, IS_OPEN)
+            .where(sql.IS_PASSED, sql.IS_OPEN)
             .subquery()
         )
         found = islands.c
@@ -230,7 +184,7 @@ class SqlStore:
             "seed": seed,
             "snapshot": 0,
         }
-        owner = {"resource": RUN + run.run_id, "project": run.project}
+        owner = {"resource": sql.RUN + run.run_id, "project": run.project}
         again = runs_table.delete().where(runs_table.c.run_id == run.run_id)
         owned = owners_table.delete().where(owners_table.c.resource == owner["resource"])
         await self._write(
@@ -250,14 +204,14 @@ class SqlStore:
                 (runs_table.delete().where(runs_table.c.run_id == run_id), ALWAYS),
                 (metrics_table.delete().where(metrics_table.c.run_id == run_id), ALWAYS),
                 (answers_table.delete().where(answers_table.c.run_id == run_id), ALWAYS),
-                (operations_table.delete().where(mine, sa.not_(IS_OPEN)), ALWAYS),
+                (operations_table.delete().where(mine, sa.not_(sql.IS_OPEN)), ALWAYS),
                 (operations_table.update().where(settled).values(body=None), ALWAYS),
             ]
         )
 
     async def runs(self) -> Sequence[RunRecord]:
         records = []
-        for row in await self._read(RECORD.order_by(runs_table.c.position)):
+        for row in await self._read(sql.RECORD.order_by(runs_table.c.position)):
             try:
                 records.append(run_record_of(row))
             except StorageError as error:
@@ -265,12 +219,12 @@ class SqlStore:
         return records
 
     async def run(self, run_id: str) -> RunRecord | None:
-        rows = await self._read(RECORD.where(runs_table.c.run_id == run_id))
+        rows = await self._read(sql.RECORD.where(runs_table.c.run_id == run_id))
         return next((run_record_of(row) for row in rows), None)
 
     async def owners(self) -> Mapping[str, str]:
         rows = await self._read(sa.select(owners_table))
-        return {row.resource.removeprefix(RUN): row.project for row in rows}
+        return {row.resource.removeprefix(sql.RUN): row.project for row in rows}
 
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         query = (
@@ -283,21 +237,10 @@ class SqlStore:
 
     async def put_snapshot(self, run_id: str, number: int) -> None:
         snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
-        held = sa.and_(operations.run_id == run_id, operations.number <= number)
-        body = operations_table.update().where(held, operations.body.is_not(None))
-        newest = (
-            sa.select(sa.func.max(operations.number))
-            .where(held)
-            .group_by(operations.session_id, operations.kind)
-        )
-        needed = sa.or_(operations.lost_gradient, operations.number.in_(newest))
-        finished = operations_table.delete().where(held, IS_ACKNOWLEDGED, sa.not_(needed))
         await self._write(
             lambda: [
                 (snapshot, ALWAYS),
-                (operations_table.delete().where(held, sa.not_(IS_OPEN)), ALWAYS),
-                (finished, ALWAYS),
-                (body.values(body=None), ALWAYS),
+                *((statement, ALWAYS) for statement in sql.forget_up_to(run_id, number)),
             ],
             flush=True,
         )
@@ -327,11 +270,18 @@ class SqlStore:
         kept = [] if key is None else _kept(key)
         await self._write(lambda: [(metrics_table.insert(), rows), *kept])
 
-    async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+    async def metrics(
+        self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> Sequence[MetricPoint]:
         query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)
         if name is not None:
             query = query.where(metrics_table.c.name == name)
-        return [point_of(row) for row in await self._read(query.order_by(metrics_table.c.position))]
+        part = query.order_by(metrics_table.c.position).offset(offset).limit(limit)
+        rows = await self._read(part)
+        return await to_thread.run_sync(lambda: [point_of(row) for row in rows])
+
+    async def metric_counts(self, run_id: str) -> Mapping[str, int]:
+        return {row.name: row.points for row in await self._read(sql.metric_counts(run_id))}
 
     # --- the database ---------------------------------------------------------------------------
 
@@ -397,4 +347,4 @@ def insert_operations(rows: list[dict[str, Any]]) -> Statement:
 
 
 def describe_runs(runs: Sequence[TrainingRun]) -> Statement:
-    return DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
+    return sql.DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]

@@ -6,6 +6,7 @@ methods may raise `StorageError`, or `ServiceConnectionError` while a database i
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,6 +64,8 @@ class RunRecord:
     """The number of the last operation that the newest snapshot holds; 0: there is none."""
     executed: int
     """The number of the last operation that was executed."""
+    unsaved_bytes: int = 0
+    """Of what was executed behind the snapshot, in the journal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +191,12 @@ class Store(Protocol):
     ) -> None:
         """Keeps the request with them; nothing, if it is known."""
 
-    async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
+    async def metric_counts(self, run_id: str) -> Mapping[str, int]:
+        """How many there are of each name."""
+
+    async def metrics(
+        self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> Sequence[MetricPoint]:
         """In the order in which they were added."""
 
 
@@ -266,5 +274,11 @@ class MemoryStore:
     ) -> None:
         self._metrics.setdefault(run_id, []).extend(points)
 
-    async def metrics(self, run_id: str, *, name: str | None = None) -> Sequence[MetricPoint]:
-        return [p for p in self._metrics.get(run_id, []) if name in (None, p.name)]
+    async def metric_counts(self, run_id: str) -> Mapping[str, int]:
+        return Counter(point.name for point in self._metrics.get(run_id, []))
+
+    async def metrics(
+        self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> Sequence[MetricPoint]:
+        mine = [p for p in self._metrics.get(run_id, []) if name in (None, p.name)]
+        return mine[offset : None if limit is None else offset + limit]

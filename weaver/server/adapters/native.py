@@ -20,7 +20,7 @@ from starlette.routing import request_response
 from weaver import types, wire
 from weaver.errors import TooLargeError
 from weaver.fields import ShortText
-from weaver.protocol import Export, Outcome, SessionInfo, SessionState, Submission
+from weaver.protocol import NEXT_OFFSET, Export, Outcome, SessionInfo, SessionState, Submission
 from weaver.server.http.adapter import Adapter
 from weaver.server.http.errors import REFUSALS, native_envelope
 from weaver.server.http.gateway import (
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
 PREFIX = "/v1"
+MOST_POINTS = 10_000
+"""Of a run's metrics in one answer."""
 SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
 BINARY: dict[str, Any] = {
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
@@ -256,9 +258,18 @@ async def log_metrics(
 
 @router.get("/runs/{run_id}/metrics", response_model=list[types.MetricPoint])
 async def read_metrics(
-    run_id: str, service: ServiceDep, name: str | None = None
+    run_id: str,
+    service: ServiceDep,
+    response: Response,
+    name: str | None = None,
+    offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, le=MOST_POINTS)] = MOST_POINTS,
 ) -> list[types.MetricPoint]:
-    return list(await service.read_metrics(run_id, name=name))
+    """Where there are more, a header says where they begin."""
+    points = await service.read_metrics(run_id, name=name, offset=offset, limit=limit + 1)
+    if len(points) > limit:
+        response.headers[NEXT_OFFSET] = str(offset + limit)
+    return list(points[:limit])
 
 
 @router.get("/checkpoints", response_model=list[types.CheckpointInfo])

@@ -140,6 +140,11 @@ class ServerMetrics(Collector):
         )
         held.add_metric([], self._activity.held_bytes)
         yield held
+        unsaved = GaugeMetricFamily(
+            "weaver_journaled_bytes", "About, of gradient passes that no snapshot holds."
+        )
+        unsaved.add_metric([], self._activity.unsaved_bytes)
+        yield unsaved
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
