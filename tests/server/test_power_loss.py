@@ -16,8 +16,10 @@ from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.test_durability import ALWAYS, SAMPLE, server, train, until, weights
 from tests.server.test_service import Recorder
+from weaver.errors import StorageError
 from weaver.protocol import GradientsDone, Sampled, StepDone
 from weaver.server.database import open_database
+from weaver.server.settings import Durability
 from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
@@ -137,3 +139,25 @@ async def test_a_snapshot_is_flushed_before_former_ones_go(home: Path) -> None:
     await store.close_session("a")
     assert "PRAGMA synchronous=1" in statements[statements.index(levels[-1]) :]
     database.dispose()
+
+
+class NotTold(SqlStore):
+    """Whose database takes no word of a snapshot, as when its disk is full."""
+
+    async def put_snapshot(self, run_id: str, number: int) -> None:
+        raise StorageError("the disk is full.")
+
+
+async def test_a_snapshot_that_the_database_knows_nothing_of_takes_back_no_step(home: Path) -> None:
+    rarely = Durability(snapshot_every_steps=2, snapshot_every_s=0.0)
+    async with server(home, durability=rarely, store=NotTold) as service:
+        caller = await Caller.open(service)
+        run = await caller.create()
+        await train(caller, run, steps=2)
+        await snapshotted(service, run, step=2)
+        await train(caller, run, steps=1)
+        expected = await weights(caller, run)
+    async with server(home, durability=rarely) as service:
+        caller.service = service
+        assert (await service.get_run(run)).step == 3
+        assert await weights(caller, run) == expected

@@ -246,10 +246,10 @@ async def adopt(store: Store, live: Checkpoints, run: Run, record: RunRecord) ->
     if newest is None or number <= record.snapshot:
         return record
     await store.put_snapshot(run.run_id, number)
-    run.step, run.unsaved_bytes = newest.checkpoint.step, 0
     for session_id, seq in newest.last_seqs.items():
         run.last_seqs[session_id] = max(seq, run.last_seqs.get(session_id, 0))
     if number > record.executed:
+        run.step, run.unsaved_bytes = newest.checkpoint.step, 0
         logger.warning(
             "%s goes on from a snapshot at step %d, which is newer than the database: "
             "outcomes of its last operations are lost",
