@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver.engine.threaded import FairShare
-from weaver.server.scheduler import Head, plan
+from weaver.server.lanes import Head, plan
 
 HEADS = st.lists(
     st.builds(

@@ -33,8 +33,7 @@ from weaver.protocol import (
     StepDone,
 )
 from weaver.server.activity import run_of
-from weaver.server.lanes import Lane
-from weaver.server.scheduler import Head, Turns, plan
+from weaver.server.lanes import Head, Lane, Turns, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

@@ -24,7 +24,7 @@ from weaver.errors import (
 )
 from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
 from weaver.server.fingerprint import fingerprint
-from weaver.server.reach import Reach
+from weaver.server.registry import Reach
 from weaver.server.validation import check_size, refusal
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Submission
     from weaver.server.executor import Executor
-    from weaver.server.known import Known
     from weaver.server.limits import Limits
+    from weaver.server.registry import Known
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
     from weaver.server.store import Store

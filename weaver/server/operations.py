@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine
     from weaver.protocol import Result
     from weaver.server.checkpoints import Checkpoints
-    from weaver.server.known import Known
     from weaver.server.limits import Limits
+    from weaver.server.registry import Known
     from weaver.server.sampling import Samplers
     from weaver.server.sessions import Ticket
     from weaver.types import CheckpointInfo

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weaver.server.checkpoints import Checkpoints
-    from weaver.server.known import Known
+    from weaver.server.registry import Known
     from weaver.server.store import Entry, Passed, Store
 
 logger = logging.getLogger(__name__)

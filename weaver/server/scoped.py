@@ -19,7 +19,7 @@ from anyio import CapacityLimiter, to_thread
 from weaver.boundary import attempt, or_raise
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
-from weaver.server.reach import Reach, no_run
+from weaver.server.registry import Reach, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
 from weaver.server.store import SessionRecord
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
-    from weaver.server.known import Known
+    from weaver.server.registry import Known
     from weaver.server.store import Store
     from weaver.server.tenancy import Caller
     from weaver.types import (

@@ -19,11 +19,11 @@ from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
-from weaver.server.known import Known
 from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
 from weaver.server.recovery import OTHER_HOME, Recovery, release
+from weaver.server.registry import Known
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.scoped import Parts, ScopedService

@@ -17,13 +17,13 @@ from weaver.protocol import (
     check_name,
 )
 from weaver.server.checkpoints import SCHEME, Location
-from weaver.server.reach import no_run
+from weaver.server.registry import no_run
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation, Submission
     from weaver.server.limits import Limits
-    from weaver.server.reach import Reach
+    from weaver.server.registry import Reach
     from weaver.server.runs import Run
 
 ORDERED = (ForwardBackward, OptimStep, SaveCheckpoint, LoadCheckpoint)

@@ -1,12 +1,12 @@
-"""`Reach`: which runs, sessions and checkpoints a caller can reach. Asked by `LocalService` of each
-operation, and by the view of it that a request gets.
+"""`Known`: the runs and sessions that a service has; `Reach`: which of them a caller can reach.
 
-What belongs to another project is not found, word for word as what does not exist.
+Asked by `LocalService` of each operation, and by the view of it that a request gets. What belongs
+to another project is not found, word for word as what does not exist.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from weaver.errors import CheckpointNotFoundError, NotFoundError, RunNotFoundError
@@ -16,8 +16,18 @@ from weaver.server.sampling import BASE
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation
-    from weaver.server.known import Known
+    from weaver.server.runs import Run
+    from weaver.server.sessions import Session
     from weaver.server.tenancy import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    runs: dict[str, Run] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    """The project of each run, of deleted ones too: their checkpoints may remain."""
+    sessions: dict[str, Session] = field(default_factory=dict)
+    """The open ones."""
 
 
 def no_run(run_id: str | None) -> RunNotFoundError:
