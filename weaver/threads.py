@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -72,6 +72,38 @@ def call_soon(loop: Any, call: Callable[[], object]) -> None:
         put(call)
 
 
+class Call(Generic[T]):
+    """Some work on its way to another thread, and what became of it; made on the event loop."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.loop = current_token().native_token
+        self._work = partial(contextvars.copy_context().run, work)
+        self._outcome = Future[T]()
+        self._done = anyio.Event()
+
+    def run(self, *, patience_s: float = math.inf) -> bool:
+        """In that thread; False if nobody waited any more before it began."""
+        if not self._outcome.set_running_or_notify_cancel():
+            return False
+        try:
+            self._outcome.set_result(out_at_exit(self._work, patience_s=patience_s))
+        except BaseException as error:  # raised again where it is awaited
+            self._outcome.set_exception(error)
+        return True
+
+    def tell(self) -> None:
+        """On the event loop, once it has run."""
+        self._done.set()
+
+    async def wait(self) -> T:
+        """What the work returns or raises; where this is cancelled, what has begun goes on."""
+        try:
+            await self._done.wait()
+        finally:
+            self._outcome.cancel()
+        return self._outcome.result()
+
+
 class DaemonThread:
     """One thread that runs calls in their order, and that nothing joins.
 
@@ -84,31 +116,21 @@ class DaemonThread:
         self._patience_s = patience_s
         self._calls: SimpleQueue[Callable[[], None] | None] | None = None
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises; where the caller is cancelled, what has begun goes on."""
-        done, outcome, loop = anyio.Event(), Future[T](), current_token().native_token
-        in_context = partial(contextvars.copy_context().run, call)
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises; where the caller is cancelled, what has begun goes on."""
+        call = Call(work)
 
-        def work() -> None:
-            if not outcome.set_running_or_notify_cancel():
-                return
-            try:
-                outcome.set_result(out_at_exit(in_context, patience_s=self._patience_s))
-            except BaseException as error:  # raised again where it is awaited
-                outcome.set_exception(error)
-            call_soon(loop, done.set)
+        def run() -> None:
+            if call.run(patience_s=self._patience_s):
+                call_soon(call.loop, call.tell)
 
         if self._calls is None:
             self._calls = SimpleQueue()
             threading.Thread(
                 target=_work_off, args=(self._calls,), name=self._name, daemon=True
             ).start()
-        self._calls.put(work)
-        try:
-            await done.wait()
-        finally:
-            outcome.cancel()
-        return outcome.result()
+        self._calls.put(run)
+        return await call.wait()
 
     def stop(self) -> None:
         """Lets the thread end behind the calls that it was given."""

@@ -6,12 +6,10 @@ lock. While both sides have work they get the same share of its time.
 
 from __future__ import annotations
 
-import contextvars
 import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from anyio.lowlevel import current_token
 from weaver.boundary import attempt
 from weaver.engine.base import SampleProgress, WeightsRef
 from weaver.errors import ClosedError, NotFoundError, WeaverError
-from weaver.threads import call_soon, out_at_exit
+from weaver.threads import Call, call_soon, out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -261,24 +259,14 @@ class ThreadedEngine:
 
     async def _call(self, queue: deque[Callable[[], None]], work: Callable[[], T]) -> T:
         """What `work` returns or raises in the engine's thread."""
-        done, outcome, loop = anyio.Event(), Future[T](), current_token().native_token
-        in_context = partial(contextvars.copy_context().run, work)
+        call = Call(work)
 
-        def call() -> None:
-            if not outcome.set_running_or_notify_cancel():
-                return
-            try:
-                outcome.set_result(out_at_exit(in_context))
-            except BaseException as error:  # raised again where it is awaited
-                outcome.set_exception(error)
-            self._post(loop, done.set)
+        def run() -> None:
+            if call.run():
+                self._post(call.loop, call.tell)
 
-        self._put(queue, call)
-        try:
-            await done.wait()
-        finally:
-            outcome.cancel()
-        return outcome.result()
+        self._put(queue, run)
+        return await call.wait()
 
     def _post(self, loop: object, call: Callable[[], None]) -> None:
         self._posts.setdefault(loop, []).append(call)
