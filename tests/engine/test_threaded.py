@@ -11,6 +11,7 @@ import pytest
 
 from tests.contracts.caller import FORWARD, GRADIENT, Caller
 from tests.fake_engine import FakeEngine
+from tests.server.test_service import Recorder
 from weaver.engine.base import SampleJob, WeightsRef
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import GradientsDone, Sample, Sampled
@@ -104,6 +105,21 @@ async def test_a_job_that_nobody_waits_for_is_dropped() -> None:
     assert not engine.sampler.busy and not engine.sampler.weights_ids
     with pytest.raises(StopAsyncIteration):
         await anext(samples)
+
+
+async def test_samples_that_are_asked_for_at_once_begin_at_the_same_step(home: Path) -> None:
+    record = Recorder()
+    params = SamplingParams(max_tokens=2, seed=0)
+    sample = Sample(sampler_id="base:fake", prompt=ModelInput.from_ints([1]), params=params)
+    async with LocalService(FakeEngine(hook=record), home=home) as service:
+        caller = await Caller.open(service)
+        for count in (1, 500, 500):
+            begin = len(record.calls)
+            for submission_id in await caller.send(*(caller.stamp(sample) for _ in range(count))):
+                await caller.result(submission_id)
+            names = [name for name, _ in record.calls[begin:] if name in ("add", "step")]
+            assert names[:count] == ["add"] * count
+            assert names[count:].count("step") == len(names) - count
 
 
 async def test_a_snapshot_is_published_once_and_only_the_newest() -> None:

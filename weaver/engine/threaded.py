@@ -117,6 +117,8 @@ class ThreadedEngine:
         self._thread: threading.Thread | None = None
         self._training: deque[Callable[[], None]] = deque()
         self._sampling: deque[Callable[[], None]] = deque()
+        self._arriving: list[Callable[[], None]] = []
+        """On the event loop, the next of `_sampling`."""
         self._closed = False
         self._share = FairShare()
         self._trained_at = -math.inf
@@ -198,19 +200,19 @@ class ThreadedEngine:
                     return snapshot.version
             raise NotFoundError(f"the engine has no weights {ref.uri}.", field="uri")
 
-        return await self._call(self._sampling, publish)
+        return await self._call(self._put_sampling, publish)
 
     async def release(self, weights_id: str) -> None:
-        await self._call(self._sampling, partial(self.sampler.release, weights_id))
+        await self._call(self._put_sampling, partial(self.sampler.release, weights_id))
 
     def sample(self, job: SampleJob) -> Samples:
         samples = _Samples(lambda mine: self._drop(job.job_id, mine))
-        self._put(self._sampling, partial(out_at_exit, partial(self._add, job, samples)))
+        self._put_sampling(partial(out_at_exit, partial(self._add, job, samples)))
         return samples
 
     def _drop(self, job_id: str, samples: _Samples) -> None:
         with suppress(ClosedError):
-            self._put(self._sampling, partial(out_at_exit, partial(self._cancel, job_id, samples)))
+            self._put_sampling(partial(out_at_exit, partial(self._cancel, job_id, samples)))
 
     def _add(self, job: SampleJob, samples: _Samples) -> None:
         self._samples[job.job_id] = samples
@@ -255,9 +257,9 @@ class ThreadedEngine:
         self._snapshots.clear()
 
     async def _train(self, work: Callable[[], T]) -> T:
-        return await self._call(self._training, work)
+        return await self._call(partial(self._put, self._training), work)
 
-    async def _call(self, queue: deque[Callable[[], None]], work: Callable[[], T]) -> T:
+    async def _call(self, put: Callable[[Callable[[], None]], None], work: Callable[[], T]) -> T:
         """What `work` returns or raises in the engine's thread."""
         call = Call(work)
 
@@ -265,23 +267,42 @@ class ThreadedEngine:
             if call.run():
                 self._post(call.loop, call.tell)
 
-        self._put(queue, run)
+        put(run)
         return await call.wait()
 
     def _post(self, loop: object, call: Callable[[], None]) -> None:
         self._posts.setdefault(loop, []).append(call)
 
-    def _put(self, queue: deque[Callable[[], None]], call: Callable[[], None]) -> None:
+    def _put_sampling(self, call: Callable[[], None]) -> None:
+        """Together with what else the event loop puts in without a pause.
+
+        So the thread begins jobs at the same step that were asked for at once, and the same jobs
+        make the same batches, however quick it is.
+        """
+        self._check_open()
+        self._arriving.append(call)
+        call_soon(current_token().native_token, self._arrive)
+
+    def _arrive(self) -> None:
+        arrived, self._arriving = self._arriving, []
+        if arrived:
+            with suppress(ClosedError):
+                self._put(self._sampling, *arrived)
+
+    def _put(self, queue: deque[Callable[[], None]], *calls: Callable[[], None]) -> None:
         with self._lock:
-            if self._closed:
-                raise ClosedError("the engine is closed.")
-            queue.append(call)
+            self._check_open()
+            queue.extend(calls)
             self._lock.notify()
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, name="weaver-engine", daemon=True
                 )
                 self._thread.start()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed.")
 
     def _work(self) -> None:
         """Until nothing was asked for a while, or the engine is closed."""
