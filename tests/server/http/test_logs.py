@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.caller import BAD_GRADIENT, GRADIENT, Caller
+from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
+from tests.server.test_service import Recorder
 from weaver import wire
+from weaver.protocol import Sample
 from weaver.server.http.gateway import MEDIA_TYPE
 from weaver.server.http.telemetry import TEXT, JsonFormatter, TextFormatter, _add_request_id
+from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from starlette.types import Message
+
 pytestmark = pytest.mark.anyio
+HOST = [(b"host", b"localhost")]
 
 
 async def test_lines_name_requests_and_operations(
@@ -78,3 +85,34 @@ async def test_metrics_name_whole_routes(home: Path, path: str, route: str) -> N
     async with running(home) as server, server.http() as http:
         assert (await http.get(path)).status_code == 404
         assert f'route="{route}",status="404"' in (await http.get("/metrics")).text
+
+
+async def test_a_reader_that_leaves_before_the_first_token_is_no_error_of_the_server(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    record = Recorder()
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async with running(home, engine=FakeEngine(hook=record)) as server:
+        record.hold = "step"
+        async with server.client() as service:
+            caller = await Caller.open(service)
+            params = SamplingParams(max_tokens=4)
+            prompt = ModelInput.from_ints([1])
+            sample = Sample(sampler_id="base:fake", prompt=prompt, params=params, stream=True)
+            taken = await caller.start(sample)
+            await record.until_held()
+            path = f"/v1/sessions/{caller.session_id}/stream/{taken}"
+            scope = {"type": "http", "method": "GET", "path": path, "headers": HOST}
+            await server.app(scope | {"query_string": b""}, receive, send)
+            record.go_on.set()
+    assert sent == []
+    [line] = [one for one in caplog.messages if "/stream/" in one]
+    assert line.endswith(" 499")

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("weaver.server.http")
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+CLIENT_GONE = 499
+"""In the log, of a request whose client did not wait for the answer."""
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
@@ -71,7 +73,7 @@ class App:
             "request_id": current,
             "envelope": adapter.envelope,
         }
-        status = 500
+        status = 0
         began = time.perf_counter()
 
         async def send_and_note(message: Message) -> None:
@@ -98,7 +100,9 @@ class App:
             else:
                 scope["found"] = found
                 await _framework()(scope, receive_some, send_and_note)
+                status = status or CLIENT_GONE
             finally:
+                status = status or 500
                 route = str(getattr(scope.get("route"), "path", "none"))
                 path = route if adapter.hides(scope["path"]) else scope["path"]
                 self._note(scope, path, route, status, time.perf_counter() - began)
