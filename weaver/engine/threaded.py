@@ -119,6 +119,8 @@ class ThreadedEngine:
         self._sampling: deque[Callable[[], None]] = deque()
         self._arriving: list[Callable[[], None]] = []
         """On the event loop, the next of `_sampling`."""
+        self._arriving_on: object = None
+        """The loop that will hand them over."""
         self._closed = False
         self._share = FairShare()
         self._trained_at = -math.inf
@@ -281,10 +283,13 @@ class ThreadedEngine:
         """
         self._check_open()
         self._arriving.append(call)
-        call_soon(current_token().native_token, self._arrive)
+        loop = current_token().native_token
+        if self._arriving_on is not loop:
+            self._arriving_on = loop
+            call_soon(loop, self._arrive)
 
     def _arrive(self) -> None:
-        arrived, self._arriving = self._arriving, []
+        arrived, self._arriving, self._arriving_on = self._arriving, [], None
         if arrived:
             with suppress(ClosedError):
                 self._put(self._sampling, *arrived)

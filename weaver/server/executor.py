@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import CancelScope
+from anyio.lowlevel import checkpoint
 
 from weaver.boundary import attempt_async
 from weaver.errors import OperationCancelledError, WeaverError
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
+
+
+DROPPED_AT_ONCE = 100
+"""So many tasks of samples end before the event loop looks at its sockets again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -194,17 +199,25 @@ class Executor:
         self.release(gone)
 
     async def cancel(self, *tickets: Ticket) -> None:
-        """Ends what has not begun, and any sample, in one commit."""
-        ended: list[Ended] = []
-        for ticket in tickets:
-            if ticket.running or ticket.settled:
-                continue
+        """Ends what has not begun, and any sample, in one commit; others go on meanwhile."""
+        with CancelScope(shield=True):  # what was dropped gets its outcome
+            await self._drop([ticket for ticket in tickets if ticket in self._samples])
+            ended: list[Ended] = [
+                (ticket, OperationCancelledError("it was cancelled."))
+                for ticket in tickets
+                if not (ticket.running or ticket.settled)
+            ]
+            if ended:
+                await self.settle(*ended)
+
+    async def _drop(self, samples: Sequence[Ticket]) -> None:
+        """Ends their tasks, some at a time."""
+        for i, ticket in enumerate(samples, start=1):
             scope = self._samples.pop(ticket, None)
             if scope is not None:
                 scope.cancel()
-            ended.append((ticket, OperationCancelledError("it was cancelled.")))
-        if ended:
-            await self.settle(*ended)
+            if i % DROPPED_AT_ONCE == 0:
+                await checkpoint()
 
     def _heads(self, worker: Worker) -> list[tuple[Run | None, Ticket]]:
         heads = [(lane, run, lane.head()) for lane, run in worker.lanes.items()]

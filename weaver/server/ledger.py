@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CancelScope
+from anyio.lowlevel import checkpoint
 
 from weaver.boundary import attempt_async
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 DATABASE_AWAY_S, DATABASE_PAUSE_S = 60.0, 0.2
 """How long finished work waits for the journal, and how often it is tried."""
+TOLD_AT_ONCE = 250
+"""After so many the event loop looks at its sockets again."""
 Ended = tuple["Ticket", "Result | WeaverError"]
 
 
@@ -109,11 +112,18 @@ class Ledger:
         waits_for: tuple[type[WeaverError], ...] = (ServiceConnectionError,),
     ) -> WeaverError | None:
         """Shows outcomes, unless they cannot be journaled; answers why."""
-        told = [(ticket, ticket.session.outcome(ticket, value)) for ticket, value in ended]
-        settled = [self._settled(ticket, outcome) for ticket, outcome in told]
+        told: list[tuple[Ticket, Outcome]] = []
+        settled: list[Settled] = []
+        for ticket, value in ended:
+            told.append((ticket, ticket.session.outcome(ticket, value)))
+            settled.append(self._settled(*told[-1]))
+            if len(told) % TOLD_AT_ONCE == 0:
+                await checkpoint()
         write = partial(self._store.settle, settled, runs=runs)
         failure = await self.patiently(write, waits_for=waits_for)
-        for ticket, outcome in told:
+        for i, (ticket, outcome) in enumerate(told, start=1):
+            if i % TOLD_AT_ONCE == 0:
+                await checkpoint()
             if failure is not None:
                 ticket.session.withdraw(outcome)
                 continue

@@ -7,6 +7,7 @@ come back, requests that run are waited for, then the service is closed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import threading
@@ -44,6 +45,11 @@ REFUSAL = (
 )
 
 
+GARBAGE = 50_000, 20, 100
+"""When Python looks for circles: with ten thousand samples that wait, it stops the event loop for
+tenths of a second each time, and by default it does so at every thousand of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A server that answers; `stop` may be called from any thread."""
@@ -61,6 +67,7 @@ async def run_server(
         ConfigError: it cannot listen there, or would be open to others without keys.
         ConflictError: another server has its home or its database.
     """
+    gc.set_threshold(*GARBAGE)
     if not settings.auth and not is_loopback(settings.host):
         raise ConfigError(
             f"is {settings.host!r}, which others can reach, and keys are off.",
