@@ -109,7 +109,7 @@ class Executor:
         """Begins no further operation, drops the samples, and waits for what has begun."""
         self._stopped = True
         self._ledger.stop()
-        for samples in self._streams.values():
+        for samples in list(self._streams.values()):
             await samples.aclose()
         for worker in self._workers.values():
             async with worker.turn:
@@ -332,20 +332,24 @@ class Executor:
                 if ticket is not None:
                     await self.settle((ticket, SamplerReleased()))
                 continue
-            if ticket.settled:
+            if self._was_dropped(ticket):
                 continue
             begin = partial(self._samplers.begin, project=_project(ticket))
             begun = await attempt_async(partial(begin, ticket.job_id, operation))
             if isinstance(begun, WeaverError):
                 self._samples.pop(ticket, None)
                 await self.settle((ticket, begun))
-            elif ticket.settled:  # cancelled meanwhile
+            elif self._was_dropped(ticket):
                 await begun.aclose()
             else:
                 ticket.began_at = time.monotonic()
                 self._streams[ticket] = begun
                 self.beside(partial(self._follow, ticket, begun, self._samples[ticket]))
         del self._beginning[sampler_id]
+
+    def _was_dropped(self, ticket: Ticket) -> bool:
+        """Whether a sample was cancelled; its outcome may be on its way."""
+        return ticket.settled or ticket not in self._samples
 
     async def _follow(self, ticket: Ticket, samples: Samples, scope: CancelScope) -> None:
         ended: Result | WeaverError | None = None
