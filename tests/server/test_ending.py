@@ -10,6 +10,8 @@ from tests.contracts.caller import FORWARD, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.test_durability import SAMPLE
 from tests.server.test_service import Recorder
+from weaver.protocol import Sampled
+from weaver.server import executor
 from weaver.server.service import LocalService
 from weaver.server.store import MemoryStore
 
@@ -56,3 +58,18 @@ async def test_the_end_of_many_is_one_commit(home: Path, what: str) -> None:
             await service.close_session(caller.session_id)
         record.go_on.set()
         assert [one for one in store.commits if one] == [501 if what == "samples" else 500]
+
+
+async def test_samples_that_are_cancelled_while_others_begin_end_nothing_else(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "DROPPED_AT_ONCE", 1)
+    async with LocalService(FakeEngine(), home=home) as service:
+        caller = await Caller.open(service)
+        await caller.do(SAMPLE, Sampled)  # its weights are ready
+        for _ in range(20):
+            ids = await caller.send(*(caller.stamp(SAMPLE) for _ in range(50)))
+            await service.cancel(caller.session_id, ids[::2])
+            for one in ids:
+                await caller.outcome(one)
+        await caller.do(SAMPLE, Sampled)

@@ -154,8 +154,8 @@ class ScopedService:
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         tickets = self._session(session_id).tickets
-        for ticket in [tickets[one] for one in submission_ids if one in tickets]:
-            await self._parts.executor.cancel(ticket)
+        mine = [tickets[one] for one in submission_ids if one in tickets]
+        await self._parts.executor.cancel(*mine)
 
     def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
         return _pieces(self._session(session_id), submission_id)
