@@ -88,18 +88,21 @@ class Ledger:
                 described = [run for batch in batches for run in batch.runs]
                 for batch in batches:
                     batch.done = True
-                if every and await self._tell(every, runs=described) is not None:
-                    for batch in batches:  # the fault of one is not that of the others
-                        await self._tell_or_undo(batch)
+                failure = await self._tell(every, runs=described) if every else None
+                together = len(batches) > 1 and not isinstance(failure, ServiceConnectionError)
+                failed = [one for one in batches if one.ended and failure is not None]
+                for batch in failed:
+                    why = failure
+                    if together:  # the fault of one is not that of the others
+                        why = await self._tell(batch.ended, runs=batch.runs)
+                    if why is not None:
+                        await self._tell_undone(batch.ended, why)
                 for one in before:
                     if await self._tell([one], waits_for=()) is not None:
                         self._unwritten.append(one)
 
-    async def _tell_or_undo(self, batch: _Batch) -> None:
-        failure = await self._tell(batch.ended, runs=batch.runs) if batch.ended else None
-        if failure is None:
-            return
-        undone = await self._undo(batch.ended, failure)
+    async def _tell_undone(self, ended: Sequence[Ended], failure: WeaverError) -> None:
+        undone = await self._undo(ended, failure)
         if await self._tell(undone, waits_for=(ServiceConnectionError, StorageError)) is not None:
             logger.error("not told of, until there is room for it: %s", failure)
             self._unwritten += undone

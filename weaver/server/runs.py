@@ -21,6 +21,8 @@ from weaver.types import (
 )
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from weaver.server.sessions import Ticket
     from weaver.server.store import RunRecord
 
@@ -50,7 +52,7 @@ class Run:
     """Of each session, the last seq that was executed."""
     unsaved_bytes: int = 0
     """About, of its gradient passes that no snapshot holds, so that the journal does."""
-    metric_counts: dict[str, int] | None = None
+    metric_counts: Counter[str] | None = None
     """How many points it has of each name; None until some are added."""
     snapshot_step: int = 0
     snapshot_at: float = field(default_factory=time.monotonic)

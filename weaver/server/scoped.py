@@ -207,15 +207,17 @@ class ScopedService:
         """Nothing, if it was done for the same `key` before."""
         run, parts = await self._run(run_id), self._parts
         if run.metric_counts is None:
-            run.metric_counts = dict(await parts.store.metric_counts(run_id))
-        new = Counter(point.name for point in points)
-        counts = {name: run.metric_counts.get(name, 0) + count for name, count in new.items()}
-        after = run.metric_counts | counts
-        parts.intake.limits.check_metrics(names=len(after), points=sum(after.values()))
+            counted = Counter(await parts.store.metric_counts(run_id))
+            if run.metric_counts is None:  # no other request was quicker
+                run.metric_counts = counted
+        counts, new = run.metric_counts, Counter(point.name for point in points)
+        parts.intake.limits.check_metrics(
+            names=len(counts.keys() | new.keys()), points=counts.total() + new.total()
+        )
         now = parts.now()
         timed = [p if p.occurred_at else p.model_copy(update={"occurred_at": now}) for p in points]
         await parts.store.add_metrics(run_id, timed, key=key)
-        run.metric_counts |= counts
+        counts.update(new)
 
     async def read_metrics(
         self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
