@@ -69,7 +69,7 @@ async def test_samples_that_are_cancelled_while_others_begin_end_nothing_else(
         await caller.do(SAMPLE, Sampled)  # its weights are ready
         for _ in range(20):
             ids = await caller.send(*(caller.stamp(SAMPLE) for _ in range(50)))
-            await service.cancel(caller.session_id, ids[::2])
+            await service.cancel(caller.session_id, [*ids[::2], *ids[::2]])  # each named twice
             for one in ids:
                 await caller.outcome(one)
         await caller.do(SAMPLE, Sampled)

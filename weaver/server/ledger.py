@@ -70,10 +70,12 @@ class Ledger:
         Those that cannot be journaled fail. Where not even that can be journaled, it is tried again
         with later ones; without any, only that is done.
         """
-        fresh = [(ticket, value) for ticket, value in ended if not ticket.settled]
-        for ticket, value in fresh:
-            ticket.settled = True
-            ticket.error = value if isinstance(value, WeaverError) else None
+        fresh: list[Ended] = []
+        for ticket, value in ended:
+            if not ticket.settled:
+                ticket.settled = True
+                ticket.error = value if isinstance(value, WeaverError) else None
+                fresh.append((ticket, value))
         if not (fresh or self._unwritten):
             return
         mine = _Batch(fresh, runs)
