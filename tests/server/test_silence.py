@@ -74,11 +74,11 @@ async def test_a_client_that_dies_leaves_its_runs_and_nothing_else(home: Path) -
                     await service.list_sessions()
                     or engine.sampler.busy
                     or any("unnamed" in name for name in engine.sampler.weights_ids)
+                    or list((home / "live" / run).glob("sampler/*"))
                     or (await service.get_run(run)).step < 20
                 )
 
             await until(ended)
-            assert not list((home / "live" / run).glob("sampler/*"))
             assert (await service.get_run(run)).step == 20
 
 
