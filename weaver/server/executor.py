@@ -168,7 +168,7 @@ class Executor:
 
     async def _unload(self, run: Run) -> None:
         """Unless it could not be brought back."""
-        if self._recovery.store.durable and run.loaded:
+        if self._recovery.store.keeps != "nothing" and run.loaded:
             await self._recovery.unload(run)
 
     async def stop_run(self, run: Run) -> None:
@@ -244,7 +244,7 @@ class Executor:
             result = results[i]
             if run is not None:
                 ticket.number = run.execute(ticket)
-                if self._recovery.store.durable:
+                if self._recovery.store.keeps != "nothing":
                     run.unsaved_bytes += ticket.size_bytes
                 if isinstance(result, (StepDone, CheckpointLoaded)):
                     changed.append((run, result))

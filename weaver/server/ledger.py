@@ -157,7 +157,7 @@ class Ledger:
         undone: list[Ended] = []
         for ticket, _ in ended:
             run = self._runs.get(ticket.submission.run_id or "")
-            executed = self._store.durable and ticket.number is not None
+            executed = self._store.keeps != "nothing" and ticket.number is not None
             if run is not None and run.loaded and executed:
                 await self._recovery.unload(run)
             ticket.number, ticket.error = None, ticket.error or failure

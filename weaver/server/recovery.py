@@ -123,7 +123,7 @@ class Recovery:
         Raises:
             ConflictError: another process has it.
         """
-        if self.store.durable and run.lock is None:
+        if self.store.keeps != "nothing" and run.lock is None:
             run.lock = hold_lock(
                 self.live.root / run.run_id, what=f"run {run.run_id}", hint=OTHER_HOME
             )
@@ -137,7 +137,7 @@ class Recovery:
         enough = self.durability
         in_turn = steps >= enough.snapshot_every_steps and passed_s >= enough.snapshot_every_s
         wanted = not run.committing.locked() and (in_turn or run.unsaved_bytes > UNSAVED_BYTES)
-        return self.store.durable and (at_once or wanted)
+        return self.store.keeps != "nothing" and (at_once or wanted)
 
     async def snapshot(self, run: Run) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """Writes the run into a folder, which takes the engine; answers what remains to be done.

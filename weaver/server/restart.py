@@ -41,7 +41,7 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
     known.runs.update({run_id: Run.of(record) for run_id, record in records.items()})
     known.owners.update(await store.owners())
     await _finish_deletions(store, live, known)
-    if not store.keeps_sessions:
+    if store.keeps != "everything":
         return []
     for run in list(known.runs.values()):
         taken = await attempt_async(partial(adopt, store, live, run, records[run.run_id]))

@@ -83,7 +83,7 @@ class LocalService(ScopedService):
         store, home, known = store or MemoryStore(), home.expanduser(), Known()
         checkpoints = Checkpoints(home, now=now)
         self._live = Checkpoints(home, folder="live", now=now)
-        kept = self._live if store.keeps_sessions else None
+        kept = self._live if store.keeps == "everything" else None
         self.limits = limits
         self.activity = Activity(known.sessions, known.runs, store)
         self._operations = Operations(
@@ -144,7 +144,7 @@ class LocalService(ScopedService):
 
     async def __aenter__(self) -> Self:
         parts = self._parts
-        if parts.store.keeps_sessions:
+        if parts.store.keeps == "everything":
             self._lock = hold_lock(
                 self._live.root, what=f"the home {self._live.root.parent}", hint=OTHER_HOME
             )

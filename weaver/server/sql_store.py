@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from weaver.protocol import Submission
-    from weaver.server.store import Entry, Executed, RunRecord, SessionRecord, Settled
+    from weaver.server.store import Entry, Executed, Keeps, RunRecord, SessionRecord, Settled
     from weaver.types import MetricPoint, ModelInfo, TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class _Write:
 class SqlStore:
     """On a database that `open_database` opened; whoever opened it disposes of it."""
 
-    durable = True
-    keeps_sessions = True
+    keeps: Keeps = "everything"
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database

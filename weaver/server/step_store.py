@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from weaver.protocol import Operation, Submission
-    from weaver.server.store import Entry, SessionRecord, Settled
+    from weaver.server.store import Entry, Keeps, SessionRecord, Settled
     from weaver.types import TrainingRun
 
 
 class StepStore(SqlStore):
-    keeps_sessions = False
+    keeps: Keeps = "runs"
 
     def __init__(self, database: sa.Engine) -> None:
         super().__init__(database)

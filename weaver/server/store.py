@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from weaver.protocol import Operation, Outcome, Submission
     from weaver.server.tenancy import Caller
     from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
+
+Keeps = Literal["nothing", "runs", "everything"]
+"""What outlives this process; of `everything`, clients do, so that their sessions must."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +118,7 @@ class Passed:
 
 class Store(Protocol):
     @property
-    def durable(self) -> bool:
-        """Whether runs outlive this process; only then are they snapshotted."""
-
-    @property
-    def keeps_sessions(self) -> bool:
-        """Whether clients outlive this process, so that their sessions must."""
+    def keeps(self) -> Keeps: ...
 
     async def open_session(self, session: SessionRecord) -> None: ...
 
@@ -203,8 +201,7 @@ class Store(Protocol):
 class MemoryStore:
     """Keeps metrics and answers, read in this process; nothing else is ever asked for."""
 
-    durable = False
-    keeps_sessions = False
+    keeps: Keeps = "nothing"
 
     def __init__(self) -> None:
         self._metrics: dict[str, list[MetricPoint]] = {}
