@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from weaver.errors import ConflictError
 from weaver.server import database as module
 from weaver.server.database import SERVING, Writer, open_database, transaction
+from weaver.server.tables import owners_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,12 +41,12 @@ def writers(url: str, tmp_path: Path) -> Iterator[tuple[Writer, Writer]]:
 def write(writer: Writer, resource: str) -> None:
     with transaction(writer) as connection:
         row = {"resource": resource, "project": "default"}
-        connection.execute(module.owners_table.insert(), [row])
+        connection.execute(owners_table.insert(), [row])
 
 
 def written(writer: Writer) -> set[str]:
     with writer.database.begin() as connection:
-        return set(connection.scalars(sa.select(module.owners_table.c.resource)))
+        return set(connection.scalars(sa.select(owners_table.c.resource)))
 
 
 def lose_connection(writer: Writer) -> None:

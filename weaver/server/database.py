@@ -1,8 +1,7 @@
 """The database: opened by `weaver serve`, `weaver keys` and the embedded engine.
 
 SQLite in WAL mode below the home, or whatever SQLAlchemy URL is given. Its tables carry a version,
-so that a newer program brings them up to date before it uses them. A list of functions serves for
-that: Alembic would add a dependency, a folder of scripts and a configuration for a few tables.
+so that a program refuses those of another one.
 
 A commit to SQLite (`synchronous=NORMAL`) outlives the process, kill -9 included, but the last ones
 may be lost when the machine itself loses power, unless it is flushed, as before anything that it
@@ -13,67 +12,22 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from weaver.errors import ConfigError, ConflictError, ServiceConnectionError, StorageError
-from weaver.server.tables import (
-    answers_table,
-    metadata,
-    owners_table,
-    requests_table,
-    schema_table,
-    sessions_table,
-)
+from weaver.server.tables import metadata, schema_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
     from typing import Any
 
-
-OF_RUNS = owners_table.c.resource.startswith("run/")
-
-
-def _to_version_2(connection: sa.Connection) -> None:
-    """Sessions know whose they are, and what they may do; the table of owners knew the former."""
-    sql = connection.exec_driver_sql
-    sql("ALTER TABLE sessions ADD COLUMN project VARCHAR(64) NOT NULL DEFAULT 'default'")
-    for what in ("admin", "local", "lasting", "closed"):
-        sql(f"ALTER TABLE sessions ADD COLUMN {what} BOOLEAN NOT NULL DEFAULT FALSE")
-    sql(
-        "INSERT INTO sessions (session_id, admin, local, closed) "
-        "SELECT DISTINCT session_id, TRUE, TRUE, TRUE FROM operations WHERE cursor IS NULL "
-        "AND session_id NOT IN (SELECT session_id FROM sessions)"
-    )
-    for resource, project in sql("SELECT resource, project FROM owners").all():
-        kind, _, session_id = resource.partition("/")
-        if kind != "run":
-            change = {"project": project}
-            change |= {} if kind == "session" else {"lasting": True, "admin": "admin" in kind}
-            mine = sessions_table.c.session_id == session_id
-            connection.execute(sessions_table.update().where(mine).values(change))
-    connection.execute(owners_table.delete().where(sa.not_(OF_RUNS)))
-
-
-def _to_version_4(connection: sa.Connection) -> None:
-    """Sessions keep their metadata; those of before have none."""
-    kind = sa.LargeBinary().compile(connection.dialect)
-    connection.exec_driver_sql(f"ALTER TABLE sessions ADD COLUMN user_metadata {kind}")
-
-
-UPGRADES: tuple[Callable[[sa.Connection], None], ...] = (
-    _to_version_2,
-    answers_table.create,
-    _to_version_4,
-    partial(requests_table.create, checkfirst=True),
-)
-"""The n-th brings the tables from version n to n + 1, from 1; without a version they are made."""
-VERSION = len(UPGRADES) + 1
+VERSION = 5
+"""Of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
-"""PostgreSQL's advisory lock under which tables are brought up to date."""
+"""PostgreSQL's advisory lock under which tables are made."""
 SERVING = 0x57454157
 """PostgreSQL's advisory lock that a server holds while it serves."""
 DISK_FULL, LOCK_TIMEOUT = "53100", "55P03"
@@ -203,10 +157,10 @@ def transaction(
 
 
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
-    """Connects, and brings the tables up to date. The SQLite file is its owner's alone.
+    """Connects, and makes the tables where there are none. The SQLite file is its owner's alone.
 
     Raises:
-        ConfigError: it cannot be reached, or a newer version of this program has used it.
+        ConfigError: it cannot be reached, or another version of this program has made its tables.
     """
     own = None if url else sa.URL.create("sqlite", database=str(_own_file(home, file)))
     try:
@@ -218,7 +172,7 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:
-            upgrade(connection)
+            _make_tables(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         why = f"cannot be opened: {getattr(error, 'orig', None) or error}"
         if own is not None:
@@ -245,12 +199,7 @@ def _own_file(home: Path, file: str) -> Path:
     return home / file
 
 
-def upgrade(connection: sa.Connection) -> None:
-    """Brings the tables of any former version to this one, within the caller's transaction.
-
-    Raises:
-        ConfigError: the tables are of a later version.
-    """
+def _make_tables(connection: sa.Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
     elif connection.dialect.name == "sqlite":
@@ -259,18 +208,14 @@ def upgrade(connection: sa.Connection) -> None:
     version = connection.scalar(sa.select(schema_table.c.version))
     if version is None:
         metadata.create_all(connection)
-    elif version > VERSION:
+        connection.execute(schema_table.insert().values(version=VERSION))
+    elif version != VERSION:
         raise ConfigError(
             f"has tables of version {version}, this program knows {VERSION}.",
             field="database_url",
-            hint="Install the version of weaver that used it last.",
+            hint="Install the version of weaver that used it last, or move the home (or the "
+            "database) away and begin anew.",
         )
-    else:
-        for step in UPGRADES[version - 1 :]:
-            step(connection)
-    if version != VERSION:
-        connection.execute(schema_table.delete())
-        connection.execute(schema_table.insert().values(version=VERSION))
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
