@@ -21,7 +21,7 @@ import anyio
 from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum, ServiceClient
 from weaver.checks import check_loss
-from weaver.client import embedded
+from weaver.client import service as client_service
 from weaver.engine.base import GradientJob
 from weaver.server.service import LocalService
 from weaver.types import AdamParams, LoraConfig
@@ -143,7 +143,7 @@ def _close(home: Path) -> tuple[float, list[str]]:
 
 
 def _fake_client(home: Path) -> ServiceClient:
-    embedded._torch_engine = lambda settings: FakeEngine()
+    client_service._torch_engine = lambda settings: FakeEngine()
     return ServiceClient(home=home)
 
 

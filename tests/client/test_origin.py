@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 FORK = """
 import asyncio, gc, multiprocessing, os, sys, threading, weaver
-from weaver.client import embedded
+from weaver.client import service as client_service
 from tests.fake_engine import FakeEngine
 
 release = threading.Event()
-embedded._torch_engine = lambda settings: FakeEngine(
+client_service._torch_engine = lambda settings: FakeEngine(
     hook=lambda name, argument: release.wait(20) if name == "gradient" else None
 )
 client = weaver.ServiceClient(home=sys.argv[1])

@@ -13,7 +13,7 @@ import threading
 import weakref
 from contextlib import ExitStack, suppress
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from anyio.from_thread import run_sync, start_blocking_portal
 from anyio.lowlevel import current_token
@@ -31,6 +31,7 @@ A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C")
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
 class Handle(Generic[T]):
@@ -157,13 +158,12 @@ def making(
     return call
 
 
-def queued(
-    method: Callable[..., OperationHandle[Any]], *, wait: bool
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def queued(method: Callable[..., OperationHandle[Any]], *, wait: bool) -> Callable[[F], F]:
     """A method with one more keyword, `wait`: True gives the result, False a `Handle` at once.
 
     It replaces the decorated function, which only stands behind the overloads: a ParamSpec cannot
-    add a keyword, nor make the type of the answer depend on it.
+    add a keyword, nor make the type of the answer depend on it. Methods of the same arguments and
+    result may share one function, and so its overloads.
     """
     default = wait
 
@@ -178,9 +178,9 @@ def queued(
     signature = theirs.replace(parameters=[*theirs.parameters.values(), last])
     vars(call)["__signature__"] = signature
 
-    def replace(placeholder: Callable[..., Any]) -> Callable[..., Any]:
+    def replace(placeholder: F) -> F:
         call.__module__, call.__qualname__ = placeholder.__module__, placeholder.__qualname__
-        return call
+        return cast("F", call)
 
     return replace
 

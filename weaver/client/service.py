@@ -1,26 +1,31 @@
 """`AsyncServiceClient`: the way in; makes training and sampling clients and manages what is saved.
 
-Embedded, over a server or on an injected `Service` alike. The sync `ServiceClient` wraps it.
+On an embedded service, over a server or on an injected `Service` alike. The sync `ServiceClient`
+wraps it.
 """
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import logging
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyio import to_thread
+
 from weaver import errors, protocol, types
 from weaver.client.checks import as_path, as_value, check_ttl
-from weaver.client.embedded import embedded_service
 from weaver.client.exports import export_to
 from weaver.client.sampling import open_sampler
 from weaver.client.session import Answer, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
+from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from contextlib import AbstractAsyncContextManager
     from os import PathLike
     from typing import Self
@@ -30,7 +35,10 @@ if TYPE_CHECKING:
     from weaver.client.sampling import AsyncSamplingClient
     from weaver.client.session import Session
     from weaver.config import Settings
+    from weaver.engine.base import Engine
     from weaver.protocol import Service
+
+logger = logging.getLogger("weaver")
 
 
 class AsyncServiceClient:
@@ -251,11 +259,56 @@ def open_service(
 ) -> AbstractAsyncContextManager[Service]:
     """That which the settings choose; who is `patient` waits longer for a server to come back."""
     if settings.base_url is None:
-        return embedded_service(settings)
+        return _embedded(settings)
     from weaver.client.http import FIRST_CONTACT_S, OUTAGE_S, HttpService
 
     outage_s = OUTAGE_S if patient else FIRST_CONTACT_S
     return HttpService(settings.base_url, api_key=settings.api_key, outage_s=outage_s)
+
+
+@asynccontextmanager
+async def _embedded(settings: Settings) -> AsyncIterator[Service]:
+    """A `LocalService` on the torch engine, for as long as the context lasts.
+
+    Another process can go on with its runs.
+
+    Raises:
+        MissingDependencyError: torch, transformers or sqlalchemy is not installed.
+        ConfigError: the home cannot be written.
+    """
+    engine = await to_thread.run_sync(partial(out_at_exit, partial(_torch_engine, settings)))
+    logger.info("running embedded: %s, saving below %s", engine.description, settings.home)
+    try:
+        with errors.requiring("the embedded engine", "engine"):
+            from weaver.server.database import open_database
+            from weaver.server.service import LocalService
+            from weaver.server.step_store import StepStore
+        database = await to_thread.run_sync(
+            partial(open_database, settings.home, file="embedded.db")
+        )
+        try:
+            async with LocalService(
+                engine,
+                home=settings.home,
+                store=StepStore(database),
+                deterministic=settings.deterministic,
+            ) as service:
+                yield service
+        finally:
+            database.dispose()
+    finally:
+        engine.close()
+
+
+def _torch_engine(settings: Settings) -> Engine:
+    with errors.requiring("the embedded engine", "engine"):
+        from weaver.engine.torch.engine import TorchEngine
+    return TorchEngine(
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        deterministic=settings.deterministic,
+    )
 
 
 def _check_model_name(base_model: object) -> None:

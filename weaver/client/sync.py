@@ -127,26 +127,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     @queued(AsyncTrainingClient.forward, wait=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    @overload
-    def forward_backward(
-        self,
-        datums: Sequence[types.Datum],
-        loss_fn: str = ...,
-        *,
-        loss_fn_config: LossConfig | None = ...,
-        wait: Later = ...,
-    ) -> Handle[types.ForwardBackwardResult]: ...
-    @overload
-    def forward_backward(
-        self,
-        datums: Sequence[types.Datum],
-        loss_fn: str = ...,
-        *,
-        loss_fn_config: LossConfig | None = ...,
-        wait: Now,
-    ) -> types.ForwardBackwardResult: ...
-    @queued(AsyncTrainingClient.forward_backward, wait=False)
-    def forward_backward(self, *args: Any, **kwargs: Any) -> Any: ...
+    forward_backward = queued(AsyncTrainingClient.forward_backward, wait=False)(forward)
 
     @overload
     def forward_backward_custom(
@@ -217,16 +198,9 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     @queued(AsyncTrainingClient.load_state, wait=False)
     def load_state(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    @overload
-    def load_state_with_optimizer(
-        self, path: CheckpointPath, *, wait: Later = ...
-    ) -> Handle[types.CheckpointInfo]: ...
-    @overload
-    def load_state_with_optimizer(
-        self, path: CheckpointPath, *, wait: Now
-    ) -> types.CheckpointInfo: ...
-    @queued(AsyncTrainingClient.load_state_with_optimizer, wait=False)
-    def load_state_with_optimizer(self, *args: Any, **kwargs: Any) -> Any: ...
+    load_state_with_optimizer = queued(AsyncTrainingClient.load_state_with_optimizer, wait=False)(
+        load_state
+    )
 
     list_checkpoints = blocking(AsyncTrainingClient.list_checkpoints)
     log_metrics = blocking(AsyncTrainingClient.log_metrics)
