@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
 from weaver import types
-from weaver.client.checks import as_prompt, as_value, check_num_samples, is_batch
+from weaver.checks import as_prompt, as_value, check_num_samples, is_batch
 from weaver.client.session import RELEASED, Answer
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
@@ -19,7 +19,7 @@ from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, Sample
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from weaver.client.checks import Prompt, Prompts
+    from weaver.checks import Prompt, Prompts
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
     from weaver.tokenizers import PreTrainedTokenizer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from anyio import to_thread
 
 from weaver import errors, protocol, types
-from weaver.client.checks import as_path, as_value, check_ttl
+from weaver.checks import as_path, as_value, check_ttl
 from weaver.client.exports import export_to
 from weaver.client.sampling import open_sampler
 from weaver.client.session import Answer, open_session
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from os import PathLike
     from typing import Self
 
-    from weaver.client.checks import CheckpointPath
+    from weaver.checks import CheckpointPath
     from weaver.client.handle import OperationHandle
     from weaver.client.sampling import AsyncSamplingClient
     from weaver.client.session import Session

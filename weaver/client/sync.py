@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from weaver import types
-    from weaver.checks import LossConfig
-    from weaver.client.checks import CheckpointPath, Prompt, Prompts
+    from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
     from weaver.client.custom_loss import CustomLoss
 
 Now = Literal[True]

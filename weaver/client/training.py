@@ -11,9 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weaver import protocol, types
-from weaver.checks import check_datums
+from weaver.checks import as_path, as_value, check_datums
 from weaver.client import custom_loss
-from weaver.client.checks import as_path, as_value
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer
 from weaver.errors import InvalidRequestError
@@ -22,8 +21,7 @@ from weaver.threads import in_daemon_thread
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weaver.checks import LossConfig
-    from weaver.client.checks import CheckpointPath
+    from weaver.checks import CheckpointPath, LossConfig
     from weaver.client.custom_loss import CustomLoss
     from weaver.client.handle import OperationHandle
     from weaver.client.session import Session
