@@ -1,6 +1,6 @@
 """Guards around code that is not ours, and around work that is done at the same time.
 
-`attempt` and `attempt_async` are the one place of this package that catches any exception: rewards,
+`attempt` and `attempt_async` are the one boundary of this package where exceptions end: rewards,
 environments, tools and loggers run in them. What was raised becomes a `Failure`: a value with the
 traceback, which the caller counts, shows, or tells the model. `task_group` and `gather` raise the
 first error of concurrent work as itself; loops, rollouts and rewards use them.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pickle
 import sys
-import traceback
 from contextlib import asynccontextmanager
+from traceback import TracebackException
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -56,23 +56,57 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     return [results[index] for index in range(len(calls))]
 
 
-Through = tuple[type[Exception], ...]
+Through = tuple[type[BaseException], ...]
+
+
+class _Boundary:
+    """Around code that is not ours: what is raised inside ends here, as `failure`.
+
+    KeyboardInterrupt and the classes `through` go on. What else is no `Exception` (SystemExit, the
+    cancellation of something of its own, a panic in Rust) is a failure like any other.
+    """
+
+    failure: Failure
+
+    def __init__(self, where: Place, through: Through) -> None:
+        self._where = where
+        self._through: Through = (KeyboardInterrupt, *through)
+
+    def __enter__(self) -> _Boundary:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or isinstance(error, self._through):
+            return False
+        shown = TracebackException.from_exception(error)  # of any error: its text may raise too
+        message = f"{type(error).__name__}: {shown}"
+        self.failure = Failure(self._where, "raised", message, "".join(shown.format()))
+        return True
 
 
 def attempt(call: Callable[[], T], where: Place, *, through: Through = ()) -> T | Failure:
-    """What `call` returns, or why it did not; errors of the classes `through` are raised.
-
-    So is KeyboardInterrupt. What else is no `Exception` (SystemExit, the cancellation of something
-    of its own, a panic in Rust) is a failure like any other.
-    """
-    try:
+    """What `call` returns, or why it did not; errors of the classes `through` are raised."""
+    with _Boundary(where, through) as boundary:
         return call()
-    except through:
-        raise
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return failure_of(error, where)
+    return boundary.failure
+
+
+async def attempt_async(
+    call: Callable[[], Awaitable[T]], where: Place, *, through: Through = ()
+) -> T | Failure:
+    """`attempt` for what is awaited; a cancellation of this task by its scopes goes through."""
+    outcome: list[T | Failure] = []
+
+    async def run() -> None:
+        with _Boundary(where, (GeneratorExit, *through)) as boundary:
+            outcome.append(await call())
+            return
+        await checkpoint_if_cancelled()
+        outcome.append(boundary.failure)
+
+    async with task_group() as tasks:  # whatever cancels this task cancels the scope of that one
+        tasks.start_soon(run)
+    return outcome[0]
 
 
 def call_pickled(call: bytes) -> object:
@@ -83,35 +117,3 @@ def call_pickled(call: bytes) -> object:
     """
     sys.modules.setdefault("__main__", ModuleType("__main__"))
     return pickle.loads(call)()
-
-
-async def attempt_async(
-    call: Callable[[], Awaitable[T]], where: Place, *, through: Through = ()
-) -> T | Failure:
-    """`attempt` for what is awaited; a cancellation of this task by its scopes goes through."""
-    outcome: list[T | Failure] = []
-
-    async def run() -> None:
-        try:
-            outcome.append(await call())
-        except through:
-            raise
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:
-            await checkpoint_if_cancelled()
-            outcome.append(failure_of(error, where))
-
-    async with task_group() as tasks:  # whatever cancels this task cancels the scope of that one
-        tasks.start_soon(run)
-    return outcome[0]
-
-
-def failure_of(error: BaseException, where: Place) -> Failure:
-    """An exception as a value, with its traceback."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        message = str(error)
-    except Exception:
-        message = "(its message cannot be shown)"
-    return Failure(where, "raised", f"{type(error).__name__}: {message}", text)

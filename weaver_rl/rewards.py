@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -87,13 +88,12 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
 
     def weigh(task: Task, reply: Reply) -> Score | Awaitable[Score]:
         values: list[Any] = []
-        try:
+        with ExitStack() as unused:  # where a later one raises
             for _, reward, _ in parts:
                 values.append(reward(task, reply))
-        except BaseException:
-            for value in filter(inspect.iscoroutine, values):
-                value.close()
-            raise
+                if inspect.iscoroutine(values[-1]):
+                    unused.callback(values[-1].close)
+            unused.pop_all()
         if any(map(inspect.isawaitable, values)):
             return finish(values)
         return total([as_score(v, name) for (name, _, _), v in zip(parts, values, strict=True)])
