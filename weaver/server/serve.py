@@ -22,7 +22,7 @@ from weaver.config import is_loopback
 from weaver.errors import ConfigError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
-from weaver.server.http.app import create_app
+from weaver.server.http.app import App
 from weaver.server.http.gateway import Gateway
 from weaver.server.http.telemetry import watch
 from weaver.server.keys import Keys
@@ -106,7 +106,7 @@ async def _serve(
     gateway: Gateway, listener: socket.socket, started: Callable[[Running], None]
 ) -> None:
     config = uvicorn.Config(
-        create_app(gateway, ADAPTERS),
+        App(gateway, ADAPTERS),
         http=Connection,
         log_config=None,
         access_log=False,

@@ -17,9 +17,9 @@ from weaver.errors import NotFoundError
 from weaver.protocol import CreateModel, ModelCreated
 from weaver.server.adapters import ADAPTERS
 from weaver.server.adapters.weaver_rest.answers import sampling_session_of
-from weaver.server.http.adapter import Adapter
-from weaver.server.http.app import create_app
+from weaver.server.http.app import App
 from weaver.server.http.caller_session import CallerDep, Note
+from weaver.server.http.gateway import Adapter
 from weaver.server.limits import SERVED, Limits
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ async def beside(
 ) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
     async with running(home, auth=auth, limits=limits) as server:
         server = type(server)(
-            app=create_app(server.gateway, adapters),
+            app=App(server.gateway, adapters),
             gateway=server.gateway,
             service=server.service,
             keys=server.keys,

@@ -16,7 +16,7 @@ from weaver.client.http import HttpService
 from weaver.errors import WeaverError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
-from weaver.server.http.app import create_app
+from weaver.server.http.app import App
 from weaver.server.http.gateway import Gateway
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
@@ -72,7 +72,7 @@ async def running(
         engine or FakeEngine(), home=home, store=store, limits=limits
     ) as service:
         gateway = Gateway(service=service, keys=keys if auth else None)
-        yield Server(app=create_app(gateway, ADAPTERS), gateway=gateway, service=service, keys=keys)
+        yield Server(app=App(gateway, ADAPTERS), gateway=gateway, service=service, keys=keys)
     database.dispose()
 
 

@@ -21,12 +21,11 @@ from weaver import types, wire
 from weaver.errors import TooLargeError
 from weaver.fields import ShortText
 from weaver.protocol import NEXT_OFFSET, Export, Outcome, SessionInfo, SessionState, Submission
-from weaver.server.http.adapter import Adapter
-from weaver.server.http.errors import REFUSALS, native_envelope
+from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import (
-    BODY_LIMITS,
     LONGEST_POLL_S,
     MEDIA_TYPE,
+    Adapter,
     GatewayDep,
     ServiceDep,
 )
@@ -314,9 +313,4 @@ async def read_exported(
     return Response(data, media_type="application/octet-stream")
 
 
-NATIVE = Adapter(
-    routes=[*direct.routes, *router.routes],
-    prefix=PREFIX,
-    envelope=native_envelope,
-    body_limits=BODY_LIMITS,
-)
+NATIVE = Adapter(routes=[*direct.routes, *router.routes], prefix=PREFIX)

@@ -1,6 +1,6 @@
 """The console's routes: its pages, which say nothing of anybody's work, and read-only JSON.
 
-`create_app` mounts both. The pages need no build: `static/` is served as it lies there.
+`App` mounts both. The pages need no build: `static/` is served as it lies there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from starlette.staticfiles import StaticFiles
 from weaver.errors import PermissionDeniedError
 from weaver.server.activity import OperationInfo
 from weaver.server.console.curves import Curve, curves_of
-from weaver.server.http.adapter import Adapter
-from weaver.server.http.errors import REFUSALS, native_envelope
-from weaver.server.http.gateway import BODY_LIMITS, GatewayDep, ServiceDep
+from weaver.server.http.errors import REFUSALS
+from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -174,7 +173,6 @@ async def _load(gateway: Gateway, admin: Caller) -> ServerLoad:
 CONSOLE = Adapter(
     routes=[*pages.routes, *router.routes],
     prefix="",
-    envelope=native_envelope,
-    body_limits=BODY_LIMITS,
-    open_paths=(*PAGE_FILES, "/console/*"),
+    open_paths=tuple(PAGE_FILES),
+    open_below=("/console/",),
 )

@@ -1,1 +1,1 @@
-"""What all wire formats of a server share: `create_app` mounts them, `run_server` listens."""
+"""What all wire formats of a server share: `App` mounts them, `run_server` listens."""

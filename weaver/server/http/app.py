@@ -1,4 +1,4 @@
-"""`create_app`: the ASGI application over a service; run by `weaver serve` and by tests.
+"""`App`: the ASGI application over a service; run by `weaver serve` and by tests.
 
 It finds the adapter whose request it is, and does what holds for every request: a request id, the
 caller's project, the size of the body, one line in the log, the counters.
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,9 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
-from weaver.server.http.adapter import Adapter, Found
-from weaver.server.http.errors import add_error_handlers, error_response, native_envelope
-from weaver.server.http.gateway import BODY_LIMITS, GatewayDep
+from weaver.server.http.errors import answer, error_response
+from weaver.server.http.gateway import Adapter, GatewayDep
 from weaver.server.http.telemetry import request_id
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from opentelemetry.trace import Span
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from weaver.server.http.gateway import Gateway
 
@@ -46,25 +46,23 @@ CLIENT_GONE = 499
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
-def create_app(gateway: Gateway, adapters: Sequence[Adapter]) -> ASGIApp:
-    """The application; whoever calls it opens and closes the service and the database."""
-    return App(gateway, adapters)
-
-
 class App:
-    """Hands each request to the adapter that has a route for it."""
+    """Hands each request to the adapter that has a route for it.
+
+    Whoever makes it opens and closes the service and the database.
+    """
 
     def __init__(self, gateway: Gateway, adapters: Sequence[Adapter]) -> None:
         self._gateway = gateway
-        own = _own_routes(adapters)
-        self._adapters = sorted([own, *adapters], key=lambda one: -len(one.prefix))
+        self._adapters = sorted([_own(adapters), *adapters], key=lambda one: -len(one.prefix))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _framework()(scope, receive, send)
             return
-        adapter, found = self._find(scope)
-        headers = Headers(scope=scope)
+        adapter, *found = self._find(scope)
+        scope["found"] = found
+        headers, method = Headers(scope=scope), scope["method"]
         given = headers.get("X-Request-ID", "")
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(current)
@@ -83,7 +81,7 @@ class App:
                 MutableHeaders(scope=message)["X-Request-ID"] = current
             await send(message)
 
-        tracing, method = self._gateway.tracing, scope["method"]
+        tracing = self._gateway.tracing
         span: AbstractContextManager[Span | None] = nullcontext()
         if tracing is not None:
             span = tracing.request(headers, method=method, request_id=current)
@@ -91,38 +89,38 @@ class App:
             try:
                 if not adapter.opens(scope["path"]):
                     await self._admit(scope, headers)
-                limit = self._gateway.body_bytes(
-                    adapter.body_limit(headers.get("Content-Type", ""))
-                )
-                receive_some = _bounded(receive, limit, headers.get("Content-Length", ""))
+                limit = adapter.body_limit(headers.get("Content-Type", ""))
+                bounded = _bounded(receive, self._gateway.body_bytes(limit), headers)
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
             else:
-                scope["found"] = found
-                await _framework()(scope, receive_some, send_and_note)
+                await _framework()(scope, bounded, send_and_note)
                 status = status or CLIENT_GONE
             finally:
                 status = status or 500
                 route = str(getattr(scope.get("route"), "path", "none"))
-                path = route if adapter.hides(scope["path"]) else scope["path"]
+                path = route if scope["path"].startswith(adapter.open_below) else scope["path"]
                 self._note(scope, path, route, status, time.perf_counter() - began)
                 if traced is not None:
                     traced.update_name(f"{method} {route}")
                     traced.set_attribute("http.route", route)
                     traced.set_attribute("http.response.status_code", status)
 
-    def _find(self, scope: Scope) -> tuple[Adapter, Found]:
-        """The adapter that the request is for: by its routes; by its prefix if nobody has one."""
-        otherwise: tuple[Adapter, Found] | None = None
-        for adapter in self._adapters:
-            if scope["path"].startswith(adapter.prefix):
-                found = adapter.match(scope)
-                if found[0] is Match.FULL:
-                    return adapter, found
-                if otherwise is None or found[0].value > otherwise[1][0].value:
-                    otherwise = adapter, found
-        assert otherwise is not None  # the server's own routes begin with anything
-        return otherwise
+    def _find(self, scope: Scope) -> tuple[Adapter, BaseRoute | None, Scope]:
+        """The adapter that the request is for, its route, and what that adds to the scope.
+
+        It has a route for the path and the method, or else for the path, or else the prefix.
+        """
+        below = [one for one in self._adapters if scope["path"].startswith(one.prefix)]
+        best: tuple[Adapter, BaseRoute | None, Scope] = below[0], None, {}
+        for adapter in below:
+            for route in adapter.routes:
+                match, child_scope = route.matches(scope)
+                if match is Match.FULL:
+                    return adapter, route, child_scope
+                if match is Match.PARTIAL and best[1] is None:
+                    best = adapter, route, child_scope
+        return best
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Finds the caller's project, and the service as that project sees it."""
@@ -159,11 +157,10 @@ class _Found(BaseRoute):
         return (Match.FULL if "found" in scope else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _, route, child_scope = scope["found"]
+        route, child_scope = scope["found"]
         if route is None:
             raise HTTPException(404)
-        scope["route"] = route
-        scope.update(child_scope)
+        scope.update(child_scope, route=route)
         await route.handle(scope, receive, send)
 
 
@@ -171,7 +168,8 @@ class _Found(BaseRoute):
 def _framework() -> FastAPI:
     """What turns errors into answers around a route, the same for all servers of a process."""
     app = FastAPI(routes=[_Found()], openapi_url=None, redirect_slashes=False)
-    add_error_handlers(app)
+    for kind in (WeaverError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
     return app
 
 
@@ -191,16 +189,16 @@ def _check_local(headers: Headers) -> None:
     )
 
 
-def _bounded(receive: Receive, limit: int, declared: str) -> Receive:
+def _bounded(receive: Receive, limit: int, headers: Headers) -> Receive:
     """`receive` that ends a body above the limit, before it has been read if its length is given.
 
     Raises:
         TooLargeError: by its Content-Length; later an HTTPException, which frameworks let through.
     """
-    hint = "Send less at once."
+    received, declared = 0, headers.get("Content-Length", "")
     if declared.isdecimal() and int(declared) > limit:
-        raise TooLargeError(f"the body has {declared} bytes, the limit is {limit}.", hint=hint)
-    received = 0
+        message = f"the body has {declared} bytes, the limit is {limit}."
+        raise TooLargeError(message, hint="Send less at once.")
 
     async def receive_some() -> Message:
         nonlocal received
@@ -222,41 +220,34 @@ SECURITY = {
 """For the OpenAPI page only: the key has been checked before a route is reached."""
 
 
-def _own_routes(adapters: Sequence[Adapter]) -> Adapter:
+def _own(adapters: Sequence[Adapter]) -> Adapter:
     """Is the server well, and what is there; also answers what nobody has a route for."""
     router = APIRouter(include_in_schema=False)
-    router.add_api_route("/healthz", healthz)
-    router.add_api_route("/readyz", readyz)
-    router.add_api_route("/metrics", metrics)
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @router.get("/readyz")
+    async def readyz(gateway: GatewayDep, response: Response) -> dict[str, str]:
+        if not gateway.stopping.is_set():
+            return {"status": "ready"}
+        response.status_code = 503
+        return {"status": "stopping"}
+
+    @router.get("/metrics")
+    async def metrics(gateway: GatewayDep, request: Request) -> Response:
+        if not request.state.caller.admin:
+            raise PermissionDeniedError("metrics of the server need an administrator's key.")
+        return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4")
 
     @router.api_route("/openapi.json", methods=["GET", "HEAD"])
     async def openapi() -> Response:
         document = await to_thread.run_sync(_document, tuple(adapters))
         return Response(document, media_type="application/json")
 
-    return Adapter(
-        routes=router.routes,
-        prefix="",
-        envelope=native_envelope,
-        body_limits=BODY_LIMITS,
-        open_paths=("/healthz", "/readyz", "/openapi.json"),
-    )
-
-
-async def healthz() -> dict[str, str]:
-    return {"status": "alive"}
-
-
-async def readyz(gateway: GatewayDep, response: Response) -> dict[str, str]:
-    if gateway.stopping.is_set():
-        response.status_code = 503
-    return {"status": "stopping" if gateway.stopping.is_set() else "ready"}
-
-
-async def metrics(gateway: GatewayDep, request: Request) -> Response:
-    if not request.state.caller.admin:
-        raise PermissionDeniedError("metrics of the server need an administrator's key.")
-    return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4")
+    open_paths = ("/healthz", "/readyz", "/openapi.json")
+    return Adapter(routes=router.routes, prefix="", open_paths=open_paths)
 
 
 @cache

@@ -10,22 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from weaver.errors import (
-    EngineError,
-    InvalidRequestError,
-    NotFoundError,
-    TooLargeError,
-    WeaverError,
-)
+from weaver import errors, types
+from weaver.errors import WeaverError
 from weaver.protocol import ErrorInfo
-from weaver.types import Value
 from weaver.wire import refusal
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+    from fastapi import Request
     from starlette.types import Scope
-
-    from weaver.types import JsonDict
 
 STATUS = {
     "invalid_request": 400,
@@ -63,7 +55,7 @@ class Refusal:
     def retryable(self) -> bool:
         return self.status in RETRY_AFTER_S
 
-    def answer(self, content: JsonDict) -> JSONResponse:
+    def answer(self, content: types.JsonDict) -> JSONResponse:
         """With the headers that go with the status."""
         headers = {"Retry-After": str(RETRY_AFTER_S[self.status])} if self.retryable else {}
         if self.status == 401:
@@ -78,7 +70,7 @@ class ErrorDetail(ErrorInfo):
     request_id: str
 
 
-class ErrorAnswer(Value):
+class ErrorAnswer(types.Value):
     """The body of every answer that is not a success."""
 
     error: ErrorDetail
@@ -99,30 +91,38 @@ def error_response(error: WeaverError, scope: Scope, *, status: int | None = Non
     """In the envelope of the adapter that has the request."""
     status = status or STATUS.get(error.code)
     if status is None:
-        status = 422 if isinstance(error, InvalidRequestError) else 500
+        status = 422 if isinstance(error, errors.InvalidRequestError) else 500
     state = scope["state"]
     envelope: Envelope = state.get("envelope", native_envelope)
     return envelope(Refusal(error, status, state["request_id"]))
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(WeaverError, _weaver_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _defect)
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """What the server says of an error of a route, or of the framework around it."""
+    scope = request.scope
+    match error:
+        case WeaverError():
+            return error_response(error, scope)
+        case RequestValidationError():
+            return _unread(request, error)
+        case HTTPException(status_code=status):  # no such route or method, too long a body
+            kind = {404: errors.NotFoundError, 413: errors.TooLargeError}.get(
+                status, errors.InvalidRequestError
+            )
+            hint = "GET /openapi.json lists what there is." if status in (404, 405) else None
+            response = error_response(kind(f"{error.detail}.", hint=hint), scope, status=status)
+            response.headers.update(error.headers or {})
+            return response
+    # Nothing of the cause: the log has it, under the same request id.
+    hint = f"Report it with the log of request {request.state.request_id}."
+    return error_response(errors.EngineError("the server has a defect.", hint=hint), scope)
 
 
-async def _weaver_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, WeaverError)
-    return error_response(error, request.scope)
-
-
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _unread(request: Request, error: RequestValidationError) -> JSONResponse:
     problem = error.errors()[0]
     kind = request.headers.get("Content-Type", "")
     if isinstance(error.body, bytes) and error.body and "json" not in kind:  # it was not read
-        wrong = InvalidRequestError(
+        wrong = errors.InvalidRequestError(
             f"a body of the type {kind!r} is not read here.",
             field="Content-Type",
             hint="Send JSON, as application/json.",
@@ -130,23 +130,3 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
         return error_response(wrong, request.scope, status=415)
     status = 400 if problem["type"] == "json_invalid" else 422
     return error_response(refusal(problem), request.scope, status=status)
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: no such route or method, a body that cannot be read."""
-    assert isinstance(error, HTTPException)
-    kinds: dict[int, type[WeaverError]] = {404: NotFoundError, 413: TooLargeError}
-    kind = kinds.get(error.status_code, InvalidRequestError)
-    hint = "GET /openapi.json lists what there is." if error.status_code in (404, 405) else None
-    answer = error_response(
-        kind(f"{error.detail}.", hint=hint), request.scope, status=error.status_code
-    )
-    answer.headers.update(error.headers or {})
-    return answer
-
-
-async def _defect(request: Request, error: Exception) -> JSONResponse:
-    """Says nothing of the cause: the log has it, under the same request id."""
-    request_id = request.state.request_id
-    hint = f"Report it with the log of request {request_id}."
-    return error_response(EngineError("the server has a defect.", hint=hint), request.scope)

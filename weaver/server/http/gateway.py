@@ -1,7 +1,7 @@
 """`Gateway`: what stands between all wire formats of a server and its service.
 
 Who may ask, how much is read at once, waits that end when the server stops, the counters. Each
-request brings it along in its state.
+request brings it along in its state. An `Adapter` is one of the wire formats.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import anyio
 from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
+from weaver.server.http.errors import native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
 from weaver.wire import LARGE_BYTES, WireLimits, beside
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from starlette.datastructures import Headers
+    from starlette.routing import BaseRoute
 
+    from weaver.server.http.errors import Envelope
     from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
     from weaver.server.scoped import ScopedService
@@ -40,6 +43,40 @@ KEY_S = 1.0
 what the operation costs."""
 LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Adapter:
+    """One wire format: routes, and what holds for every request that is theirs.
+
+    `App` mounts any number of them, also below one prefix. What is not given is as in the native
+    protocol.
+
+    Args:
+        routes: with their whole paths.
+        prefix: with which their paths begin. What nobody has a route for belongs to the adapter
+            with the longest prefix of it, and among equals to the one that was mounted first.
+        envelope: makes the answer to a request that is refused.
+        body_limits: the most bytes of a body, by its media type; "" is any other, and None is as
+            many as the server takes.
+        open_paths: need no key.
+        open_below: with which other paths begin that need none. Those may be secrets, and are not
+            written to the log.
+    """
+
+    routes: Sequence[BaseRoute]
+    prefix: str
+    envelope: Envelope = native_envelope
+    body_limits: Mapping[str, int | None] = field(default_factory=lambda: BODY_LIMITS)
+    open_paths: tuple[str, ...] = ()
+    open_below: tuple[str, ...] = ()
+
+    def body_limit(self, media_type: str) -> int | None:
+        kind = media_type.partition(";")[0].strip()
+        return self.body_limits[kind if kind in self.body_limits else ""]
+
+    def opens(self, path: str) -> bool:
+        return path in self.open_paths or path.startswith(self.open_below)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

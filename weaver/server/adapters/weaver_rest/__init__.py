@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from weaver.server.adapters.weaver_rest import artifacts, routes
 from weaver.server.adapters.weaver_rest.answers import refused
-from weaver.server.http.adapter import Adapter
-from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.server.http.gateway import MEDIA_TYPE, Adapter
 
 JSON_BYTES = 32 * 2**20
 """JSON carries training data: half a million tokens."""
@@ -15,5 +14,5 @@ WEAVER_REST = Adapter(
     prefix=routes.PREFIX,
     envelope=refused,
     body_limits={MEDIA_TYPE: None, "multipart/form-data": None, "": JSON_BYTES},
-    open_paths=(f"{routes.PREFIX}/downloads/*",),
+    open_below=(f"{routes.PREFIX}/downloads/",),
 )
