@@ -16,17 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weaver import AsyncSamplingClient
 from weaver.tokenizers import encode_text, end_tokens
-from weaver.types import ModelInput
+from weaver.types import ModelInput, SampledSequence, SamplingParams, StopReason
 from weaver_rl.conversations import decode_behind, encode_behind, render, reply_content
 from weaver_rl.examples import read_messages
 from weaver_rl.types import Reply, Segment, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from weaver import AsyncSamplingClient
-    from weaver.types import SampledSequence, SamplingParams, StopReason
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, sampled from as it is, or chat messages."""

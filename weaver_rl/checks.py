@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import anyio
 
 from weaver_rl.data import check_tasks
-from weaver_rl.rewards import scorer
-from weaver_rl.types import Failure, Reply
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from weaver_rl.rewards import GroupReward, Reward
-    from weaver_rl.types import Score, Task
+from weaver_rl.rewards import GroupReward, Reward, scorer
+from weaver_rl.types import Failure, Reply, Score, Task
 
 ANSWER_FIELDS = ("answer", "completion", "gold", "solution", "target")
 GARBAGE = "xq \x00 zz )(*&^ 🂡 ''' \\boxed{ <think> ``` 0 null"

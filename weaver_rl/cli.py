@@ -10,25 +10,20 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
 
 from weaver import AsyncServiceClient
 from weaver.errors import ConfigError, WeaverError, nearest
-from weaver_rl.proofs import PROOFS, Outcome
+from weaver_rl.proofs import PROOFS, Outcome, Proof
 from weaver_rl.report import make_page, write_report
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.storage import write_atomically
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver_rl.proofs import Proof
 
 USAGE = """\
 weaver-rl selftest [--help]   run the learning proofs, and write a page of their results

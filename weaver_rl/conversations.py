@@ -13,6 +13,7 @@ encoded piece by piece, since SentencePiece's tokenizers put a space before each
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,6 @@ from weaver.types import Datum, ModelInput
 from weaver_rl.examples import Chat, Completion, read_example
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-
     from transformers import PreTrainedTokenizerBase
 
 Piece = tuple[str, bool]

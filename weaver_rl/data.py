@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundError, requiring
 from weaver_rl.storage import encode, plain
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from weaver_rl.types import Task
+from weaver_rl.types import Task
 
 
 class Row(dict[str, Any]):

@@ -6,19 +6,15 @@ i reads token i and predicts token i+1, so what belongs to token i+1 stands at i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from weaver.types import Datum, ModelInput
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from weaver_rl.objectives import Aggregate, Behaviour, Objective
-    from weaver_rl.types import FloatPG, Group, Segment
+from weaver_rl.objectives import Aggregate, Behaviour, Objective
+from weaver_rl.types import FloatPG, Group, Segment
 
 FloatN = npt.NDArray[np.float64]
 IntN = npt.NDArray[np.int64]

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 
 from weaver.errors import requiring
 from weaver_rl.loggers import Logger, prompt_text
 from weaver_rl.metrics import find_hints
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from weaver_rl.types import Group, Rollout
+from weaver_rl.types import Group, Rollout
 
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean",)),

@@ -7,25 +7,20 @@ arXiv:2411.00640, section 2.2). All are of 95%.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.data import check_tasks
-from weaver_rl.rollouts import played_by, sample_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver import AsyncSamplingClient
-    from weaver_rl.rewards import GroupReward, Reward
-    from weaver_rl.rollouts import Environment, GroupEnvironment
-    from weaver_rl.types import Group, Task
+from weaver_rl.rewards import GroupReward, Reward
+from weaver_rl.rollouts import Environment, GroupEnvironment, played_by, sample_groups
+from weaver_rl.types import Group, Task
 
 Evaluate = Callable[["AsyncSamplingClient"], Awaitable[Mapping[str, float]]]
 """Of the weights that the sampler has, at some step of a loop."""

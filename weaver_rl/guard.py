@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from traceback import TracebackException
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import anyio
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from weaver_rl.types import Failure
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-
-    from anyio.abc import TaskGroup
-
-    from weaver_rl.types import Place
+from weaver_rl.types import Failure, Place
 
 T = TypeVar("T")
 

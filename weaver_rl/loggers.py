@@ -9,18 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from weaver.errors import WeaverError, requiring
 from weaver_rl.guard import attempt
 from weaver_rl.storage import append_line, plain
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from weaver_rl.types import Group, Rollout, Task
+from weaver_rl.types import Group, Rollout, Task
 
 log = logging.getLogger(__name__)
 

@@ -8,19 +8,15 @@ their meanings are listed in docs/logging.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median, variance
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from weaver_rl.plan import ROUNDING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import numpy.typing as npt
-
-    from weaver_rl.types import Group, Rollout
+from weaver_rl.types import Group, Rollout
 
 PASSING = 1.0
 """The reward from which a rollout counts as solved."""

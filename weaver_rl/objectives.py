@@ -20,17 +20,14 @@ on the policy's own samples, the gradient of each token's own KL, what comes beh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from weaver import losses
 from weaver.checks import check_loss
 from weaver.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from weaver.types import SamplingParams
+from weaver.types import SamplingParams
 
 LOSSES = tuple(
     name

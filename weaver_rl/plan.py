@@ -7,9 +7,9 @@ step by `check_gap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
@@ -17,11 +17,6 @@ from weaver_rl.advantages import AdvantageFn, advantage_fn
 from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.rewards import name_of
 from weaver_rl.schedules import for_model
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from weaver.types import ModelInfo
 
 MaxGap = float | Literal["auto"] | None
 """Nats on a token; "auto": `rounding_gap`; None: any."""

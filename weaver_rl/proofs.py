@@ -7,13 +7,14 @@ on. Proofs stand beside their negative controls.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import group_centred
 from weaver_rl.evaluation import evaluate
@@ -22,16 +23,10 @@ from weaver_rl.loops.rejection import Keep, rejection
 from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
-from weaver_rl.rollouts import each, single_turn
+from weaver_rl.rollouts import GroupEnvironment, each, single_turn
 from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import exact, reverse_tasks
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
-    from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
-    from weaver_rl.rollouts import GroupEnvironment
-    from weaver_rl.types import BoolPG, FloatPG, Reply, Task
+from weaver_rl.types import BoolPG, FloatPG, Reply, Task
 
 MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
 WORDS = reverse_tasks(1100, seed=1)

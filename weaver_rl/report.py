@@ -13,19 +13,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from weaver.errors import NotFoundError
 from weaver_rl.metrics import find_hints
 from weaver_rl.run_folder import RunFolder, read_config
 from weaver_rl.storage import encode, read_lines, write_atomically
 from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 MAX_POINTS = 1000
 """Of a curve; more are thinned out evenly."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -29,16 +29,13 @@ import numpy as np
 from anyio import CapacityLimiter
 from anyio.lowlevel import current_token
 
+from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
-from weaver_rl.agent import Agent
+from weaver_rl.agent import Agent, Prompt
 from weaver_rl.guard import attempt, attempt_async, call_pickled, gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
-
-if TYPE_CHECKING:
-    from weaver import AsyncSamplingClient
-    from weaver_rl.agent import Prompt
 
 Value = float | Score
 Reward = Callable[[Task, Reply], Value | Awaitable[Value]]

@@ -13,23 +13,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import anyio
 
+from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError, WeaverError
+from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, derive_seed, respond_all
 from weaver_rl.guard import attempt_async, gather
-from weaver_rl.rewards import checked, copy_of, is_async, scorer, scores_of
+from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, is_async, scorer, scores_of
 from weaver_rl.types import Failure, Group, Rollout, Score, Task
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver import AsyncSamplingClient
-    from weaver.types import SamplingParams
-    from weaver_rl.rewards import GroupReward, Reward
-
 
 Environment = Callable[[Agent, Task], Awaitable[float | Score]]
 Outcomes = list[Score | Failure]

@@ -20,10 +20,13 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from weaver import AsyncTrainingClient
 from weaver.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -39,12 +42,6 @@ from weaver_rl.storage import (
     write_atomically,
     write_lines,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-    from pathlib import Path
-
-    from weaver import AsyncTrainingClient
 
 log = logging.getLogger(__name__)
 OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256")}

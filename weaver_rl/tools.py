@@ -22,20 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 
 from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
+from weaver_rl.agent import Agent
 from weaver_rl.guard import attempt, attempt_async
 from weaver_rl.rewards import is_async, name_of
 from weaver_rl.storage import plain
-from weaver_rl.types import Failure
-
-if TYPE_CHECKING:
-    from weaver_rl.agent import Agent
-    from weaver_rl.types import Reply
+from weaver_rl.types import Failure, Reply
 
 Tool = Callable[..., Any]
 JSON_TYPES: Mapping[object, str] = {

@@ -5,31 +5,25 @@ Below it are `on_policy` and its friends, which take a trainer of yours, and the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient
 from weaver.types import SamplingParams
+from weaver_rl.advantages import AdvantageFn
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import evaluator
 from weaver_rl.loops.policy import off_policy
 from weaver_rl.loops.run import Run, open_run
-from weaver_rl.plan import Plan
+from weaver_rl.objectives import Objective
+from weaver_rl.plan import MaxGap, Plan, Schedule
 from weaver_rl.report import write_report
-from weaver_rl.rollouts import played_by
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from weaver_rl.advantages import AdvantageFn
-    from weaver_rl.objectives import Objective
-    from weaver_rl.plan import MaxGap, Schedule
-    from weaver_rl.rewards import GroupReward, Reward
-    from weaver_rl.rollouts import Environment, GroupEnvironment
-    from weaver_rl.types import Task
+from weaver_rl.rewards import GroupReward, Reward
+from weaver_rl.rollouts import Environment, GroupEnvironment, played_by
+from weaver_rl.types import Task
 
 LORA = {"rank": 8, "alpha": 32}
 

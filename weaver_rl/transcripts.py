@@ -14,18 +14,15 @@ Lists of a segment have T entries. `gaps` is trainer − sampler in nats, null w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from weaver_rl.datums import Example, FloatN
 from weaver_rl.storage import naming_storage, read_lines, write_lines
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from weaver_rl.datums import Example, FloatN
-    from weaver_rl.types import FloatPG, Group, Rollout, Segment
+from weaver_rl.types import FloatPG, Group, Rollout, Segment
 
 MAX_BYTES = 512 * 2**20
 DIGITS = 5

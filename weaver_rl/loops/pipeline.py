@@ -14,26 +14,20 @@ shares a batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 from pydantic import TypeAdapter
 
+from weaver import AsyncSamplingClient
 from weaver_rl.agent import derive_seed
 from weaver_rl.data import TaskStream
-from weaver_rl.rollouts import FailureWatch, sample_groups
-from weaver_rl.types import Group
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from anyio.abc import TaskGroup
-
-    from weaver import AsyncSamplingClient
-    from weaver_rl.plan import Plan, ZeroVariance
-    from weaver_rl.rollouts import GroupEnvironment
-    from weaver_rl.types import Task
+from weaver_rl.plan import Plan, ZeroVariance
+from weaver_rl.rollouts import FailureWatch, GroupEnvironment, sample_groups
+from weaver_rl.types import Group, Task
 
 Groups = tuple[Group, ...]
 MAX_ROUNDS = 5

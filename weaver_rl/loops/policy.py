@@ -10,28 +10,23 @@ first pass r = 1, and the gradient is that of REINFORCE with a baseline.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
+from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl.data import check_tasks
+from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
 from weaver_rl.loops.pipeline import Filtered, Pipeline
 from weaver_rl.loops.run import Run
 from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
-from weaver_rl.rollouts import as_group_environment
+from weaver_rl.plan import Plan
+from weaver_rl.rollouts import Environment, GroupEnvironment, as_group_environment
 from weaver_rl.run_folder import Manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from weaver import AsyncSamplingClient, AsyncTrainingClient
-    from weaver_rl.evaluation import Evaluate
-    from weaver_rl.plan import Plan
-    from weaver_rl.rollouts import Environment, GroupEnvironment
-    from weaver_rl.types import Task
+from weaver_rl.types import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,23 +8,19 @@ of what was kept, `passes` times in `minibatches` steps. Left out: restarts from
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver_rl.evaluation import Evaluate
 from weaver_rl.loops.pipeline import Filtered
 from weaver_rl.loops.policy import Result, off_policy
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver import AsyncTrainingClient
-    from weaver_rl.evaluation import Evaluate
-    from weaver_rl.loops.run import Run
-    from weaver_rl.plan import Plan
-    from weaver_rl.rollouts import Environment, GroupEnvironment
-    from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
+from weaver_rl.loops.run import Run
+from weaver_rl.plan import Plan
+from weaver_rl.rollouts import Environment, GroupEnvironment
+from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

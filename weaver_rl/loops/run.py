@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
+from weaver_rl.loops.pipeline import Filtered
+from weaver_rl.loops.step import Stepped
+from weaver_rl.plan import Steps
 from weaver_rl.rewards import name_of
 from weaver_rl.run_folder import (
     Manifest,
+    RunFolder,
     manifests,
     open_run_folder,
     release_run_folder,
@@ -26,19 +33,10 @@ from weaver_rl.run_folder import (
     save_checkpoint,
 )
 from weaver_rl.transcripts import write_transcripts
+from weaver_rl.types import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
-
-    from weaver import AsyncTrainingClient
-    from weaver_rl.loops.pipeline import Filtered
-    from weaver_rl.loops.step import Stepped
-    from weaver_rl.plan import Steps
-    from weaver_rl.run_folder import RunFolder
-    from weaver_rl.types import Task
 
 log = logging.getLogger(__name__)
 

@@ -10,29 +10,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from weaver.types import ModelInput
+from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
+from weaver.types import ForwardBackwardResult, ModelInput, OptimStepResult
 from weaver_rl import datums
 from weaver_rl.advantages import advantage_fn
+from weaver_rl.datums import Example, FloatN
 from weaver_rl.guard import gather
 from weaver_rl.metrics import train_metrics
 from weaver_rl.objectives import behaviour
-from weaver_rl.plan import check_gap, rounding_gap
-from weaver_rl.types import reward_matrix
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
-    from weaver.types import ForwardBackwardResult, OptimStepResult
-    from weaver_rl.datums import Example, FloatN
-    from weaver_rl.plan import Plan
-    from weaver_rl.types import FloatPG, Group
+from weaver_rl.plan import Plan, check_gap, rounding_gap
+from weaver_rl.types import FloatPG, Group, reward_matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from anyio.lowlevel import checkpoint
 
+from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
 from weaver.errors import ConfigError, InvalidRequestError
+from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
 from weaver_rl.conversations import cut_datum, to_datum
 from weaver_rl.data import check_tasks
+from weaver_rl.evaluation import Evaluate
 from weaver_rl.loops.policy import Result
 from weaver_rl.loops.run import Run
 from weaver_rl.metrics import train_metrics
 from weaver_rl.plan import Steps, at_least
 from weaver_rl.run_folder import Manifest
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
-    from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
-    from weaver_rl.evaluation import Evaluate
-
-    Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
-
-
+Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
 log = logging.getLogger(__name__)
 
 TooLong = Literal["refuse", "cut", "drop"]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ast
 import operator
+from collections.abc import Callable
 from fractions import Fraction
 from random import Random
-from typing import TYPE_CHECKING
 
+from weaver_rl.agent import Agent
 from weaver_rl.tools import describe, use_tools
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from weaver_rl.agent import Agent
-    from weaver_rl.types import Reply, Task
+from weaver_rl.types import Reply, Task
 
 OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from random import Random
-from typing import TYPE_CHECKING
 
-from weaver_rl.types import Score
-
-if TYPE_CHECKING:
-    from weaver_rl.agent import Agent
-    from weaver_rl.types import Task
+from weaver_rl.agent import Agent
+from weaver_rl.types import Score, Task
 
 
 def guess_number_tasks(count: int, *, upper: int = 7, seed: int = 0) -> list[Task]:

@@ -6,12 +6,8 @@ Its own time-outs use signals, which fail in threads; they are switched off, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from weaver.errors import requiring
-
-if TYPE_CHECKING:
-    from weaver_rl.types import Reply, Task
+from weaver_rl.types import Reply, Task
 
 MAX_CHARACTERS = 20_000
 """Of a reply's end that is read: parsing grows faster than the text."""

@@ -6,14 +6,11 @@ Left out: `game_of_life_halting`, whose scorer pays for any answer (seen in 0.1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from weaver.errors import ConfigError, nearest, requiring
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from weaver_rl.types import Reply, Task
+from weaver_rl.types import Reply, Task
 
 REFUSED = frozenset({"game_of_life_halting"})
 
