@@ -1,17 +1,23 @@
 """The kinds of fields that values have: bounded texts, lists of numbers, free-form data.
 
-`weaver.types` and `weaver.protocol` are made of them. Whatever comes from outside has a bound here.
+`weaver.types` and `weaver.protocol` are made of them. Whatever comes from outside has a bound here,
+and is refused by the name of the field at fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
-from weaver.errors import InvalidParamsError
+from weaver.errors import InvalidParamsError, InvalidRequestError
 from weaver.tensors import Numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 MAX_NAMES = 64
 """Of fields or options of one value; none has as many."""
@@ -55,3 +61,23 @@ Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
+
+
+def validate(message: object, read: Callable[[object], T], *, name: str = "message") -> T:
+    """What pydantic's `read` makes of it; the first problem is raised as an `InvalidRequestError`.
+
+    `name` is what the error calls the message as a whole.
+    """
+    try:
+        return read(message)
+    except ValidationError as error:
+        raise refusal(error.errors(include_url=False)[0], name=name) from None
+
+
+def refusal(problem: Mapping[str, Any], *, name: str = "message") -> InvalidRequestError:
+    """One of the problems that pydantic found; it may have been an error of ours at first."""
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidRequestError):
+        return cause
+    field = ".".join(str(part)[:80] for part in problem["loc"]) or name
+    return InvalidRequestError(f"{problem['msg'][:500]}.", field=field)

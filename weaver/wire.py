@@ -13,41 +13,33 @@ A message is a `Value`, a sequence of them, or a mapping of bytes::
 A reference is `{"$tensor": [dtype, shape, offset]}` for a `TensorData`, `"$list"` for a list of
 numbers (NaN stands for None) and `"$bytes"` for bytes, which only a mapping of bytes has; dtype is
 one of `DTYPES`, little-endian, and offset counts bytes into the arrays. All references together
-cover the R bytes exactly. A key of a message that itself
-begins with `$` is written with one `$` more.
+cover the R bytes exactly. A key of a message that begins with `$` is written with one `$` more.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import zstandard
 from anyio import to_thread
-from pydantic import ValidationError
 from pydantic_core import from_json
 
 from weaver.errors import InvalidRequestError, TooLargeError
-from weaver.tensors import TensorData
+from weaver.fields import validate
+from weaver.tensors import MAX_DIMENSIONS, Numbers, TensorData
 from weaver.types import Value
-from weaver.wire_arrays import (
-    RATIO,
-    RATIO_FREE_BYTES,
-    ArrayReader,
-    ArrayWriter,
-    as_numbers,
-    compress,
-    decompress,
-    int_dtype,
-    malformed,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import numpy.typing as npt
     from anyio import CapacityLimiter
     from pydantic import TypeAdapter
 
@@ -56,8 +48,10 @@ Message = Value | Sequence[Value] | Mapping[str, bytes]
 
 MAGIC = b"WVR\x01"
 PREFIX_BYTES = 16
+DTYPES = {"u1": 1, "i4": 4, "i8": 8, "f4": 4, "f8": 8}
+RATIO, RATIO_FREE_BYTES = 1024, 16 * 2**20
+"""Arrays above the latter have at most so many bytes for each of their frame."""
 PLAIN = frozenset({int, float, bool, type(None)})
-REFERENCES = ("$tensor", "$list")
 LARGE_BYTES = 64 * 1024
 """Above this, a message is read and written beside the event loop; below, a thread takes longer."""
 JSON_MARKS = {"[": 2**17, "{": 2**17, '"': 2**19, ",": 2**21}
@@ -94,7 +88,7 @@ def encode(message: Message) -> bytes:
     Raises:
         InvalidRequestError: free-form data (`user_metadata`) that JSON cannot hold.
     """
-    arrays = ArrayWriter()
+    arrays = bytearray()
     try:
         tree = _pack_files(message, arrays) or _pack(message, arrays)
         header = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -105,9 +99,8 @@ def encode(message: Message) -> bytes:
         raise InvalidRequestError(
             f"cannot be sent: {error}.", field="message", hint="Use plain JSON values in metadata."
         ) from None
-    raw = b"".join(arrays.parts)
-    frame = compress(raw) if raw else b""
-    lengths = len(header_bytes).to_bytes(4, "little") + len(raw).to_bytes(8, "little")
+    frame = compress(arrays) if arrays else b""
+    lengths = len(header_bytes).to_bytes(4, "little") + len(arrays).to_bytes(8, "little")
     return b"".join((MAGIC, lengths, header_bytes, frame))
 
 
@@ -133,7 +126,7 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
         tree = from_json(header, allow_inf_nan=False)
     except ValueError as error:
         raise malformed(f"its header is not JSON: {error}") from None
-    reader = ArrayReader(decompress(frame, raw_size), limits.list_numbers)
+    reader = _ArrayReader(decompress(frame, raw_size), limits.list_numbers)
     message = _unpack_files(tree, reader) or _unpack(tree, reader)
     if reader.used != raw_size:
         raise malformed(f"{raw_size - reader.used} bytes of its arrays belong to nothing")
@@ -204,51 +197,32 @@ async def beside(
     return await to_thread.run_sync(work, limiter=limiter)
 
 
-def validate(message: object, read: Callable[[object], T], *, name: str = "message") -> T:
-    """What pydantic's `read` makes of it; the first problem is raised as an `InvalidRequestError`.
-
-    `name` is what the error calls the message as a whole.
-    """
-    try:
-        return read(message)
-    except ValidationError as error:
-        raise refusal(error.errors(include_url=False)[0], name=name) from None
-
-
-def refusal(problem: Mapping[str, Any], *, name: str = "message") -> InvalidRequestError:
-    """One of the problems that pydantic found; it may have been an error of ours at first."""
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidRequestError):
-        return cause
-    field = ".".join(str(part)[:80] for part in problem["loc"]) or name
-    return InvalidRequestError(f"{problem['msg'][:500]}.", field=field)
-
-
 # --- writing ------------------------------------------------------------------------------------
 
 
-def _pack_files(message: object, arrays: ArrayWriter) -> Any:
+def _pack_files(message: object, arrays: bytearray) -> Any:
     """Of a mapping of bytes; None of anything else."""
     if not isinstance(message, Mapping) or {type(value) for value in message.values()} != {bytes}:
         return None
     return {
-        _escaped(key): arrays.add("$bytes", "u1", np.frombuffer(value, np.uint8))
+        _escaped(key): _refer("$bytes", "u1", np.frombuffer(value, np.uint8), arrays)
         for key, value in message.items()
     }
 
 
-def _pack(value: object, arrays: ArrayWriter) -> Any:
+def _pack(value: object, arrays: bytearray) -> Any:
     if type(value) in PLAIN or isinstance(value, str):
         return value
     if isinstance(value, Value):
         return {name: _pack(getattr(value, name), arrays) for name in type(value).model_fields}
     if isinstance(value, TensorData):
         array = value.to_numpy()
-        return arrays.add("$tensor", "f4" if array.dtype.kind == "f" else int_dtype(array), array)
+        dtype = "f4" if array.dtype.kind == "f" else int_dtype(array)
+        return _refer("$tensor", dtype, array, arrays)
     if isinstance(value, (tuple, list)):
         numbers = as_numbers(value) if len(value) >= PACKED_LENGTH else None
         if numbers is not None:
-            return arrays.add("$list", *numbers)
+            return _refer("$list", *numbers, arrays)
         return [_pack(item, arrays) for item in value]
     if isinstance(value, Mapping):
         return {_escaped(key): _pack(item, arrays) for key, item in value.items()}
@@ -261,6 +235,49 @@ def _escaped(key: object) -> str:
             f"has the key {key!r}.", field="message", hint="Keys of metadata must be strings."
         )
     return f"${key}" if key.startswith("$") else key
+
+
+def _refer(kind: str, dtype: str, array: npt.NDArray[Any], arrays: bytearray) -> dict[str, Any]:
+    """Puts an array behind the others, and answers the reference to it."""
+    offset = len(arrays)
+    arrays += array.astype(f"<{dtype}", copy=False).tobytes()
+    return {kind: [dtype, list(array.shape), offset]}
+
+
+def as_numbers(values: Sequence[Any]) -> tuple[str, npt.NDArray[Any]] | None:
+    """A dtype and array that hold exactly these numbers; None if there is no such dtype."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        try:
+            integers = np.array(values, np.int64)
+        except OverflowError:
+            return None
+        return int_dtype(integers), integers
+    if not kinds <= {float, type(None)}:
+        return None
+    wide = np.array(values, np.float64)
+    if np.isfinite(wide).sum() != len(values) - values.count(None):
+        return None
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = wide.astype(np.float32)
+    return ("f4", narrow) if np.array_equal(narrow, wide, equal_nan=True) else ("f8", wide)
+
+
+def int_dtype(array: npt.NDArray[Any]) -> str:
+    fits = array.size == 0 or (-(2**31) <= int(array.min()) and int(array.max()) < 2**31)
+    return "i4" if fits else "i8"
+
+
+def compress(raw: bytearray) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=1)
+    frame = compressor.compress(raw)
+    if len(raw) <= max(RATIO_FREE_BYTES, RATIO * len(frame)):
+        return frame
+    blocks, parts = compressor.compressobj(size=len(raw)), []
+    for at in range(0, len(raw), 2048):  # a block of it takes 4 bytes at least
+        parts.append(blocks.compress(raw[at : at + 2048]))
+        parts.append(blocks.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join((*parts, blocks.flush()))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -293,7 +310,7 @@ def _lengths(data: bytes, limits: WireLimits) -> tuple[int, int]:
     return header_size, raw_size
 
 
-def _unpack_files(tree: Any, arrays: ArrayReader) -> object:
+def _unpack_files(tree: Any, arrays: _ArrayReader) -> object:
     """A mapping of bytes; None if it is something else."""
     if not isinstance(tree, dict) or not all(
         isinstance(value, dict) and value.keys() == {"$bytes"} for value in tree.values()
@@ -302,7 +319,7 @@ def _unpack_files(tree: Any, arrays: ArrayReader) -> object:
     return {_unescaped(key): arrays.take("$bytes", v["$bytes"]) for key, v in tree.items()}
 
 
-def _unpack(node: Any, arrays: ArrayReader) -> object:
+def _unpack(node: Any, arrays: _ArrayReader) -> object:
     if isinstance(node, list):
         return [_unpack(item, arrays) for item in node]
     if not isinstance(node, dict):
@@ -311,14 +328,73 @@ def _unpack(node: Any, arrays: ArrayReader) -> object:
         [(key, reference)] = node.items()
         if key == "$bytes":
             raise malformed("it has bytes where none belong")
-        if key in REFERENCES:
+        if key in ("$tensor", "$list"):
             return arrays.take(key, reference)
     return {_unescaped(key): _unpack(item, arrays) for key, item in node.items()}
 
 
 def _unescaped(key: str) -> str:
-    if not key.startswith("$"):
-        return key
-    if not key.startswith("$$"):
+    if key.startswith("$") and not key.startswith("$$"):
         raise malformed(f"it has the reserved key {key[:80]!r}")
-    return key[1:]
+    return key.removeprefix("$")
+
+
+class _ArrayReader:
+    """Hands out the arrays of one message, checked first; together never more than its bytes."""
+
+    def __init__(self, raw: memoryview, list_numbers: int | None) -> None:
+        self.raw = raw
+        self.used = 0
+        self._list_numbers = math.inf if list_numbers is None else list_numbers
+
+    def take(self, kind: str, reference: object) -> object:
+        match reference:
+            case [str(dtype), list(shape), int(offset)] if (
+                dtype in DTYPES and len(shape) <= MAX_DIMENSIONS
+            ):
+                pass
+            case _:
+                raise malformed(f"it has the reference {reprlib.repr(reference)}")
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
+            raise malformed(f"it has an array of shape {reprlib.repr(shape)}")
+        size = math.prod(shape) * DTYPES[dtype]
+        self.used += size
+        if not 0 <= offset <= offset + size <= len(self.raw) or self.used > len(self.raw):
+            raise malformed("a reference points outside its arrays")
+        if (kind == "$bytes") != (dtype == "u1") or (kind != "$tensor" and len(shape) != 1):
+            raise malformed(f"it has a {kind} of dtype {dtype} and {len(shape)} dimensions")
+        try:
+            array = np.frombuffer(self.raw[offset : offset + size], f"<{dtype}").reshape(shape)
+        except (ValueError, OverflowError):  # empty, with dimensions longer than numpy has
+            raise malformed(f"it has an array of shape {reprlib.repr(shape)}") from None
+        if kind == "$tensor":
+            return TensorData(array)
+        if kind == "$bytes":
+            return array.tobytes()
+        self._list_numbers -= len(array)
+        if self._list_numbers < 0:
+            raise TooLargeError(
+                "its lists have too many numbers.", field="message", hint="Send less at once."
+            )
+        return Numbers(array)
+
+
+def decompress(frame: memoryview, raw_size: int) -> memoryview:
+    """Exactly `raw_size` bytes, which the frame must announce: nothing else is ever allocated."""
+    if raw_size == 0 and len(frame) == 0:
+        return memoryview(b"")
+    try:
+        if zstandard.get_frame_parameters(frame).content_size != raw_size:
+            raise malformed("its arrays have another length than it says")
+        raw = zstandard.ZstdDecompressor().decompress(
+            frame, max_output_size=raw_size, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise malformed(f"its arrays cannot be decompressed: {error}") from None
+    return memoryview(raw)
+
+
+def malformed(why: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"is not a Weaver message: {why}.", field="message", hint="Send what weaver.wire encodes."
+    )

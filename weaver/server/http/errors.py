@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 
 from weaver import errors, types
 from weaver.errors import WeaverError
+from weaver.fields import refusal
 from weaver.protocol import ErrorInfo
-from weaver.wire import refusal
 
 if TYPE_CHECKING:
     from fastapi import Request

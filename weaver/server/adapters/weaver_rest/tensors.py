@@ -24,8 +24,9 @@ from pydantic_core import from_json
 
 from weaver import wire
 from weaver.errors import InvalidRequestError, TooLargeError
+from weaver.fields import validate
 from weaver.tensors import MAX_DIMENSIONS
-from weaver.wire_arrays import RATIO, RATIO_FREE_BYTES
+from weaver.wire import RATIO, RATIO_FREE_BYTES
 
 if TYPE_CHECKING:
     from typing import Self, TypeVar
@@ -90,11 +91,11 @@ class Reference(Body):
 def parse(data: bytes, media_type: str, kind: type[B]) -> B:
     """See `Body.read`."""
     if not media_type.startswith(MULTIPART):
-        return wire.validate(_json(data or b"{}"), kind.model_validate, name="body")
+        return validate(_json(data or b"{}"), kind.model_validate, name="body")
     head, pack = _parts(data, media_type)
-    manifest = wire.validate(_json(head), Manifest.model_validate, name="manifest")
+    manifest = validate(_json(head), Manifest.model_validate, name="manifest")
     request = _filled(manifest.request, _unpacked(pack, manifest.tensor_pack))
-    return wire.validate(request, kind.model_validate, name="request")
+    return validate(request, kind.model_validate, name="request")
 
 
 def _json(data: bytes) -> Any:
@@ -156,7 +157,7 @@ def _filled(node: Any, pack: memoryview) -> Any:
     if not isinstance(node, dict):
         return node
     if "$tensor" in node:
-        reference = wire.validate(node["$tensor"], Reference.model_validate, name="$tensor")
+        reference = validate(node["$tensor"], Reference.model_validate, name="$tensor")
         return _array(reference, pack)
     return {key: _filled(value, pack) for key, value in node.items()}
 
