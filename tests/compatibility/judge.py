@@ -21,7 +21,7 @@ from tests.engine.conftest import datum, job, randomise
 from tests.engine.sampler_kit import sample_job, save_tokenizer
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.engine import TorchEngine
-from weaver.engine.torch.models import without_progress_bars
+from weaver.engine.torch.files import without_progress_bars
 from weaver.errors import UnsupportedError, WeaverError
 from weaver.types import LoraConfig
 

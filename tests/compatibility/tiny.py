@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from weaver.engine.torch.models import without_progress_bars
+from weaver.engine.torch.files import without_progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,7 +22,7 @@ from tests.engine.conftest import (
     result_of,
     sequences,
 )
-from weaver.engine.torch.runs import read_snapshot, read_state
+from weaver.engine.torch.checkpoints import read_snapshot, read_state
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import (
     CheckpointCorruptError,

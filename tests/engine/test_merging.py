@@ -22,8 +22,8 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
-from weaver.engine.torch.adapters import merge_adapter
 from weaver.engine.torch.catalog import NANO, Catalog
+from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.engine import TorchEngine
 from weaver.engine.torch.store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer

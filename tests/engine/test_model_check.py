@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import LORA, SIZES, save_tiny
-from weaver.engine.torch import model_check
+from weaver.engine.torch import models
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
@@ -138,11 +138,11 @@ def test_the_other_attempts_are_for_rounding_only(
 ) -> None:
     model = store_of(llama(tmp_path)).base("base")
     answers = iter(["packed logits would differ", ""])
-    monkeypatch.setattr(model_check, "_difference", lambda *_, **__: next(answers))
-    model_check.check_model(model)
-    monkeypatch.setattr(model_check, "_difference", lambda *_, **__: "packed logits would differ")
+    monkeypatch.setattr(models, "_difference", lambda *_, **__: next(answers))
+    models.check_model(model)
+    monkeypatch.setattr(models, "_difference", lambda *_, **__: "packed logits would differ")
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
-        model_check.check_model(model)
+        models.check_model(model)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from tests.zoo.adapters import save_adapter
 from tests.zoo.models import random_model
 from tests.zoo.tokenizers import BEYOND, TOKENIZERS
-from weaver.engine.torch.models import without_progress_bars
+from weaver.engine.torch.files import without_progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

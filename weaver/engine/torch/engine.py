@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.engine.threaded import ThreadedEngine
-from weaver.engine.torch.adapters import merge_adapter
 from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.store import DTYPES, ModelStore
 from weaver.engine.torch.text import encode_prompt

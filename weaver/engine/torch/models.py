@@ -1,38 +1,54 @@
 """`LoadedModel`: a base model in memory, the one object that trainer and sampler compute with.
 
-Also how its weights are read from their files, as a whole by `read_module` or single tensors, which
-merging and the reading of adapters need. T rows of a packed batch, N rows of hidden states, H
-hidden size, V vocabulary.
+`ModelStore` loads it, and asks `check_model` when it opens one, whatever its architecture: whether
+what the engine computes is what the model itself computes. Two sequences are packed, read in pieces
+and decoded in one batch, as trainer and sampler do it, and compared with the model's own eager
+forward. T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
-from transformers.utils import cached_file, logging
 
-from weaver.engine.torch.catalog import only_here, refusing
-from weaver.engine.torch.kv_cache import CacheShape
+from weaver.engine.torch.catalog import HINT, refusing
+from weaver.engine.torch.kv_cache import (
+    CachedRow,
+    CacheShape,
+    DecodePass,
+    PrefillPass,
+    PromptCache,
+    RowCache,
+)
 from weaver.engine.torch.linear import FrozenLinear, Routing
-from weaver.engine.torch.packing import ATTENTION
-from weaver.errors import CheckpointMismatchError, NonFiniteError, UnsupportedError
+from weaver.engine.torch.lora import new_adapter
+from weaver.engine.torch.packing import pack
+from weaver.errors import UnsupportedError
+from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from weaver.engine.torch.catalog import ModelFacts
     from weaver.engine.torch.lora import Adapter
-    from weaver.engine.torch.packing import PackedBatch
+    from weaver.engine.torch.packing import AttentionCache, PackedBatch
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64", "F32", "F16", "BF16"}
+LENGTHS = (16, 12)
+"""Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""
+PIECES = ((9, 4), (5, 6), (1, 1), (1, 1))
+"""Of each sequence in each of two prefill passes, and then of two steps of decoding."""
+READ = [14, 10]
+"""Tokens that prefill reads."""
+WINDOW = 4
+"""Tokens that windows are cut to meanwhile, so that short sequences are longer than them."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Relative to how far the logits spread; wrong attention of real weights moves them by 0.1 to 1."""
+ATTEMPTS = 3
+"""Rounding may send a token of a mixture to another expert, but not one of each attempt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,159 +149,129 @@ class LoadedModel:
                 setattr(self.module.get_submodule(parent), name, frozen)
 
 
-def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:
-    """transformers' model of a folder or cached id, complete and from safetensors.
-
-    Raises:
-        UnsupportedError: its weights cannot be read; speaks of it as `name`.
-    """
-    reading = refusing(
-        f"the weights of {name} cannot be read",
-        hint="Weights must be complete safetensors files that fit the config.json beside them.",
-    )
-    with reading, without_progress_bars():
-        module, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=only_here(str(source)),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        quantised = weight_without_fractions(folder_of(str(source)))
-    if quantised is not None:
-        raise _damaged(name, f"are quantised: {quantised} is not of floats.")
-    for parameter, stored, wanted in sorted(report["mismatched_keys"]):
-        raise _damaged(
-            name,
-            f"do not fit config.json: {parameter} is {list(stored)}, not {list(wanted)}.",
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise _damaged(name, f"lack {missing[0]} ({len(missing)} in all).")
-    for unknown in sorted(report["unexpected_keys"]):  # a bias, or a scale of quantised weights
-        if _has_parameters(module, unknown.rpartition(".")[0]):
-            raise _damaged(name, f"have {unknown}, which config.json does not.")
-    for parameter in module.parameters():  # else a view of the file, which may be overwritten
-        parameter.data = parameter.data.clone()
-    try:
-        check_finite(dict(module.named_parameters()))
-    except NonFiniteError as error:
-        raise _damaged(name, f"are broken: {error.message}") from error
-    return module
+@torch.no_grad()
+def check_model(model: LoadedModel) -> None:
+    """Raises UnsupportedError where the engine cannot compute, or computes something else."""
+    name = f"{model.info.name} ({model.info.architecture})"
+    adapters = (None if model.trainable else _random_adapter(model), None)
+    with refusing(f"{name} cannot run here", hint=HINT), _small_windows(model.module):
+        for attempt in range(ATTEMPTS):
+            wrong = _difference(model, adapters, seed=attempt)
+            if not wrong:
+                return
+    raise UnsupportedError(f"{name} cannot run here: its {wrong}.", field="base_model", hint=HINT)
 
 
-def _has_parameters(module: torch.nn.Module, path: str) -> bool:
-    layer = dict(module.named_modules()).get(path)
-    return layer is not None and any(True for _ in layer.parameters(recurse=False))
+def _difference(model: LoadedModel, adapters: Sequence[Adapter | None], *, seed: int) -> str:
+    """In which use, and how far, the logits are not the model's own; empty where they are."""
+    longest = max(LENGTHS)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.info.vocab_size, (len(LENGTHS), longest), generator=generator)
+    with _eager(model.module), model.routing.of([longest] * len(LENGTHS), adapters):
+        logits = model.module(input_ids=tokens.to(model.device), use_cache=False).logits.float()
+    rows = [row[:length] for row, length in zip(tokens.tolist(), LENGTHS, strict=True)]
+    right = torch.cat([row[:length] for row, length in zip(logits, LENGTHS, strict=True)])
+    spread = (right - right.mean(-1, keepdim=True)).norm()
+    packed = torch.cat(_logits(model, rows, adapters, starts=[0] * len(rows), cache=None))
+    for use, ours in (
+        ("packed logits", packed),  # as in training
+        ("logits of a sequence that is read piece by piece", _cached(model, rows, adapters)),
+    ):
+        error = float((ours - right).norm() / spread)
+        if not error <= TOLERANCE[model.dtype]:
+            return f"{use} would differ from transformers' by {error:.1g} of their spread"
+    return ""
 
 
-def _damaged(name: str, how: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"the weights of {name} {how}",
-        field="base_model",
-        hint="Download the model again, with its own config.json and unquantised.",
-    )
+def _cached(
+    model: LoadedModel, rows: Sequence[list[int]], adapters: Sequence[Adapter | None]
+) -> torch.Tensor:
+    """float32 [T of all, V] through prefill and decoding, as in sampling."""
+    prompts = [PromptCache(model.cache_shape, length=length) for length in READ]
+    places, decoding = [CachedRow() for _ in rows], RowCache(model.cache_shape)
+    read, pieces = [0] * len(rows), []
+    for sizes in PIECES:
+        cache: PrefillPass | DecodePass
+        if max(sizes) > 1:
+            cache = PrefillPass(list(zip(prompts, sizes, strict=True)))
+        else:
+            cache = decoding.decode(places)
+        new = [row[at : at + n] for row, at, n in zip(rows, read, sizes, strict=True)]
+        pieces.append(_logits(model, new, adapters, starts=read, cache=cache))
+        cache.finish()
+        read = [at + n for at, n in zip(read, sizes, strict=True)]
+        if read == READ:
+            for place, prompt in zip(places, prompts, strict=True):
+                decoding.add([place], prompt)
+    return torch.cat([piece for row in zip(*pieces, strict=True) for piece in row])
+
+
+def _logits(
+    model: LoadedModel,
+    rows: Sequence[list[int]],
+    adapters: Sequence[Adapter | None],
+    *,
+    starts: list[int],
+    cache: AttentionCache | None,
+) -> tuple[torch.Tensor, ...]:
+    """float32 [T, V] of each row."""
+    batch = pack(rows, adapters=adapters, device=model.device, starts=starts, cache=cache)
+    each = [a for a, row in zip(adapters, rows, strict=True) for _ in row]
+    return torch.split(model.logits(model.hidden_states(batch), each), list(batch.lengths))
+
+
+def _random_adapter(model: LoadedModel) -> Adapter:
+    """Of every layer that can be adapted, with values that change the logits."""
+    config = LoraConfig(rank=1, alpha=1.0)
+    targets = list(model.facts.targets.values())
+    adapter = new_adapter(targets, config, seed=0, device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    for pair in adapter.pairs.values():
+        pair.b.copy_(torch.randn(pair.b.shape, generator=generator) * 0.1)
+    return adapter
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws one for every load and save."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _eager(module: Any) -> Iterator[None]:
+    """The attention of transformers' own, with the masks that the model makes for it."""
+    configs = [m.config for m in module.modules() if hasattr(m, "config")]
+    with _changed(
+        [vars(config) for config in configs],
+        lambda name, _: "eager" if name == "_attn_implementation_internal" else None,
+    ):
+        yield
+
+
+@contextmanager
+def _small_windows(module: Any) -> Iterator[None]:
+    """Cuts every window and chunk of the attention."""
+    holders = [vars(m) for m in module.modules()]
+    holders += [vars(m.config) for m in module.modules() if hasattr(m, "config")]
+    with _changed(
+        holders,
+        lambda name, value: (
+            WINDOW
+            if re.search("window|chunk", name) and type(value) is int and value > WINDOW
+            else None
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def _changed(
+    holders: Sequence[dict[str, Any]], change: Callable[[str, Any], Any]
+) -> Iterator[None]:
+    """Sets attributes for a while to what `change` answers for a name and value, if anything."""
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    for holder in holders:
+        for name, value in holder.items():
+            new = change(name, value)
+            if new is not None:
+                kept.append((holder, name, value))
+                holder[name] = new
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def check_weights(
-    parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> None:
-    """Raises CheckpointMismatchError where names or shapes differ."""
-    for name in sorted(parameters.keys() | weights.keys()):
-        if name not in weights:
-            what = f"the checkpoint lacks {name}."
-        elif name not in parameters:
-            what = f"the checkpoint has the unknown {name}."
-        elif (shape := parameters[name].shape) != weights[name].shape:
-            what = f"{name} has shape {list(weights[name].shape)}, the model's is {list(shape)}."
-        else:
-            continue
-        raise CheckpointMismatchError(what, field="path", hint="Load it into its own base model.")
-
-
-@torch.no_grad()
-def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises NonFiniteError, which names the tensor, where a value is NaN or infinite.
-
-    Logits do not always tell: attention kernels for CPUs take the queries of NaN of a short
-    sequence for masked ones, and answer zeros.
-    """
-    if torch.nn.utils.get_total_norm(weights.values()).isfinite():
-        return
-    for name, tensor in weights.items():  # the squares of finite values may overflow
-        if not tensor.isfinite().all():
-            raise NonFiniteError(
-                f"{name} has values that are not finite.",
-                hint="Go back to an earlier checkpoint, and train with a smaller learning rate.",
-            )
-
-
-@torch.no_grad()
-def set_weights(
-    parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> None:
-    """Copies `weights`, which were checked, into the parameters of the same names."""
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-
-
-def folder_of(source: str) -> Path:
-    """Where a model's files are: a folder, or the cache of the hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(str(cached_file(source, CONFIG, local_files_only=True))).parent
-
-
-def tied_weights(facts: ModelFacts) -> Mapping[str, str]:
-    """Names of weights that the files need not have, and of those that they are tied to."""
-    tied = AutoModelForCausalLM._model_mapping[type(facts.config)]._tied_weights_keys
-    return tied or {} if facts.config.tie_word_embeddings else {}
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor, by the names that the files have."""
-    if (folder / INDEX).is_file():
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return dict.fromkeys(file.keys(), WEIGHTS)
-
-
-def weight_without_fractions(folder: Path) -> str | None:
-    """The first weight that is stored as integers or bytes, as quantised ones are."""
-    for shard in sorted(set(weight_map(folder).values())):
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in file.keys():
-                if name.endswith(".weight") and file.get_slice(name).get_dtype() not in FLOATS:
-                    return str(name)
-    return None
-
-
-def stored_tensor(facts: ModelFacts, name: str) -> torch.Tensor | None:
-    """One tensor by the name that the model gives it; None where the files cannot tell."""
-    try:
-        folder = folder_of(facts.source)
-        shards = weight_map(folder)
-        for key in (name, tied_weights(facts).get(name, name)):
-            if key in shards:
-                with safe_open(folder / shards[key], framework="pt") as file:
-                    tensor: torch.Tensor = file.get_tensor(key)
-                    return tensor
-    except (OSError, SafetensorError, ValueError, KeyError):
-        pass  # the loading of the base says what is wrong with them
-    return None
+        for holder, name, value in reversed(kept):
+            holder[name] = value

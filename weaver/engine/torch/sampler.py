@@ -14,10 +14,10 @@ import torch
 
 from weaver.engine.base import SampleProgress
 from weaver.engine.torch.admission import Admission, in_turn
+from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.logprobs import token_scores
 from weaver.engine.torch.packing import pack
-from weaver.engine.torch.runs import read_snapshot
 from weaver.engine.torch.sample_jobs import RunningJob
 from weaver.engine.torch.sampling import draw_uniforms, row_params, sample
 from weaver.engine.torch.store import ModelStore, PublishedWeights

@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.torch.files import check_finite, read_module, set_weights
 from weaver.engine.torch.lora import Adapter, adapter_from_tensors, roles
-from weaver.engine.torch.model_check import check_model
-from weaver.engine.torch.models import (
-    LoadedModel,
-    check_finite,
-    check_weights,
-    read_module,
-    set_weights,
-)
+from weaver.engine.torch.models import LoadedModel, check_model
 from weaver.errors import EngineError
 from weaver.types import LoraConfig
 
@@ -124,9 +118,7 @@ class ModelStore:
                 hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
             ) from error
         if weights is not None:
-            parameters = dict(module.named_parameters())
-            check_weights(parameters, weights)
-            set_weights(parameters, weights)
+            set_weights(dict(module.named_parameters()), weights)
         model = LoadedModel(facts, module, trainable=trainable)
         if (facts.info.name, trainable) not in self._checked:
             self.use_threads(model)

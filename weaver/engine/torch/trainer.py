@@ -1,4 +1,4 @@
-"""`TorchTrainer`: gradients, optimizer steps and checkpoints of many runs over shared base models.
+"""`TorchTrainer`: gradients and optimizer steps of many runs over shared base models.
 
 `ThreadedEngine` calls it, one call at a time.
 """
@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from weaver.boundary import attempt
+from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.catalog import is_out_of_memory
+from weaver.engine.torch.checkpoints import (
+    State,
+    read_optimizer,
+    read_snapshot,
+    read_state,
+    write_checkpoint,
+)
+from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, target_scores
 from weaver.engine.torch.lora import choose_targets, new_adapter
-from weaver.engine.torch.models import check_finite
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import pack, plan_passes
-from weaver.engine.torch.runs import Run, added
-from weaver.errors import EngineError, NonFiniteError, RunNotFoundError
+from weaver.errors import EngineError, NoGradientsError, NonFiniteError, RunNotFoundError
 from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
 
@@ -29,8 +38,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import GradientJob
-    from weaver.engine.blocking import WeightSnapshot
     from weaver.engine.torch.logprobs import Scores
+    from weaver.engine.torch.lora import Adapter
+    from weaver.engine.torch.models import LoadedModel
     from weaver.engine.torch.packing import Share
     from weaver.engine.torch.store import ModelStore
     from weaver.errors import WeaverError
@@ -88,10 +98,7 @@ class TorchTrainer:
         tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
         groups: dict[tuple[int, bool], list[_Task]] = {}
         for task in tasks:
-            try:
-                check_finite(task.run.named_parameters())
-            except NonFiniteError as error:
-                task.error = error
+            task.error = attempt(partial(check_finite, task.run.named_parameters()))
             groups.setdefault((id(task.run.model), task.job.backward), []).append(task)
         for group in groups.values():
             self._compute(group)
@@ -159,6 +166,127 @@ class TorchTrainer:
 
 
 @dataclass(slots=True, eq=False)
+class Run:
+    """A model in training: its weights, gradient and optimizer. Parameters are float32.
+
+    A LoRA run shares `model`; a full fine-tuning run owns it.
+    """
+
+    run_id: str
+    model: LoadedModel
+    lora_config: LoraConfig | None = None
+    adapter: Adapter | None = None
+    step: int = 0
+    gradient: list[torch.Tensor] | None = None
+    """Accumulated over calls, one for each parameter; None before the first."""
+    optimizer: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reset_optimizer()
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """Trained tensors by PEFT's names, or by the model's own."""
+        if self.adapter is not None:
+            return self.adapter.tensors()
+        return dict(self.model.module.named_parameters())
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.named_parameters().values())
+
+    def _reset_optimizer(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
+
+    def optim_step(self, params: AdamParams) -> float:
+        """AdamW on the accumulated gradient, clipped to a global norm; answers the norm before.
+
+        Raises:
+            NoGradientsError: nothing was accumulated.
+            NonFiniteError: the gradient is not finite; it is cleared, nothing else changes.
+        """
+        if self.gradient is None:
+            raise NoGradientsError(
+                f"run {self.run_id} has no gradient.", hint="Call forward_backward first."
+            )
+        gradient, self.gradient = self.gradient, None
+        norm = get_total_norm(gradient)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm.item()}; the step was not taken.",
+                hint="The gradient is cleared. Check the data, or lower the learning rate.",
+            )
+        parameters = self.parameters()
+        for parameter, part in zip(parameters, gradient, strict=True):
+            parameter.grad = part
+        if params.grad_clip_norm > 0:
+            clip_grads_with_norm_(parameters, params.grad_clip_norm, norm)
+        self.optimizer.param_groups[0].update(
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(norm)
+
+    def snapshot(self) -> WeightSnapshot:
+        """A copy that no later step changes."""
+        return WeightSnapshot(
+            base_model=self.model.info.name,
+            lora_config=self.lora_config,
+            version=self.step,
+            tensors={n: p.detach().clone() for n, p in self.named_parameters().items()},
+        )
+
+    def save(self, folder: Path, *, include_optimizer: bool) -> None:
+        write_checkpoint(
+            folder,
+            self._state(),
+            model=self.model,
+            parameters=self.named_parameters(),
+            optimizer=self.optimizer if include_optimizer else None,
+        )
+
+    def load(self, folder: Path, *, include_optimizer: bool) -> None:
+        """Replaces weights and step, restores or resets the optimizer, clears the gradient.
+
+        Raises:
+            CheckpointMismatchError: of another base model, mode, rank or scale, or without
+                optimizer state where it is asked; before anything changed.
+            CheckpointCorruptError: a file is missing or broken; before anything changed.
+        """
+        self._state().check_same(read_state(folder))
+        snapshot = read_snapshot(folder, facts=self.model.facts)
+        parameters = self.named_parameters()
+        moments = read_optimizer(folder, parameters) if include_optimizer else {}
+        set_weights(parameters, snapshot.tensors)
+        self.step, self.gradient = snapshot.version, None
+        self._reset_optimizer()
+        self.optimizer.state.update(moments)
+
+    def _state(self) -> State:
+        info = self.model.info
+        return State(
+            base_model=info.name,
+            architecture=info.architecture,
+            vocab_size=info.vocab_size,
+            num_parameters=info.num_parameters,
+            training_mode="lora" if self.lora_config else "full_ft",
+            lora_config=self.lora_config,
+            step=self.step,
+        )
+
+
+def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`total` plus `parts`, in the place of `total` where there is one."""
+    if total is None:
+        return parts
+    torch._foreach_add_(total, parts)
+    return total
+
+
+@dataclass(slots=True, eq=False)
 class _Task:
     """A job on its way through the passes."""
 
@@ -198,7 +326,7 @@ class _Task:
         if self.error is not None:
             return self.error
         if self.gradient is not None:
-            self.run.accumulate(self.gradient)
+            self.run.gradient = added(self.run.gradient, self.gradient)
         return ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))

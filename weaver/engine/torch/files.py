@@ -1,35 +1,36 @@
-"""LoRA adapters in PEFT's file format, and merged with their base into a whole model.
+"""Weights in files: whole models as transformers keeps them, LoRA adapters as PEFT does.
 
-Checkpoints of LoRA runs are such folders: `adapter_config.json` and `adapter_model.safetensors`;
-the sampler loads folders that PEFT itself wrote too. `TorchEngine.merge_adapter` makes exports.
-R rank; W [out, in], A [R, in], B [out, R].
+`ModelStore` reads models, checkpoints are written and read through here, and the sampler loads
+adapters that PEFT itself wrote. R rank; A [R, in], B [out, R].
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
+from transformers import AutoModelForCausalLM
+from transformers.utils import cached_file, logging
 
 from weaver import errors
-from weaver.engine.torch import models
-from weaver.engine.torch.lora import PREFIX, adapter_from_tensors
+from weaver.engine.torch.catalog import only_here, refusing
+from weaver.engine.torch.lora import PREFIX
+from weaver.engine.torch.packing import ATTENTION
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from weaver.engine.torch.catalog import ModelFacts
-    from weaver.engine.torch.lora import Adapter, LoraPair
 
-
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64", "F32", "F16", "BF16"}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FREE = {
@@ -61,8 +62,164 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
 """Settings, and the values under which an adapter is what `Adapter` is."""
 NEUTRAL: tuple[object, ...] = (None, False, [], {})
 """The values of every other setting under which it changes nothing, and PEFT's defaults of them."""
-BESIDE = {".json", ".jinja", ".txt", ".model"}
-"""Of the files that are copied: the tokenizer and the generation settings."""
+
+
+def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder or cached id, complete and from safetensors.
+
+    Raises:
+        UnsupportedError: its weights cannot be read; speaks of it as `name`.
+    """
+    reading = refusing(
+        f"the weights of {name} cannot be read",
+        hint="Weights must be complete safetensors files that fit the config.json beside them.",
+    )
+    with reading, without_progress_bars():
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=only_here(str(source)),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        quantised = weight_without_fractions(folder_of(str(source)))
+    if quantised is not None:
+        raise _damaged(name, f"are quantised: {quantised} is not of floats.")
+    for parameter, stored, wanted in sorted(report["mismatched_keys"]):
+        raise _damaged(
+            name,
+            f"do not fit config.json: {parameter} is {list(stored)}, not {list(wanted)}.",
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise _damaged(name, f"lack {missing[0]} ({len(missing)} in all).")
+    for unknown in sorted(report["unexpected_keys"]):  # a bias, or a scale of quantised weights
+        if _has_parameters(module, unknown.rpartition(".")[0]):
+            raise _damaged(name, f"have {unknown}, which config.json does not.")
+    for parameter in module.parameters():  # else a view of the file, which may be overwritten
+        parameter.data = parameter.data.clone()
+    try:
+        check_finite(dict(module.named_parameters()))
+    except errors.NonFiniteError as error:
+        raise _damaged(name, f"are broken: {error.message}") from error
+    return module
+
+
+def _has_parameters(module: torch.nn.Module, path: str) -> bool:
+    layer = dict(module.named_modules()).get(path)
+    return layer is not None and any(True for _ in layer.parameters(recurse=False))
+
+
+def _damaged(name: str, how: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
+        f"the weights of {name} {how}",
+        field="base_model",
+        hint="Download the model again, with its own config.json and unquantised.",
+    )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws one for every load and save."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises NonFiniteError, which names the tensor, where a value is NaN or infinite.
+
+    Logits do not always tell: attention kernels for CPUs take the queries of NaN of a short
+    sequence for masked ones, and answer zeros.
+    """
+    if torch.nn.utils.get_total_norm(weights.values()).isfinite():
+        return
+    for name, tensor in weights.items():  # the squares of finite values may overflow
+        if not tensor.isfinite().all():
+            raise errors.NonFiniteError(
+                f"{name} has values that are not finite.",
+                hint="Go back to an earlier checkpoint, and train with a smaller learning rate.",
+            )
+
+
+@torch.no_grad()
+def set_weights(
+    parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Copies `weights` into the parameters of the same names.
+
+    Raises:
+        CheckpointMismatchError: names or shapes differ; before anything changed.
+    """
+    for name in sorted(parameters.keys() | weights.keys()):
+        if name not in weights:
+            what = f"the checkpoint lacks {name}."
+        elif name not in parameters:
+            what = f"the checkpoint has the unknown {name}."
+        elif (shape := parameters[name].shape) != weights[name].shape:
+            what = f"{name} has shape {list(weights[name].shape)}, the model's is {list(shape)}."
+        else:
+            continue
+        raise errors.CheckpointMismatchError(
+            what, field="path", hint="Load it into its own base model."
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def folder_of(source: str) -> Path:
+    """Where a model's files are: a folder, or the cache of the hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(str(cached_file(source, CONFIG, local_files_only=True))).parent
+
+
+def tied_weights(facts: ModelFacts) -> Mapping[str, str]:
+    """Names of weights that the files need not have, and of those that they are tied to."""
+    tied = AutoModelForCausalLM._model_mapping[type(facts.config)]._tied_weights_keys
+    return tied or {} if facts.config.tie_word_embeddings else {}
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the names that the files have."""
+    if (folder / INDEX).is_file():
+        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), WEIGHTS)
+
+
+def weight_without_fractions(folder: Path) -> str | None:
+    """The first weight that is stored as integers or bytes, as quantised ones are."""
+    for shard in sorted(set(weight_map(folder).values())):
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():
+                if name.endswith(".weight") and file.get_slice(name).get_dtype() not in FLOATS:
+                    return str(name)
+    return None
+
+
+def stored_tensor(facts: ModelFacts, name: str) -> torch.Tensor | None:
+    """One tensor by the name that the model gives it; None where the files cannot tell."""
+    try:
+        folder = folder_of(facts.source)
+        shards = weight_map(folder)
+        for key in (name, tied_weights(facts).get(name, name)):
+            if key in shards:
+                with safe_open(folder / shards[key], framework="pt") as file:
+                    tensor: torch.Tensor = file.get_tensor(key)
+                    return tensor
+    except (OSError, SafetensorError, ValueError, KeyError):
+        pass  # the loading of the base says what is wrong with them
+    return None
 
 
 def write_adapter(
@@ -136,7 +293,7 @@ def _lora_tensors(
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             lora[name] = tensor.float()
             continue
-        base = models.stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        base = stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
         if base is None or not torch.equal(base.to(tensor.dtype), tensor):
             raise _not_plain(
                 f"{name}, which is neither LoRA's nor what {facts.info.name} has there."
@@ -215,102 +372,3 @@ def corrupt(path: Path, what: str) -> errors.CheckpointCorruptError:
     return errors.CheckpointCorruptError(
         f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )
-
-
-def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
-    """Writes the base's files with W + scale·B·A in the adapter's layers into an empty folder.
-
-    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time,
-    or the whole model where its files name their tensors in another way than transformers does. A
-    tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
-
-    Raises:
-        CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
-        UnsupportedError: a variant of LoRA, or the base cannot be read.
-        StorageError: the disk is full or not writable.
-    """
-    tensors, config = read_adapter(adapter, facts=facts)
-    made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
-    source, untied = models.folder_of(facts.source), _untied(facts, tensors)
-    changed = {f"{path}.weight" for path in made.pairs}
-    try:
-        shards = models.weight_map(source)
-        if changed <= shards.keys() | untied.keys():
-            _write_shards(source, folder, made, shards=shards, untied=untied)
-        else:
-            _write_whole(facts, folder, made, untied=untied)
-        _copy_others(facts, source, folder)
-        if untied:
-            settings = read_json(source / models.CONFIG) | {"tie_word_embeddings": False}
-            (folder / models.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise errors.StorageError(
-            f"merging {facts.info.name} failed: {error}",
-            hint="Check the free space, and that the base model's files are complete.",
-        ) from error
-
-
-def _write_shards(
-    source: Path,
-    folder: Path,
-    adapter: Adapter,
-    *,
-    shards: dict[str, str],
-    untied: Mapping[str, str],
-) -> None:
-    """`untied` maps the names of a head's tensors to those that they were tied to."""
-    for shard in sorted(set(shards.values())):
-        weights = load_file(source / shard)
-        for head, embedding in untied.items():
-            weights.pop(head, None)
-            if embedding in weights:
-                weights[head] = weights[embedding].clone()
-                shards[head] = shard
-        for path, pair in adapter.pairs.items():
-            if f"{path}.weight" in weights:
-                weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
-        save_file(weights, folder / shard, metadata={"format": "pt"})
-    if (source / models.INDEX).is_file():
-        index = read_json(source / models.INDEX) | {"weight_map": shards}
-        (folder / models.INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_whole(
-    facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
-) -> None:
-    dtype = facts.config.dtype or torch.float32
-    module = models.read_module(
-        facts.source, name=facts.info.name, config=facts.config, dtype=dtype
-    )
-    for name in untied:
-        module.config.tie_word_embeddings = False
-        owner, _, leaf = name.rpartition(".")
-        own = torch.nn.Parameter(module.get_parameter(name).detach().clone())
-        setattr(module.get_submodule(owner), leaf, own)
-    for path, pair in adapter.pairs.items():
-        layer = module.get_submodule(path)
-        layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
-    with models.without_progress_bars():
-        module.save_pretrained(folder)
-
-
-@torch.no_grad()
-def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
-    return (weight.float() + scale * (pair.b @ pair.a)).to(weight.dtype)
-
-
-def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
-    for file in source.iterdir():
-        if file.suffix in BESIDE and file.name != models.INDEX:
-            shutil.copyfile(file, folder / file.name)
-    if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
-        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
-        for name, content in facts.tokenizer_files().items():
-            (folder / name).write_bytes(content)
-
-
-def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
-    """All tied weights, by name, and what each was tied to, where the adapter changes one."""
-    changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
-    tied = models.tied_weights(facts)
-    return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}

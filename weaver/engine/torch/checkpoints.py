@@ -1,0 +1,289 @@
+"""Checkpoints of runs: their folders, what is in them, and whole models merged from them.
+
+`Run` writes and loads them, the sampler reads them and folders of PEFT and transformers with
+`read_snapshot`, and `TorchEngine.merge_adapter` makes exports. W [out, in], A [R, in], B [out, R].
+
+| file                                            | of               | holds                    |
+|-------------------------------------------------|------------------|--------------------------|
+| weaver_state.json                               | every checkpoint | `State`                  |
+| adapter_config.json, adapter_model.safetensors  | LoRA             | PEFT's layout            |
+| config.json, model.safetensors, tokenizer files | full fine-tuning | transformers' layout     |
+| optimizer.safetensors                           | with optimizer   | Adam's moments, its step |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
+
+from weaver import errors
+from weaver.engine.blocking import WeightSnapshot
+from weaver.engine.torch import files
+from weaver.engine.torch.lora import adapter_from_tensors
+from weaver.types import LoraConfig, TrainingMode, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.lora import Adapter, LoraPair
+    from weaver.engine.torch.models import LoadedModel
+
+STATE = "weaver_state.json"
+OPTIMIZER = "optimizer.safetensors"
+ADAM_STEP = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BESIDE = {".json", ".jinja", ".txt", ".model"}
+"""Of the files that an export copies: the tokenizer and the generation settings."""
+
+
+class State(Value):
+    """What weaver_state.json says."""
+
+    base_model: str
+    architecture: str
+    vocab_size: int
+    num_parameters: int
+    """Of the base model."""
+    training_mode: TrainingMode
+    lora_config: LoraConfig | None
+    step: int
+
+    def check_same(self, other: State) -> None:
+        """Raises CheckpointMismatchError where a run of this state cannot load a checkpoint's."""
+        ours, theirs = self._described(), other._described()
+        for name, value in theirs.items():
+            if value != ours[name]:
+                raise errors.CheckpointMismatchError(
+                    f"the checkpoint has {name} {value!r}, the run {ours[name]!r}.",
+                    field="path",
+                    hint="Create a run like the checkpoint's, then load it.",
+                )
+
+    def _described(self) -> dict[str, Any]:
+        """What must agree; the seed of the initial values need not."""
+        values = self.model_dump(exclude={"step", "lora_config"})
+        lora = self.lora_config.model_dump(exclude={"seed"}) if self.lora_config else {}
+        return values | {f"lora_config.{name}": value for name, value in lora.items()}
+
+
+def write_checkpoint(
+    folder: Path,
+    state: State,
+    *,
+    model: LoadedModel,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Writes a checkpoint into an empty folder.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing was written.
+        StorageError: the disk is full or not writable.
+    """
+    files.check_finite(parameters)
+    try:
+        if state.lora_config is not None:
+            base = model.facts.public_name
+            files.write_adapter(folder, parameters, config=state.lora_config, base=base)
+        else:
+            with files.without_progress_bars():
+                model.module.save_pretrained(folder)
+            with suppress(errors.UnsupportedError):  # the base model has no tokenizer either
+                _write_tokenizer(model.facts, folder)
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer, parameters), folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(state.model_dump(), indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise errors.StorageError(
+            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+            hint="Free some space or check the permissions.",
+        ) from error
+
+
+def _write_tokenizer(facts: ModelFacts, folder: Path) -> None:
+    for name, content in facts.tokenizer_files().items():
+        (folder / name).write_bytes(content)
+
+
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    tensors = {ADAM_STEP: torch.zeros(())}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            stored = key if key == ADAM_STEP else f"{name}.{key}"
+            tensors[stored] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def read_optimizer(
+    folder: Path, parameters: Mapping[str, torch.Tensor]
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """The optimizer's state of each parameter; empty before the first step.
+
+    Raises:
+        CheckpointMismatchError: it was not saved.
+        CheckpointCorruptError: the file is broken, or of other parameters.
+    """
+    if not (folder / OPTIMIZER).exists():
+        raise errors.CheckpointMismatchError(
+            f"{folder.name} was saved without optimizer state.",
+            field="path",
+            hint="Load it with load_state, or save with save_state.",
+        )
+    tensors = files.read_tensors(folder / OPTIMIZER)
+    step = tensors.get(ADAM_STEP, torch.zeros(()))
+    stepped = parameters if bool((step > 0).all()) else {}
+    expected = {f"{name}.{key}": p.shape for name, p in stepped.items() for key in MOMENTS}
+    if expected | {ADAM_STEP: torch.Size()} != {n: t.shape for n, t in tensors.items()}:
+        raise files.corrupt(folder / OPTIMIZER, "does not fit the weights beside it")
+    return {
+        parameter: {
+            ADAM_STEP: step.clone().to(parameter.device),
+            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS},
+        }
+        for name, parameter in stepped.items()
+    }
+
+
+def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
+    """The weights of a folder: of ours, one that PEFT wrote, or a whole model of this architecture.
+
+    Raises:
+        CheckpointCorruptError, CheckpointMismatchError
+        UnsupportedError: a variant of LoRA.
+    """
+    version = read_state(folder).step if (folder / STATE).exists() else 0
+    tensors, config = (
+        files.read_adapter(folder, facts=facts)
+        if (folder / files.ADAPTER_CONFIG).exists()
+        else (_read_model(folder), None)
+    )
+    return WeightSnapshot(
+        base_model=facts.info.name, lora_config=config, version=version, tensors=tensors
+    )
+
+
+def read_state(folder: Path) -> State:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointCorruptError: weaver_state.json is missing or broken.
+    """
+    try:
+        return State(**files.read_json(folder / STATE))
+    except errors.InvalidParamsError as error:
+        raise files.corrupt(folder / STATE, f"is broken: {error}") from error
+
+
+def _read_model(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        module = files.read_module(folder, name=str(folder), config=None, dtype=torch.float32)
+    except errors.UnsupportedError as error:
+        raise files.corrupt(folder / files.WEIGHTS, f"is broken: {error.message}") from error
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
+    """Writes the base's files with W + scale·B·A in the adapter's layers into an empty folder.
+
+    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time,
+    or the whole model where its files name their tensors in another way than transformers does. A
+    tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
+
+    Raises:
+        CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
+        UnsupportedError: a variant of LoRA, or the base cannot be read.
+        StorageError: the disk is full or not writable.
+    """
+    tensors, config = files.read_adapter(adapter, facts=facts)
+    made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
+    source, untied = files.folder_of(facts.source), _untied(facts, tensors)
+    changed = {f"{path}.weight" for path in made.pairs}
+    try:
+        shards = files.weight_map(source)
+        if changed <= shards.keys() | untied.keys():
+            _write_shards(source, folder, made, shards=shards, untied=untied)
+        else:
+            _write_whole(facts, folder, made, untied=untied)
+        _copy_others(facts, source, folder)
+        if untied:
+            settings = files.read_json(source / files.CONFIG) | {"tie_word_embeddings": False}
+            (folder / files.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise errors.StorageError(
+            f"merging {facts.info.name} failed: {error}",
+            hint="Check the free space, and that the base model's files are complete.",
+        ) from error
+
+
+def _write_shards(
+    source: Path,
+    folder: Path,
+    adapter: Adapter,
+    *,
+    shards: dict[str, str],
+    untied: Mapping[str, str],
+) -> None:
+    """`untied` maps the names of a head's tensors to those that they were tied to."""
+    for shard in sorted(set(shards.values())):
+        weights = load_file(source / shard)
+        for head, embedding in untied.items():
+            weights.pop(head, None)
+            if embedding in weights:
+                weights[head] = weights[embedding].clone()
+                shards[head] = shard
+        for path, pair in adapter.pairs.items():
+            if f"{path}.weight" in weights:
+                weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
+        save_file(weights, folder / shard, metadata={"format": "pt"})
+    if (source / files.INDEX).is_file():
+        index = files.read_json(source / files.INDEX) | {"weight_map": shards}
+        (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_whole(
+    facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
+) -> None:
+    dtype = facts.config.dtype or torch.float32
+    module = files.read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+    for name in untied:
+        module.config.tie_word_embeddings = False
+        owner, _, leaf = name.rpartition(".")
+        own = torch.nn.Parameter(module.get_parameter(name).detach().clone())
+        setattr(module.get_submodule(owner), leaf, own)
+    for path, pair in adapter.pairs.items():
+        layer = module.get_submodule(path)
+        layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
+    with files.without_progress_bars():
+        module.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
+    return (weight.float() + scale * (pair.b @ pair.a)).to(weight.dtype)
+
+
+def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        if file.suffix in BESIDE and file.name != files.INDEX:
+            shutil.copyfile(file, folder / file.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
+        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+        _write_tokenizer(facts, folder)
+
+
+def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
+    """All tied weights, by name, and what each was tied to, where the adapter changes one."""
+    changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
+    tied = files.tied_weights(facts)
+    return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}
