@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import chat, checkpoints, models, runs, serve
+from weaver.cli import models, runs, serve
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -25,12 +25,12 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("doctor")(models.doctor)
 app.command("sessions")(runs.sessions)
-app.command("sample")(chat.sample)
-app.command("chat")(chat.chat)
+app.command("sample")(models.sample)
+app.command("chat")(models.chat)
 app.add_typer(serve.keys, name="keys")
 app.add_typer(models.app, name="models")
-app.add_typer(runs.app, name="runs")
-app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(runs.runs, name="runs")
+app.add_typer(runs.checkpoints, name="checkpoints")
 
 
 def main() -> None:

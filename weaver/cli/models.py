@@ -1,4 +1,6 @@
-"""`weaver models` and `weaver doctor`: which base models there are, and what can run here."""
+"""`weaver models`, `doctor`, `sample` and `chat`: which models there are, what can run here, and a
+model at the prompt of a shell.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,26 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from weaver.cli.output import Json, ask, ask_model, show, show_one
+from weaver.cli.output import Json, ask, show, show_one
 from weaver.config import load_settings
 from weaver.errors import WeaverError, requiring
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
+    from weaver.client.sampling import AsyncSamplingClient
     from weaver.config import Settings
 
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 app = typer.Typer(help="Base models.", no_args_is_help=True)
+Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a weaver:// path.")]
+MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+T = TypeVar("T")
 
 
 @app.command("list")
@@ -39,7 +46,7 @@ def download(
 
     model, folder = download(name)
     size = f"{model.num_parameters:,} parameters"
-    sys.stdout.write(f"{model.name} ({model.architecture}, {size}) is in {folder}.\n")
+    print(f"{model.name} ({model.architecture}, {size}) is in {folder}.")
 
 
 @app.command()
@@ -79,7 +86,7 @@ def doctor(
 
 
 def _say(name: str, state: str) -> None:
-    sys.stdout.write(f"{name:<14} {state}\n")
+    print(f"{name:<14} {state}")
 
 
 def _installation(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -101,3 +108,71 @@ def _memory(settings: Settings, model: str) -> tuple[bool, str]:
         from weaver.engine.torch.store import free_bytes, needs_of
     needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
     return needs.against(free_bytes(settings.device))
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; `-` reads stdin.")],
+    model: Model = "weaver-nano",
+    max_tokens: MaxTokens = 100,
+    temperature: Temperature = 1.0,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends an answer; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same samples again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample from a model or a checkpoint."""
+    from weaver.types import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, stop=stop or (), seed=seed
+    )
+    result = ask_model(model, lambda client: client.sample(text, params, num_samples=num_samples))
+    if as_json:
+        print(result.model_dump_json(indent=2))
+        return
+    for sequence in result.sequences:
+        print(sequence.text)
+
+
+def chat(
+    model: Model = "weaver-nano", max_tokens: MaxTokens = 256, temperature: Temperature = 0.7
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends it."""
+    from anyio.to_thread import run_sync
+
+    from weaver.types import Message, SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+
+    async def talk(client: AsyncSamplingClient) -> None:
+        messages: list[Message] = []
+        while said := await run_sync(_read_line):
+            messages.append(Message(role="user", content=said))
+            pieces = []
+            async for delta in client.stream(list(messages), params):
+                pieces.append(delta.text)
+                print(delta.text, end="", flush=True)
+            print()
+            messages.append(Message(role="assistant", content="".join(pieces)))
+
+    ask_model(model, talk)
+
+
+def _read_line() -> str:
+    print("> ", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+def ask_model(model: str, question: Callable[[AsyncSamplingClient], Awaitable[T]]) -> T:
+    """Asks a client that samples from a base model or a weaver:// path."""
+    import anyio
+
+    from weaver import AsyncServiceClient
+
+    async def run() -> T:
+        path, name = (model, None) if model.startswith("weaver://") else (None, model)
+        async with AsyncServiceClient() as service:
+            return await question(await service.create_sampling_client(path, name))
+
+    return anyio.run(run)

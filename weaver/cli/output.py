@@ -1,4 +1,4 @@
-"""How commands print, and how they reach a service and a model."""
+"""How commands print, find what is meant, and reach a service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from weaver.errors import NotFoundError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
-    from weaver.client.sampling import AsyncSamplingClient
     from weaver.protocol import Service
     from weaver.types import Value
 
@@ -29,10 +28,10 @@ def show(rows: Sequence[Value], *, as_json: bool, empty: str, hide: Collection[s
     """
     items = [row.model_dump(mode="json") for row in rows]
     if as_json:
-        sys.stdout.write(json.dumps(items, indent=2) + "\n")
+        print(json.dumps(items, indent=2))
         return
     if not items:
-        sys.stdout.write(f"{empty}\n")
+        print(empty)
         return
     from rich.console import Console
     from rich.table import Table
@@ -57,11 +56,17 @@ def show_one(item: Value, *, as_json: bool, **more: object) -> None:
     """One thing, and `more` of it: a line for each field, or a JSON object."""
     fields = {**item.model_dump(mode="json"), **more}
     if as_json:
-        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+        print(json.dumps(fields, indent=2))
         return
     width = max(map(len, fields))
     for name, value in fields.items():
-        sys.stdout.write(f"{name:<{width}}  {value}\n")
+        print(f"{name:<{width}}  {value}")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ends the command, unless it was told `--yes` or is told so now."""
+    if not yes:
+        typer.confirm(question, abort=True)
 
 
 def find(
@@ -103,19 +108,5 @@ def ask(question: Callable[[Service], Awaitable[T]]) -> T:
     async def run() -> T:
         async with open_service(load_settings(), patient=False) as service:
             return await question(service)
-
-    return anyio.run(run)
-
-
-def ask_model(model: str, question: Callable[[AsyncSamplingClient], Awaitable[T]]) -> T:
-    """Asks a client that samples from a base model or a weaver:// path."""
-    import anyio
-
-    from weaver import AsyncServiceClient
-
-    async def run() -> T:
-        path, name = (model, None) if model.startswith("weaver://") else (None, model)
-        async with AsyncServiceClient() as service:
-            return await question(await service.create_sampling_client(path, name))
 
     return anyio.run(run)

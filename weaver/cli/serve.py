@@ -118,7 +118,7 @@ def serve(config: Config = None, **given: Any) -> None:
     )
     with closing(engine):
         for name in engine.list_models():
-            sys.stderr.write(f"serving {name.name} ({name.num_parameters:,} parameters)\n")
+            print(f"serving {name.name} ({name.num_parameters:,} parameters)", file=sys.stderr)
         anyio.run(partial(run_server, engine, settings, started=partial(_tell, settings.auth)))
 
 
@@ -154,9 +154,9 @@ def parse_models(given: Sequence[str]) -> Mapping[str, str | Path]:
 
 def _tell(auth: bool, server: Running) -> None:
     how = "with API keys" if auth else "without keys, to this machine only"
-    sys.stderr.write(f"Weaver at {server.address} ({how}); Ctrl-C stops it.\n")
+    print(f"Weaver at {server.address} ({how}); Ctrl-C stops it.", file=sys.stderr)
     if auth:
-        sys.stderr.write("`weaver keys create --project NAME` makes a key.\n")
+        print("`weaver keys create --project NAME` makes a key.", file=sys.stderr)
 
 
 @keys.command()
@@ -173,8 +173,8 @@ def create(
     if as_json:
         show_one(info, as_json=True, key=secret)
         return
-    sys.stdout.write(f"{secret}\n")
-    sys.stderr.write(f"Key {info.id} of project {project}. Keep it: it is not shown again.\n")
+    print(secret)
+    print(f"Key {info.id} of project {project}. Keep it: it is not shown again.", file=sys.stderr)
 
 
 @keys.command("list")
@@ -196,7 +196,7 @@ def revoke(
     known = _keys(home, database_url)
     info = find(key_id, known.list(), name=lambda key: key.id, what="keys")
     known.revoke(info.id)
-    sys.stdout.write(f"Revoked key {info.id} of project {info.project}.\n")
+    print(f"Revoked key {info.id} of project {info.project}.")
 
 
 def _keys(home: Path, database_url: str | None) -> Keys:
