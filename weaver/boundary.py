@@ -1,17 +1,18 @@
-"""The boundary around an operation: whatever happens inside becomes a value.
+"""The boundary around an operation, where whatever happens inside becomes a value.
 
-Called by the service and by engines.
+And that around code of others, whose errors become ours. Called by the service and by engines.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from weaver.errors import EngineError, WeaverError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +44,18 @@ def _defect(error: Exception) -> EngineError:
         f"{type(error).__name__}: {error}",
         hint="The service's log has the traceback; the service goes on.",
     )
+
+
+@contextmanager
+def converting(to: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Around code of others: whatever it raises is raised as the error that `to` answers for it."""
+    try:
+        yield
+    except Exception as error:
+        converted = to(error)
+        if converted is error:
+            raise
+        raise converted from error
 
 
 def or_raise(value: T | WeaverError) -> T:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from weaver.engine.torch.text import Continuation, Stops, TextStream
+from weaver.engine.torch.text import Draft, Stops, TextStream
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 def continuation(
     *, length: int = 100, stop: Sequence[str] = (), stream: bool = False, stop_ids: int = EOS
-) -> Continuation:
+) -> Draft:
     stops = Stops.of(SamplingParams(stop=stop), Bytes(), ends=frozenset({stop_ids}))
-    return Continuation(Bytes(), stops, length=length, stream=stream)
+    return Draft(Bytes(), stops, index=0, length=length, stream=stream)
 
 
-def run(end: Continuation, tokens: Sequence[int]) -> list[str]:
+def run(end: Draft, tokens: Sequence[int]) -> list[str]:
     deltas = []
     for token in tokens:
         deltas.append(end.push(token))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +23,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver import errors
+from weaver.boundary import converting
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
 from weaver.tokenizers import end_tokens
 from weaver.types import ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from weaver.types import Message
 
@@ -309,21 +310,20 @@ def _out_of_reach(reason: str) -> errors.ServiceConnectionError:
     )
 
 
-@contextmanager
-def refusing(what: str, *, hint: str) -> Iterator[None]:
+def refusing(what: str, *, hint: str) -> AbstractContextManager[None]:
     """Makes an UnsupportedError, `what` and the reason, of whatever is raised within.
 
     Errors of ours that have a reason already pass, and those for want of memory.
     """
-    try:
-        yield
-    except Exception as error:
+
+    def refused(error: Exception) -> Exception:
         ours = isinstance(error, errors.WeaverError) and not isinstance(error, errors.EngineError)
         if ours or is_out_of_memory(error):
-            raise
-        raise errors.UnsupportedError(
-            f"{what}: {first_line(error)}", field="base_model", hint=hint
-        ) from error
+            return error
+        said = f"{what}: {first_line(error)}"
+        return errors.UnsupportedError(said, field="base_model", hint=hint)
+
+    return converting(refused)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

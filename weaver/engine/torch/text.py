@@ -1,7 +1,7 @@
 """Texts: how a prompt becomes tokens, how drawn tokens become a text, and when a sample ends.
 
 `TorchEngine.encode` calls `encode_prompt`; the sampler, and the fake engine of the tests, have one
-`Draft` a sample, which is a `Continuation`, its text, with log-probabilities.
+`Draft` a sample.
 
 Text is decoded token by token only where a stop string or a reader of deltas needs it. A byte-level
 token may hold part of a character and a stop string may span tokens, so what could still change, or
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from weaver.boundary import converting
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.tokenizers import encode_text
 from weaver.types import SampleDelta, SampledSequence
@@ -125,96 +127,31 @@ class MarkedText:
         return max(self._ends[i - 1][1], shown - (end - at))
 
 
-class Continuation:
-    """The tokens of one sample as they are drawn, its text and the reason why it ended.
+class Draft:
+    """Sample `index` of its job while it is drawn: its tokens, its text, and why it ended.
 
     `length` is the most tokens it may have. Without stop strings and `stream`, the text is decoded
     once, at the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Stops, *, length: int, stream: bool) -> None:
-        self.tokens: list[int] = []
-        self.stop_reason: StopReason | None = None
-        self._tokenizer = tokenizer
-        self._length = length
-        self._stops = stops
-        self._marked = MarkedText(tokenizer, stops.marked) if stops.marked else None
-        some = stream or stops.strings or stops.marked
-        self._stream = TextStream(tokenizer) if some else None
-        self._text = ""
-        self._sent = 0
-
-    def push(self, token: int) -> str:
-        """Takes the next token and answers the text that a reader may see now."""
-        self.tokens.append(token)
-        ended_by_token = token in self._stops.token_ids
-        if self._stream is not None:
-            self._grow(token, ended_by_token)
-        if self.stop_reason is None:
-            if ended_by_token or len(self.tokens) == self._length:
-                self.stop_reason = "stop" if ended_by_token else "length"
-                self._finish(ended_by_token)
-        end = len(self._text)
-        if self.stop_reason is None:
-            end -= _begun(self._text, self._stops.strings)
-            if self._marked is not None:
-                end = min(end, self._marked.held_from())
-        new = self._text[self._sent : end]
-        self._sent = end
-        return new
-
-    @property
-    def text(self) -> str:
-        """Complete once `stop_reason` is set: before the stop string or token, without specials."""
-        return self._text
-
-    def _finish(self, ended_by_token: bool) -> None:
-        if self._stream is not None:
-            self._text += self._stream.flush()
-        else:
-            tokens = self.tokens[:-1] if ended_by_token else self.tokens
-            self._text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _grow(self, token: int, ended_by_token: bool) -> None:
-        assert self._stream is not None
-        new = "" if ended_by_token else self._stream.push(token)
-        self._text += new
-        found = _find(self._text, self._stops.strings, new=len(new))
-        if self._marked is not None:
-            found += self._marked.push(token, len(self._text))
-        if found:
-            at = min(found)
-            unfinished = self._stream.flush() if at == len(self._text) else ""
-            self._text = self._text[:at] + unfinished
-            self.stop_reason = "stop"
-
-
-def _find(text: str, stop: Sequence[str], *, new: int) -> list[int]:
-    """Where each stop string begins that the last `new` characters have completed."""
-    found = (text.find(string, max(0, len(text) - new - len(string) + 1)) for string in stop)
-    return [at for at in found if at >= 0]
-
-
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may be the beginning of a stop string."""
-    most = min(max(map(len, stop), default=0) - 1, len(text))
-    for size in range(most, 0, -1):
-        if any(string.startswith(text[-size:]) for string in stop):
-            return size
-    return 0
-
-
-class Draft(Continuation):
-    """Sample `index` of its job, while it is drawn."""
-
     def __init__(
         self, tokenizer: Tokenizer, stops: Stops, *, index: int, length: int, stream: bool
     ) -> None:
-        super().__init__(tokenizer, stops, length=length, stream=stream)
         self.index = index
+        self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
+        self.text = ""
+        """Complete once it has ended: before the stop string or token, without specials."""
+        self.stop_reason: StopReason | None = None
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._length = length
         self._streams = stream
+        self._marked = MarkedText(tokenizer, stops.marked) if stops.marked else None
+        some = stream or stops.strings or stops.marked
+        self._stream = TextStream(tokenizer) if some else None
+        self._sent = 0
 
     @property
     def ended(self) -> bool:
@@ -248,6 +185,55 @@ class Draft(Continuation):
             weights_version=version,
         )
 
+    def push(self, token: int) -> str:
+        """Takes the next token and answers the text that a reader may see now."""
+        self.tokens.append(token)
+        ended_by_token = token in self._stops.token_ids
+        if self._stream is not None:
+            self._grow(self._stream, token, ended_by_token)
+        if not self.ended and (ended_by_token or len(self.tokens) == self._length):
+            self.stop_reason = "stop" if ended_by_token else "length"
+            if self._stream is not None:
+                self.text += self._stream.flush()
+            else:
+                tokens = self.tokens[:-1] if ended_by_token else self.tokens
+                self.text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        end = len(self.text)
+        if not self.ended:
+            end -= _begun(self.text, self._stops.strings)
+            if self._marked is not None:
+                end = min(end, self._marked.held_from())
+        new = self.text[self._sent : end]
+        self._sent = end
+        return new
+
+    def _grow(self, stream: TextStream, token: int, ended_by_token: bool) -> None:
+        new = "" if ended_by_token else stream.push(token)
+        self.text += new
+        found = _find(self.text, self._stops.strings, new=len(new))
+        if self._marked is not None:
+            found += self._marked.push(token, len(self.text))
+        if found:
+            at = min(found)
+            unfinished = stream.flush() if at == len(self.text) else ""
+            self.text = self.text[:at] + unfinished
+            self.stop_reason = "stop"
+
+
+def _find(text: str, stop: Sequence[str], *, new: int) -> list[int]:
+    """Where each stop string begins that the last `new` characters have completed."""
+    found = (text.find(string, max(0, len(text) - new - len(string) + 1)) for string in stop)
+    return [at for at in found if at >= 0]
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may be the beginning of a stop string."""
+    most = min(max(map(len, stop), default=0) - 1, len(text))
+    for size in range(most, 0, -1):
+        if any(string.startswith(text[-size:]) for string in stop):
+            return size
+    return 0
+
 
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str) -> list[int]:
     """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
@@ -266,7 +252,14 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str)
             field="prompt",
             hint="Pass text or tokens.",
         )
-    try:
+    who = "the tokenizer" if text else "the chat template"
+    refuses = partial(
+        InvalidRequestError,
+        field="prompt",
+        hint="Mend it, or pass tokens." if text else "Mend the messages, or pass text.",
+    )
+    # templates are programs, and tokenizers raise plain `Exception`
+    with converting(lambda error: refuses(f"{who} of {name} refuses it: {error}")):
         if isinstance(prompt, str):
             return encode_text(tokenizer, prompt)
         return list(
@@ -277,10 +270,3 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str)
                 return_dict=False,
             )
         )
-    except Exception as error:  # templates are programs, and tokenizers raise plain `Exception`
-        who = "the tokenizer" if text else "the chat template"
-        raise InvalidRequestError(
-            f"{who} of {name} refuses it: {error}",
-            field="prompt",
-            hint="Mend it, or pass tokens." if text else "Mend the messages, or pass text.",
-        ) from error
