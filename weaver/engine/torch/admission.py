@@ -8,11 +8,10 @@ nothing waits in a circle.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
+if TYPE_CHECKING:  # so that engines without torch can take turns as well
     from weaver.engine.torch.sample_jobs import RunningJob
 
 T = TypeVar("T")

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import torch
@@ -26,13 +28,7 @@ from weaver import errors
 from weaver.boundary import converting
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
 from weaver.tokenizers import end_tokens
-from weaver.types import ModelInfo
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
-
-    from weaver.types import Message
+from weaver.types import Message, ModelInfo
 
 NANO = Path(__file__).parents[2] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -260,9 +256,7 @@ def only_here(source: str) -> bool:
 
 def _unsupported(name: str, reason: str) -> errors.UnsupportedError:
     return errors.UnsupportedError(
-        f"{name} cannot run here: {reason}",
-        field="base_model",
-        hint=HINT,
+        f"{name} cannot run here: {reason}", field="base_model", hint=HINT
     )
 
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,16 +28,10 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 from weaver import errors
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import files
-from weaver.engine.torch.lora import adapter_from_tensors
-from weaver.types import LoraConfig, TrainingMode, Value
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from weaver.engine.torch.catalog import ModelFacts
-    from weaver.engine.torch.lora import Adapter, LoraPair
-    from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.catalog import ModelFacts
+from weaver.engine.torch.lora import Adapter, LoraPair, adapter_from_tensors
+from weaver.engine.torch.models import LoadedModel
+from weaver.types import LoraConfig, ModelInfo, TrainingMode, Value
 
 STATE = "weaver_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -56,6 +52,18 @@ class State(Value):
     training_mode: TrainingMode
     lora_config: LoraConfig | None
     step: int
+
+    @classmethod
+    def of(cls, info: ModelInfo, lora_config: LoraConfig | None, *, step: int) -> State:
+        return cls(
+            base_model=info.name,
+            architecture=info.architecture,
+            vocab_size=info.vocab_size,
+            num_parameters=info.num_parameters,
+            training_mode="lora" if lora_config else "full_ft",
+            lora_config=lora_config,
+            step=step,
+        )
 
     def check_same(self, other: State) -> None:
         """Raises CheckpointMismatchError where a run of this state cannot load a checkpoint's."""

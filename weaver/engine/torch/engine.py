@@ -5,7 +5,8 @@ The embedded client and the server make one and give it to the service.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,12 +18,7 @@ from weaver.engine.torch.store import DTYPES, ModelStore
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from weaver.types import Message, ModelInfo
+from weaver.types import Message, ModelInfo
 
 
 class TorchEngine(ThreadedEngine):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file, logging
 
 from weaver import errors
-from weaver.engine.torch.catalog import only_here, refusing
+from weaver.engine.torch.catalog import ModelFacts, only_here, refusing
 from weaver.engine.torch.lora import PREFIX
 from weaver.engine.torch.packing import ATTENTION
 from weaver.types import LoraConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from weaver.engine.torch.catalog import ModelFacts
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -91,8 +87,7 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
         raise _damaged(name, f"are quantised: {quantised} is not of floats.")
     for parameter, stored, wanted in sorted(report["mismatched_keys"]):
         raise _damaged(
-            name,
-            f"do not fit config.json: {parameter} is {list(stored)}, not {list(wanted)}.",
+            name, f"do not fit config.json: {parameter} is {list(stored)}, not {list(wanted)}."
         )
     missing = sorted(report["missing_keys"])
     if missing:

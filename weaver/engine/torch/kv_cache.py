@@ -10,16 +10,13 @@ Axes: L layers, Hq query heads, Hkv key heads, D head size, N slots, T tokens of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from weaver.engine.torch.packing import Heads
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SMALLEST_ARENA = 64
 """Tokens of a row; arenas double from there."""

@@ -15,19 +15,16 @@ own), and the first backward pass adds a blocked transpose: 1x for sampling, 2x 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from weaver.engine.torch.lora import Adapter
 from weaver.errors import EngineError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from weaver.engine.torch.lora import Adapter
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512

@@ -16,20 +16,16 @@ T rows of a batch, H hidden, V vocabulary, C rows of a chunk, N rows of logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from weaver.engine.torch.linear import FrozenLinear
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from weaver.engine.torch.models import Head, LoadedModel
-    from weaver.engine.torch.packing import PackedBatch
-
+from weaver.engine.torch.models import Head, LoadedModel
+from weaver.engine.torch.packing import PackedBatch
 
 CHUNK_ELEMENTS = 2**23
 """C·V of a chunk: 32 MiB in float32."""
@@ -69,9 +65,7 @@ class Queries:
 
     def take(self, rows: torch.Tensor | slice) -> Queries:
         return Queries(
-            targets=self.targets[rows],
-            temperature=self.temperature[rows],
-            active=self.active[rows],
+            targets=self.targets[rows], temperature=self.temperature[rows], active=self.active[rows]
         )
 
 

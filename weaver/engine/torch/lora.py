@@ -6,17 +6,14 @@ them. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from weaver.errors import InvalidParamsError, UnsupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from weaver.types import LoraConfig
+from weaver.types import LoraConfig
 
 Role = Literal["attn", "mlp", "unembed"]
 PREFIX = "base_model.model."

@@ -9,13 +9,14 @@ forward. T rows of a packed batch, N rows of hidden states, H hidden size, V voc
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from weaver.engine.torch.catalog import HINT, refusing
+from weaver.engine.torch.catalog import HINT, ModelFacts, refusing
 from weaver.engine.torch.kv_cache import (
     CachedRow,
     CacheShape,
@@ -25,17 +26,10 @@ from weaver.engine.torch.kv_cache import (
     RowCache,
 )
 from weaver.engine.torch.linear import FrozenLinear, Routing
-from weaver.engine.torch.lora import new_adapter
-from weaver.engine.torch.packing import pack
+from weaver.engine.torch.lora import Adapter, new_adapter
+from weaver.engine.torch.packing import AttentionCache, PackedBatch, pack
 from weaver.errors import UnsupportedError
 from weaver.types import LoraConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from weaver.engine.torch.catalog import ModelFacts
-    from weaver.engine.torch.lora import Adapter
-    from weaver.engine.torch.packing import AttentionCache, PackedBatch
 
 LENGTHS = (16, 12)
 """Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""

@@ -8,20 +8,15 @@ costs nothing beside the model.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from weaver.checks import make_loss, weights_of
-from weaver.losses import RatioLoss, Tokens, kl_estimates
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver.engine.base import GradientJob
-    from weaver.engine.torch.logprobs import Scores
-    from weaver.losses import TokenLoss
+from weaver.engine.base import GradientJob
+from weaver.engine.torch.logprobs import Scores
+from weaver.losses import RatioLoss, TokenLoss, Tokens, kl_estimates
 
 MEANS = ("ratio_mean", "clip_fraction", "kl_k1", "kl_k2", "kl_k3", "entropy")
 

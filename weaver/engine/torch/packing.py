@@ -8,20 +8,17 @@ implementation that registers none, so none is registered. T is the rows of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from weaver.engine.torch.lora import Adapter
 from weaver.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver.engine.torch.lora import Adapter
 
 ATTENTION = "weaver_packed"
 """Its name with transformers."""

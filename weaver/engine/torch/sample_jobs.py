@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from weaver.checks import check_length
-from weaver.engine.torch.kv_cache import CachedRow
+from weaver.engine.base import SampleJob
+from weaver.engine.torch.kv_cache import CachedRow, PromptCache
 from weaver.engine.torch.sampling import stream_keys
+from weaver.engine.torch.store import PublishedWeights
 from weaver.engine.torch.text import Draft, Stops
-from weaver.errors import NonFiniteError
+from weaver.errors import NonFiniteError, WeaverError
 from weaver.types import SampleDelta, SampleResult
-
-if TYPE_CHECKING:
-    from weaver.engine.base import SampleJob
-    from weaver.engine.torch.kv_cache import PromptCache
-    from weaver.engine.torch.store import PublishedWeights
-    from weaver.errors import WeaverError
 
 
 class RunningJob:

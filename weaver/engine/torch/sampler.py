@@ -7,31 +7,24 @@ prompt does not stall running rows. B rows, T tokens of a pass, H hidden, V voca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from weaver.engine.base import SampleProgress
+from weaver.engine.base import SampleJob, SampleProgress
+from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission, in_turn
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.logprobs import token_scores
+from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.packing import pack
-from weaver.engine.torch.sample_jobs import RunningJob
-from weaver.engine.torch.sampling import draw_uniforms, row_params, sample
+from weaver.engine.torch.sample_jobs import Row, RunningJob
+from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
 from weaver.engine.torch.store import ModelStore, PublishedWeights
 from weaver.errors import NotFoundError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from weaver.engine.base import SampleJob
-    from weaver.engine.blocking import WeightSnapshot
-    from weaver.engine.torch.models import LoadedModel
-    from weaver.engine.torch.sample_jobs import Row
-    from weaver.engine.torch.sampling import RowParams
 
 MAX_ROWS = 64
 KV_TOKENS = 2**15

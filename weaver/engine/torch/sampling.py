@@ -7,19 +7,15 @@ order is: repetition penalty, temperature, top-k, top-p, min-p. Log-probabilitie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy.typing as npt
-
-    from weaver.types import SamplingParams
+from weaver.types import SamplingParams
 
 CANDIDATES = 256
 """Likeliest tokens that are sorted before the whole vocabulary is: of 32k, a tenth of the time."""

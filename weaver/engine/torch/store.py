@@ -7,24 +7,19 @@ before anything is loaded what a model would take, and what is free.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from weaver.engine.blocking import WeightSnapshot
+from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.files import check_finite, read_module, set_weights
 from weaver.engine.torch.lora import Adapter, adapter_from_tensors, roles
 from weaver.engine.torch.models import LoadedModel, check_model
 from weaver.errors import EngineError
 from weaver.types import LoraConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from weaver.engine.blocking import WeightSnapshot
-    from weaver.engine.torch.catalog import Catalog, ModelFacts
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL_MODEL = 20_000_000

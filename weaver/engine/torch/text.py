@@ -13,21 +13,16 @@ the first text ends.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weaver.boundary import converting
+from weaver.engine.base import Tokenizer
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.tokenizers import encode_text
-from weaver.types import SampleDelta, SampledSequence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from weaver.engine.base import Tokenizer
-    from weaver.types import Message, SamplingParams, StopReason
-
+from weaver.types import Message, SampleDelta, SampledSequence, SamplingParams, StopReason
 
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16

@@ -6,45 +6,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from weaver.boundary import attempt
+from weaver.engine.base import GradientJob
 from weaver.engine.blocking import WeightSnapshot
+from weaver.engine.torch import checkpoints
 from weaver.engine.torch.catalog import is_out_of_memory
-from weaver.engine.torch.checkpoints import (
-    State,
-    read_optimizer,
-    read_snapshot,
-    read_state,
-    write_checkpoint,
-)
 from weaver.engine.torch.files import check_finite, set_weights
-from weaver.engine.torch.logprobs import Queries, target_scores
-from weaver.engine.torch.lora import choose_targets, new_adapter
+from weaver.engine.torch.logprobs import Queries, Scores, target_scores
+from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
+from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
-from weaver.engine.torch.packing import pack, plan_passes
-from weaver.errors import EngineError, NoGradientsError, NonFiniteError, RunNotFoundError
+from weaver.engine.torch.packing import Share, pack, plan_passes
+from weaver.engine.torch.store import ModelStore
+from weaver.errors import (
+    EngineError,
+    NoGradientsError,
+    NonFiniteError,
+    RunNotFoundError,
+    WeaverError,
+)
 from weaver.tensors import TensorData
-from weaver.types import ForwardBackwardResult, LoraConfig, OptimStepResult
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from weaver.engine.base import GradientJob
-    from weaver.engine.torch.logprobs import Scores
-    from weaver.engine.torch.lora import Adapter
-    from weaver.engine.torch.models import LoadedModel
-    from weaver.engine.torch.packing import Share
-    from weaver.engine.torch.store import ModelStore
-    from weaver.errors import WeaverError
-    from weaver.types import AdamParams, TrainingMode
+from weaver.types import (
+    AdamParams,
+    ForwardBackwardResult,
+    LoraConfig,
+    OptimStepResult,
+    TrainingMode,
+)
 
 TOKENS_PER_PASS = 4096
 """Enough rows to keep the matrix products busy; a 60M model needs about 2 GB for them."""
@@ -240,7 +238,7 @@ class Run:
         )
 
     def save(self, folder: Path, *, include_optimizer: bool) -> None:
-        write_checkpoint(
+        checkpoints.write_checkpoint(
             folder,
             self._state(),
             model=self.model,
@@ -256,26 +254,17 @@ class Run:
                 optimizer state where it is asked; before anything changed.
             CheckpointCorruptError: a file is missing or broken; before anything changed.
         """
-        self._state().check_same(read_state(folder))
-        snapshot = read_snapshot(folder, facts=self.model.facts)
+        self._state().check_same(checkpoints.read_state(folder))
+        snapshot = checkpoints.read_snapshot(folder, facts=self.model.facts)
         parameters = self.named_parameters()
-        moments = read_optimizer(folder, parameters) if include_optimizer else {}
+        moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
         set_weights(parameters, snapshot.tensors)
         self.step, self.gradient = snapshot.version, None
         self._reset_optimizer()
         self.optimizer.state.update(moments)
 
-    def _state(self) -> State:
-        info = self.model.info
-        return State(
-            base_model=info.name,
-            architecture=info.architecture,
-            vocab_size=info.vocab_size,
-            num_parameters=info.num_parameters,
-            training_mode="lora" if self.lora_config else "full_ft",
-            lora_config=self.lora_config,
-            step=self.step,
-        )
+    def _state(self) -> checkpoints.State:
+        return checkpoints.State.of(self.model.info, self.lora_config, step=self.step)
 
 
 def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
