@@ -34,7 +34,7 @@ import tyro
 import weaver_rl as rl
 from recipes import _run
 from weaver import AsyncServiceClient
-from weaver_rl.loops.supervised import to_datums
+from weaver_rl.algorithms.supervised import to_datums
 from weaver_rl.tasks.words import exact, pig_latin_tasks
 
 if TYPE_CHECKING:

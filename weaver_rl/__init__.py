@@ -7,15 +7,15 @@ Three levels, each written with the names of the one below: `train(model, tasks,
 from weaver_rl import schedules
 from weaver_rl.advantages import ADVANTAGES
 from weaver_rl.agent import Agent, Budget, BudgetExceeded
+from weaver_rl.algorithms.policy import Result, off_policy, on_policy
+from weaver_rl.algorithms.rejection import Keep, rejection
+from weaver_rl.algorithms.run import Run, open_run
+from weaver_rl.algorithms.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.checks import check
 from weaver_rl.data import TaskStream, read_tasks, split_tasks
 from weaver_rl.display import Display, draw_curve
 from weaver_rl.evaluation import Evaluate, Evaluation, evaluate, evaluator
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
-from weaver_rl.loops.policy import Result, off_policy, on_policy
-from weaver_rl.loops.rejection import Keep, rejection
-from weaver_rl.loops.run import Run, open_run
-from weaver_rl.loops.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import LogprobGapError, Plan, check_gap, rounding_gap
 from weaver_rl.report import write_report

@@ -1,6 +1,6 @@
 """Conversations and other texts: as the template writes them, as datums with masks.
 
-Agents call `render`; `loops.supervised` calls `to_datum`, whose examples are one of
+Agents call `render`; `algorithms.supervised` calls `to_datum`, whose examples are one of
 
     {"prompt": "rev:abc=", "completion": "cba"}       the completion and an end token are learned
     {"messages": [{"role": "user", ...}, ...]}        messages of the roles asked for are learned

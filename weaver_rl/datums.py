@@ -1,7 +1,7 @@
 """Training sequences: from rollouts with advantages to the datums of a loss, exactly aligned.
 
-Called by `weaver_rl.loops.step`. A segment of T tokens becomes arrays of length N = T − 1: position
-i reads token i and predicts token i+1, so what belongs to token i+1 stands at i.
+Called by `weaver_rl.algorithms.step`. A segment of T tokens becomes arrays of length N = T − 1:
+position i reads token i and predicts token i+1, so what belongs to token i+1 stands at i.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ import numpy as np
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import group_centred
+from weaver_rl.algorithms.policy import Result, off_policy
+from weaver_rl.algorithms.rejection import Keep, rejection
+from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
 from weaver_rl.evaluation import evaluate
-from weaver_rl.loops.policy import Result, off_policy
-from weaver_rl.loops.rejection import Keep, rejection
-from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import GroupEnvironment, each, single_turn

@@ -14,10 +14,10 @@ from anyio.from_thread import start_blocking_portal
 from weaver import AsyncServiceClient
 from weaver.types import SamplingParams
 from weaver_rl.advantages import AdvantageFn
+from weaver_rl.algorithms.policy import off_policy
+from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import evaluator
-from weaver_rl.loops.policy import off_policy
-from weaver_rl.loops.run import Run, open_run
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import MaxGap, Plan, Schedule
 from weaver_rl.report import write_report

@@ -8,7 +8,7 @@ import pytest
 
 from tests.zoo import TOKENIZERS, Zoo
 from weaver import AsyncServiceClient, types
-from weaver_rl.loops.supervised import SupervisedPlan, supervised
+from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from weaver import AsyncServiceClient
 from weaver.types import SamplingParams
+from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
 from weaver_rl.evaluation import evaluate
-from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.schedules import cosine
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from tests.rl.fake import fake_service, vowels
 from tests.rl.scripted import ScriptedSampler, byte_tokenizer
 from tests.rl.test_loops import PLAN, RATIO, TASKS, Memory, weights, without_times
 from weaver.errors import ConfigError, EngineError, InvalidRequestError, StorageError
+from weaver_rl.algorithms.policy import off_policy
+from weaver_rl.algorithms.run import Run
 from weaver_rl.evaluation import evaluate
 from weaver_rl.loggers import JsonlLogger, Loggers
-from weaver_rl.loops.policy import off_policy
-from weaver_rl.loops.run import Run
 from weaver_rl.rollouts import RolloutsFailedError, single_turn
 from weaver_rl.run_folder import RunFolder, manifests, open_run_folder
 from weaver_rl.storage import read_lines

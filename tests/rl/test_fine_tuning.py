@@ -14,11 +14,11 @@ from tests.rl.helpers import rollout, segment
 from tests.rl.test_loops import Memory, weights, without_times
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import SamplingParams
+from weaver_rl.algorithms.pipeline import filtered
+from weaver_rl.algorithms.rejection import Keep, rejection, select
+from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.supervised import SupervisedPlan, batches, supervised, to_datums
 from weaver_rl.loggers import Loggers
-from weaver_rl.loops.pipeline import filtered
-from weaver_rl.loops.rejection import Keep, rejection, select
-from weaver_rl.loops.run import Run
-from weaver_rl.loops.supervised import SupervisedPlan, batches, supervised, to_datums
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import single_turn
 from weaver_rl.run_folder import open_run_folder

@@ -12,12 +12,12 @@ from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.agent import derive_seed
+from weaver_rl.algorithms.policy import off_policy, on_policy
+from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.step import policy_step
+from weaver_rl.algorithms.supervised import SupervisedPlan
 from weaver_rl.data import TaskStream
 from weaver_rl.loggers import Loggers
-from weaver_rl.loops.policy import off_policy, on_policy
-from weaver_rl.loops.run import Run
-from weaver_rl.loops.step import policy_step
-from weaver_rl.loops.supervised import SupervisedPlan
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import LogprobGapError, Plan
 from weaver_rl.rollouts import RolloutsFailedError, sample_groups, single_turn

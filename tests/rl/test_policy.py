@@ -10,11 +10,11 @@ import pytest
 
 from tests.rl.fake import fake_service, vowels
 from tests.rl.test_loops import PLAN, RATIO, TASKS
+from weaver_rl.algorithms.policy import off_policy, on_policy
+from weaver_rl.algorithms.rejection import Keep, rejection
+from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
 from weaver_rl.loggers import JsonlLogger, Loggers
-from weaver_rl.loops.policy import off_policy, on_policy
-from weaver_rl.loops.rejection import Keep, rejection
-from weaver_rl.loops.run import Run
-from weaver_rl.loops.supervised import SupervisedPlan, supervised
 from weaver_rl.report import report_data
 from weaver_rl.rollouts import single_turn
 from weaver_rl.run_folder import open_run_folder

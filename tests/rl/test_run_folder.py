@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from weaver.errors import ConfigError, ConflictError, StorageError
-from weaver_rl.loops.run import open_run
+from weaver_rl.algorithms.run import open_run
 from weaver_rl.run_folder import open_run_folder, read_config, release_run_folder, rewind
 from weaver_rl.storage import append_line, read_lines
 

@@ -16,12 +16,12 @@ from functools import partial
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver_rl.algorithms.pipeline import Filtered, Pipeline
+from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.step import policy_step
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
-from weaver_rl.loops.pipeline import Filtered, Pipeline
-from weaver_rl.loops.run import Run
-from weaver_rl.loops.step import policy_step
 from weaver_rl.metrics import rollout_metrics
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import Environment, GroupEnvironment, as_group_environment

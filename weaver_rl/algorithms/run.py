@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver_rl.algorithms.pipeline import Filtered
+from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
-from weaver_rl.loops.pipeline import Filtered
-from weaver_rl.loops.step import Stepped
 from weaver_rl.plan import Steps
 from weaver_rl.rewards import name_of
 from weaver_rl.run_folder import (
