@@ -157,17 +157,8 @@ def scorer(
     """
     grouped = isinstance(reward, GroupReward)
     function: Callable[..., Any] = reward.function if isinstance(reward, GroupReward) else reward
-    if not callable(function):
-        raise ConfigError(
-            f"is {function!r}.", field="reward", hint="Pass a function of (task, reply)."
-        )
+    _check_callable(function, processes=processes, concurrency=concurrency)
     asynchronous = is_async(function)
-    if asynchronous and processes:
-        raise ConfigError("an async reward has no use for processes.", field="processes")
-    if processes:
-        _check_importable(function)
-    if concurrency < 1:
-        raise ConfigError(f"is {concurrency}.", field="concurrency", hint="At least 1.")
     name = name_of(function)
     # Of each event loop its own: one of asyncio cannot serve trio.
     limiters: WeakKeyDictionary[object, tuple[CapacityLimiter, CapacityLimiter]]
@@ -186,8 +177,9 @@ def scorer(
         working, waiting = limiters.setdefault(current_token().native_token, new)
         call = partial(_with_copy, function, task, argument)
         if not asynchronous:
-            work = partial(_in_process, call, name) if processes else partial(_in_thread, call)
-            value = await timed(work, working)
+            work = partial(attempt, call, "reward")
+            begin = partial(_in_process, name=name) if processes else in_daemon_thread
+            value = await timed(partial(begin, work), working)
             if not inspect.isawaitable(value):
                 return value
             call = partial(_same, value)
@@ -216,16 +208,12 @@ def _same(value: T) -> T:
     return value
 
 
-async def _in_thread(call: Callable[[], Any]) -> Any:
-    return await in_daemon_thread(partial(attempt, call, "reward"))
-
-
-async def _in_process(call: Callable[[], Any], name: str) -> Any:
+async def _in_process(work: Callable[[], Any], *, name: str) -> Any:
     async def run() -> Any:
-        work = partial(call_pickled, pickle.dumps(partial(attempt, call, "reward")))
+        pickled = partial(call_pickled, pickle.dumps(work))
         limiter = CapacityLimiter(1)  # `timed` counts the places
         try:
-            return await anyio.to_process.run_sync(work, cancellable=True, limiter=limiter)
+            return await anyio.to_process.run_sync(pickled, cancellable=True, limiter=limiter)
         except anyio.BrokenWorkerProcess as error:
             raise ChildProcessError(
                 f"the worker process of {name} ended: a crash, a kill, or no memory."
@@ -299,9 +287,17 @@ def is_async(function: object) -> bool:
     )
 
 
-def _check_importable(function: object) -> None:
+def _check_callable(function: object, *, processes: int, concurrency: int) -> None:
+    if not callable(function):
+        raise ConfigError(
+            f"is {function!r}.", field="reward", hint="Pass a function of (task, reply)."
+        )
+    if is_async(function) and processes:
+        raise ConfigError("an async reward has no use for processes.", field="processes")
+    if concurrency < 1:
+        raise ConfigError(f"is {concurrency}.", field="concurrency", hint="At least 1.")
     try:
-        pickle.dumps(function)
+        pickle.dumps(function if processes else None)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"cannot be sent to a process: {error}",

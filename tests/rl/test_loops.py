@@ -158,6 +158,28 @@ async def test_staleness_zero_is_the_synchronous_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+async def test_what_is_compared_is_the_first_pass(tmp_path: Path) -> None:
+    """Also where a step has fewer rollouts than minibatches."""
+    trained = []
+    for passes in (1, 2):
+        plan = replace(PLAN, passes=passes, minibatches=4, learning_rate=0.5)
+        async with fake_service(tmp_path / str(passes)) as service:
+            trainer = await service.create_model(base_model="fake")
+            groups = await sample_groups(
+                await trainer.save_weights_and_get_sampling_client(),
+                TASKS[:1],
+                single_turn(vowels),
+                group_size=2,
+                sampling=PLAN.sampling,
+                seed=0,
+            )
+            stepped = await policy_step(trainer, groups, plan, step=0, version=0)
+        assert stepped.version == 2 * passes
+        trained.append([logprobs_N.tolist() for _, logprobs_N in stepped.trained])
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("staleness", [0, 3])
 async def test_the_same_seed_twice(staleness: int, tmp_path: Path) -> None:
     plan = replace(PLAN, max_staleness=staleness, objective=RATIO, minibatches=2)

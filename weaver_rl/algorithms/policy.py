@@ -96,28 +96,13 @@ async def off_policy(
             engine is not deterministic.
     """
     run = run or Run()
-    if plan.loss.needs_reference and reference is None:
-        raise ConfigError(
-            "the objective has a KL penalty, and there is no reference.",
-            field="reference",
-            hint="Pass reference=await service.create_sampling_client(base_model=...).",
-        )
-    exact = run.folder is None or not run.exact or trainer.deterministic
-    if plan.max_staleness and not exact:
-        raise ConfigError(
-            "is above 0: on this engine a run that was killed would not go on exactly.",
-            field="max_staleness",
-            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
-            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
-        )
+    _check(trainer, plan, run, reference)
     played = as_group_environment(environment)
     check_tasks(tasks, fields=played.fields)
     done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
-    metrics: dict[str, float] = {}
-    if evaluate is not None:
-        measure = partial(evaluate, sampler)
-        metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
+    measure = evaluate and partial(evaluate, sampler)
+    metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
     async with task_group() as group:
         pipeline = Pipeline(tasks, played, plan, group=group, ready=done.extra.get("pending", {}))
         for step in range(done.step, plan.steps):
@@ -131,9 +116,10 @@ async def off_policy(
             )
             now = time.monotonic()
             sampled = [*found.kept, *found.dropped]
-            metrics = rollout_metrics(sampled, weights_version=version, seconds=now - begin)
-            metrics |= chosen.metrics | stepped.metrics
-            metrics |= {
+            metrics = {
+                **rollout_metrics(sampled, weights_version=version, seconds=now - begin),
+                **chosen.metrics,
+                **stepped.metrics,
                 "time/rollout_s": collected - begin,
                 "time/train_s": now - collected,
                 "time/step_s": now - begin,
@@ -151,3 +137,22 @@ async def off_policy(
                 manifest = Manifest(step=step + 1, data_position=position, extra=extra)
                 await run.checkpoint(trainer, manifest)
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
+
+
+def _check(
+    trainer: AsyncTrainingClient, plan: Plan, run: Run, reference: AsyncSamplingClient | None
+) -> None:
+    if plan.loss.needs_reference and reference is None:
+        raise ConfigError(
+            "the objective has a KL penalty, and there is no reference.",
+            field="reference",
+            hint="Pass reference=await service.create_sampling_client(base_model=...).",
+        )
+    exact = run.folder is None or not run.exact or trainer.deterministic
+    if plan.max_staleness and not exact:
+        raise ConfigError(
+            "is above 0: on this engine a run that was killed would not go on exactly.",
+            field="max_staleness",
+            hint="Use AsyncServiceClient(deterministic=True), WEAVER_DETERMINISTIC=1 or "
+            "`weaver serve --deterministic`; or do without, by Run(exact=False).",
+        )

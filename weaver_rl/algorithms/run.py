@@ -84,7 +84,7 @@ class Run:
 
     async def evaluate_first(
         self,
-        measure: Callable[[], Awaitable[Mapping[str, float]]],
+        measure: Callable[[], Awaitable[Mapping[str, float]]] | None,
         plan: Steps,
         *,
         done: int,
@@ -95,7 +95,7 @@ class Run:
         A run that goes on has its numbers already; one that has no step left takes the last again,
         unlogged.
         """
-        if 0 < done < steps or not plan.evaluates(done, steps=steps):
+        if measure is None or 0 < done < steps or not plan.evaluates(done, steps=steps):
             return {}
         metrics = dict(await measure())
         if done == 0 and metrics:

@@ -89,12 +89,7 @@ async def policy_step(
     if now is None:
         part = [batch[i] for i in submitted[0].indices]
         gap = datums.logprob_gap(part, _logprobs(results[0]), version=version)
-        seen = {
-            i: lp
-            for one, result in zip(submitted[: plan.minibatches], results, strict=False)
-            for i, lp in zip(one.indices, _logprobs(result), strict=True)
-        }
-        now = [seen[i] for i in range(len(batch))]
+        now = _first_logprobs(submitted, results)
     metrics = await _metrics(submitted, results)
     metrics |= datums.off_policy_metrics(sampled, now, objective=objective)
     if objective.needs_reference:
@@ -152,6 +147,18 @@ async def _submit(
                 )
             submitted.append(_Submitted(indices, gradient, kl_gradient, trainer.optim_step(adam)))
     return submitted
+
+
+def _first_logprobs(
+    submitted: Sequence[_Submitted], results: Sequence[ForwardBackwardResult]
+) -> list[FloatN]:
+    """[N] each, of the whole batch, when it was first trained on."""
+    seen = {
+        i: lp
+        for one, result in reversed(list(zip(submitted, results, strict=True)))
+        for i, lp in zip(one.indices, _logprobs(result), strict=True)
+    }
+    return [seen[i] for i in range(len(seen))]
 
 
 async def _metrics(

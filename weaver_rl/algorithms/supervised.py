@@ -92,15 +92,8 @@ async def supervised(
     check_tasks(examples, fields=(), source="examples")
     run = run or Run()
     encoded = await to_datums(trainer, examples, plan)
-    data = encoded.datums
     tests = (await to_datums(trainer, held_out, plan, source="held_out")).datums
-    lengths = [datum.model_input.length for datum in data]
-    planned = (
-        batch
-        for epoch in range(plan.epochs)
-        for batch in batches(lengths, plan.batch_tokens, seed=plan.seed, epoch=epoch)
-    )
-    steps = list(islice(planned, plan.steps))
+    steps = _planned(encoded.datums, plan)
     done, version = await run.restore(trainer)
 
     async def measure() -> dict[str, float]:
@@ -114,7 +107,7 @@ async def supervised(
         return measured
 
     def submit(step: int) -> Handles:
-        batch = [data[i] for i in steps[step]]
+        batch = [encoded.datums[i] for i in steps[step]]
         return trainer.forward_backward(batch), trainer.optim_step(
             plan.adam_params(step, trainer.model_info)
         )
@@ -195,3 +188,14 @@ def batches(lengths: Sequence[int], batch_tokens: int, *, seed: int, epoch: int)
         made[-1].append(index)
         used += lengths[index]
     return made
+
+
+def _planned(datums: Sequence[Datum], plan: SupervisedPlan) -> list[list[int]]:
+    """The batches of all steps."""
+    lengths = [datum.model_input.length for datum in datums]
+    planned = (
+        batch
+        for epoch in range(plan.epochs)
+        for batch in batches(lengths, plan.batch_tokens, seed=plan.seed, epoch=epoch)
+    )
+    return list(islice(planned, plan.steps))
