@@ -278,6 +278,10 @@ class Export(types.Value):
 
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MEDIA_TYPE = "application/vnd.weaver"
+"""Over HTTP, of the messages of `weaver.wire`."""
+LONGEST_POLL_S = 25.0
+"""Below the 30 s after which common proxies give up on a silent answer."""
 NEXT_OFFSET = "weaver-next-offset"
 """The header that says where the rest of a long answer begins."""
 N = TypeVar("N", bound=str | None)

@@ -16,9 +16,10 @@ from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import ADDRESS, running
 from tests.server.test_service import Recorder
 from weaver import wire
-from weaver.client.http import MEDIA_TYPE, HttpService
+from weaver.client.http import HttpService
 from weaver.errors import NotFoundError, QuotaExceededError, TooLargeError
 from weaver.protocol import (
+    MEDIA_TYPE,
     NEXT_OFFSET,
     CheckpointSaved,
     CreateModel,

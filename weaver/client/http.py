@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MEDIA_TYPE = "application/vnd.weaver"
-LONGEST_POLL_S = 25.0
 REPLY_S = 60.0
 """A reply has to go on within this time, beside what was asked to wait for."""
 FIRST_CONTACT_S = 3.0
@@ -135,7 +133,7 @@ class HttpService:
     ) -> Sequence[protocol.Outcome]:
         end = anyio.current_time() + timeout_s
         while True:
-            wait_s = min(max(end - anyio.current_time(), 0.0), LONGEST_POLL_S)
+            wait_s = min(max(end - anyio.current_time(), 0.0), protocol.LONGEST_POLL_S)
             reply = await self._call(
                 "GET",
                 f"sessions/{_quoted(session_id)}/outcomes",
@@ -257,8 +255,8 @@ class HttpService:
         outage_s: float | None = None,
     ) -> httpx.Response:
         headers = self._headers
-        if isinstance(body, bytes):
-            headers = {**headers, "Content-Type": MEDIA_TYPE}  # submissions have ids of their own
+        if isinstance(body, bytes):  # submissions, which have ids of their own
+            headers = {**headers, "Content-Type": protocol.MEDIA_TYPE}
         elif method != "GET":
             headers = {**headers, "Content-Type": "application/json"}
             headers["Idempotency-Key"] = uuid.uuid4().hex

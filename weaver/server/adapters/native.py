@@ -17,18 +17,10 @@ from pydantic import Field, TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.routing import request_response
 
-from weaver import types, wire
+from weaver import fields, protocol, types, wire
 from weaver.errors import TooLargeError
-from weaver.fields import ShortText
-from weaver.protocol import NEXT_OFFSET, Export, Outcome, SessionInfo, SessionState, Submission
 from weaver.server.http.errors import REFUSALS
-from weaver.server.http.gateway import (
-    LONGEST_POLL_S,
-    MEDIA_TYPE,
-    Adapter,
-    GatewayDep,
-    ServiceDep,
-)
+from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream
 
 if TYPE_CHECKING:
@@ -37,9 +29,9 @@ if TYPE_CHECKING:
 PREFIX = "/v1"
 MOST_POINTS = 10_000
 """Of a run's metrics in one answer."""
-SUBMISSIONS = TypeAdapter(Annotated[tuple[Submission, ...], Field(fail_fast=True)])
+SUBMISSIONS = TypeAdapter(Annotated[tuple[protocol.Submission, ...], Field(fail_fast=True)])
 BINARY: dict[str, Any] = {
-    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+    "content": {protocol.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 }
 FILE: dict[str, Any] = {"content": {"application/octet-stream": {}}}
 
@@ -49,7 +41,7 @@ class SessionRequest(types.Value):
 
 
 class CancelRequest(types.Value):
-    submission_ids: tuple[ShortText, ...] = Field(max_length=10_000, fail_fast=True)
+    submission_ids: tuple[fields.ShortText, ...] = Field(max_length=10_000, fail_fast=True)
 
 
 class TtlRequest(types.Value):
@@ -66,7 +58,7 @@ class Accepted(types.Value):
 
 class Poll(types.Value):
     after: int = Field(0, ge=0, le=2**63)
-    timeout: float = Field(0.0, ge=0, le=LONGEST_POLL_S)
+    timeout: float = Field(0.0, ge=0, le=protocol.LONGEST_POLL_S)
 
 
 Name = Annotated[str, Query(min_length=1, max_length=1024)]
@@ -133,8 +125,8 @@ POLL = [
 )
 async def submit(request: Request) -> Response:
     gateway, service = request.state.gateway, request.state.service
-    if request.headers.get("Content-Type") != MEDIA_TYPE:
-        raise HTTPException(415, f"Submissions are sent as {MEDIA_TYPE}")
+    if request.headers.get("Content-Type") != protocol.MEDIA_TYPE:
+        raise HTTPException(415, f"Submissions are sent as {protocol.MEDIA_TYPE}")
     data = await request.body()
     read = partial(wire.decode, data, SUBMISSIONS, limits=gateway.message_limits)
     async with gateway.read(wire.announced_bytes(data), read) as submissions:
@@ -156,7 +148,7 @@ async def submit(request: Request) -> Response:
 async def collect(request: Request) -> Response:
     gateway, service = request.state.gateway, request.state.service
     poll = Poll(**request.query_params)
-    outcomes: Sequence[Outcome] = ()
+    outcomes: Sequence[protocol.Outcome] = ()
     with gateway.until_it_stops():
         outcomes = await service.collect(
             request.path_params["session_id"], after=poll.after, timeout_s=poll.timeout
@@ -164,19 +156,21 @@ async def collect(request: Request) -> Response:
     outcomes = next(wire.portions(outcomes), [])  # the cursor of the next poll asks for the rest
     gateway.metrics.collected(outcomes)
     data = await wire.beside(wire.about_bytes(outcomes), partial(wire.encode, outcomes))
-    return Response(data, media_type=MEDIA_TYPE)
+    return Response(data, media_type=protocol.MEDIA_TYPE)
 
 
 # --- sessions -----------------------------------------------------------------------------------
 
 
-@router.post("/sessions", response_model=SessionInfo, status_code=201)
-async def open_session(body: SessionRequest, service: ServiceDep, key: ResendKey) -> SessionInfo:
+@router.post("/sessions", status_code=201)
+async def open_session(
+    body: SessionRequest, service: ServiceDep, key: ResendKey
+) -> protocol.SessionInfo:
     return await service.open_session(user_metadata=body.user_metadata, key=key)
 
 
-@router.get("/sessions", response_model=list[SessionState])
-async def list_sessions(service: ServiceDep) -> list[SessionState]:
+@router.get("/sessions")
+async def list_sessions(service: ServiceDep) -> list[protocol.SessionState]:
     return list(await service.list_sessions())
 
 
@@ -207,12 +201,12 @@ async def stream(
 # --- models -------------------------------------------------------------------------------------
 
 
-@router.get("/models", response_model=list[types.ModelInfo])
+@router.get("/models")
 async def list_models(service: ServiceDep) -> list[types.ModelInfo]:
     return list(await service.list_models())
 
 
-@router.get("/models/info", response_model=types.ModelInfo)
+@router.get("/models/info")
 async def get_model(name: Name, service: ServiceDep) -> types.ModelInfo:
     return await service.get_model(name)
 
@@ -220,23 +214,23 @@ async def get_model(name: Name, service: ServiceDep) -> types.ModelInfo:
 @router.get("/models/tokenizer", response_class=Response, responses={200: BINARY})
 async def tokenizer_files(name: Name, service: ServiceDep) -> Response:
     files = await service.tokenizer_files(name)
-    return Response(await to_thread.run_sync(wire.encode, files), media_type=MEDIA_TYPE)
+    return Response(await to_thread.run_sync(wire.encode, files), media_type=protocol.MEDIA_TYPE)
 
 
 # --- runs, checkpoints, metrics -----------------------------------------------------------------
 
 
-@router.get("/runs", response_model=list[types.TrainingRun])
+@router.get("/runs")
 async def list_runs(service: ServiceDep) -> list[types.TrainingRun]:
     return list(await service.list_runs())
 
 
-@router.get("/runs/{run_id}", response_model=types.TrainingRun)
+@router.get("/runs/{run_id}")
 async def get_run(run_id: str, service: ServiceDep) -> types.TrainingRun:
     return await service.get_run(run_id)
 
 
-@router.post("/runs/{run_id}/stop", response_model=types.TrainingRun)
+@router.post("/runs/{run_id}/stop")
 async def stop_run(run_id: str, service: ServiceDep) -> types.TrainingRun:
     return await service.stop_run(run_id)
 
@@ -255,7 +249,7 @@ async def log_metrics(
     await service.log_metrics(run_id, body.points, key=key)
 
 
-@router.get("/runs/{run_id}/metrics", response_model=list[types.MetricPoint])
+@router.get("/runs/{run_id}/metrics")
 async def read_metrics(
     run_id: str,
     service: ServiceDep,
@@ -267,18 +261,18 @@ async def read_metrics(
     """Where there are more, a header says where they begin."""
     points = await service.read_metrics(run_id, name=name, offset=offset, limit=limit + 1)
     if len(points) > limit:
-        response.headers[NEXT_OFFSET] = str(offset + limit)
+        response.headers[protocol.NEXT_OFFSET] = str(offset + limit)
     return list(points[:limit])
 
 
-@router.get("/checkpoints", response_model=list[types.CheckpointInfo])
+@router.get("/checkpoints")
 async def list_checkpoints(
     service: ServiceDep, run_id: str | None = None
 ) -> list[types.CheckpointInfo]:
     return list(await service.list_checkpoints(run_id))
 
 
-@router.get("/checkpoints/info", response_model=types.CheckpointInfo)
+@router.get("/checkpoints/info")
 async def get_checkpoint(path: Path, service: ServiceDep) -> types.CheckpointInfo:
     return await service.get_checkpoint(path)
 
@@ -288,15 +282,17 @@ async def delete_checkpoint(path: Path, service: ServiceDep, key: ResendKey) -> 
     await service.delete_checkpoint(path, key=key)
 
 
-@router.put("/checkpoints/ttl", response_model=types.CheckpointInfo)
+@router.put("/checkpoints/ttl")
 async def set_checkpoint_ttl(
     path: Path, body: TtlRequest, service: ServiceDep, key: ResendKey
 ) -> types.CheckpointInfo:
     return await service.set_checkpoint_ttl(path, body.ttl_seconds, key=key)
 
 
-@router.get("/checkpoints/export", response_model=Export)
-async def export_checkpoint(path: Path, service: ServiceDep, merge: bool = False) -> Export:
+@router.get("/checkpoints/export")
+async def export_checkpoint(
+    path: Path, service: ServiceDep, merge: bool = False
+) -> protocol.Export:
     export = await service.export_checkpoint(path, merge=merge)
     return export.model_copy(update={"folder": None})
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -12,21 +13,22 @@ from typing import TYPE_CHECKING, Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from weaver.errors import PermissionDeniedError
 from weaver.server.activity import OperationInfo
-from weaver.server.console.curves import Curve, curves_of
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
-from weaver.types import Value
+from weaver.types import MetricPoint, Value
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from starlette.responses import Response
     from starlette.types import Scope
 
-    from weaver.server.http.gateway import Gateway
-    from weaver.server.tenancy import Caller
+    from weaver.server.store import Answer
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""
@@ -55,6 +57,17 @@ class RunOperations(Value):
     num_pending: int
     ended: tuple[OperationInfo, ...]
     """The last 30 since the server started, the newest first."""
+
+
+class Curve(Value):
+    name: str
+    source: str
+    """`logged` by the client, or the kind of operation that answered it."""
+    points: tuple[tuple[float, float], ...]
+    """Step and value, both finite."""
+    last: float
+    total: int
+    """How many points there were before thinning."""
 
 
 class TenantLoad(Value):
@@ -93,25 +106,19 @@ class Pages(StaticFiles):
 PAGES = Pages(directory=Path(__file__).parent / "static")
 PAGE_FILES = {"/": "index.html", "/docs": "docs.html"}
 """By the path at which they are."""
-pages = APIRouter(include_in_schema=False)
-pages.mount("/console", PAGES)
 
 
 async def get_page(request: Request) -> Response:
     return await PAGES.get_response(PAGE_FILES[request.scope["route"].path], request.scope)
 
 
-for _path in PAGE_FILES:
-    pages.add_api_route(_path, get_page, methods=["GET", "HEAD"])
-
-
-@router.get("/caller", response_model=CallerInfo)
+@router.get("/caller")
 async def get_caller(request: Request) -> CallerInfo:
     caller = request.state.caller
     return CallerInfo(project=caller.project, admin=caller.admin)
 
 
-@router.get("/runs/{run_id}/operations", response_model=RunOperations)
+@router.get("/runs/{run_id}/operations")
 async def list_operations(run_id: str, gateway: GatewayDep, service: ServiceDep) -> RunOperations:
     await service.get_run(run_id)  # also refuses another project's
     pending = gateway.service.activity.pending_of(run_id)
@@ -122,7 +129,7 @@ async def list_operations(run_id: str, gateway: GatewayDep, service: ServiceDep)
     )
 
 
-@router.get("/runs/{run_id}/curves", response_model=list[Curve])
+@router.get("/runs/{run_id}/curves")
 async def read_curves(
     run_id: str,
     gateway: GatewayDep,
@@ -135,16 +142,12 @@ async def read_curves(
     return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
 
 
-@router.get("/load", response_model=ServerLoad)
+@router.get("/load")
 async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
-    """Of the whole server, by project: for administrators."""
-    if not request.state.caller.admin:
+    """Of the whole server, by project: for administrators, who see all projects."""
+    admin = request.state.caller
+    if not admin.admin:
         raise PermissionDeniedError("the load of the server needs an administrator's key.")
-    return await _load(gateway, request.state.caller)
-
-
-async def _load(gateway: Gateway, admin: Caller) -> ServerLoad:
-    """Asks as `admin`, who sees all projects."""
     activity, owners = gateway.service.activity, gateway.service.owners
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
@@ -170,8 +173,54 @@ async def _load(gateway: Gateway, admin: Caller) -> ServerLoad:
     )
 
 
+# --- curves -------------------------------------------------------------------------------------
+
+
+def curves_of(
+    points: Iterable[MetricPoint], answers: Iterable[Answer], *, most: int
+) -> list[Curve]:
+    """One for each name and source, of at most `most` points."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for point in points:
+        place = found.setdefault(("logged", point.name), [])
+        place.append((len(place) if point.step is None else point.step, point.value))
+    for one in answers:
+        step = one.step + (one.kind == "forward_backward")  # the step that its gradient goes into
+        for name, value in one.metrics.items():
+            if name != "step":
+                found.setdefault((one.kind, name), []).append((step, value))
+    return [
+        Curve(
+            name=name,
+            source=source,
+            points=tuple(thin(kept, most)),
+            last=kept[-1][1],
+            total=len(kept),
+        )
+        for (source, name), all_points in found.items()
+        if (kept := [(step, value) for step, value in all_points if math.isfinite(value)])
+    ]
+
+
+def thin(points: Sequence[tuple[float, float]], most: int) -> Sequence[tuple[float, float]]:
+    """At most `most` of the points: the lowest and the highest of each stretch, in their order."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    shown: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        part = range(start, min(start + size, len(points)))
+        ends = {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
+        shown += [points[i] for i in sorted(ends)]
+    return shown
+
+
 CONSOLE = Adapter(
-    routes=[*pages.routes, *router.routes],
+    routes=[
+        *(Route(path, get_page) for path in PAGE_FILES),
+        Mount("/console", PAGES),
+        *router.routes,
+    ],
     prefix="",
     open_paths=tuple(PAGE_FILES),
     open_below=("/console/",),

@@ -19,8 +19,8 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from weaver.errors import NotFoundError, ServiceConnectionError
-from weaver.protocol import Submission
-from weaver.server.http.gateway import LONGEST_POLL_S, GatewayDep
+from weaver.protocol import LONGEST_POLL_S, Submission
+from weaver.server.http.gateway import GatewayDep
 from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ KEPT_S = 600.0
 class Note(BaseModel):
     """What is kept beside an operation; an adapter adds to it what its answer needs."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     key: str | None = None
     """What a resend of the same request has in common with it, and no other request of its caller,
@@ -49,10 +49,8 @@ class Entry:
     """One operation on its way to its outcome."""
 
     id: str
-    text: str
-    """The note that it was submitted with, as JSON."""
     note: Note
-    """Of that, what all adapters know."""
+    """What an adapter adds to it is among its extra fields."""
     outcome: Outcome | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
     ended_at: float = 0.0
@@ -183,8 +181,7 @@ class CallerSession:
 
     def _entry(self, operation_id: str, note: str | None) -> Entry:
         if operation_id not in self._entries:
-            text = note or "{}"
-            entry = Entry(operation_id, text, Note.model_validate_json(text))
+            entry = Entry(operation_id, Note.model_validate_json(note or "{}"))
             self._entries[entry.id] = entry
             if entry.note.key is not None:
                 self._by_key[entry.note.key] = entry

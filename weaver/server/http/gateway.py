@@ -15,6 +15,7 @@ import anyio
 from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
+from weaver.protocol import MEDIA_TYPE
 from weaver.server.http.errors import native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
@@ -34,15 +35,12 @@ if TYPE_CHECKING:
     from weaver.server.service import LocalService
 
 T = TypeVar("T")
-MEDIA_TYPE = "application/vnd.weaver"
 BODY_LIMITS: Mapping[str, int | None] = {MEDIA_TYPE: None, "": 4 * 2**20}
 """Of the native protocol; see `Adapter`."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
 """A key that was good is not looked up again for so long: two queries an operation, each a tenth of
 what the operation costs."""
-LONGEST_POLL_S = 25.0
-"""Below the 30 s after which common proxies give up on a silent answer."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -45,8 +45,8 @@ def configure_logs(*, as_json: bool) -> None:
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter(TEXT))
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for library in ("httpx", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 class TextFormatter(logging.Formatter):
@@ -86,17 +86,13 @@ class ServerMetrics(Collector):
         self._registry = registry = CollectorRegistry()
         self._activity = activity
         registry.register(self)
+        labels = ["method", "route", "status"]
         self._requests = Counter(
-            "weaver_http_requests_total",
-            "Requests answered.",
-            ["method", "route", "status"],
-            registry=registry,
+            "weaver_http_requests_total", "Requests answered.", labels, registry=registry
         )
+        waits = "Time to answer; long polls wait on purpose."
         self._seconds = Histogram(
-            "weaver_http_request_seconds",
-            "Time to answer; long polls wait on purpose.",
-            ["route"],
-            registry=registry,
+            "weaver_http_request_seconds", waits, ["route"], registry=registry
         )
         self.running = Gauge(
             "weaver_http_requests_running", "Requests being answered.", registry=registry
@@ -135,16 +131,12 @@ class ServerMetrics(Collector):
         pending.add_metric(["running"], sum(states))
         pending.add_metric(["waiting"], len(states) - sum(states))
         yield pending
-        held = GaugeMetricFamily(
-            "weaver_pending_bytes", "About, of operations and outcomes until they are collected."
+        held = "About, of operations and outcomes until they are collected."
+        yield GaugeMetricFamily("weaver_pending_bytes", held, value=self._activity.held_bytes)
+        unsaved = "About, of gradient passes that no snapshot holds."
+        yield GaugeMetricFamily(
+            "weaver_journaled_bytes", unsaved, value=self._activity.unsaved_bytes
         )
-        held.add_metric([], self._activity.held_bytes)
-        yield held
-        unsaved = GaugeMetricFamily(
-            "weaver_journaled_bytes", "About, of gradient passes that no snapshot holds."
-        )
-        unsaved.add_metric([], self._activity.unsaved_bytes)
-        yield unsaved
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -164,35 +156,30 @@ async def watch() -> AsyncIterator[None]:
 
     A loop that is held up cannot say so itself, so a thread looks at it.
     """
-    watchdog = _Watchdog()
-    threading.Thread(target=watchdog.look, name="watchdog", daemon=True).start()
+    ended, loop_thread, beat_at = threading.Event(), threading.get_ident(), time.monotonic()
+
+    async def beat() -> None:
+        nonlocal beat_at
+        while True:
+            beat_at = time.monotonic()
+            await anyio.sleep(BEAT_S)
+
+    def look() -> None:
+        reported_at = -QUIET_S
+        while not ended.wait(BEAT_S):
+            now = time.monotonic()
+            still_s = now - beat_at
+            if still_s > STILL_S and now > reported_at + QUIET_S:
+                reported_at = now
+                frame = sys._current_frames().get(loop_thread)
+                where = "".join(traceback.format_stack(frame))
+                logger.warning("the event loop stands still for %.1f s at\n%s", still_s, where)
+
+    threading.Thread(target=look, name="watchdog", daemon=True).start()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watchdog.beat)
+        tasks.start_soon(beat)
         try:
             yield
         finally:
-            watchdog.ended.set()
+            ended.set()
             tasks.cancel_scope.cancel()
-
-
-class _Watchdog:
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-        self._loop_thread = threading.get_ident()
-        self._beat_at = time.monotonic()
-        self._reported_at = -QUIET_S
-
-    async def beat(self) -> None:
-        while True:
-            self._beat_at = time.monotonic()
-            await anyio.sleep(BEAT_S)
-
-    def look(self) -> None:
-        while not self.ended.wait(BEAT_S):
-            now = time.monotonic()
-            still_s = now - self._beat_at
-            if still_s > STILL_S and now > self._reported_at + QUIET_S:
-                self._reported_at = now
-                frame = sys._current_frames().get(self._loop_thread)
-                where = "".join(traceback.format_stack(frame))
-                logger.warning("the event loop stands still for %.1f s at\n%s", still_s, where)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from weaver.protocol import MEDIA_TYPE
 from weaver.server.adapters.weaver_rest import artifacts, routes
 from weaver.server.adapters.weaver_rest.answers import refused
-from weaver.server.http.gateway import MEDIA_TYPE, Adapter
+from weaver.server.http.gateway import Adapter
 
 JSON_BYTES = 32 * 2**20
 """JSON carries training data: half a million tokens."""

@@ -85,7 +85,7 @@ def operation_json(entry: Entry) -> JsonDict:
     outcome = entry.outcome
     if outcome is None:
         return head
-    note = RestNote.model_validate_json(entry.text)
+    note = RestNote(**entry.note.model_dump())
     if outcome.result is not None:
         return head | {"status": "done", "response": _answer(outcome.result, note)}
     assert outcome.error is not None

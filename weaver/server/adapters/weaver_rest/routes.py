@@ -17,14 +17,13 @@ from uuid import UUID, uuid4
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from weaver import wire
+from weaver import protocol, wire
 from weaver.config import is_loopback
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.protocol import CreateModel, LoadCheckpoint, ModelCreated, OpenSampler, Sample
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.answers import RestNote
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry
-from weaver.server.http.gateway import LONGEST_POLL_S
 from weaver.server.sampling import BASE
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, MetricPoint
@@ -141,7 +140,7 @@ async def list_base_models(caller: CallerDep, limit: Limit = 100, offset: Offset
 
 @router.get("/operations/{operation_id}")
 async def get_operation(operation_id: str, caller: CallerDep) -> Response:
-    return await answered(caller, caller.find(operation_id), hold_s=LONGEST_POLL_S)
+    return await answered(caller, caller.find(operation_id), hold_s=protocol.LONGEST_POLL_S)
 
 
 def _add(path: str, kind: type[bodies.RunBody]) -> None:
