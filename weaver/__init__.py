@@ -17,53 +17,15 @@ if TYPE_CHECKING:
     from weaver import types
     from weaver.client import *
     from weaver.tensors import TensorData
-    from weaver.types import (
-        AdamParams,
-        CheckpointInfo,
-        Datum,
-        EncodedTextChunk,
-        ForwardBackwardResult,
-        LoraConfig,
-        Message,
-        MetricPoint,
-        ModelInfo,
-        ModelInput,
-        OptimStepResult,
-        SampleDelta,
-        SampledSequence,
-        SampleResult,
-        SamplingParams,
-        TrainingRun,
-    )
+    from weaver.types import *
 
-__all__ = [
-    "AdamParams",
-    "AsyncSamplingClient",
-    "AsyncServiceClient",
-    "AsyncTrainingClient",
-    "CheckpointInfo",
-    "Datum",
-    "EncodedTextChunk",
-    "ForwardBackwardResult",
-    "Handle",
-    "LoraConfig",
-    "Message",
-    "MetricPoint",
-    "ModelInfo",
-    "ModelInput",
-    "OperationHandle",
-    "OptimStepResult",
-    "SampleDelta",
-    "SampleResult",
-    "SampledSequence",
-    "SamplingClient",
-    "SamplingParams",
-    "ServiceClient",
-    "TensorData",
-    "TrainingClient",
-    "TrainingRun",
-    "types",
-]
+__all__ = ["AsyncSamplingClient", "AsyncServiceClient", "AsyncTrainingClient", "OperationHandle"]
+__all__ += ["Handle", "SamplingClient", "ServiceClient", "TrainingClient"]
+__all__ += ["Datum", "EncodedTextChunk", "Message", "ModelInput", "TensorData", "types"]
+__all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
+__all__ += ["ForwardBackwardResult", "OptimStepResult"]
+__all__ += ["SampleDelta", "SampleResult", "SampledSequence"]
+__all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 __all__ += errors.__all__
 
 

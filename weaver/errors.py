@@ -49,43 +49,18 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = [
-    "AuthenticationError",
-    "CheckpointCorruptError",
-    "CheckpointError",
-    "CheckpointMismatchError",
-    "CheckpointNotFoundError",
-    "ClosedError",
-    "ConfigError",
-    "ConflictError",
-    "ContextLengthError",
-    "EngineError",
-    "GradientsDiscardedError",
-    "InvalidDatumError",
-    "InvalidLossConfigError",
-    "InvalidNameError",
-    "InvalidParamsError",
-    "InvalidRequestError",
-    "MissingDependencyError",
-    "NameTakenError",
-    "NoGradientsError",
-    "NonFiniteError",
-    "NotFoundError",
-    "OperationCancelledError",
-    "OperationError",
-    "PermissionDeniedError",
-    "QuotaExceededError",
-    "RunNotFoundError",
-    "ServiceConnectionError",
-    "StorageError",
-    "TokenOutOfRangeError",
-    "TooLargeError",
-    "UnknownLossError",
-    "UnknownModelError",
-    "UnsupportedError",
-    "WaitTimeoutError",
-    "WeaverError",
-]
+__all__ = ["InvalidRequestError", "WeaverError"]
+__all__ += ["InvalidDatumError", "InvalidLossConfigError", "InvalidNameError", "InvalidParamsError"]
+__all__ += ["ContextLengthError", "TokenOutOfRangeError", "UnknownLossError", "UnknownModelError"]
+__all__ += ["TooLargeError", "UnsupportedError"]
+__all__ += ["CheckpointNotFoundError", "NotFoundError", "RunNotFoundError"]
+__all__ += ["AuthenticationError", "PermissionDeniedError", "QuotaExceededError"]
+__all__ += ["ConflictError", "NameTakenError"]
+__all__ += ["CheckpointCorruptError", "CheckpointError", "CheckpointMismatchError"]
+__all__ += ["GradientsDiscardedError", "NoGradientsError", "NonFiniteError", "OperationError"]
+__all__ += ["EngineError", "OperationCancelledError", "StorageError"]
+__all__ += ["ClosedError", "ServiceConnectionError", "WaitTimeoutError"]
+__all__ += ["ConfigError", "MissingDependencyError"]
 
 CODES: dict[str, type[WeaverError]] = {}
 """The classes of this module by their codes."""

@@ -61,6 +61,7 @@ Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
+SomeFloats = Annotated[tuple[float | None, ...], BeforeValidator(listed)]
 
 
 def validate(message: object, read: Callable[[object], T], *, name: str = "message") -> T:

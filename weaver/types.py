@@ -12,28 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from weaver import fields
 from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError, nearest
-from weaver.fields import (
-    MAX_NAMES,
-    Floats,
-    Integers,
-    LongText,
-    ShortText,
-    StopTexts,
-    few,
-    listed,
-)
 from weaver.fields import JsonDict as JsonDict
 from weaver.tensors import TensorData, as_token_ids
+
+__all__ = ["Datum", "EncodedTextChunk", "Message", "ModelInput"]
+__all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
+__all__ += ["ForwardBackwardResult", "OptimStepResult"]
+__all__ += ["SampleDelta", "SampleResult", "SampledSequence"]
+__all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 
 TrainingMode = Literal["lora", "full_ft"]
 StopReason = Literal["stop", "length"]
@@ -55,8 +45,8 @@ class Value(BaseModel, Mapping[str, Any]):
     """Attributes that read as keys, beside the fields."""
 
     def __init__(self, **data: Any) -> None:
-        if len(data) > MAX_NAMES:  # pydantic would describe each that it does not know
-            data = dict(list(data.items())[:MAX_NAMES])
+        if len(data) > fields.MAX_NAMES:  # pydantic would describe each that it does not know
+            data = dict(list(data.items())[: fields.MAX_NAMES])
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -125,6 +115,30 @@ class ModelInput(Value):
 INTEGER_INPUTS = frozenset({"target_tokens"})
 
 
+def _as_input(value: object) -> object:
+    """Tokens, too, are taken for a `ModelInput`."""
+    if isinstance(value, Mapping):  # a ModelInput is one, too
+        return value
+    return ModelInput(chunks=(EncodedTextChunk(tokens=value),))
+
+
+def _as_arrays(value: object) -> object:
+    if not isinstance(value, Mapping):
+        raise InvalidDatumError(
+            "must map names to arrays.",
+            field="loss_fn_inputs",
+            hint='Such as {"target_tokens": [...]}.',
+        )
+    return {
+        name: TensorData(
+            data,
+            dtype="int64" if name in INTEGER_INPUTS else "float32",
+            field=f"loss_fn_inputs[{name!r}]",
+        )
+        for name, data in value.items()
+    }
+
+
 class Datum(Value):
     """One training sequence and what its loss needs.
 
@@ -140,42 +154,19 @@ class Datum(Value):
     """
 
     _error = InvalidDatumError
-    model_input: ModelInput
-    loss_fn_inputs: Annotated[Mapping[ShortText, TensorData], BeforeValidator(few)] = Field(
-        default_factory=dict
-    )
-
-    @field_validator("model_input", mode="before")
-    @classmethod
-    def _accept_tokens(cls, value: object) -> object:
-        if isinstance(value, (ModelInput, Mapping)):
-            return value
-        return ModelInput(chunks=(EncodedTextChunk(tokens=value),))
-
-    @field_validator("loss_fn_inputs", mode="before")
-    @classmethod
-    def _accept_arrays(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            raise InvalidDatumError(
-                "must map names to arrays.",
-                field="loss_fn_inputs",
-                hint='Such as {"target_tokens": [...]}.',
-            )
-        return {
-            name: TensorData(
-                data,
-                dtype="int64" if name in INTEGER_INPUTS else "float32",
-                field=f"loss_fn_inputs[{name!r}]",
-            )
-            for name, data in value.items()
-        }
+    model_input: Annotated[ModelInput, BeforeValidator(_as_input)]
+    loss_fn_inputs: Annotated[
+        Mapping[fields.ShortText, TensorData],
+        BeforeValidator(fields.few),
+        BeforeValidator(_as_arrays),
+    ] = Field(default_factory=dict)
 
 
 class Message(Value):
     """One chat message: `{"role": "user", "content": "Hello"}`."""
 
-    role: ShortText
-    content: LongText
+    role: fields.ShortText
+    content: fields.LongText
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -234,7 +225,7 @@ class SamplingParams(Value):
     """Drops tokens less likely than `min_p` times the likeliest (arXiv:2407.01082)."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides positive and multiplies negative logits of tokens seen (arXiv:1909.05858)."""
-    stop: Annotated[StopTexts, BeforeValidator(_stop_strings), Field(max_length=256)] = ()
+    stop: Annotated[fields.StopTexts, BeforeValidator(_stop_strings), Field(max_length=256)] = ()
     """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them.
 
     They may be or contain special tokens ("<|im_end|>"), though `text` has none.
@@ -288,13 +279,13 @@ class OptimStepResult(Value):
 class SampledSequence(Value):
     """One continuation. All lists have one entry for each of its tokens."""
 
-    tokens: Integers
+    tokens: fields.Integers
     """What was sampled, with the tokens that completed a stop."""
     text: str
     """The decoded tokens, without special tokens and without the stop string."""
-    logprobs: Floats
+    logprobs: fields.Floats
     """Of the policy: untempered, unfiltered."""
-    sampling_logprobs: Floats
+    sampling_logprobs: fields.Floats
     """Of the distribution that was drawn from: after penalty, temperature, top-k, top-p, min-p."""
     stop_reason: StopReason
     weights_version: int = 0
@@ -303,17 +294,17 @@ class SampledSequence(Value):
 
 class SampleResult(Value):
     sequences: tuple[SampledSequence, ...]
-    prompt_tokens: Integers = ()
-    prompt_logprobs: Annotated[tuple[float | None, ...] | None, BeforeValidator(listed)] = None
+    prompt_tokens: fields.Integers = ()
+    prompt_logprobs: fields.SomeFloats | None = None
 
 
 class SampleDelta(Value):
     """A piece of a streamed sample: the new tokens of sequence `index`."""
 
     index: int
-    tokens: Integers
+    tokens: fields.Integers
     text: str
-    logprobs: Floats
+    logprobs: fields.Floats
     stop_reason: StopReason | None = None
     """Set in the last piece of a sequence."""
 
@@ -374,7 +365,7 @@ class TrainingRun(Value):
 class MetricPoint(Value):
     """One logged number: `MetricPoint(name="reward", value=0.5, step=3)`."""
 
-    name: ShortText = Field(pattern=r"^[^\x00]*$")
+    name: fields.ShortText = Field(pattern=r"^[^\x00]*$")
     value: float
     step: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     occurred_at: datetime | None = None

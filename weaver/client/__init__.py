@@ -7,13 +7,5 @@ from weaver.client.service import AsyncServiceClient
 from weaver.client.sync import SamplingClient, ServiceClient, TrainingClient
 from weaver.client.training import AsyncTrainingClient
 
-__all__ = [
-    "AsyncSamplingClient",
-    "AsyncServiceClient",
-    "AsyncTrainingClient",
-    "Handle",
-    "OperationHandle",
-    "SamplingClient",
-    "ServiceClient",
-    "TrainingClient",
-]
+__all__ = ["AsyncSamplingClient", "AsyncServiceClient", "AsyncTrainingClient", "OperationHandle"]
+__all__ += ["Handle", "SamplingClient", "ServiceClient", "TrainingClient"]
