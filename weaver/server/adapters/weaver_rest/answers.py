@@ -22,26 +22,21 @@ from typing import TYPE_CHECKING
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
-from weaver.errors import CheckpointNotFoundError, NotFoundError
-from weaver.protocol import CheckpointLoaded, CheckpointSaved, GradientsDone, Sampled, StepDone
+from weaver import errors, protocol, types
+from weaver.server.adapters.weaver_rest.bodies import MERGED
 from weaver.server.http.caller_session import Note
-from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from typing import TypeVar
 
-    from weaver.protocol import Result, Service
     from weaver.server.http.caller_session import Entry
     from weaver.server.http.errors import Refusal
-    from weaver.types import CheckpointInfo, JsonDict, ModelInfo, SampleResult, TrainingRun
 
     T = TypeVar("T")
 
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
 ARTIFACTS = ("hf_adapter", "hf_model")
-MERGED = "export-merged-"
-"""How the names of checkpoints begin that were made to be downloaded as whole models."""
 PRICED = (
     "training_tokens",
     "sampling_prefill_tokens",
@@ -79,9 +74,9 @@ def refused(refusal: Refusal) -> JSONResponse:
     )
 
 
-def operation_json(entry: Entry) -> JsonDict:
+def operation_json(entry: Entry) -> types.JsonDict:
     """An operation as it stands; may be slow."""
-    head: JsonDict = {"id": entry.id, "status": "pending"}
+    head: types.JsonDict = {"id": entry.id, "status": "pending"}
     outcome = entry.outcome
     if outcome is None:
         return head
@@ -102,8 +97,8 @@ def operation_json(entry: Entry) -> JsonDict:
     }
 
 
-def checkpoint_json(info: CheckpointInfo) -> JsonDict:
-    lora, kind = info.lora_config or LoraConfig(), KINDS.get(info.kind, "sampling")
+def checkpoint_json(info: types.CheckpointInfo) -> types.JsonDict:
+    lora, kind = info.lora_config or types.LoraConfig(), KINDS.get(info.kind, "sampling")
     return {
         **info.model_dump(mode="json", exclude={"run_id", "kind", "lora_config", "folder"}),
         **lora.model_dump(include={"train_attn", "train_mlp", "train_unembed"}),
@@ -116,17 +111,17 @@ def checkpoint_json(info: CheckpointInfo) -> JsonDict:
     }
 
 
-def artifact_kind(info: CheckpointInfo) -> str:
+def artifact_kind(info: types.CheckpointInfo) -> str:
     """What an export is that asks for nothing else."""
     whole = info.training_mode == "full_ft" or info.name.startswith(MERGED)
     return "hf_model" if whole else "hf_adapter"
 
 
-def artifact_id(info: CheckpointInfo, kind: str) -> str:
+def artifact_id(info: types.CheckpointInfo, kind: str) -> str:
     return uuid_of(f"{info.path}/artifacts/{kind}")
 
 
-def artifact_json(info: CheckpointInfo, kind: str) -> JsonDict:
+def artifact_json(info: types.CheckpointInfo, kind: str) -> types.JsonDict:
     return {
         **checkpoint_json(info),
         "id": artifact_id(info, kind),
@@ -136,7 +131,7 @@ def artifact_json(info: CheckpointInfo, kind: str) -> JsonDict:
     }
 
 
-def run_json(run: TrainingRun, *, last_seq: int) -> JsonDict:
+def run_json(run: types.TrainingRun, *, last_seq: int) -> types.JsonDict:
     described = run.model_dump(mode="json", exclude={"run_id", "project"})
     return {
         **described,
@@ -147,7 +142,7 @@ def run_json(run: TrainingRun, *, last_seq: int) -> JsonDict:
     }
 
 
-def catalog_json(model: ModelInfo) -> JsonDict:
+def catalog_json(model: types.ModelInfo) -> types.JsonDict:
     """Free of charge: the client lists only what has all four prices."""
     free = {"unit": "1M tokens", "unit_price_micros": 0, "version": "1"}
     return {
@@ -161,10 +156,10 @@ def catalog_json(model: ModelInfo) -> JsonDict:
     }
 
 
-def _answer(result: Result, note: RestNote) -> JsonDict:
+def _answer(result: protocol.Result, note: RestNote) -> types.JsonDict:
     match result:
-        case GradientsDone(output=passed, labels=labels):
-            outputs: list[JsonDict] = [
+        case protocol.GradientsDone(output=passed, labels=labels):
+            outputs: list[types.JsonDict] = [
                 {name: values.tolist() for name, values in output.items()}
                 for output in passed.loss_fn_outputs
             ]
@@ -172,23 +167,23 @@ def _answer(result: Result, note: RestNote) -> JsonDict:
                 output |= {"datum_id": datum_id} if datum_id else {}
             metrics = dict(passed.metrics)
             return {"result": {"loss_fn_outputs": outputs, "metrics": metrics}, "metrics": metrics}
-        case StepDone(output=step):
+        case protocol.StepDone(output=step):
             metrics = dict(step.metrics)
             return {"metrics": metrics, "result": {"metrics": metrics}}
-        case CheckpointLoaded(checkpoint=info):
+        case protocol.CheckpointLoaded(checkpoint=info):
             return {"checkpoint": checkpoint_json(info), "status": "succeeded"}
-        case CheckpointSaved(checkpoint=info) if note.artifact:
+        case protocol.CheckpointSaved(checkpoint=info) if note.artifact:
             return artifact_json(info, artifact_kind(info))
-        case CheckpointSaved(checkpoint=info):
+        case protocol.CheckpointSaved(checkpoint=info):
             session_id = sampling_session_of(info.path)
             sampler = {"model_path": info.path, "sampling_session_id": session_id}
             return checkpoint_json(info) | (sampler if info.kind == "sampler" else {})
-        case Sampled(output=sampled):
+        case protocol.Sampled(output=sampled):
             return {"result": _sampled(sampled, old_logprobs=note.old_logprobs)}
     return {}  # of an operation that its route answered for itself
 
 
-def _sampled(output: SampleResult, *, old_logprobs: bool) -> JsonDict:
+def _sampled(output: types.SampleResult, *, old_logprobs: bool) -> types.JsonDict:
     prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}
     if not output.sequences:
         return prompt
@@ -233,12 +228,12 @@ def sampler_of(sampling_session: str) -> str:
     try:
         return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
-        raise NotFoundError(
+        raise errors.NotFoundError(
             f"no sampling session is called {sampling_session[:80]!r}.", field="sampling_session"
         ) from None
 
 
-async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
+async def find_checkpoint(service: protocol.Service, reference: str) -> types.CheckpointInfo:
     """By its path of either form, or by its id.
 
     Raises:
@@ -246,17 +241,14 @@ async def find_checkpoint(service: Service, reference: str) -> CheckpointInfo:
     """
     if "://" in reference:
         return await service.get_checkpoint(native_path(reference))
-    return by_id(identified(await service.list_checkpoints()), reference)
-
-
-def identified(checkpoints: Sequence[CheckpointInfo]) -> dict[str, CheckpointInfo]:
-    return {uuid_of(info.path): info for info in checkpoints}
+    known = {uuid_of(info.path): info for info in await service.list_checkpoints()}
+    return by_id(known, reference)
 
 
 def by_id(known: Mapping[str, T], wanted: str) -> T:
     """Raises CheckpointNotFoundError."""
     if wanted not in known:
-        raise CheckpointNotFoundError(
+        raise errors.CheckpointNotFoundError(
             f"no checkpoint or artifact has the id {wanted[:80]!r}.",
             field="id",
             hint="GET /models/{model_id}/checkpoints lists them.",

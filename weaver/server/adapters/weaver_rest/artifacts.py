@@ -10,28 +10,14 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from weaver.errors import NotFoundError, PermissionDeniedError
-from weaver.protocol import SaveCheckpoint
-from weaver.server.adapters.weaver_rest.answers import (
-    ARTIFACTS,
-    MERGED,
-    JsonResponse,
-    artifact_id,
-    artifact_json,
-    artifact_kind,
-    by_id,
-    checkpoint_json,
-    identified,
-    native_path,
-)
-from weaver.server.adapters.weaver_rest.bodies import RunBody, TtlSeconds
-from weaver.server.adapters.weaver_rest.routes import PREFIX, ordered
-from weaver.server.adapters.weaver_rest.tensors import Body
+from weaver.server.adapters.weaver_rest import answers, bodies
+from weaver.server.adapters.weaver_rest.routes import PREFIX
 from weaver.server.http.caller_session import CallerDep, CallerSession
 from weaver.server.http.gateway import GatewayDep
 from weaver.types import JsonDict
@@ -43,26 +29,9 @@ if TYPE_CHECKING:
 
 URL_LIFE_S = 900
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False, default_response_class=JsonResponse)
-
-
-class TtlBody(Body):
-    path: str
-    ttl_seconds: TtlSeconds = None
-
-
-class ExportBody(RunBody):
-    format: Literal["huggingface"] = "huggingface"
-    merge_adapter: bool = False
-    ttl_seconds: TtlSeconds = None
-
-    def operation(self) -> SaveCheckpoint:
-        return SaveCheckpoint(
-            purpose="state",
-            name=f"{MERGED if self.merge_adapter else 'export-'}{secrets.token_hex(4)}",
-            include_optimizer=False,
-            ttl_seconds=self.ttl_seconds,
-        )
+router = APIRouter(
+    prefix=PREFIX, include_in_schema=False, default_response_class=answers.JsonResponse
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,43 +57,37 @@ class Downloads:
 @router.get("/models/{model_id}/checkpoints")
 async def list_checkpoints(model_id: str, caller: CallerDep) -> JsonDict:
     items = await caller.service.list_checkpoints((await caller.service.get_run(model_id)).run_id)
-    return {"items": [checkpoint_json(info) for info in items]}
+    return {"items": [answers.checkpoint_json(info) for info in items]}
 
 
 @router.patch("/models/{model_id}/checkpoints/ttl")
 async def set_ttl(model_id: str, request: Request, caller: CallerDep) -> JsonDict:
-    body = await TtlBody.read(request)
-    info = await caller.service.set_checkpoint_ttl(native_path(body.path), body.ttl_seconds)
-    return checkpoint_json(info)
-
-
-@router.post("/models/{model_id}/export-hf")
-async def export_model(model_id: str, request: Request, caller: CallerDep) -> Response:
-    """Saves the model as it is now, and answers the checkpoint's artifact."""
-    return await ordered(request, caller, model_id, ExportBody, artifact=True)
+    body = await bodies.TtlBody.read(request)
+    info = await caller.service.set_checkpoint_ttl(answers.native_path(body.path), body.ttl_seconds)
+    return answers.checkpoint_json(info)
 
 
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(
     checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
-    body = await ExportBody.read(request)
-    info = by_id(identified(await _exportable(caller)), checkpoint_id)
+    body = await bodies.ExportBody.read(request)
+    info = answers.by_id(await _exportable(caller), checkpoint_id)
     if not body.merge_adapter:
-        return artifact_json(info, artifact_kind(info))
+        return answers.artifact_json(info, answers.artifact_kind(info))
     await caller.service.export_checkpoint(info.path, merge=True)
     gateway.own(Downloads).merged.add((request.state.caller, info.path))
-    return artifact_json(info, "hf_model")
+    return answers.artifact_json(info, "hf_model")
 
 
 @router.get("/checkpoints/{checkpoint_id}/artifacts")
 async def list_artifacts(
     checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
-    info = by_id(identified(await _exportable(caller)), checkpoint_id)
+    info = answers.by_id(await _exportable(caller), checkpoint_id)
     merged = (request.state.caller, info.path) in gateway.own(Downloads).merged
-    kinds = sorted({artifact_kind(info), *(["hf_model"] if merged else [])})
-    return {"items": [artifact_json(info, kind) for kind in kinds]}
+    kinds = sorted({answers.artifact_kind(info), *(["hf_model"] if merged else [])})
+    return {"items": [answers.artifact_json(info, kind) for kind in kinds]}
 
 
 @router.get("/artifacts/{artifact}/download")
@@ -132,11 +95,11 @@ async def describe_download(
     artifact: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> JsonDict:
     known = {
-        artifact_id(info, kind): (info.path, kind == "hf_model")
-        for info in await _exportable(caller)
-        for kind in ARTIFACTS
+        answers.artifact_id(info, kind): (info.path, kind == "hf_model")
+        for info in (await _exportable(caller)).values()
+        for kind in answers.ARTIFACTS
     }
-    path, merge = by_id(known, artifact)
+    path, merge = answers.by_id(known, artifact)
     export = await caller.service.export_checkpoint(path, merge=merge)
     downloads, token, now = gateway.own(Downloads), secrets.token_urlsafe(32), time.monotonic()
     kept = {token: grant for token, grant in downloads.grants.items() if grant.ends_at > now}
@@ -163,5 +126,7 @@ async def download(token: str, name: str, gateway: GatewayDep) -> Response:
     return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
 
 
-async def _exportable(caller: CallerSession) -> list[CheckpointInfo]:
-    return [c for c in await caller.service.list_checkpoints() if c.kind != "sampler"]
+async def _exportable(caller: CallerSession) -> dict[str, CheckpointInfo]:
+    """By id."""
+    known = await caller.service.list_checkpoints()
+    return {answers.uuid_of(one.path): one for one in known if one.kind != "sampler"}

@@ -5,19 +5,16 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasPath, ConfigDict, Field, model_validator
 
-from weaver import types
+from weaver import protocol, types
 from weaver.errors import InvalidRequestError, UnsupportedError
-from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep, SaveCheckpoint
 from weaver.server.adapters.weaver_rest.tensors import Body
 
 if TYPE_CHECKING:
     from typing import Self
-
-    from weaver.protocol import Operation
 
 # --- sessions, models, metrics --------------------------------------------------------------------
 
@@ -48,6 +45,8 @@ class MetricsBody(Body):
 TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
 SAMPLER_TTL_S = 3600
 """Of an exported sampler whose request names none, as the client's own default."""
+MERGED = "export-merged-"
+"""How the names of checkpoints begin that were made to be downloaded as whole models."""
 LOSSES = {"forward_logprob": "cross_entropy", "ppo_clip": "ppo"}
 OPTIONS = {"entropy_coeff": "entropy_coef"}
 IGNORED_OPTIONS = ("enable_debug_dump",)
@@ -84,14 +83,17 @@ class PassInput(Body):
 class RunBody(Body, ABC):
     """What is posted to a run, to become an operation of it."""
 
+    artifact: ClassVar[bool] = False
+    """See `RestNote`."""
+
     @abstractmethod
-    def operation(self) -> Operation: ...
+    def operation(self) -> protocol.Operation: ...
 
 
 class PassBody(RunBody):
     given: PassInput
 
-    def operation(self) -> ForwardBackward:
+    def operation(self) -> protocol.ForwardBackward:
         given = self.given
         if any(datum.kind == "sample_ref" for datum in given.data):
             raise UnsupportedError(
@@ -105,7 +107,7 @@ class PassBody(RunBody):
             if name not in IGNORED_OPTIONS
         }
         ids = [datum.datum_id or "" for datum in given.data]
-        return ForwardBackward(
+        return protocol.ForwardBackward(
             datums=tuple(datum.to_native(given.loss_fn) for datum in given.data),
             loss_fn=LOSSES.get(given.loss_fn, given.loss_fn),
             loss_fn_config=options,
@@ -125,15 +127,15 @@ class BackwardBody(PassBody):
 class StepBody(RunBody):
     adam_params: types.AdamParams = Field(validation_alias=AliasPath("payload", "adam_params"))
 
-    def operation(self) -> OptimStep:
-        return OptimStep(params=self.adam_params)
+    def operation(self) -> protocol.OptimStep:
+        return protocol.OptimStep(params=self.adam_params)
 
 
 class SamplerBody(RunBody):
     path: str | None = None
     ttl_seconds: TtlSeconds = SAMPLER_TTL_S
 
-    def operation(self) -> SaveCheckpoint:
+    def operation(self) -> protocol.SaveCheckpoint:
         return _sampler(self.path, self.ttl_seconds)
 
 
@@ -142,10 +144,10 @@ class SaveBody(RunBody):
     name: str | None = None
     ttl_seconds: TtlSeconds = None
 
-    def operation(self) -> SaveCheckpoint:
+    def operation(self) -> protocol.SaveCheckpoint:
         if self.type == "sampling":
             return _sampler(self.name, self.ttl_seconds)
-        return SaveCheckpoint(
+        return protocol.SaveCheckpoint(
             purpose="state",
             name=self.name,
             include_optimizer=self.type == "weight_and_optimizer",
@@ -157,14 +159,29 @@ class LoadBody(RunBody):
     path: str
     include_optimizer: bool = False
 
-    def operation(self) -> LoadCheckpoint:
-        return LoadCheckpoint(path=self.path, include_optimizer=self.include_optimizer)
+    def operation(self) -> protocol.LoadCheckpoint:
+        return protocol.LoadCheckpoint(path=self.path, include_optimizer=self.include_optimizer)
 
 
-def _sampler(name: str | None, ttl_seconds: int | None) -> SaveCheckpoint:
+class ExportBody(RunBody):
+    artifact = True
+    format: Literal["huggingface"] = "huggingface"
+    merge_adapter: bool = False
+    ttl_seconds: TtlSeconds = None
+
+    def operation(self) -> protocol.SaveCheckpoint:
+        return protocol.SaveCheckpoint(
+            purpose="state",
+            name=f"{MERGED if self.merge_adapter else 'export-'}{secrets.token_hex(4)}",
+            include_optimizer=False,
+            ttl_seconds=self.ttl_seconds,
+        )
+
+
+def _sampler(name: str | None, ttl_seconds: int | None) -> protocol.SaveCheckpoint:
     """Each export has a path of its own, so that none changes under those who sample from it."""
     unique = f"{name or 'sampler'}-{secrets.token_hex(4)}"
-    return SaveCheckpoint(purpose="sampler", name=unique, ttl_seconds=ttl_seconds)
+    return protocol.SaveCheckpoint(purpose="sampler", name=unique, ttl_seconds=ttl_seconds)
 
 
 OF_RUNS: dict[str, type[RunBody]] = {
@@ -174,8 +191,14 @@ OF_RUNS: dict[str, type[RunBody]] = {
     "export-sampler": SamplerBody,
     "checkpoints": SaveBody,
     "load": LoadBody,
+    "export-hf": ExportBody,
 }
 """By the path below /models/{model_id} at which it is posted."""
+
+
+class TtlBody(Body):
+    path: str
+    ttl_seconds: TtlSeconds = None
 
 
 # --- sampling -------------------------------------------------------------------------------------

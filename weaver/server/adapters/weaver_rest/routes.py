@@ -20,7 +20,6 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from weaver import protocol, wire
 from weaver.config import is_loopback
 from weaver.errors import InvalidRequestError, UnsupportedError
-from weaver.protocol import CreateModel, LoadCheckpoint, ModelCreated, OpenSampler, Sample
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.answers import RestNote
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry
@@ -93,14 +92,14 @@ async def create_model(session: UUID, request: Request, caller: CallerDep) -> Js
     body = await bodies.ModelBody.read(request)
     models = {model.name for model in await caller.service.list_models()}
     name = body.base_model
-    operation = CreateModel(
+    operation = protocol.CreateModel(
         base_model=name if name in models else LENGTH_SUFFIX.sub("", name),
         training_mode=body.training_mode or "lora",
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
     created = await caller.carry_out(operation, RestNote(key=await resend_key(request)))
-    assert isinstance(created, ModelCreated)
+    assert isinstance(created, protocol.ModelCreated)
     path = await tokenizer_path(request, created.run.base_model)
     return {
         **answers.run_json(created.run, last_seq=0),
@@ -144,35 +143,23 @@ async def get_operation(operation_id: str, caller: CallerDep) -> Response:
 
 
 def _add(path: str, kind: type[bodies.RunBody]) -> None:
+    @router.post(f"/models/{{model_id}}/{path}")
     async def submit(model_id: str, request: Request, caller: CallerDep) -> Response:
-        return await ordered(request, caller, model_id, kind)
-
-    router.add_api_route(f"/models/{{model_id}}/{path}", submit, methods=["POST"])
+        """An operation of a run, in the order in which its request began to arrive."""
+        await caller.service.get_run(model_id)
+        async with caller.turns[model_id]:
+            body = await kind.read(request)
+            operation = await wire.beside(len(await request.body()), body.operation)
+            if isinstance(operation, protocol.LoadCheckpoint):  # its path may be an id
+                path = (await answers.find_checkpoint(caller.service, operation.path)).path
+                operation = operation.model_copy(update={"path": path})
+            note = RestNote(key=await resend_key(request), artifact=kind.artifact)
+            entry = await caller.submit(operation, note, run_id=model_id)
+        return await answered(caller, entry)
 
 
 for _path, _kind in bodies.OF_RUNS.items():
     _add(_path, _kind)
-
-
-async def ordered(
-    request: Request,
-    caller: CallerSession,
-    model_id: str,
-    kind: type[bodies.RunBody],
-    *,
-    artifact: bool = False,
-) -> Response:
-    """Submits an operation of a run in the order in which its request began to arrive."""
-    await caller.service.get_run(model_id)
-    async with caller.turns[model_id]:
-        body = await kind.read(request)
-        operation = await wire.beside(len(await request.body()), body.operation)
-        if isinstance(operation, LoadCheckpoint):  # its path may be an id
-            path = (await answers.find_checkpoint(caller.service, operation.path)).path
-            operation = operation.model_copy(update={"path": path})
-        note = RestNote(key=await resend_key(request), artifact=artifact)
-        entry = await caller.submit(operation, note, run_id=model_id)
-    return await answered(caller, entry)
 
 
 async def resend_key(request: Request) -> str | None:
@@ -217,10 +204,10 @@ async def open_sampling_session(session: UUID, request: Request, caller: CallerD
     body = await bodies.SamplingSessionBody.read(request)
     if body.model_path is not None:
         path = (await answers.find_checkpoint(caller.service, body.model_path)).path
-        operation, sampler_id = OpenSampler(model_path=path), path
+        operation, sampler_id = protocol.OpenSampler(model_path=path), path
     elif body.base_model is not None:
         base_model = (await caller.service.get_model(body.base_model)).name
-        operation, sampler_id = OpenSampler(base_model=base_model), f"{BASE}{base_model}"
+        operation, sampler_id = protocol.OpenSampler(base_model=base_model), f"{BASE}{base_model}"
     else:
         raise InvalidRequestError("needs base_model or model_path.", field="body")
     await caller.carry_out(operation, RestNote(key=await resend_key(request)))
@@ -249,7 +236,7 @@ async def delete_sampling_session(sampler_id: SamplerId) -> None:
 @router.post("/sampling-sessions/{sampling_session}/samples")
 async def sample(sampler_id: SamplerId, request: Request, caller: CallerDep) -> Response:
     body = await bodies.SampleBody.read(request)
-    operation = Sample(
+    operation = protocol.Sample(
         sampler_id=sampler_id,
         prompt=body.prompt,
         params=bodies.params_of(body.sampling_params),
@@ -270,7 +257,7 @@ async def logprobs(sampler_id: SamplerId, request: Request, caller: CallerDep) -
     body = await bodies.LogprobsBody.read(request)
     if body.loss_fn_config.get("temperature", 1) != 1:
         raise bodies.unsupported("loss_fn_config.temperature")
-    operation = Sample(
+    operation = protocol.Sample(
         sampler_id=sampler_id, prompt=body.prompt, num_samples=0, include_prompt_logprobs=True
     )
     note = RestNote(key=await resend_key(request), sampler_id=sampler_id)
