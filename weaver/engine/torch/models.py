@@ -9,8 +9,8 @@ forward. T rows of a packed batch, N rows of hidden states, H hidden size, V voc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,45 +225,38 @@ def _random_adapter(model: LoadedModel) -> Adapter:
     return adapter
 
 
-@contextmanager
-def _eager(module: Any) -> Iterator[None]:
+def _eager(module: Any) -> AbstractContextManager[None]:
     """The attention of transformers' own, with the masks that the model makes for it."""
-    configs = [m.config for m in module.modules() if hasattr(m, "config")]
-    with _changed(
-        [vars(config) for config in configs],
-        lambda name, _: "eager" if name == "_attn_implementation_internal" else None,
-    ):
-        yield
+    name = "_attn_implementation_internal"
+    return _changed(_configurations(module), lambda each, _: each == name, to="eager")
 
 
-@contextmanager
-def _small_windows(module: Any) -> Iterator[None]:
+def _small_windows(module: Any) -> AbstractContextManager[None]:
     """Cuts every window and chunk of the attention."""
-    holders = [vars(m) for m in module.modules()]
-    holders += [vars(m.config) for m in module.modules() if hasattr(m, "config")]
-    with _changed(
-        holders,
-        lambda name, value: (
-            WINDOW
-            if re.search("window|chunk", name) and type(value) is int and value > WINDOW
-            else None
-        ),
-    ):
-        yield
+
+    def wide(name: str, value: Any) -> bool:
+        return type(value) is int and value > WINDOW and bool(re.search("window|chunk", name))
+
+    return _changed(
+        [*(vars(each) for each in module.modules()), *_configurations(module)], wide, to=WINDOW
+    )
+
+
+def _configurations(module: Any) -> list[dict[str, Any]]:
+    return [vars(each.config) for each in module.modules() if hasattr(each, "config")]
 
 
 @contextmanager
 def _changed(
-    holders: Sequence[dict[str, Any]], change: Callable[[str, Any], Any]
+    holders: Iterable[dict[str, Any]], which: Callable[[str, Any], bool], *, to: object
 ) -> Iterator[None]:
-    """Sets attributes for a while to what `change` answers for a name and value, if anything."""
+    """Sets the attributes for a while of which `which` is true, asked by name and value."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     for holder in holders:
         for name, value in holder.items():
-            new = change(name, value)
-            if new is not None:
+            if which(name, value):
                 kept.append((holder, name, value))
-                holder[name] = new
+                holder[name] = to
     try:
         yield
     finally:

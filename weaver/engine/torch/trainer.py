@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class TorchTrainer:
             UnknownModelError, UnsupportedError, InvalidParamsError, EngineError
         """
         if training_mode == "full_ft":
-            self._runs[run_id] = Run(run_id, self._store.own(base_model))
+            self._runs[run_id] = Run(self._store.own(base_model))
             return
         config = lora_config or LoraConfig()
         facts = self._store.catalog.facts(base_model)
@@ -87,7 +88,7 @@ class TorchTrainer:
         )
         seed = seed if config.seed is None else config.seed
         adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
-        self._runs[run_id] = Run(run_id, self._store.base(base_model), config, adapter)
+        self._runs[run_id] = Run(self._store.base(base_model), config, adapter)
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]
@@ -103,15 +104,37 @@ class TorchTrainer:
         return [task.finish() for task in tasks]
 
     def optim_step(self, run_id: str, params: AdamParams) -> OptimStepResult:
+        """AdamW on the accumulated gradient, clipped to a global norm. Errors: see the protocol."""
         run = self._run(run_id)
+        if run.gradient is None:
+            raise NoGradientsError(
+                f"run {run_id} has no gradient.", hint="Call forward_backward first."
+            )
         self._store.use_threads(run.model)
-        norm = run.optim_step(params)
+        gradient, run.gradient = run.gradient, None
+        norm = get_total_norm(gradient)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm.item()}; the step was not taken.",
+                hint="The gradient is cleared. Check the data, or lower the learning rate.",
+            )
+        parameters = run.parameters()
+        for parameter, part in zip(parameters, gradient, strict=True):
+            parameter.grad = part
+        if params.grad_clip_norm > 0:
+            clip_grads_with_norm_(parameters, params.grad_clip_norm, norm)
+        run.optimizer.param_groups[0].update(
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+        )
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        rate, step = params.learning_rate, float(run.step)
         return OptimStepResult(
-            metrics={
-                "grad_norm": norm,
-                "learning_rate": params.learning_rate,
-                "step": float(run.step),
-            }
+            metrics={"grad_norm": float(norm), "learning_rate": rate, "step": step}
         )
 
     def clear_gradients(self, run_id: str) -> None:
@@ -121,13 +144,43 @@ class TorchTrainer:
         return self._run(run_id).step
 
     def snapshot(self, run_id: str) -> WeightSnapshot:
-        return self._run(run_id).snapshot()
+        """A copy that no later step changes."""
+        run = self._run(run_id)
+        return WeightSnapshot(
+            base_model=run.model.info.name,
+            lora_config=run.lora_config,
+            version=run.step,
+            tensors={n: p.detach().clone() for n, p in run.named_parameters().items()},
+        )
 
     def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        self._run(run_id).save(folder, include_optimizer=include_optimizer)
+        """Errors: see `write_checkpoint`."""
+        run = self._run(run_id)
+        checkpoints.write_checkpoint(
+            folder,
+            run.state(),
+            model=run.model,
+            parameters=run.named_parameters(),
+            optimizer=run.optimizer if include_optimizer else None,
+        )
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        self._run(run_id).load(folder, include_optimizer=include_optimizer)
+        """See the protocol.
+
+        Raises:
+            CheckpointMismatchError: of another base model, mode, rank or scale, or without
+                optimizer state where it is asked; before anything changed.
+            CheckpointCorruptError: a file is missing or broken; before anything changed.
+        """
+        run = self._run(run_id)
+        run.state().check_same(checkpoints.read_state(folder))
+        snapshot = checkpoints.read_snapshot(folder, facts=run.model.facts)
+        parameters = run.named_parameters()
+        moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
+        set_weights(parameters, snapshot.tensors)
+        run.step, run.gradient = snapshot.version, None
+        run.reset_optimizer()
+        run.optimizer.state.update(moments)
 
     def delete_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
@@ -170,7 +223,6 @@ class Run:
     A LoRA run shares `model`; a full fine-tuning run owns it.
     """
 
-    run_id: str
     model: LoadedModel
     lora_config: LoraConfig | None = None
     adapter: Adapter | None = None
@@ -180,7 +232,10 @@ class Run:
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
-        self._reset_optimizer()
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
 
     def named_parameters(self) -> dict[str, torch.Tensor]:
         """Trained tensors by PEFT's names, or by the model's own."""
@@ -191,83 +246,11 @@ class Run:
     def parameters(self) -> list[torch.Tensor]:
         return list(self.named_parameters().values())
 
-    def _reset_optimizer(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
-
-    def optim_step(self, params: AdamParams) -> float:
-        """AdamW on the accumulated gradient, clipped to a global norm; answers the norm before.
-
-        Raises:
-            NoGradientsError: nothing was accumulated.
-            NonFiniteError: the gradient is not finite; it is cleared, nothing else changes.
-        """
-        if self.gradient is None:
-            raise NoGradientsError(
-                f"run {self.run_id} has no gradient.", hint="Call forward_backward first."
-            )
-        gradient, self.gradient = self.gradient, None
-        norm = get_total_norm(gradient)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient's norm is {norm.item()}; the step was not taken.",
-                hint="The gradient is cleared. Check the data, or lower the learning rate.",
-            )
-        parameters = self.parameters()
-        for parameter, part in zip(parameters, gradient, strict=True):
-            parameter.grad = part
-        if params.grad_clip_norm > 0:
-            clip_grads_with_norm_(parameters, params.grad_clip_norm, norm)
-        self.optimizer.param_groups[0].update(
-            lr=params.learning_rate,
-            betas=(params.beta1, params.beta2),
-            eps=params.eps,
-            weight_decay=params.weight_decay,
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return float(norm)
-
-    def snapshot(self) -> WeightSnapshot:
-        """A copy that no later step changes."""
-        return WeightSnapshot(
-            base_model=self.model.info.name,
-            lora_config=self.lora_config,
-            version=self.step,
-            tensors={n: p.detach().clone() for n, p in self.named_parameters().items()},
-        )
-
-    def save(self, folder: Path, *, include_optimizer: bool) -> None:
-        checkpoints.write_checkpoint(
-            folder,
-            self._state(),
-            model=self.model,
-            parameters=self.named_parameters(),
-            optimizer=self.optimizer if include_optimizer else None,
-        )
-
-    def load(self, folder: Path, *, include_optimizer: bool) -> None:
-        """Replaces weights and step, restores or resets the optimizer, clears the gradient.
-
-        Raises:
-            CheckpointMismatchError: of another base model, mode, rank or scale, or without
-                optimizer state where it is asked; before anything changed.
-            CheckpointCorruptError: a file is missing or broken; before anything changed.
-        """
-        self._state().check_same(checkpoints.read_state(folder))
-        snapshot = checkpoints.read_snapshot(folder, facts=self.model.facts)
-        parameters = self.named_parameters()
-        moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
-        set_weights(parameters, snapshot.tensors)
-        self.step, self.gradient = snapshot.version, None
-        self._reset_optimizer()
-        self.optimizer.state.update(moments)
-
-    def _state(self) -> checkpoints.State:
+    def state(self) -> checkpoints.State:
         return checkpoints.State.of(self.model.info, self.lora_config, step=self.step)
 
 
-def added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+def _added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """`total` plus `parts`, in the place of `total` where there is one."""
     if total is None:
         return parts
@@ -287,13 +270,6 @@ class _Task:
     logprobs: dict[int, TensorData] = field(default_factory=dict)
     error: WeaverError | None = None
 
-    def add_gradient(self, parts: Sequence[torch.Tensor | None]) -> None:
-        dense = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.run.parameters(), parts, strict=True)
-        ]
-        self.gradient = added(self.gradient, dense)
-
     def fail(self, what: str, *, field: str) -> None:
         self.error = NonFiniteError(
             f"{what} is not finite; this call added nothing to the gradient.",
@@ -306,7 +282,7 @@ class _Task:
         metrics = self.objective.metrics()
         if self.error is None:
             if self.job.backward and self.gradient is None:
-                self.add_gradient([None] * len(self.run.parameters()))
+                self.gradient = [torch.zeros_like(p) for p in self.run.parameters()]
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
             if self.gradient and not get_total_norm(self.gradient).isfinite():
                 self.fail("the gradient of a finite loss", field="datums")
@@ -315,7 +291,7 @@ class _Task:
         if self.error is not None:
             return self.error
         if self.gradient is not None:
-            self.run.gradient = added(self.run.gradient, self.gradient)
+            self.run.gradient = _added(self.run.gradient, self.gradient)
         return ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
@@ -350,17 +326,13 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> 
         entropy=any(o.loss.reads_entropy for o, _ in objectives),
         entropy_gradient=any(o.loss.trains_entropy for o, _ in objectives),
     )
-    losses: list[torch.Tensor] = []
-    healthy: list[_Task] = []
-    start = 0
-    for (task, share), length in zip(alive, lengths, strict=True):
-        loss = _score_share(task, share, scores.rows(start, start + length))
-        start += length
+    losses: dict[_Task, torch.Tensor] = {}
+    for (task, share), size, end in zip(alive, lengths, accumulate(lengths), strict=True):
+        loss = _score_share(task, share, scores.rows(end - size, end))
         if task.error is None:
-            losses.append(loss)
-            healthy.append(task)
-    if any(loss.requires_grad for loss in losses):
-        _differentiate(healthy, torch.stack(losses).sum())
+            losses[task] = loss
+    if any(loss.requires_grad for loss in losses.values()):
+        _differentiate(list(losses), torch.stack(list(losses.values())).sum())
 
 
 def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
@@ -381,6 +353,6 @@ def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
 def _differentiate(tasks: Sequence[_Task], loss: torch.Tensor) -> None:
     parameters = [task.run.parameters() for task in tasks]
     flat = [p for group in parameters for p in group]
-    gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+    gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
     for task, group in zip(tasks, parameters, strict=True):
-        task.add_gradient([next(gradients) for _ in group])
+        task.gradient = _added(task.gradient, [next(gradients) for _ in group])
