@@ -166,15 +166,7 @@ class Agent:
         self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 
     def _write(self, sequence: SampledSequence) -> Reply:
-        reply = Reply(
-            text=sequence.text,
-            tokens=sequence.tokens,
-            logprobs=sequence.logprobs,
-            sampling_logprobs=sequence.sampling_logprobs,
-            stop_reason=sequence.stop_reason,
-            weights_version=sequence.weights_version,
-            prompt_tokens=self._tokens,
-        )
+        reply = Reply(**dict(sequence), prompt_tokens=self._tokens)
         self._text += decode_behind(self.tokenizer, self._tokens, sequence.tokens)
         columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
         self._rows += [
@@ -219,13 +211,9 @@ async def respond_all(
         agent._read(prompt)
     first = agents[0]
     result = await first._sampler.sample(
-        ModelInput.from_ints(first._tokens),
-        first._params(max_tokens),
-        num_samples=len(agents),
+        ModelInput.from_ints(first._tokens), first._params(max_tokens), num_samples=len(agents)
     )
-    return [
-        agent._write(sequence) for agent, sequence in zip(agents, result.sequences, strict=True)
-    ]
+    return [agent._write(said) for agent, said in zip(agents, result.sequences, strict=True)]
 
 
 def derive_seed(*parts: int) -> int:

@@ -80,31 +80,30 @@ def render(
             field=where or "chat_template",
             hint="Describe them in a system message: agent.system(weaver_rl.describe(tools)).",
         )
-    for i, message in enumerate(messages):
-        _check_shown(
-            message,
-            text,
-            around=(messages[:i], messages[i + 1 :]),
-            show=show,
-            where=f"{place}[{i}]",
-        )
+    for i in range(len(messages)):
+        _check_shown(messages, i, text, show=show, where=f"{place}[{i}]")
     return text
 
 
 def _check_shown(
-    message: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+    number: int,
     text: str,
     *,
-    around: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
     show: Callable[[Sequence[Mapping[str, Any]]], str],
     where: str,
 ) -> None:
     """Refuses calls, and a content that is no text, that the template left out of `text`, or wrote
-    as Python would; by what it shows of the messages `around` with less between them."""
+    as Python would; by what it shows with less in the message of that number."""
+    message = messages[number]
     content = message.get("content")
+
+    def show_with(less: Mapping[str, Any]) -> str:
+        return show([*messages[:number], less, *messages[number + 1 :]])
+
     if message.get("tool_calls"):
         bare = {name: value for name, value in message.items() if name != "tool_calls"}
-        if show([*around[0], {**bare, "content": content or ""}, *around[1]]) == text:
+        if show_with({**bare, "content": content or ""}) == text:
             raise InvalidRequestError(
                 "is not shown by the chat template.",
                 field=f"{where}.tool_calls",
@@ -113,7 +112,7 @@ def _check_shown(
         _check_calls(message["tool_calls"], text, where=f"{where}.tool_calls")
     if isinstance(content, str):
         return
-    without = show([*around[0], {**message, "content": ""}, *around[1]])
+    without = show_with({**message, "content": ""})
     parts = list(content) if isinstance(content, list | tuple) else []
     raw = any(text.count(str(one)) > without.count(str(one)) for one in (content, *parts))
     said = [str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part]

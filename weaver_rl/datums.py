@@ -103,28 +103,22 @@ def kl_datum(example: Example) -> Datum:
     return to_datum(flat, "dro")
 
 
-def with_kl_reward(example: Example, *, beta: float, behind: float = 0.0) -> Example:
+def with_kl_rewards(batch: Sequence[Example], *, beta: float) -> list[Example]:
     """Takes the penalties β·(log π − log π_ref) (untempered) off the advantages, as returns.
 
-    Each sampled token answers for its own penalty and for those behind it, since it decided what
-    came there (the reward of arXiv:2501.03262). Its own alone is the gradient of a KL in the loss
-    (arXiv:2510.01555). Left out: a discount, and a baseline of the penalties.
-
-    Args:
-        behind: the sum of the penalties in later segments of the rollout.
+    Each sampled token answers for its own penalty and for those behind it in its rollout, whose
+    segments follow each other in the batch, since it decided what came there (the reward of
+    arXiv:2501.03262). Its own alone is the gradient of a KL in the loss (arXiv:2510.01555). Left
+    out: a discount, and a baseline of the penalties.
     """
-    to_go = np.cumsum(_penalties(example, beta)[::-1])[::-1] + behind
-    return replace(example, advantages=example.advantages - to_go * example.mask)
-
-
-def with_kl_rewards(batch: Sequence[Example], *, beta: float) -> list[Example]:
-    """`with_kl_reward` of whole rollouts: their segments follow each other in the batch."""
     behind: dict[int, float] = {}
     made: list[Example] = []
     for example in reversed(batch):
+        penalties = beta * (example.policy - example.reference) * example.mask
         later = behind.get(example.rollout, 0.0)
-        made.append(with_kl_reward(example, beta=beta, behind=later))
-        behind[example.rollout] = later + float(_penalties(example, beta).sum())
+        to_go = np.cumsum(penalties[::-1])[::-1] + later
+        made.append(replace(example, advantages=example.advantages - to_go * example.mask))
+        behind[example.rollout] = later + float(penalties.sum())
     return made[::-1]
 
 
@@ -221,10 +215,6 @@ def _by_rollout(batch: Sequence[Example], values: Sequence[FloatN]) -> dict[int,
     for example, value in zip(batch, values, strict=True):
         totals[example.rollout] = totals.get(example.rollout, 0.0) + float(value.sum())
     return totals
-
-
-def _penalties(example: Example, beta: float) -> FloatN:
-    return beta * (example.policy - example.reference) * example.mask
 
 
 def _example(

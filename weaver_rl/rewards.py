@@ -67,33 +67,28 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
     names = [name_of(reward) for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise ConfigError(f"is {names}.", field="rewards", hint="Give functions of distinct names.")
-    parts = list(zip(names, rewards, rewards.values(), strict=True))
+    parts = dict(rewards)
 
-    def total(values: Sequence[Score]) -> Score:
+    def total(values: Sequence[Any]) -> Score:
+        scores = [as_score(value, name) for name, value in zip(names, values, strict=True)]
         metrics: dict[str, float] = {}
-        for (name, _, _), score in zip(parts, values, strict=True):
+        for name, score in zip(names, scores, strict=True):
             metrics |= {name: score.reward, **score.metrics}
-        return Score(sum(w * s.reward for (_, _, w), s in zip(parts, values, strict=True)), metrics)
+        weights = parts.values()
+        return Score(sum(w * s.reward for w, s in zip(weights, scores, strict=True)), metrics)
 
     async def finish(values: Sequence[Any]) -> Score:
-        return total(
-            [
-                as_score(await value if inspect.isawaitable(value) else value, name)
-                for (name, _, _), value in zip(parts, values, strict=True)
-            ]
-        )
+        return total([await v if inspect.isawaitable(v) else v for v in values])
 
     def weigh(task: Task, reply: Reply) -> Score | Awaitable[Score]:
         values: list[Any] = []
         with ExitStack() as unused:  # where a later one raises
-            for _, reward, _ in parts:
+            for reward in parts:
                 values.append(reward(task, reply))
                 if inspect.iscoroutine(values[-1]):
                     unused.callback(values[-1].close)
             unused.pop_all()
-        if any(map(inspect.isawaitable, values)):
-            return finish(values)
-        return total([as_score(v, name) for (name, _, _), v in zip(parts, values, strict=True)])
+        return finish(values) if any(map(inspect.isawaitable, values)) else total(values)
 
     return weigh
 

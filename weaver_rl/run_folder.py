@@ -105,7 +105,17 @@ def open_run_folder(
             what = f"the run folder {path}"
             _locks[_key(folder)] = hold_lock(path, what=what, hint=OTHER_FOLDER)
             stack.callback(release_run_folder, folder)
-        _write_config(folder, wanted, resume=resume, may_differ=may_differ)
+        if folder.config.exists():
+            if not resume:
+                raise ConflictError(
+                    f"{path} already holds a run.",
+                    field="folder",
+                    hint="Pass resume=True to go on with it, or choose another folder.",
+                )
+            _check_same(folder, wanted, may_differ)
+        folder.transcripts.mkdir(parents=True, exist_ok=True)
+        folder.checkpoints.mkdir(exist_ok=True)
+        write_atomically(folder.config, encode(wanted, indent=2) + b"\n")
         stack.pop_all()
     return folder
 
@@ -118,23 +128,6 @@ def release_run_folder(folder: RunFolder) -> None:
 
 def _key(folder: RunFolder) -> tuple[int, Path]:
     return os.getpid(), folder.path.resolve()
-
-
-def _write_config(
-    folder: RunFolder, wanted: Any, *, resume: bool, may_differ: Collection[str]
-) -> None:
-    path = folder.path
-    if folder.config.exists():
-        if not resume:
-            raise ConflictError(
-                f"{path} already holds a run.",
-                field="folder",
-                hint="Pass resume=True to go on with it, or choose another folder.",
-            )
-        _check_same(read_config(folder), wanted, path, may_differ)
-    folder.transcripts.mkdir(parents=True, exist_ok=True)
-    folder.checkpoints.mkdir(exist_ok=True)
-    write_atomically(folder.config, encode(wanted, indent=2) + b"\n")
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
@@ -161,13 +154,11 @@ def rewind(folder: RunFolder, step: int) -> None:
                 file.unlink()
 
 
-def _check_same(
-    old: Mapping[str, Any], new: Mapping[str, Any], path: Path, may_differ: Collection[str]
-) -> None:
-    for name, before, after in _differences(old, new):
+def _check_same(folder: RunFolder, wanted: Any, may_differ: Collection[str]) -> None:
+    for name, before, after in _differences(read_config(folder), wanted):
         if name.partition(".")[0] not in may_differ:
             raise ConfigError(
-                f"the run in {path} was started with {before!r}, now it is {after!r}.",
+                f"the run in {folder.path} was started with {before!r}, now it is {after!r}.",
                 field=name,
                 hint=f"Resume with the old {OLD.get(name, 'value')}, or choose another folder.",
             )

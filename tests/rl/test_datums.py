@@ -145,10 +145,10 @@ def test_corrections_change_nothing_on_policy(name: str) -> None:
 def test_kl_in_the_reward_and_in_the_loss() -> None:
     (example,) = made(rollout(1.0, segment([1, 2], [3, 4], logprob=-0.5)))
     example = replace(example, reference=np.array([-9.0, -1.5, -0.51]))
-    got = datums.with_kl_reward(example, beta=0.1)
+    got = datums.with_kl_rewards([example], beta=0.1)[0]
     np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 0.0])
     back = replace(example, reference=np.array([-9.0, -0.5, -1.51]))  # the penalty is behind
-    got = datums.with_kl_reward(back, beta=0.1)
+    got = datums.with_kl_rewards([back], beta=0.1)[0]
     np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 1.0])
     inputs = datums.kl_datum(example).loss_fn_inputs
     np.testing.assert_allclose(inputs["logprobs"], [0, -1.5, -0.51])
@@ -186,7 +186,7 @@ def test_the_gradient_of_the_kl_reward_is_that_of_the_kl_of_whole_rollouts(seed:
         (example,) = made(rollout(0.0, segment([0], [a, b])))
         policy, reference = (np.array([of[0, a], of[1 + a, b]]) for of in (p, r))
         example = replace(example, policy=policy, reference=reference, advantages=np.zeros(2))
-        A = datums.with_kl_reward(example, beta=beta).advantages
+        A = datums.with_kl_rewards([example], beta=beta)[0].advantages
         for row, token, advantage in ((0, a, A[0]), (1 + a, b, A[1])):
             slope = np.eye(3)[token] - np.exp(p[row])  # ∇ log π(token)
             found[row] -= np.exp(policy.sum()) * advantage * slope
