@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import anyio
@@ -167,16 +167,10 @@ async def sample_groups(
 
 
 def _rollout(task: Task, agent: Agent, outcome: Score | Failure, seconds: float) -> Rollout:
-    failure = outcome if isinstance(outcome, Failure) else None
-    score = Score(0.0) if isinstance(outcome, Failure) else outcome
-    return Rollout(
-        task=task,
-        trajectory=agent.trajectory,
-        reward=score.reward,
-        metrics=score.metrics,
-        failure=failure,
-        seconds=seconds,
-    )
+    played = Rollout(task=task, trajectory=agent.trajectory, seconds=seconds)
+    if isinstance(outcome, Failure):
+        return replace(played, failure=outcome)
+    return replace(played, reward=outcome.reward, metrics=outcome.metrics)
 
 
 @dataclass(slots=True)

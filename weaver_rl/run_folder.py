@@ -26,22 +26,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weaver import AsyncTrainingClient
-from weaver.errors import (
-    CheckpointCorruptError,
-    CheckpointNotFoundError,
-    ConfigError,
-    ConflictError,
-)
+from weaver import AsyncTrainingClient, errors
 from weaver.locks import hold_lock, release_lock
-from weaver_rl.storage import (
-    encode,
-    naming_storage,
-    plain,
-    read_lines,
-    write_atomically,
-    write_lines,
-)
+from weaver_rl import storage
 
 log = logging.getLogger(__name__)
 OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256")}
@@ -99,15 +86,15 @@ def open_run_folder(
         StorageError: it cannot be written.
     """
     folder = RunFolder(path)
-    wanted = plain(config)
-    with naming_storage(path), ExitStack() as stack:
+    wanted = storage.plain(config)
+    with storage.naming_storage(path), ExitStack() as stack:
         if _key(folder) not in _locks:
             what = f"the run folder {path}"
             _locks[_key(folder)] = hold_lock(path, what=what, hint=OTHER_FOLDER)
             stack.callback(release_run_folder, folder)
         if folder.config.exists():
             if not resume:
-                raise ConflictError(
+                raise errors.ConflictError(
                     f"{path} already holds a run.",
                     field="folder",
                     hint="Pass resume=True to go on with it, or choose another folder.",
@@ -115,7 +102,7 @@ def open_run_folder(
             _check_same(folder, wanted, may_differ)
         folder.transcripts.mkdir(parents=True, exist_ok=True)
         folder.checkpoints.mkdir(exist_ok=True)
-        write_atomically(folder.config, encode(wanted, indent=2) + b"\n")
+        storage.write_atomically(folder.config, storage.encode(wanted, indent=2) + b"\n")
         stack.pop_all()
     return folder
 
@@ -139,7 +126,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(folder.config.read_bytes())
     except ValueError as error:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"{folder.config} is not JSON: {error}.", hint="Restore it, or choose another folder."
         ) from None
     return config
@@ -147,8 +134,9 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 def rewind(folder: RunFolder, step: int) -> None:
     """Forgets metrics and transcripts beyond `step`, so that no step stands twice."""
-    write_lines(folder.metrics, [row for row in read_lines(folder.metrics) if row["step"] <= step])
-    with naming_storage(folder.transcripts):
+    kept = [row for row in storage.read_lines(folder.metrics) if row["step"] <= step]
+    storage.write_lines(folder.metrics, kept)
+    with storage.naming_storage(folder.transcripts):
         for file in folder.transcripts.glob("*.jsonl"):
             if int(file.stem) > step:
                 file.unlink()
@@ -157,7 +145,7 @@ def rewind(folder: RunFolder, step: int) -> None:
 def _check_same(folder: RunFolder, wanted: Any, may_differ: Collection[str]) -> None:
     for name, before, after in _differences(read_config(folder), wanted):
         if name.partition(".")[0] not in may_differ:
-            raise ConfigError(
+            raise errors.ConfigError(
                 f"the run in {folder.path} was started with {before!r}, now it is {after!r}.",
                 field=name,
                 hint=f"Resume with the old {OLD.get(name, 'value')}, or choose another folder.",
@@ -210,17 +198,19 @@ async def save_checkpoint(
     """
     saved = await trainer.save_state(f"step-{manifest.step:06d}", overwrite=True)
     manifest = replace(manifest, weights=saved.path)
-    content = plain(asdict(manifest))
+    content = storage.plain(asdict(manifest))
     file = folder.checkpoints / f"{manifest.step:06d}.json"
-    write_atomically(file, encode({**content, "sha256": _digest(content)}, indent=2) + b"\n")
+    storage.write_atomically(
+        file, storage.encode({**content, "sha256": _digest(content)}, indent=2) + b"\n"
+    )
     for file in _manifest_files(folder)[max(1, keep) :]:
         forgotten = None
-        with suppress(CheckpointCorruptError):
+        with suppress(errors.CheckpointCorruptError):
             forgotten = read_manifest(file).weights
-        with naming_storage(file):
+        with storage.naming_storage(file):
             file.unlink()  # before its weights, so that none dangles
         if delete is not None and forgotten not in (None, manifest.weights):
-            with suppress(CheckpointNotFoundError):
+            with suppress(errors.CheckpointNotFoundError):
                 await delete(forgotten)
     return manifest
 
@@ -238,14 +228,14 @@ async def restore(folder: RunFolder, trainer: AsyncTrainingClient) -> Manifest |
         try:
             manifest = read_manifest(file)
             await trainer.load_state_with_optimizer(manifest.weights)
-        except (CheckpointCorruptError, CheckpointNotFoundError) as error:
+        except (errors.CheckpointCorruptError, errors.CheckpointNotFoundError) as error:
             log.warning("%s is not intact, trying the checkpoint before: %s", file, error)
             refused.append(str(error))
             continue
         rewind(folder, manifest.step)
         return manifest
     if refused:
-        raise CheckpointCorruptError(
+        raise errors.CheckpointCorruptError(
             f"none of the {len(refused)} checkpoints is intact; the newest: {refused[0]}",
             field=str(folder.checkpoints),
             hint="Restore the folder and the weights it names, or start in a new folder.",
@@ -266,7 +256,7 @@ def read_manifest(file: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise CheckpointCorruptError(
+        raise errors.CheckpointCorruptError(
             "the manifest is not what was written.", field=str(file), hint="Delete it."
         )
     return Manifest(**content)
@@ -275,7 +265,7 @@ def read_manifest(file: Path) -> Manifest:
 def manifests(folder: RunFolder) -> Iterator[Manifest]:
     """The readable manifests, newest first."""
     for file in _manifest_files(folder):
-        with suppress(CheckpointCorruptError):
+        with suppress(errors.CheckpointCorruptError):
             yield read_manifest(file)
 
 

@@ -43,6 +43,7 @@ JSON_TYPES: Mapping[object, str] = {
     list: "array",
     dict: "object",
 }
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -62,22 +63,17 @@ def schema(tool: Tool) -> dict[str, Any]:
         ConfigError: an argument has no annotation, or one that JSON does not know.
     """
     hints = typing.get_type_hints(tool)
+    parameters = inspect.signature(tool).parameters
     properties: dict[str, Any] = {}
-    required: list[str] = []
-    for name, parameter in inspect.signature(tool).parameters.items():
-        if name not in hints or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-            parameter.POSITIONAL_ONLY,
-        ):
+    for name, parameter in parameters.items():
+        if name not in hints or parameter.kind not in NAMED:
             raise ConfigError(
                 f"argument {name!r} of {name_of(tool)} has no annotation or cannot be named.",
                 field="tools",
                 hint="Annotate every argument: `def add(a: int, b: int)`.",
             )
         properties[name] = _json_type(hints[name], f"{name_of(tool)}.{name}")
-        if parameter.default is parameter.empty:
-            required.append(name)
+    required = [name for name, one in parameters.items() if one.default is one.empty]
     function = {
         "name": name_of(tool),
         "description": inspect.getdoc(tool) or "",
@@ -110,9 +106,8 @@ async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 
         return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
     with anyio.move_on_after(timeout_s):
         value = await _use(known[call.name], call.arguments)
-        if isinstance(value, Failure):  # the model may try again
-            return _text(f"error: {value.message}")
-        return _text(value)
+        # after a failure the model may try again
+        return _text(f"error: {value.message}" if isinstance(value, Failure) else value)
     return f"error: {call.name} took longer than {timeout_s:g} s"
 
 

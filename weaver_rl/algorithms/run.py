@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver_rl import run_folder
 from weaver_rl.algorithms.pipeline import Filtered
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
@@ -23,15 +24,7 @@ from weaver_rl.display import Display
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
 from weaver_rl.plan import Steps
 from weaver_rl.rewards import name_of
-from weaver_rl.run_folder import (
-    Manifest,
-    RunFolder,
-    manifests,
-    open_run_folder,
-    release_run_folder,
-    restore,
-    save_checkpoint,
-)
+from weaver_rl.run_folder import Manifest, RunFolder
 from weaver_rl.transcripts import write_transcripts
 from weaver_rl.types import Task
 
@@ -69,7 +62,7 @@ class Run:
         done = Manifest(step=0)
         if self.folder is not None:
             self._tokenizer = await trainer.get_tokenizer()
-            done = await restore(self.folder, trainer) or done
+            done = await run_folder.restore(self.folder, trainer) or done
             if done.step:
                 log.info("Going on behind step %d of %s.", done.step, self.folder.path)
         known = done.extra.get("version")
@@ -126,7 +119,9 @@ class Run:
         """Saves weights, optimizer and manifest behind a step of the loop."""
         if self.folder is not None:
             manifest = replace(manifest, loggers=self.loggers.state())
-            await save_checkpoint(self.folder, trainer, manifest=manifest, delete=self.delete)
+            await run_folder.save_checkpoint(
+                self.folder, trainer, manifest=manifest, delete=self.delete
+            )
 
 
 @contextmanager
@@ -167,11 +162,11 @@ def open_run(
     with ExitStack() as stack:
         if path is not None:
             config["task_set"] = digest(tasks)
-            folder = open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
-            stack.callback(release_run_folder, folder)
+            folder = run_folder.open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
+            stack.callback(run_folder.release_run_folder, folder)
             loggers.append(JsonlLogger(folder.metrics))
         if wandb_project is not None:
-            newest = next(manifests(folder), None) if folder is not None else None
+            newest = next(run_folder.manifests(folder), None) if folder is not None else None
             state = newest.loggers.get("wandb") if newest is not None else None
             loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
         if display:  # the last, since it takes the terminal until it is closed
