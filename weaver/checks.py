@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 
 from weaver import errors
-from weaver.losses import LOSSES, REDUCTIONS, Loss
-from weaver.types import CheckpointInfo, Datum, Message, ModelInput, Value, check_text
-
-if TYPE_CHECKING:
-    from weaver.losses import Option
-    from weaver.types import ModelInfo
+from weaver.losses import LOSSES, REDUCTIONS, Loss, Option
+from weaver.types import CheckpointInfo, Datum, Message, ModelInfo, ModelInput, Value, check_text
 
 V = TypeVar("V", bound=Value)
 

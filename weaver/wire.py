@@ -21,14 +21,14 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import zstandard
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from pydantic_core import from_json
 
 from weaver.errors import InvalidRequestError, TooLargeError
@@ -37,10 +37,7 @@ from weaver.tensors import MAX_DIMENSIONS, Numbers, TensorData
 from weaver.types import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
     import numpy.typing as npt
-    from anyio import CapacityLimiter
     from pydantic import TypeAdapter
 
 T = TypeVar("T")

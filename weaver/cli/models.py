@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from weaver.cli.output import Json, ask, show, show_one
-from weaver.config import load_settings
+from weaver.config import Settings, load_settings
 from weaver.errors import WeaverError, requiring
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from weaver.client.sampling import AsyncSamplingClient
-    from weaver.config import Settings
 
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 app = typer.Typer(help="Base models.", no_args_is_help=True)

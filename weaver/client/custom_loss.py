@@ -7,7 +7,7 @@ the chain rule, exactly the parameters' gradient of L. `AsyncTrainingClient` cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,6 @@ from weaver.errors import InvalidRequestError, MissingDependencyError, NonFinite
 from weaver.types import Datum, ForwardBackwardResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     import torch
 
     CustomLoss = Callable[

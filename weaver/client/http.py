@@ -13,7 +13,7 @@ import re
 import uuid
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import anyio
@@ -26,7 +26,6 @@ from weaver.config import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-    from typing import Self
 
     Params = Mapping[str, str | float]
 

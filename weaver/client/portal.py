@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from anyio.from_thread import run_sync, start_blocking_portal
 from anyio.lowlevel import current_token
 
-from weaver.client.handle import Process
+from weaver.client.handle import OperationHandle, Process, Status
 from weaver.errors import ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from weaver.client.handle import OperationHandle, Status
     from weaver.client.service import AsyncServiceClient
 
 A = TypeVar("A")

@@ -11,17 +11,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
 from weaver import types
-from weaver.checks import as_prompt, as_value, check_num_samples, is_batch
-from weaver.client.session import RELEASED, Answer
+from weaver.checks import Prompt, Prompts, as_prompt, as_value, check_num_samples, is_batch
+from weaver.client.session import RELEASED, Answer, Session
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from weaver.checks import Prompt, Prompts
     from weaver.client.handle import OperationHandle
-    from weaver.client.session import Session
     from weaver.tokenizers import PreTrainedTokenizer
 
 SAMPLED = Answer(Sampled, lambda result: result.output)

@@ -7,34 +7,28 @@ wraps it.
 from __future__ import annotations
 
 import logging
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from anyio import to_thread
 
 from weaver import errors, protocol, types
-from weaver.checks import as_path, as_value, check_ttl
+from weaver.checks import CheckpointPath, as_path, as_value, check_ttl
 from weaver.client.exports import export_to
-from weaver.client.sampling import open_sampler
-from weaver.client.session import Answer, open_session
+from weaver.client.sampling import AsyncSamplingClient, open_sampler
+from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
-from weaver.config import load_settings
+from weaver.config import Settings, load_settings
 from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
-    from contextlib import AbstractAsyncContextManager
     from os import PathLike
-    from typing import Self
 
-    from weaver.checks import CheckpointPath
     from weaver.client.handle import OperationHandle
-    from weaver.client.sampling import AsyncSamplingClient
-    from weaver.client.session import Session
-    from weaver.config import Settings
     from weaver.engine.base import Engine
     from weaver.protocol import Service
 

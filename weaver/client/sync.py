@@ -7,7 +7,7 @@ operation's place in the order. The clients may be used from several threads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from weaver.client.portal import Handle, Portal, Twin, blocking, making, queued
 from weaver.client.sampling import AsyncSamplingClient
@@ -17,7 +17,6 @@ from weaver.client.training import AsyncTrainingClient
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from os import PathLike
-    from typing import Self
 
     from weaver import types
     from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
