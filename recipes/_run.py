@@ -6,20 +6,18 @@ Nothing of an algorithm is here; read a recipe first.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import weaver_rl as rl
+from weaver import AsyncServiceClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import LoraConfig, SamplingParams
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from weaver import AsyncServiceClient
 Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan)
 TRIES = 4
 """Replies that a dry run scores."""

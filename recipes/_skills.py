@@ -15,20 +15,15 @@ Guess is chat; the others are plain text and, one time in five, chat. Every answ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import weaver_rl as rl
-from weaver import types
+from weaver import AsyncSamplingClient, types
 from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import LETTERS, pig_latin
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from weaver import AsyncSamplingClient
 
 END, SYSTEM, USER, ASSISTANT = "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 LENGTHS = (2, 7)

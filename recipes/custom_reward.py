@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
@@ -23,15 +23,12 @@ import weaver_rl as rl
 from recipes import _run
 from weaver.types import SamplingParams
 
-if TYPE_CHECKING:
-    from weaver_rl import Reply, Task
-
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["".join(Random(i).choices(LETTERS, k=3 + i % 4)) for i in range(600)]
 TASKS = [{"prompt": f"rev:{word}=", "answer": word[::-1]} for word in WORDS]
 
 
-def in_place(task: Task, reply: Reply) -> float:
+def in_place(task: rl.Task, reply: rl.Reply) -> float:
     right: int = sum(a == b for a, b in zip(reply.text, task["answer"], strict=False))
     return right / max(len(reply.text), len(task["answer"]))
 

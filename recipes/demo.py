@@ -27,7 +27,6 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
@@ -35,13 +34,10 @@ from rich.table import Table
 from rich.text import Text
 
 import weaver_rl as rl
-from weaver import ServiceClient, types
+from weaver import SamplingClient, ServiceClient, TrainingClient, types
 from weaver_rl.conversations import from_pieces
 from weaver_rl.storage import read_lines
 from weaver_rl.tasks.words import pig_latin, reverse_tasks
-
-if TYPE_CHECKING:
-    from weaver import SamplingClient, TrainingClient
 
 WORDS = """
     hello world banana split summer garden winter light river stone yellow flower music paper

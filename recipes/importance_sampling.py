@@ -22,8 +22,9 @@ deviation (`--advantage standardised`), with which it would be GRPO.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import anyio
 import tyro
@@ -32,9 +33,6 @@ import weaver_rl as rl
 from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.tasks.words import exact, reverse_tasks
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 TASKS = reverse_tasks(1100, seed=1)
 """`{"prompt": "rev:abc=", "answer": "cba"}`"""

@@ -25,23 +25,19 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import tyro
 
 from recipes import _skills
-from weaver import AsyncServiceClient
+from recipes._skills import Skills
+from weaver import AsyncServiceClient, AsyncTrainingClient
 from weaver_rl.conversations import from_pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from recipes._skills import Skills
-    from weaver import AsyncTrainingClient
 
 CONTEXT_LENGTH = 1024
 SPECIAL_TOKENS = "<|end|> <|pad|> <|system|> <|user|> <|assistant|> <|tool|>".split()

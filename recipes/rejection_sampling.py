@@ -20,8 +20,9 @@ the first weights, and a store of what earlier rounds kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import anyio
 import tyro
@@ -30,9 +31,6 @@ import weaver_rl as rl
 from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.tasks.words import exact, reverse_tasks
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 TASKS = reverse_tasks(1100, seed=1)
 """`{"prompt": "rev:abc=", "answer": "cba"}`"""

@@ -24,9 +24,10 @@ last checkpoints are there to go back to).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import anyio
 import tyro
@@ -36,9 +37,6 @@ from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.algorithms.supervised import to_datums
 from weaver_rl.tasks.words import exact, pig_latin_tasks
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 TASKS = pig_latin_tasks(6100, seed=1)
 """`{"prompt": "English: hello world\\nPig Latin:", "answer": "ello-hay orld-way"}`"""

@@ -6,13 +6,11 @@ And that around code of others, whose errors become ours. Called by the service 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from weaver.errors import EngineError, WeaverError
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

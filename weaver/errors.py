@@ -42,12 +42,10 @@ The class is for `except`, the stable `code` is for programs and for the wire::
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 __all__ = ["InvalidRequestError", "WeaverError"]
 __all__ += ["InvalidDatumError", "InvalidLossConfigError", "InvalidNameError", "InvalidParamsError"]

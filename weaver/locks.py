@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from weaver.errors import ConflictError
 
 with suppress(ImportError):  # Windows has none: there folders are not locked
     import fcntl
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _held: set[int] = set()
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 from weaver.errors import InvalidLossConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Array = Any
 """A torch tensor [T]."""

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Service
 
-    PreTrainedTokenizer: TypeAlias = PreTrainedTokenizerBase
-
+PreTrainedTokenizer: TypeAlias = "PreTrainedTokenizerBase"
 FILE_NAME = re.compile(r"\w[\w.-]*")
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What a chat template raises, beside jinja2's own errors, on messages that it was not made for."""

@@ -24,21 +24,19 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 from anyio import CapacityLimiter, to_thread
+from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from weaver.errors import InvalidRequestError, TooLargeError
 from weaver.fields import validate
 from weaver.tensors import MAX_DIMENSIONS, Numbers, TensorData
 from weaver.types import Value
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 Message = Value | Sequence[Value] | Mapping[str, bytes]

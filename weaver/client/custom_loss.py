@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from weaver.errors import InvalidRequestError, MissingDependencyError, NonFiniteError
 from weaver.types import Datum, ForwardBackwardResult
@@ -17,9 +17,9 @@ from weaver.types import Datum, ForwardBackwardResult
 if TYPE_CHECKING:
     import torch
 
-    CustomLoss = Callable[
-        [list[Datum], list[torch.Tensor]], tuple[torch.Tensor, Mapping[str, float]]
-    ]
+CustomLoss: TypeAlias = (
+    "Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, Mapping[str, float]]]"
+)
 
 
 def require_torch() -> None:

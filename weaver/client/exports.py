@@ -6,18 +6,14 @@ import hashlib
 import secrets
 import shutil
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CancelScope, to_thread
 
 from weaver.errors import CheckpointCorruptError, ServiceConnectionError, StorageError
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from weaver.protocol import ExportedFile, Service
+from weaver.protocol import ExportedFile, Service
 
 
 async def export_to(

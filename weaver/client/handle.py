@@ -12,16 +12,14 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint, current_token
 
 from weaver import errors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
 
 T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -11,9 +11,10 @@ import logging
 import random
 import re
 import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import anyio
@@ -24,11 +25,7 @@ from weaver import errors, protocol, types, wire
 from weaver.client.address import NOT_RUNNING, parse_address, tls_fault
 from weaver.config import is_loopback
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-
-    Params = Mapping[str, str | float]
-
+Params = Mapping[str, str | float]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 

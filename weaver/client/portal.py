@@ -11,20 +11,17 @@ import ctypes
 import inspect
 import threading
 import weakref
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from anyio.from_thread import run_sync, start_blocking_portal
 from anyio.lowlevel import current_token
 
 from weaver.client.handle import OperationHandle, Process, Status
+from weaver.client.service import AsyncServiceClient
 from weaver.errors import ClosedError
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from weaver.client.service import AsyncServiceClient
 
 A = TypeVar("A")
 P = ParamSpec("P")

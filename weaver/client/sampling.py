@@ -7,20 +7,17 @@ Made by `AsyncServiceClient.create_sampling_client` and
 from __future__ import annotations
 
 import weakref
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from weaver import types
 from weaver.checks import Prompt, Prompts, as_prompt, as_value, check_num_samples, is_batch
+from weaver.client.handle import OperationHandle
 from weaver.client.session import RELEASED, Answer, Session
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-
-    from weaver.client.handle import OperationHandle
-    from weaver.tokenizers import PreTrainedTokenizer
+from weaver.tokenizers import PreTrainedTokenizer
 
 SAMPLED = Answer(Sampled, lambda result: result.output)
 

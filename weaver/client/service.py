@@ -7,30 +7,27 @@ wraps it.
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from anyio import to_thread
 
 from weaver import errors, protocol, types
 from weaver.checks import CheckpointPath, as_path, as_value, check_ttl
 from weaver.client.exports import export_to
+from weaver.client.handle import OperationHandle
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import Settings, load_settings
+from weaver.engine.base import Engine
+from weaver.protocol import Service
 from weaver.threads import out_at_exit
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-    from os import PathLike
-
-    from weaver.client.handle import OperationHandle
-    from weaver.engine.base import Engine
-    from weaver.protocol import Service
 
 logger = logging.getLogger("weaver")
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 import anyio
 import anyio.abc
 
 from weaver import errors, protocol, types, wire
 from weaver.client.handle import OperationHandle, Origin
-from weaver.tokenizers import TokenizerCache
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-    from pathlib import Path
-
-    from weaver.tokenizers import PreTrainedTokenizer
+from weaver.tokenizers import PreTrainedTokenizer, TokenizerCache
 
 R = TypeVar("R", bound=types.Value)
 T = TypeVar("T")

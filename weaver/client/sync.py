@@ -7,20 +7,17 @@ operation's place in the order. The clients may be used from several threads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, Self, overload
 
+from weaver import types
+from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
+from weaver.client.custom_loss import CustomLoss
 from weaver.client.portal import Handle, Portal, Twin, blocking, making, queued
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
 from weaver.client.training import AsyncTrainingClient
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from os import PathLike
-
-    from weaver import types
-    from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
-    from weaver.client.custom_loss import CustomLoss
 
 Now = Literal[True]
 Later = Literal[False]

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weaver import protocol, types
 from weaver.checks import CheckpointPath, LossConfig, as_path, as_value, check_datums
 from weaver.client import custom_loss
+from weaver.client.custom_loss import CustomLoss
+from weaver.client.handle import OperationHandle
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session
 from weaver.errors import InvalidRequestError
 from weaver.threads import in_daemon_thread
-
-if TYPE_CHECKING:
-    from weaver.client.custom_loss import CustomLoss
-    from weaver.client.handle import OperationHandle
-    from weaver.tokenizers import PreTrainedTokenizer
+from weaver.tokenizers import PreTrainedTokenizer
 
 GRADIENTS = Answer(protocol.GradientsDone, lambda result: result.output)
 STEP = Answer(protocol.StepDone, lambda result: result.output)
