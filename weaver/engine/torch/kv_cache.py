@@ -79,7 +79,7 @@ class PrefillPass:
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
     def finish(self) -> None:
-        """After the last layer: the tokens count as read."""
+        """See `AttentionCache`."""
         for prompt, n in self._parts:
             prompt.filled += n
 
@@ -199,7 +199,7 @@ class DecodePass:
         return output[None]
 
     def finish(self) -> None:
-        """After the last layer: every row is one token longer."""
+        """See `AttentionCache`: every row is one token longer."""
         for row in self._rows:
             row.length += 1
 

@@ -17,14 +17,7 @@ from typing import Any
 import torch
 
 from weaver.engine.torch.catalog import HINT, ModelFacts, refusing
-from weaver.engine.torch.kv_cache import (
-    CachedRow,
-    CacheShape,
-    DecodePass,
-    PrefillPass,
-    PromptCache,
-    RowCache,
-)
+from weaver.engine.torch.kv_cache import CachedRow, CacheShape, PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter, new_adapter
 from weaver.engine.torch.packing import AttentionCache, PackedBatch, pack
@@ -127,6 +120,8 @@ class LoadedModel:
                 use_cache=False,
                 packed_batch=batch,
             )
+        if batch.cache is not None:
+            batch.cache.finish()
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
@@ -166,9 +161,8 @@ def _difference(model: LoadedModel, adapters: Sequence[Adapter | None], *, seed:
     rows = [row[:length] for row, length in zip(tokens.tolist(), LENGTHS, strict=True)]
     right = torch.cat([row[:length] for row, length in zip(logits, LENGTHS, strict=True)])
     spread = (right - right.mean(-1, keepdim=True)).norm()
-    packed = torch.cat(_logits(model, rows, adapters, starts=[0] * len(rows), cache=None))
     for use, ours in (
-        ("packed logits", packed),  # as in training
+        ("packed logits", torch.cat(_logits(model, rows, adapters))),  # as in training
         ("logits of a sequence that is read piece by piece", _cached(model, rows, adapters)),
     ):
         error = float((ours - right).norm() / spread)
@@ -185,14 +179,13 @@ def _cached(
     places, decoding = [CachedRow() for _ in rows], RowCache(model.cache_shape)
     read, pieces = [0] * len(rows), []
     for sizes in PIECES:
-        cache: PrefillPass | DecodePass
+        cache: AttentionCache
         if max(sizes) > 1:
             cache = PrefillPass(list(zip(prompts, sizes, strict=True)))
         else:
             cache = decoding.decode(places)
         new = [row[at : at + n] for row, at, n in zip(rows, read, sizes, strict=True)]
         pieces.append(_logits(model, new, adapters, starts=read, cache=cache))
-        cache.finish()
         read = [at + n for at, n in zip(read, sizes, strict=True)]
         if read == READ:
             for place, prompt in zip(places, prompts, strict=True):
@@ -205,8 +198,8 @@ def _logits(
     rows: Sequence[list[int]],
     adapters: Sequence[Adapter | None],
     *,
-    starts: list[int],
-    cache: AttentionCache | None,
+    starts: list[int] | None = None,
+    cache: AttentionCache | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """float32 [T, V] of each row."""
     batch = pack(rows, adapters=adapters, device=model.device, starts=starts, cache=cache)

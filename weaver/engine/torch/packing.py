@@ -43,6 +43,9 @@ class AttentionCache(Protocol):
     def attend(self, layer: int, heads: Heads) -> torch.Tensor:
         """-> [1, T, Hq, D]"""
 
+    def finish(self) -> None:
+        """After the last layer: the tokens of the pass count as read."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:

@@ -157,19 +157,16 @@ class TorchSampler:
             if job.cache is None:
                 job.cache = PromptCache(model.cache_shape, length=len(job.prompt))
             caches.append((job.cache, size))
-        cache = PrefillPass(caches)
         self._store.use_threads(model)
-        hidden = model.hidden_states(
+        return model.hidden_states(
             pack(
                 [job.prompt[job.read : job.read + size] for job, size in parts],
                 adapters=[job.weights.adapter for job, _ in parts],
                 device=model.device,
                 starts=[job.read for job, _ in parts],
-                cache=cache,
+                cache=PrefillPass(caches),
             )
         )
-        cache.finish()
-        return hidden
 
     def _score(self, job: RunningJob, hidden: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
@@ -208,9 +205,7 @@ class TorchSampler:
         assert job.cache is not None
         model = job.weights.model
         key = job if self._deterministic else model
-        if key not in self._groups:
-            self._groups[key] = _Group(model)
-        self._groups[key].add(rows, job.cache)
+        self._groups.setdefault(key, _Group(model)).add(rows, job.cache)
 
     def _decode(self) -> None:
         """Adds one token to each row of the group whose turn it is."""
@@ -277,17 +272,15 @@ class _Group:
         """float32 [B, V] behind the last token of each row."""
         model = self.model
         adapters = [row.job.weights.adapter for row in self.rows]
-        cache = self._cache.decode(self.rows)
         hidden = model.hidden_states(
             pack(
                 [row.draft.tokens[-1:] for row in self.rows],
                 adapters=adapters,
                 device=model.device,
                 starts=[row.length for row in self.rows],
-                cache=cache,
+                cache=self._cache.decode(self.rows),
             )
         )
-        cache.finish()
         return model.logits(hidden, adapters)
 
 
