@@ -145,7 +145,7 @@ def test_doctor_says_whether_a_model_fits(home: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WEAVER_HOME", str(home))
     said = weaver("doctor")
     assert "needs 4.7 MB of " in said and "1.1 MB weights" in said and "answers:" in said
-    monkeypatch.setattr("weaver.engine.torch.store.free_bytes", lambda device: 4_700_000)
+    monkeypatch.setattr("weaver.engine.torch.engine.free_bytes", lambda device: 4_700_000)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1 and "DOES NOT FIT" in result.stdout
     assert "answers:" not in result.stdout  # it was not loaded

@@ -234,14 +234,14 @@ def test_small_models_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr("weaver.engine.torch.store.physical_cores", lambda: 7)
+    monkeypatch.setattr("weaver.engine.torch.models.physical_cores", lambda: 7)
     for threads in (0, 3):
         engine = TorchEngine(threads=threads)
         engine.trainer.create_run(
             "run", "weaver-nano", training_mode="lora", lora_config=LORA, seed=0
         )
         result_of(engine.trainer, job("run", [datum([3, 4, 5])], backward=False))
-        monkeypatch.setattr("weaver.engine.torch.store.SMALL_MODEL", 0)
+        monkeypatch.setattr("weaver.engine.torch.models.SMALL_MODEL", 0)
     assert asked == [1, 1, 3, 3]  # to check the model, then to compute
 
 

@@ -14,9 +14,8 @@ from weaver.engine.torch.lora import Adapter, LoraPair
 from weaver.engine.torch.packing import pack
 
 if TYPE_CHECKING:
-    from weaver.engine.torch.models import Head
+    from weaver.engine.torch.models import Head, ModelStore
     from weaver.engine.torch.packing import PackedBatch
-    from weaver.engine.torch.store import ModelStore
 
 CPU = torch.device("cpu")
 

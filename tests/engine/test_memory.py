@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import load_file
 
-from weaver.engine.torch.store import free_bytes, needs_of
+from weaver.engine.torch.engine import free_bytes, needs_of
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:

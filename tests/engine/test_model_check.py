@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.conftest import LORA, SIZES, save_tiny
 from weaver.engine.torch import models
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.store import ModelStore
+from weaver.engine.torch.models import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import CheckpointCorruptError, UnsupportedError
 
@@ -124,7 +124,7 @@ def test_want_of_memory_is_no_fault_of_the_model(
 def test_a_model_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[bool] = []
     monkeypatch.setattr(
-        "weaver.engine.torch.store.check_model", lambda m: checks.append(m.trainable)
+        "weaver.engine.torch.models.check_model", lambda m: checks.append(m.trainable)
     )
     store = store_of(llama(tmp_path))
     for _ in range(2):

@@ -104,7 +104,7 @@ def _memory(settings: Settings, model: str) -> tuple[bool, str]:
     """Whether it fits, in words; before it is loaded, which might take the machine down."""
     with requiring("the embedded engine", "engine"):
         from weaver.engine.torch.catalog import Catalog
-        from weaver.engine.torch.store import free_bytes, needs_of
+        from weaver.engine.torch.engine import free_bytes, needs_of
     needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
     return needs.against(free_bytes(settings.device))
 

@@ -215,8 +215,9 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     """
     tensors, config = files.read_adapter(adapter, facts=facts)
     made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
-    source, untied = files.folder_of(facts.source), _untied(facts, tensors)
+    source, tied = files.folder_of(facts.source), files.tied_weights(facts)
     changed = {f"{path}.weight" for path in made.pairs}
+    untied = tied if changed & tied.keys() else {}
     try:
         shards = files.weight_map(source)
         if changed <= shards.keys() | untied.keys():
@@ -288,10 +289,3 @@ def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
     if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
         (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
         _write_tokenizer(facts, folder)
-
-
-def _untied(facts: ModelFacts, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
-    """All tied weights, by name, and what each was tied to, where the adapter changes one."""
-    changed = {f"{name.removesuffix('.lora_A.weight')}.weight" for name in tensors}
-    tied = files.tied_weights(facts)
-    return tied if any(name.endswith(f".{k}") for name in changed for k in tied) else {}

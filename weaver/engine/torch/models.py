@@ -1,29 +1,35 @@
 """`LoadedModel`: a base model in memory, the one object that trainer and sampler compute with.
 
-`ModelStore` loads it, and asks `check_model` when it opens one, whatever its architecture: whether
-what the engine computes is what the model itself computes. Two sequences are packed, read in pieces
-and decoded in one batch, as trainer and sampler do it, and compared with the model's own eager
-forward. T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
+`ModelStore` loads them at first need. When it opens one, whatever its architecture, `check_model`
+says whether what the engine computes is what the model itself computes: two sequences are packed,
+read in pieces and decoded in one batch, as trainer and sampler do it, and compared with the model's
+own eager forward. T rows of a packed batch, N rows of hidden states, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from weaver.engine.torch.catalog import HINT, ModelFacts, refusing
+from weaver.engine.blocking import WeightSnapshot
+from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, refusing
+from weaver.engine.torch.files import check_finite, read_module, set_weights
 from weaver.engine.torch.kv_cache import CachedRow, CacheShape, PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
-from weaver.engine.torch.lora import Adapter, new_adapter
+from weaver.engine.torch.lora import Adapter, adapter_from_tensors, new_adapter
 from weaver.engine.torch.packing import AttentionCache, PackedBatch, pack
-from weaver.errors import UnsupportedError
+from weaver.errors import EngineError, UnsupportedError
 from weaver.types import LoraConfig
 
+SMALL_MODEL = 20_000_000
+"""Parameters below which a second thread costs more than it gives: 6 ms a step against 660 ms."""
 LENGTHS = (16, 12)
 """Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""
 PIECES = ((9, 4), (5, 6), (1, 1), (1, 1))
@@ -136,6 +142,122 @@ class LoadedModel:
                 parent, _, name = path.rpartition(".")
                 frozen = FrozenLinear(layer, path=path, routing=self.routing)
                 setattr(self.module.get_submodule(parent), name, frozen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishedWeights:
+    """What `TorchSampler` samples from under one id. Never changes once made."""
+
+    model: LoadedModel
+    """The shared base, or a snapshot's own copy after full fine-tuning."""
+    adapter: Adapter | None
+    version: int
+
+
+class ModelStore:
+    """Frozen models by name, on one device in one dtype."""
+
+    def __init__(
+        self, catalog: Catalog, *, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
+        self.catalog = catalog
+        self.device = device
+        self.dtype = dtype
+        self.threads = threads
+        self._models: dict[str, LoadedModel] = {}
+        self._checked: set[tuple[str, bool]] = set()
+        """Names, and whether trainable, of what is known to run here."""
+
+    def base(self, name: str) -> LoadedModel:
+        """The shared frozen model.
+
+        Raises:
+            UnknownModelError, UnsupportedError, EngineError: see `_load`.
+        """
+        if name not in self._models:
+            facts = self.catalog.facts(name)
+            self._models[name] = self._load(facts, dtype=self.dtype)
+        return self._models[name]
+
+    def own(self, name: str) -> LoadedModel:
+        """A trainable model of one run's own, in float32 whatever the base's dtype."""
+        facts = self.catalog.facts(name)
+        return self._load(facts, dtype=torch.float32, trainable=True)
+
+    def publish(self, snapshot: WeightSnapshot) -> PublishedWeights:
+        """The snapshot on its base model.
+
+        Raises:
+            UnknownModelError, UnsupportedError: the base model cannot be loaded.
+            NonFiniteError: a weight is NaN or infinite.
+            CheckpointMismatchError: the weights of a whole model do not fit.
+        """
+        check_finite(snapshot.tensors)
+        tensors, lora = snapshot.tensors, snapshot.lora_config
+        if lora is None:
+            facts = self.catalog.facts(snapshot.base_model)
+            model = self._load(facts, dtype=self.dtype, weights=tensors)
+            return PublishedWeights(model, None, snapshot.version)
+        adapter = adapter_from_tensors(tensors, lora, device=self.device)
+        return PublishedWeights(self.base(snapshot.base_model), adapter, snapshot.version)
+
+    def _load(
+        self,
+        facts: ModelFacts,
+        *,
+        dtype: torch.dtype,
+        trainable: bool = False,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> LoadedModel:
+        """Loads a model, or one with copies of `weights`; the first time, also checks it.
+
+        Raises:
+            UnsupportedError: it cannot be read, or not computed rightly.
+            CheckpointMismatchError: `weights` do not fit.
+            EngineError: the device has not enough memory.
+        """
+        module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
+        try:
+            module.to(self.device)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"not enough memory on {self.device} for {facts.info.name}.",
+                hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
+            ) from error
+        if weights is not None:
+            set_weights(dict(module.named_parameters()), weights)
+        model = LoadedModel(facts, module, trainable=trainable)
+        if (facts.info.name, trainable) not in self._checked:
+            self.use_threads(model)
+            check_model(model)
+            self._checked.add((facts.info.name, trainable))
+        return model
+
+    def use_threads(self, model: LoadedModel) -> None:
+        """Sets torch's threads for the coming call: as configured, or by the model's size."""
+        small = model.info.num_parameters < SMALL_MODEL
+        wanted = self.threads or (1 if small else physical_cores())
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+    @property
+    def threads_text(self) -> str:
+        """For the log."""
+        threads = self.threads or f"1 to {physical_cores()}"
+        return f"{threads} thread{'' if threads == 1 else 's'}"
+
+    def close(self) -> None:
+        self._models.clear()
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, counting the two threads of one core once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    siblings: set[str] = set()
+    for cpu in usable:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    return len(siblings) or os.cpu_count() or 1
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import torch
 from weaver.checks import check_length
 from weaver.engine.base import SampleJob
 from weaver.engine.torch.kv_cache import CachedRow, PromptCache
+from weaver.engine.torch.models import PublishedWeights
 from weaver.engine.torch.sampling import stream_keys
-from weaver.engine.torch.store import PublishedWeights
 from weaver.engine.torch.text import Draft, Stops
 from weaver.errors import NonFiniteError, WeaverError
 from weaver.types import SampleDelta, SampleResult

@@ -19,11 +19,10 @@ from weaver.engine.torch.admission import Admission, in_turn
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.logprobs import token_scores
-from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.models import LoadedModel, ModelStore, PublishedWeights
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
-from weaver.engine.torch.store import ModelStore, PublishedWeights
 from weaver.errors import NotFoundError
 
 MAX_ROWS = 64

@@ -25,10 +25,9 @@ from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
 from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
-from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.models import LoadedModel, ModelStore
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import Share, pack, plan_passes
-from weaver.engine.torch.store import ModelStore
 from weaver.errors import (
     EngineError,
     NoGradientsError,
