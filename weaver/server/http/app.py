@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,7 +25,7 @@ from starlette.routing import BaseRoute, Match
 
 from weaver.errors import PermissionDeniedError, ServiceConnectionError, TooLargeError, WeaverError
 from weaver.server.http.errors import answer, error_response
-from weaver.server.http.gateway import Adapter, GatewayDep
+from weaver.server.http.gateway import Adapter, Gateway, GatewayDep
 from weaver.server.http.telemetry import request_id
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import Span
     from starlette.types import Message, Receive, Scope, Send
-
-    from weaver.server.http.gateway import Gateway
 
 logger = logging.getLogger("weaver.server.http")
 
@@ -66,13 +63,8 @@ class App:
         given = headers.get("X-Request-ID", "")
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(current)
-        scope["state"] = {
-            "gateway": self._gateway,
-            "request_id": current,
-            "envelope": adapter.envelope,
-        }
-        status = 0
-        began = time.perf_counter()
+        gateway, began, status = self._gateway, time.perf_counter(), 0
+        scope["state"] = {"gateway": gateway, "request_id": current, "envelope": adapter.envelope}
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -81,16 +73,15 @@ class App:
                 MutableHeaders(scope=message)["X-Request-ID"] = current
             await send(message)
 
-        tracing = self._gateway.tracing
         span: AbstractContextManager[Span | None] = nullcontext()
-        if tracing is not None:
-            span = tracing.request(headers, method=method, request_id=current)
-        with self._gateway.metrics.running.track_inprogress(), span as traced:
+        if gateway.tracing is not None:
+            span = gateway.tracing.request(headers, method=method, request_id=current)
+        with gateway.metrics.running.track_inprogress(), span as traced:
             try:
                 if not adapter.opens(scope["path"]):
                     await self._admit(scope, headers)
                 limit = adapter.body_limit(headers.get("Content-Type", ""))
-                bounded = _bounded(receive, self._gateway.body_bytes(limit), headers)
+                bounded = _bounded(receive, gateway.body_bytes(limit), headers)
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
             else:
@@ -253,12 +244,11 @@ def _own(adapters: Sequence[Adapter]) -> Adapter:
 @cache
 def _document(adapters: tuple[Adapter, ...]) -> bytes:
     """OpenAPI's, of all routes that are in its schema; slow, the first time."""
-    document = get_openapi(
+    document = FastAPI(
         title="Weaver",
-        version="0.1.0",
         description="Ordered operations on language models in training. See docs/wire.md.",
         routes=[route for adapter in adapters for route in adapter.routes],
-    )
+    ).openapi()
     document["components"]["securitySchemes"] = SECURITY
     document["security"] = [{name: []} for name in SECURITY]
     return bytes(JSONResponse(document).body)

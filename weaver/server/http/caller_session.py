@@ -19,13 +19,11 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from weaver.errors import NotFoundError, ServiceConnectionError
-from weaver.protocol import LONGEST_POLL_S, Submission
-from weaver.server.http.gateway import GatewayDep
+from weaver.protocol import LONGEST_POLL_S, Operation, Outcome, Result, Submission
+from weaver.server.http.gateway import Gateway, GatewayDep
 from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
-    from weaver.protocol import Operation, Outcome, Result
-    from weaver.server.http.gateway import Gateway
     from weaver.server.scoped import ScopedService
 
 KEPT_S = 600.0

@@ -10,13 +10,14 @@ import hashlib
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, TypeVar
+from weakref import WeakValueDictionary
 
 import anyio
 from fastapi import Depends, Request
 
 from weaver.errors import AuthenticationError
 from weaver.protocol import MEDIA_TYPE
-from weaver.server.http.errors import native_envelope
+from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
 from weaver.wire import LARGE_BYTES, WireLimits, beside
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from starlette.datastructures import Headers
     from starlette.routing import BaseRoute
 
-    from weaver.server.http.errors import Envelope
     from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
     from weaver.server.scoped import ScopedService
@@ -94,7 +93,7 @@ class Gateway:
     """More threads would take the interpreter from the event loop."""
     _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
     _waits: set[anyio.CancelScope] = field(default_factory=set)
-    _under_way: dict[str, anyio.Event] = field(default_factory=dict)
+    _resends: WeakValueDictionary[str, anyio.Lock] = field(default_factory=WeakValueDictionary)
     _owned: dict[type, object] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -163,19 +162,11 @@ class Gateway:
             finally:
                 self._waits.discard(scope)
 
-    @asynccontextmanager
-    async def alone(self, key: str) -> AsyncIterator[None]:
-        """A resend waits for what becomes of the request before it."""
-        while key in self._under_way:
-            await self._under_way[key].wait()
-        ended = self._under_way[key] = anyio.Event()
-        try:
-            yield
-        finally:
-            del self._under_way[key]
-            ended.set()
+    def alone(self, key: str) -> anyio.Lock:
+        """To be held while a request is answered: a resend waits for what becomes of it."""
+        return self._resends.setdefault(key, anyio.Lock())
 
-    async def authenticate(self, headers: Headers) -> Caller:
+    async def authenticate(self, headers: Mapping[str, str]) -> Caller:
         """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.
 
         Raises:

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
-
-    from prometheus_client.metrics_core import Metric
 
     from weaver.protocol import Outcome, Submission
     from weaver.server.activity import Activity

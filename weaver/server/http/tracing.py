@@ -24,11 +24,10 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Span
-    from starlette.datastructures import Headers
 
     from weaver.protocol import Outcome
     from weaver.server.sessions import Ticket
@@ -57,7 +56,9 @@ class Tracing:
         self._tracer = self._provider.get_tracer("weaver.server")
 
     @contextmanager
-    def request(self, headers: Headers, *, method: str, request_id: str) -> Iterator[Span]:
+    def request(
+        self, headers: Mapping[str, str], *, method: str, request_id: str
+    ) -> Iterator[Span]:
         """The span of a request, below its caller's if that sent a `traceparent`."""
         with self._tracer.start_as_current_span(
             method,

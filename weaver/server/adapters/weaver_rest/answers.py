@@ -24,13 +24,12 @@ from pydantic_core import to_json
 
 from weaver import errors, protocol, types
 from weaver.server.adapters.weaver_rest.bodies import MERGED
-from weaver.server.http.caller_session import Note
+from weaver.server.http.caller_session import Entry, Note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TypeVar
 
-    from weaver.server.http.caller_session import Entry
     from weaver.server.http.errors import Refusal
 
     T = TypeVar("T")

@@ -26,7 +26,6 @@ from weaver import wire
 from weaver.errors import InvalidRequestError, TooLargeError
 from weaver.fields import validate
 from weaver.tensors import MAX_DIMENSIONS
-from weaver.wire import RATIO, RATIO_FREE_BYTES
 
 if TYPE_CHECKING:
     from typing import Self, TypeVar
@@ -126,7 +125,7 @@ def _parts(data: bytes, media_type: str) -> tuple[bytes, memoryview]:
 
 def _unpacked(pack: memoryview, info: PackInfo) -> memoryview:
     size = info.decoded_size_bytes
-    limit = min(DECODED_BYTES, max(RATIO_FREE_BYTES, RATIO * len(pack)))
+    limit = min(DECODED_BYTES, max(wire.RATIO_FREE_BYTES, wire.RATIO * len(pack)))
     if size > limit:
         raise TooLargeError(
             f"has {size} bytes when decoded, the limit is {limit}.",
