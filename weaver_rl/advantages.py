@@ -14,6 +14,8 @@ import numpy as np
 from weaver.errors import ConfigError, nearest
 from weaver_rl.types import BoolPG, FloatPG
 
+__all__ = ["ADVANTAGES"]
+
 AdvantageFn = Callable[[FloatPG, BoolPG], FloatPG]
 
 EPSILON = 1e-6

@@ -26,6 +26,8 @@ from weaver_rl.types import Reply, Segment, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Agent", "Budget", "BudgetExceeded"]
+
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, sampled from as it is, or chat messages."""
 

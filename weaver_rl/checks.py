@@ -18,6 +18,8 @@ from weaver_rl.data import check_tasks
 from weaver_rl.rewards import GroupReward, Reward, scorer
 from weaver_rl.types import Failure, Reply, Score, Task
 
+__all__ = ["check"]
+
 ANSWER_FIELDS = ("answer", "completion", "gold", "solution", "target")
 GARBAGE = "xq \x00 zz )(*&^ 🂡 ''' \\boxed{ <think> ``` 0 null"
 SLOW_S = 1.0

@@ -19,6 +19,8 @@ from weaver.errors import InvalidRequestError, MissingDependencyError, NotFoundE
 from weaver_rl.storage import encode, plain
 from weaver_rl.types import Task
 
+__all__ = ["TaskStream", "read_tasks", "split_tasks"]
+
 
 class Row(dict[str, Any]):
     """A row of a file, which knows its place through splits and shuffles: `"words.jsonl[3]"`."""

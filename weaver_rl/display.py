@@ -17,6 +17,8 @@ from weaver_rl.loggers import Logger, prompt_text
 from weaver_rl.metrics import find_hints
 from weaver_rl.types import Group, Rollout
 
+__all__ = ["Display", "draw_curve"]
+
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean",)),
     ("loss", ("train/loss",)),

@@ -22,6 +22,8 @@ from weaver_rl.rewards import GroupReward, Reward
 from weaver_rl.rollouts import Environment, GroupEnvironment, played_by, sample_groups
 from weaver_rl.types import Group, Task
 
+__all__ = ["Evaluate", "Evaluation", "evaluate", "evaluator"]
+
 Evaluate = Callable[["AsyncSamplingClient"], Awaitable[Mapping[str, float]]]
 """Of the weights that the sampler has, at some step of a loop."""
 Floats = npt.NDArray[np.float64]

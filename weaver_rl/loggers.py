@@ -19,6 +19,8 @@ from weaver_rl.guard import attempt
 from weaver_rl.storage import append_line, plain
 from weaver_rl.types import Group, Rollout, Task
 
+__all__ = ["JsonlLogger", "Logger", "Loggers", "TensorBoardLogger", "WandbLogger"]
+
 log = logging.getLogger(__name__)
 
 SAMPLE_COLUMNS = ("step", "prompt", "reply", "reward", "stop_reason", "failure")

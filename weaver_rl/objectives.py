@@ -29,6 +29,8 @@ from weaver.checks import check_loss
 from weaver.errors import ConfigError, nearest
 from weaver.types import SamplingParams
 
+__all__ = ["Objective"]
+
 LOSSES = tuple(
     name
     for name, loss in losses.LOSSES.items()

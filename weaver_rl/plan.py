@@ -18,6 +18,8 @@ from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.rewards import name_of
 from weaver_rl.schedules import for_model
 
+__all__ = ["LogprobGapError", "Plan", "check_gap", "rounding_gap"]
+
 MaxGap = float | Literal["auto"] | None
 """Nats on a token; "auto": `rounding_gap`; None: any."""
 ROUNDING: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 1.0}

@@ -25,6 +25,8 @@ from weaver_rl.run_folder import RunFolder, read_config
 from weaver_rl.storage import encode, read_lines, write_atomically
 from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
 
+__all__ = ["write_report"]
+
 MAX_POINTS = 1000
 """Of a curve; more are thinned out evenly."""
 MAX_STEPS = 60

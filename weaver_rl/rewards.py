@@ -37,6 +37,8 @@ from weaver_rl.agent import Agent, Prompt
 from weaver_rl.guard import attempt, attempt_async, call_pickled, gather
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
+__all__ = ["GroupReward", "Reward", "group_reward", "judge", "weighted"]
+
 Value = float | Score
 Reward = Callable[[Task, Reply], Value | Awaitable[Value]]
 GroupFunction = Callable[[Task, Sequence[Reply]], Sequence[Value] | Awaitable[Sequence[Value]]]

@@ -24,6 +24,15 @@ from weaver_rl.guard import attempt_async, gather
 from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, is_async, scorer, scores_of
 from weaver_rl.types import Failure, Group, Rollout, Score, Task
 
+__all__ = [
+    "Environment",
+    "GroupEnvironment",
+    "RolloutsFailedError",
+    "each",
+    "sample_groups",
+    "single_turn",
+]
+
 Environment = Callable[[Agent, Task], Awaitable[float | Score]]
 Outcomes = list[Score | Failure]
 

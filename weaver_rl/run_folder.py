@@ -30,6 +30,8 @@ from weaver import AsyncTrainingClient, errors
 from weaver.locks import hold_lock, release_lock
 from weaver_rl import storage
 
+__all__ = ["Manifest", "RunFolder", "manifests", "open_run_folder", "restore", "save_checkpoint"]
+
 log = logging.getLogger(__name__)
 OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256")}
 """What a digest in a config stands for."""

@@ -34,6 +34,8 @@ from weaver_rl.rewards import is_async, name_of
 from weaver_rl.storage import plain
 from weaver_rl.types import Failure, Reply
 
+__all__ = ["describe", "use_tools"]
+
 Tool = Callable[..., Any]
 JSON_TYPES: Mapping[object, str] = {
     str: "string",

@@ -25,6 +25,8 @@ from weaver_rl.rewards import GroupReward, Reward
 from weaver_rl.rollouts import Environment, GroupEnvironment, played_by
 from weaver_rl.types import Task
 
+__all__ = ["Trained", "train"]
+
 LORA = {"rank": 8, "alpha": 32}
 
 

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from weaver import types
 
+__all__ = ["Failure", "Group", "Reply", "Rollout", "Score", "Segment", "Task", "Trajectory"]
+
 StopReason = types.StopReason
 Task = Mapping[str, Any]
 """One problem: `{"prompt": "rev:abc=", "answer": "cba"}`; an environment decides what it needs.

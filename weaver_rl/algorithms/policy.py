@@ -28,6 +28,8 @@ from weaver_rl.rollouts import Environment, GroupEnvironment, as_group_environme
 from weaver_rl.run_folder import Manifest
 from weaver_rl.types import Task
 
+__all__ = ["Result", "off_policy", "on_policy"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:

@@ -22,6 +22,8 @@ from weaver_rl.plan import Plan
 from weaver_rl.rollouts import Environment, GroupEnvironment
 from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
 
+__all__ = ["Keep", "rejection"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:

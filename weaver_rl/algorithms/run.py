@@ -31,6 +31,8 @@ from weaver_rl.types import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Run", "open_run"]
+
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = ("steps", "evaluate_every", "max_failure_rate", "max_logprob_gap")

@@ -28,6 +28,8 @@ from weaver_rl.metrics import train_metrics
 from weaver_rl.plan import Steps, at_least
 from weaver_rl.run_folder import Manifest
 
+__all__ = ["SupervisedPlan", "TooLong", "supervised"]
+
 Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimStepResult]]
 log = logging.getLogger(__name__)
 
