@@ -18,15 +18,14 @@ from tests.contracts.caller import Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import over_asgi, over_socket
 from weaver.server.database import open_database
+from weaver.server.journal import Journal
 from weaver.server.service import LocalService
-from weaver.server.sql_store import SqlStore
-from weaver.server.step_store import StepStore
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from weaver.protocol import Service
-    from weaver.server.store import Store
+    from weaver.server.journal import Keeps
 
 Opened = AbstractAsyncContextManager["Service"]
 ServiceOpener = Callable[[FakeEngine, Path], Opened]
@@ -35,23 +34,23 @@ ServiceOpener = Callable[[FakeEngine, Path], Opened]
 @asynccontextmanager
 async def open_durable(engine: FakeEngine, home: Path, url: str | None) -> AsyncIterator[Service]:
     """With a database, as a server has it."""
-    async with _open_on(SqlStore, engine, home, url) as service:
+    async with _open_on("everything", engine, home, url) as service:
         yield service
 
 
 @asynccontextmanager
 async def open_embedded(engine: FakeEngine, home: Path, url: str | None) -> AsyncIterator[Service]:
     """With a database, as the embedded engine has it."""
-    async with _open_on(StepStore, engine, home, url) as service:
+    async with _open_on("runs", engine, home, url) as service:
         yield service
 
 
 @asynccontextmanager
 async def _open_on(
-    store: type[SqlStore], engine: FakeEngine, home: Path, url: str | None
+    keeps: Keeps, engine: FakeEngine, home: Path, url: str | None
 ) -> AsyncIterator[Service]:
     database = open_database(home, url)
-    async with LocalService(engine, home=home, store=store(database)) as service:
+    async with LocalService(engine, home=home, store=Journal(database, keeps=keeps)) as service:
         yield service
     database.dispose()
 
@@ -114,5 +113,5 @@ def database(request: pytest.FixtureRequest, home: Path) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def store(database: sa.Engine) -> Store:
-    return SqlStore(database)
+def store(database: sa.Engine) -> Journal:
+    return Journal(database)

@@ -1,4 +1,4 @@
-"""The contract of a `Store` that outlives its process."""
+"""The contract of a `Journal` that outlives its process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import sqlalchemy as sa
 from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import ConflictError, StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
-from weaver.server import sql_store
-from weaver.server.store import Answer, SessionRecord, Settled
+from weaver.server import journal
+from weaver.server.records import Answer, SessionRecord, Settled
 from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation
-    from weaver.server.store import Store
+    from weaver.server.journal import Journal
 
 pytestmark = pytest.mark.anyio
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -54,7 +54,7 @@ def ended(
     return Settled(session_id="a", outcome=outcome, number=number, lost_gradient=number is None)
 
 
-async def test_metrics_keep_their_order_and_belong_to_a_run(store: Store) -> None:
+async def test_metrics_keep_their_order_and_belong_to_a_run(store: Journal) -> None:
     points = [MetricPoint(name=n, value=v, occurred_at=NOW) for n, v in [("a", 1), ("b", 2)]]
     await store.add_metrics("r", points)
     await store.add_metrics("r", [*points[:1], MetricPoint(name="c", value=0.1, step=7)])
@@ -65,7 +65,7 @@ async def test_metrics_keep_their_order_and_belong_to_a_run(store: Store) -> Non
     assert list(await store.metrics("s")) == []
 
 
-async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) -> None:
+async def test_what_was_appended_is_pending_until_it_is_settled(store: Journal) -> None:
     await store.open_session(SessionRecord("a", OWNER))
     await store.append("a", [sent("1", FORWARD), sent("2", seq=2)])
     await store.append("b", [sent("1", FORWARD)])
@@ -85,7 +85,7 @@ async def test_what_was_appended_is_pending_until_it_is_settled(store: Store) ->
     assert len({first.fingerprint, third.fingerprint}) == 1 != len(first.fingerprint)
 
 
-async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: Store) -> None:
+async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: Journal) -> None:
     await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=0)
     await store.append("a", [sent("1"), sent("2", seq=2)])
@@ -102,9 +102,9 @@ async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: St
 
 
 async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql_store, "ACKNOWLEDGED", 1)
+    monkeypatch.setattr(journal, "ACKNOWLEDGED", 1)
     await store.open_session(SessionRecord("a", OWNER))
     await store.append("a", [sent("1"), sent("2", seq=2)])
     await store.settle([ended("1", 1, number=1)])
@@ -115,7 +115,7 @@ async def test_an_acknowledged_outcome_goes_its_submission_is_remembered(
     assert second.outcome is not None
 
 
-async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
+async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Journal) -> None:
     await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=5)
     await store.put_run(run("s"), model=MODEL, seed=6)
@@ -143,7 +143,7 @@ async def test_a_run_can_be_replayed_from_its_snapshot_on(store: Store) -> None:
     assert await store.run("t") is None
 
 
-async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
+async def test_a_closed_session_leaves_what_its_runs_need(store: Journal) -> None:
     await store.open_session(SessionRecord("a", OWNER))
     await store.put_run(run("r"), model=MODEL, seed=0)
     await store.append("a", [sent("1", GRADIENT), sent("2", seq=2), sent("3", seq=3)])
@@ -157,7 +157,7 @@ async def test_a_closed_session_leaves_what_its_runs_need(store: Store) -> None:
     assert not await store.executed("r", after=0) and not await store.entries()
 
 
-async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) -> None:
+async def test_damage_is_found_where_it_is(store: Journal, database: sa.Engine) -> None:
     await store.open_session(SessionRecord("a", OWNER))
     for run_id in ("r", "s"):
         await store.put_run(run(run_id), model=MODEL, seed=0)
@@ -174,7 +174,7 @@ async def test_damage_is_found_where_it_is(store: Store, database: sa.Engine) ->
     assert [record.run.run_id for record in await store.runs()] == ["r"]
 
 
-async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None:
+async def test_one_bad_write_does_not_fail_those_beside_it(store: Journal) -> None:
     failed = []
     await store.open_session(SessionRecord("a", OWNER))
 
@@ -194,7 +194,7 @@ async def test_one_bad_write_does_not_fail_those_beside_it(store: Store) -> None
 
 
 async def test_connections_that_the_database_has_ended_are_made_anew(
-    store: Store, database: sa.Engine
+    store: Journal, database: sa.Engine
 ) -> None:
     if database.dialect.name == "sqlite":
         pytest.skip("SQLite has none")

@@ -6,6 +6,7 @@ import random
 import shutil
 import sqlite3
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -34,13 +35,13 @@ from weaver.protocol import (
     StepDone,
     Submission,
 )
-from weaver.server import ledger, sql_store
+from weaver.server import database as databases
+from weaver.server import ledger
 from weaver.server.database import open_database
+from weaver.server.journal import Journal
+from weaver.server.records import SessionRecord
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability
-from weaver.server.sql_store import SqlStore
-from weaver.server.step_store import StepStore
-from weaver.server.store import SessionRecord
 from weaver.server.tables import metadata, operations_table, runs_table, schema_table
 from weaver.server.tenancy import OWNER
 from weaver.types import ModelInput, SamplingParams
@@ -50,12 +51,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.protocol import Outcome
-    from weaver.server.store import RunRecord, Settled
+    from weaver.server.records import RunRecord, Settled
     from weaver.types import TrainingRun
 
 pytestmark = pytest.mark.anyio
 ALWAYS = Durability(snapshot_every_s=0.0)
 NEVER = Durability(snapshot_every_s=1e9)
+embedded = partial(Journal, keeps="runs")
 SAMPLE = Sample(
     sampler_id="base:fake",
     prompt=ModelInput.from_ints(list(b"hi")),
@@ -69,7 +71,7 @@ async def server(
     *,
     engine: FakeEngine | None = None,
     durability: Durability = NEVER,
-    store: Callable[[sa.Engine], SqlStore] = SqlStore,
+    store: Callable[[sa.Engine], Journal] = Journal,
 ) -> AsyncIterator[LocalService]:
     database = open_database(home)
     try:
@@ -170,7 +172,7 @@ async def test_pending_work_goes_on_by_itself(home: Path) -> None:
         bad, discarded = "token_out_of_range", "gradients_discarded"
         assert codes == [None, None, None, bad, discarded, None, None]
         assert (await service.get_run(run)).step == 2
-        assert not [e for e in await SqlStore(open_database(home)).entries() if not e.cursor]
+        assert not [e for e in await Journal(open_database(home)).entries() if not e.cursor]
     record.go_on.set()
 
 
@@ -232,7 +234,7 @@ async def test_what_a_snapshot_holds_leaves_the_journal(home: Path) -> None:
         await caller.do(load, CheckpointLoaded, run_id=run)
         expected = await weights(caller, run)
         await service.delete_checkpoint(path)
-        store = SqlStore(open_database(home))
+        store = Journal(open_database(home))
 
         async def snapshotted() -> bool:
             record = await store.run(run)
@@ -252,7 +254,7 @@ async def test_an_idle_run_leaves_the_engine_and_comes_back(home: Path) -> None:
     async with LocalService(
         FakeEngine(hook=record),
         home=home,
-        store=SqlStore(database),
+        store=Journal(database),
         sweep_every_s=0.01,
         durability=Durability(unload_after_s=0.0),
     ) as service:
@@ -286,7 +288,7 @@ async def _nano(home: Path, engine: TorchEngine, *, unload: bool) -> tuple[objec
     async with LocalService(
         engine,
         home=home,
-        store=SqlStore(database),
+        store=Journal(database),
         deterministic=True,
         sweep_every_s=0.02,
         durability=Durability(unload_after_s=after_s, snapshot_every_steps=2, snapshot_every_s=0.0),
@@ -347,9 +349,9 @@ async def test_a_run_that_was_deleted_stays_deleted(home: Path, durability: Dura
         database.dispose()
 
 
-@pytest.mark.parametrize("store", [SqlStore, StepStore])
+@pytest.mark.parametrize("store", [Journal, embedded])
 async def test_the_files_of_a_deleted_run_go_at_the_next_start(
-    home: Path, store: type[SqlStore], tmp_path: Path
+    home: Path, store: Callable[[sa.Engine], Journal], tmp_path: Path
 ) -> None:
     live, kept = home / "live", tmp_path / "kept"
     async with server(home, durability=ALWAYS, store=store) as service:
@@ -380,7 +382,7 @@ async def _written(live: Path, *runs: str) -> bool:
 
 
 async def test_a_run_that_another_process_has_is_not_deleted(home: Path) -> None:
-    async with server(home, store=StepStore) as one, server(home, store=StepStore) as two:
+    async with server(home, store=embedded) as one, server(home, store=embedded) as two:
         caller = await Caller.open(one)
         run = await caller.create()
         with pytest.raises(ConflictError, match="in use by another process"):
@@ -442,7 +444,7 @@ async def test_a_base_model_that_is_gone_stops_its_runs_alone(home: Path) -> Non
         await train(caller, runs[1], steps=1)
 
 
-class LateSnapshot(SqlStore):
+class LateSnapshot(Journal):
     """Takes a snapshot's number when `go` is set, or between two questions about its run."""
 
     def __init__(self, database: sa.Engine) -> None:
@@ -476,7 +478,7 @@ async def test_a_run_comes_back_while_its_snapshot_is_still_being_written(home: 
     database.dispose()
 
 
-class FullDisk(SqlStore):
+class FullDisk(Journal):
     """Fails to write outcomes of the kinds in `full`."""
 
     full: tuple[type, ...] = ()
@@ -554,7 +556,7 @@ async def test_work_waits_for_a_database_that_is_away(
         caller = await Caller.open(service)
         first = await caller.create()
         await train(caller, first, steps=1)
-    really, times = getattr(SqlStore, what), 2
+    really, times = getattr(Journal, what), 2
 
     async def away(*args: object, **options: object) -> object:
         nonlocal times
@@ -563,7 +565,7 @@ async def test_work_waits_for_a_database_that_is_away(
             raise ServiceConnectionError("the database cannot be reached")
         return await really(*args, **options)
 
-    monkeypatch.setattr(SqlStore, what, away)
+    monkeypatch.setattr(Journal, what, away)
     async with server(home) as service:
         caller.service = service
         for run in (first, await caller.create()):
@@ -571,9 +573,9 @@ async def test_work_waits_for_a_database_that_is_away(
     assert times < 0
 
 
-@pytest.mark.parametrize(("store", "file"), [(SqlStore, "server.db"), (StepStore, "embedded.db")])
+@pytest.mark.parametrize(("store", "file"), [(Journal, "server.db"), (embedded, "embedded.db")])
 async def test_work_waits_for_another_process_that_writes(
-    home: Path, store: Callable[[sa.Engine], SqlStore], file: str, monkeypatch: pytest.MonkeyPatch
+    home: Path, store: Callable[[sa.Engine], Journal], file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("weaver.server.database.BUSY_S", 0.02)
     opened = open_database(home, file=file)
@@ -584,7 +586,7 @@ async def test_work_waits_for_another_process_that_writes(
         step = caller.stamp(STEP, run)
         with closing(sqlite3.connect(home / file, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            if store is SqlStore:  # nothing is accepted, and a client sends it again
+            if store is Journal:  # nothing is accepted, and a client sends it again
                 with pytest.raises(ServiceConnectionError, match="another process"):
                     await caller.send(step)
             else:  # what was done waits to be written
@@ -649,13 +651,13 @@ async def test_a_home_has_one_server(home: Path) -> None:
 
 
 async def test_an_embedded_run_comes_back_after_its_last_step(home: Path) -> None:
-    async with server(home, store=StepStore) as service:
+    async with server(home, store=embedded) as service:
         caller = await Caller.open(service)
         run = await caller.create()
         await train(caller, run, steps=3)
         expected = await weights(caller, run)
         await caller.do(GRADIENT, GradientsDone, run_id=run)
-    async with server(home, store=StepStore) as service:
+    async with server(home, store=embedded) as service:
         caller = await Caller.open(service)
         assert [(r.run_id, r.step) for r in await service.list_runs()] == [(run, 3)]
         assert await weights(caller, run) == expected
@@ -665,7 +667,7 @@ async def test_an_embedded_run_comes_back_after_its_last_step(home: Path) -> Non
 
 
 async def test_two_processes_do_not_share_a_run(home: Path) -> None:
-    async with server(home, store=StepStore) as one, server(home, store=StepStore) as two:
+    async with server(home, store=embedded) as one, server(home, store=embedded) as two:
         first, second = await Caller.open(one), await Caller.open(two)
         run = await first.create()
         await train(first, run, steps=1)
@@ -696,7 +698,7 @@ def test_tables_of_another_version_are_refused(home: Path, version: int) -> None
 
 async def test_a_write_that_waits_for_another_process_stops_nothing_else(home: Path) -> None:
     database = open_database(home)
-    store = SqlStore(database)
+    store = Journal(database)
     await store.open_session(SessionRecord("a", OWNER))
     with closing(sqlite3.connect(home / "server.db")) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -713,14 +715,14 @@ async def test_writes_that_wait_together_wait_once(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("weaver.server.database.BUSY_S", 0.02)
-    really, asked = sql_store.transaction, []
+    really, asked = databases.transaction, []
 
     def transaction(*args: Any, **options: Any) -> Any:
         asked.append(options)
         return really(*args, **options)
 
     database = open_database(home)
-    store = SqlStore(database)
+    store = Journal(database)
 
     async def append(name: str) -> None:
         with pytest.raises(ServiceConnectionError, match="another process"):
@@ -728,7 +730,7 @@ async def test_writes_that_wait_together_wait_once(
 
     with closing(sqlite3.connect(home / "server.db")) as other:
         other.execute("BEGIN IMMEDIATE")
-        monkeypatch.setattr(sql_store, "transaction", transaction)
+        monkeypatch.setattr(databases, "transaction", transaction)
         async with anyio.create_task_group() as tasks:
             for i in range(10):
                 tasks.start_soon(append, str(i))

@@ -12,20 +12,20 @@ from tests.server.test_durability import SAMPLE
 from tests.server.test_service import Recorder
 from weaver.protocol import Sampled
 from weaver.server import executor
+from weaver.server.journal import Journal
 from weaver.server.service import LocalService
-from weaver.server.store import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from weaver.server.store import Settled
+    from weaver.server.records import Settled
     from weaver.types import TrainingRun
 
 pytestmark = pytest.mark.anyio
 
 
-class Counting(MemoryStore):
+class Counting(Journal):
     """Notes how many outcomes come with each commit."""
 
     def __init__(self) -> None:

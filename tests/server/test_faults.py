@@ -26,9 +26,9 @@ from weaver.errors import CheckpointNotFoundError, ConflictError, StorageError
 from weaver.protocol import GradientsDone, Sample, SaveCheckpoint, StepDone
 from weaver.server.checkpoints import now_utc
 from weaver.server.database import open_database
+from weaver.server.journal import Journal
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability, ServerSettings
-from weaver.server.sql_store import SqlStore
 from weaver.types import Datum, SamplingParams
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ async def service_on(
     async with LocalService(
         engine or FakeEngine(context_length=2**20),
         home=home,
-        store=SqlStore(opened),
+        store=Journal(opened),
         durability=Durability(snapshot_every_s=0.0),
         now=now,
         **options,  # type: ignore[arg-type]

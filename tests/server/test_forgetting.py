@@ -11,9 +11,9 @@ from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
 from tests.server.test_durability import ALWAYS, NEVER, SAMPLE, server, train, until
 from weaver.errors import ConflictError
 from weaver.protocol import GradientsDone, Sampled, StepDone
-from weaver.server import sessions, sql_store
+from weaver.server import journal, sessions
 from weaver.server.database import open_database
-from weaver.server.sql_store import SqlStore
+from weaver.server.journal import Journal
 from weaver.server.tables import operations_table
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def rows(home: Path) -> int:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outcomes are acknowledged to the journal one by one."""
-    monkeypatch.setattr(sql_store, "ACKNOWLEDGED", 1)
+    monkeypatch.setattr(journal, "ACKNOWLEDGED", 1)
 
 
 async def test_what_a_snapshot_holds_is_forgotten_while_its_session_is_open(home: Path) -> None:
@@ -83,7 +83,7 @@ async def test_what_was_refused_is_passed_over_without_being_read(home: Path, ga
         await caller.do(SAMPLE, Sampled)
     database = open_database(home)
     try:
-        store = SqlStore(database)
+        store = Journal(database)
         assert len(await store.entries()) < 6
         [passed] = await store.passed()
         assert passed.last - passed.first >= 18

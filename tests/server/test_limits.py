@@ -36,10 +36,10 @@ from weaver.protocol import (
 from weaver.server import intake, recovery
 from weaver.server.database import open_database
 from weaver.server.http.telemetry import ServerMetrics
+from weaver.server.journal import Journal
 from weaver.server.limits import Limits
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability
-from weaver.server.sql_store import SqlStore
 from weaver.server.tenancy import Caller
 from weaver.types import Datum, MetricPoint, ModelInput, SamplingParams
 
@@ -136,7 +136,7 @@ async def test_gradient_passes_that_no_snapshot_holds(
     limits, often = Limits(pending_bytes=20_000), Durability(snapshot_every_s=0.0)
     passes = ForwardBackward(datums=(HELLO,) * 20, loss_fn="cross_entropy")
     async with LocalService(
-        FakeEngine(), home=home, store=SqlStore(database), limits=limits, durability=often
+        FakeEngine(), home=home, store=Journal(database), limits=limits, durability=often
     ) as service:
         client = await Client.open(service)
         run = await client.create()
@@ -415,7 +415,7 @@ async def test_journaled_bytes_are_counted_over_a_restart_and_shown(home: Path) 
     passes = ForwardBackward(datums=(HELLO,) * 20, loss_fn="cross_entropy")
     counted = []
     for _ in range(2):
-        store = SqlStore(database)
+        store = Journal(database)
         async with LocalService(FakeEngine(), home=home, store=store, durability=never) as service:
             if not counted:
                 client = await Client.open(service)

@@ -19,8 +19,8 @@ from tests.server.test_service import Recorder
 from weaver.errors import StorageError
 from weaver.protocol import GradientsDone, Sampled, StepDone
 from weaver.server.database import open_database
+from weaver.server.journal import Journal
 from weaver.server.settings import Durability
-from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     import sqlite3
@@ -132,7 +132,7 @@ async def test_a_snapshot_is_flushed_before_former_ones_go(home: Path) -> None:
         connection.set_trace_callback(statements.append)
 
     database.dispose()
-    store = SqlStore(database)
+    store = Journal(database)
     await store.put_snapshot("run-1", 5)
     levels = [s for s in statements if "synchronous" in s or s.startswith("UPDATE runs")]
     assert levels[-2].endswith("synchronous=2") and levels[-1].startswith("UPDATE runs")
@@ -141,7 +141,7 @@ async def test_a_snapshot_is_flushed_before_former_ones_go(home: Path) -> None:
     database.dispose()
 
 
-class NotTold(SqlStore):
+class NotTold(Journal):
     """Whose database takes no word of a snapshot, as when its disk is full."""
 
     async def put_snapshot(self, run_id: str, number: int) -> None:

@@ -24,9 +24,9 @@ from weaver.protocol import (
     StepDone,
     Submission,
 )
+from weaver.server.journal import Journal
 from weaver.server.limits import Limits
 from weaver.server.service import LocalService
-from weaver.server.store import MemoryStore
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ async def test_a_defect_of_the_engine_is_an_outcome(
         await caller.do(STEP, StepDone, run_id=run)
 
 
-class FailingStore(MemoryStore):
+class FailingStore(Journal):
     failing = False
 
     async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:

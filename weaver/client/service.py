@@ -272,8 +272,8 @@ async def _embedded(settings: Settings) -> AsyncIterator[Service]:
     try:
         with errors.requiring("the embedded engine", "engine"):
             from weaver.server.database import open_database
+            from weaver.server.journal import Journal
             from weaver.server.service import LocalService
-            from weaver.server.step_store import StepStore
         database = await to_thread.run_sync(
             partial(open_database, settings.home, file="embedded.db")
         )
@@ -281,7 +281,7 @@ async def _embedded(settings: Settings) -> AsyncIterator[Service]:
             async with LocalService(
                 engine,
                 home=settings.home,
-                store=StepStore(database),
+                store=Journal(database, keeps="runs"),
                 deterministic=settings.deterministic,
             ) as service:
                 yield service

@@ -27,16 +27,16 @@ from weaver.protocol import (
     StepDone,
 )
 from weaver.server.checkpoints import SCHEME
-from weaver.server.store import Answer
+from weaver.server.records import Answer
 from weaver.types import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from weaver.protocol import Outcome, Result
+    from weaver.server.journal import Journal
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
-    from weaver.server.store import Store
 
 KEPT_OPERATIONS = 30
 """Of a run, among those that have ended."""
@@ -64,7 +64,7 @@ class Activity:
     """Of the sessions of one service."""
 
     def __init__(
-        self, sessions: Mapping[str, Session], runs: Mapping[str, Run], store: Store
+        self, sessions: Mapping[str, Session], runs: Mapping[str, Run], store: Journal
     ) -> None:
         self._sessions = sessions
         self._runs = runs

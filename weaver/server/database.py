@@ -11,19 +11,37 @@ replaces is deleted; PostgreSQL waits for the disk.
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import sqlalchemy as sa
+from anyio import CancelScope, to_thread
 
-from weaver.errors import ConfigError, ConflictError, ServiceConnectionError, StorageError
+from weaver.errors import (
+    ConfigError,
+    ConflictError,
+    ServiceConnectionError,
+    StorageError,
+    WeaverError,
+)
 from weaver.server.tables import metadata, schema_table
+from weaver.wire import LARGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-    from typing import Any
 
+T = TypeVar("T")
+Rows = list[dict[str, Any]]
+Statements = list[tuple[sa.Executable, Rows]]
+"""Each with its rows; without any it is left out."""
+ONCE: Rows = [{}]
+"""The rows of a statement that has no parameters."""
+NOT_WRITTEN = StorageError("the database was not written, through a defect.")
 VERSION = 5
 """Of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
@@ -40,8 +58,25 @@ BUSY_S = 5
 that ends on its PostgreSQL database."""
 
 
+@dataclass(slots=True, eq=False)
+class _Write:
+    """A change on its way into the database."""
+
+    make: Callable[[], Statements]
+    """Called in the thread that commits; it answers the same when it is called again."""
+    size_bytes: int
+    """About; little for a file is there before a thread has begun."""
+    flush: bool
+    done: bool = False
+    error: WeaverError | None = NOT_WRITTEN
+    """None once it is in the database."""
+
+
 class Writer:
-    """Where the one who writes a database takes its connections.
+    """The one who writes a database, and reads it meanwhile.
+
+    Writes that wait for each other are committed together, one transaction at a time, in a worker
+    thread unless they are small and SQLite is free to take them at once.
 
     On PostgreSQL one who writes `alone` uses a single connection, which holds a lock for as long as
     it lives: whoever has lost the connection cannot write beside the next owner.
@@ -51,6 +86,69 @@ class Writer:
         self.database = database
         self._alone = False
         self._connection: sa.Connection | None = None
+        self._in_memory = isinstance(database.pool, sa.StaticPool)
+        self._writes: list[_Write] = []
+        self._writing = anyio.Lock()
+
+    async def read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        def read() -> Sequence[sa.Row[Any]]:
+            with transaction(self.database) as connection:
+                return connection.execute(query).all()
+
+        return await self._in_thread(read)
+
+    async def change(self, *statements: sa.Executable, flush: bool = False) -> None:
+        await self.write(lambda: [(one, ONCE) for one in statements], flush=flush)
+
+    async def write(
+        self,
+        make: Callable[[], Statements],
+        *,
+        size_bytes: int = LARGE_BYTES + 1,
+        flush: bool = False,
+    ) -> None:
+        """Durable when it returns. Who finds the database free commits what all others wait for.
+
+        `make` is called in the thread that commits; `flush` as in `transaction`.
+        """
+        write = _Write(cache(make), size_bytes=size_bytes, flush=flush)
+        self._writes.append(write)
+        with CancelScope(shield=True):
+            async with self._writing:
+                if not write.done:
+                    batch, self._writes = self._writes, []
+                    small = sum(waiting.size_bytes for waiting in batch) <= LARGE_BYTES
+                    quick = small and self.database.dialect.name == "sqlite"
+                    if not quick or self._execute(batch, at_once=True) is not None:
+                        await self._in_thread(lambda: self._commit(batch))
+        if write.error is not None:
+            raise write.error
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """But not for a database in memory, whose one connection all threads would share."""
+        return work() if self._in_memory else await to_thread.run_sync(work)
+
+    def _commit(self, batch: Sequence[_Write]) -> None:
+        failure = self._execute(batch)
+        if failure is not None and not isinstance(failure, ServiceConnectionError):
+            for write in batch:  # the fault of one is not that of the others
+                self._execute([write])
+
+    def _execute(self, writes: Sequence[_Write], *, at_once: bool = False) -> WeaverError | None:
+        """All in one transaction; answers why it failed, which each of them is told."""
+        failure = None
+        try:
+            made = [statement for write in writes for statement in write.make()]
+            flush = any(write.flush for write in writes)
+            with transaction(self, at_once=at_once, flush=flush) as connection:
+                for statement, rows in made:
+                    if rows:
+                        connection.execute(statement, rows)
+        except WeaverError as error:
+            failure = error
+        for write in writes:
+            write.done, write.error = True, failure
+        return failure
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -183,6 +281,16 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
             field="database_url",
             hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None
+    return engine
+
+
+def in_memory() -> sa.Engine:
+    """An empty SQLite, on one connection, which goes with it."""
+    engine = sa.create_engine(
+        "sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False}
+    )
+    weakref.finalize(engine, engine.pool.dispose)
+    metadata.create_all(engine)
     return engine
 
 

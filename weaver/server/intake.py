@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Submission
     from weaver.server.executor import Executor
+    from weaver.server.journal import Journal
     from weaver.server.limits import Limits
     from weaver.server.registry import Known
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
-    from weaver.server.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Intake:
     executor: Executor
-    store: Store
+    store: Journal
     known: Known
     limits: Limits
     gap_timeout_s: float

@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 from weaver.boundary import attempt_async
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.server.activity import answer_of
-from weaver.server.store import Settled
+from weaver.server.records import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints, Manifest
+    from weaver.server.journal import Journal
+    from weaver.server.records import Executed, RunRecord
     from weaver.server.runs import Run
     from weaver.server.settings import Durability
-    from weaver.server.store import Executed, RunRecord, Store
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class Recovery:
     """Brings runs of `store` back into the engine."""
 
     engine: Engine
-    store: Store
+    store: Journal
     checkpoints: Checkpoints
     live: Checkpoints
     """Snapshots, named by the last operation in them; the lock files are beside them."""
@@ -232,7 +233,7 @@ class Recovery:
         return reason
 
 
-async def adopt(store: Store, live: Checkpoints, run: Run, record: RunRecord) -> RunRecord:
+async def adopt(store: Journal, live: Checkpoints, run: Run, record: RunRecord) -> RunRecord:
     """Lets a run go on from its newest snapshot, where its record names an older one.
 
     So it is when the machine lost power: the snapshot was on the disk, the last commits were not.

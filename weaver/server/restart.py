@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weaver.server.checkpoints import Checkpoints
+    from weaver.server.journal import Journal
+    from weaver.server.records import Entry, Passed
     from weaver.server.registry import Known
-    from weaver.server.store import Entry, Passed, Store
 
 logger = logging.getLogger(__name__)
 
 
-async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]:
+async def restore(store: Journal, live: Checkpoints, known: Known) -> list[Ticket]:
     """Takes up runs, open sessions and pending work.
 
     No run is loaded: its next operation brings it back. The tickets are for the lanes, in their
@@ -77,7 +78,7 @@ async def restore(store: Store, live: Checkpoints, known: Known) -> list[Ticket]
     return tickets
 
 
-async def _finish_deletions(store: Store, live: Checkpoints, known: Known) -> None:
+async def _finish_deletions(store: Journal, live: Checkpoints, known: Known) -> None:
     """Removes the files of runs that were deleted by a process that ended before it did so.
 
     Other databases may have runs in this home, so only what this one has known is looked at.

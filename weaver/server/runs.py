@@ -23,8 +23,8 @@ from weaver.types import (
 if TYPE_CHECKING:
     from collections import Counter
 
+    from weaver.server.records import RunRecord
     from weaver.server.sessions import Ticket
-    from weaver.server.store import RunRecord
 
 
 @dataclass(slots=True, eq=False)

@@ -19,10 +19,10 @@ from anyio import CapacityLimiter, to_thread
 from weaver.boundary import attempt, or_raise
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
+from weaver.server.records import SessionRecord
 from weaver.server.registry import Reach, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
-from weaver.server.store import SessionRecord
 from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
+    from weaver.server.journal import Journal
     from weaver.server.registry import Known
-    from weaver.server.store import Store
     from weaver.server.tenancy import Caller
     from weaver.types import (
         CheckpointInfo,
@@ -55,7 +55,7 @@ class Parts:
     """What all views of one service share."""
 
     engine: Engine
-    store: Store
+    store: Journal
     checkpoints: Checkpoints
     exports: Exports
     executor: Executor

@@ -25,9 +25,9 @@ from weaver.server.database import open_database
 from weaver.server.http.app import App
 from weaver.server.http.gateway import Gateway
 from weaver.server.http.telemetry import watch
+from weaver.server.journal import Journal
 from weaver.server.keys import Keys
 from weaver.server.service import LocalService
-from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +78,7 @@ async def run_server(
         listener = stack.enter_context(_listen(settings.host, settings.port))
         database = open_database(settings.home, settings.database_url)
         stack.callback(database.dispose)
-        store = SqlStore(database)
+        store = Journal(database)
         stack.enter_context(store.writer.alone())
         async with LocalService(
             engine,

@@ -19,6 +19,7 @@ from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
+from weaver.server.journal import Journal
 from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
@@ -28,7 +29,6 @@ from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.scoped import Parts, ScopedService
 from weaver.server.settings import DURABILITY, Durability
-from weaver.server.store import MemoryStore
 from weaver.server.tenancy import OWNER
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.engine.base import Engine
-    from weaver.server.store import Store
 
 
 class LocalService(ScopedService):
@@ -69,7 +68,7 @@ class LocalService(ScopedService):
         engine: Engine,
         *,
         home: Path,
-        store: Store | None = None,
+        store: Journal | None = None,
         deterministic: bool = False,
         merge_tokens: int = 8192,
         gap_timeout_s: float = 60.0,
@@ -80,7 +79,7 @@ class LocalService(ScopedService):
         durability: Durability = DURABILITY,
         now: Callable[[], datetime] = now_utc,
     ) -> None:
-        store, home, known = store or MemoryStore(), home.expanduser(), Known()
+        store, home, known = store or Journal(), home.expanduser(), Known()
         checkpoints = Checkpoints(home, now=now)
         self._live = Checkpoints(home, folder="live", now=now)
         kept = self._live if store.keeps == "everything" else None

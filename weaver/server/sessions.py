@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weaver.protocol import Result, Submission
-    from weaver.server.store import Entry, Passed, SessionRecord
+    from weaver.server.records import Entry, Passed, SessionRecord
     from weaver.types import JsonDict
 
 MOST_LOST = 2**20

@@ -1,6 +1,6 @@
-"""The tables of the server's database; `database.py` makes them, each is used by the file it names.
+"""The tables of the database, and the larger statements on them; used by the files that they name.
 
-Arrays and values are kept as messages of `weaver.wire`.
+Arrays and values are kept as messages of `weaver.wire`. The statements are the journal's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ owners_table = sa.Table(
     sa.Column("resource", sa.String(160), primary_key=True),
     sa.Column("project", sa.String(64), nullable=False, index=True),
 )
-"""sql_store.py; of each run, of deleted ones too, the project. A resource is `run/` and its id."""
+"""journal.py; of each run, of deleted ones too, the project. A resource is `run/` and its id."""
 
 runs_table = sa.Table(
     "runs",
@@ -44,7 +44,7 @@ runs_table = sa.Table(
     sa.Column("seed", sa.BigInteger, nullable=False),
     sa.Column("snapshot", sa.BigInteger, nullable=False),
 )
-"""sql_store.py; `snapshot` is the number of the last operation that the run's snapshot holds."""
+"""journal.py; `snapshot` is the number of the last operation that the run's snapshot holds."""
 
 sessions_table = sa.Table(
     "sessions",
@@ -57,7 +57,7 @@ sessions_table = sa.Table(
     sa.Column("closed", sa.Boolean, nullable=False),
     sa.Column("user_metadata", sa.LargeBinary),
 )
-"""sql_store.py; the open ones, and closed ones with pending work; with their callers' rights."""
+"""journal.py; the open ones, and closed ones with pending work; with their callers' rights."""
 
 operations_table = sa.Table(
     "operations",
@@ -78,7 +78,7 @@ operations_table = sa.Table(
     sa.UniqueConstraint("session_id", "submission_id"),
     sa.Index("operations_of_runs", "run_id", "number"),
 )
-"""sql_store.py; the journal. `cursor` is set once there is an outcome, which goes when its client
+"""journal.py; the journal. `cursor` is set once there is an outcome, which goes when its client
 has it; `number` counts what a run has executed, and `body` goes when a snapshot holds it. What was
 refused or cancelled has no number."""
 
@@ -91,7 +91,7 @@ answers_table = sa.Table(
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
 )
-"""sql_store.py; the numbers that a run's operations answered, for its curves."""
+"""journal.py; the numbers that a run's operations answered, for its curves."""
 
 requests_table = sa.Table(
     "requests",
@@ -99,7 +99,7 @@ requests_table = sa.Table(
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("at", sa.Float, nullable=False),
 )
-"""sql_store.py; keys of requests, beside operations, that have changed something or are about to;
+"""journal.py; keys of requests, beside operations, that have changed something or are about to;
 with seconds since 1970."""
 
 metrics_table = sa.Table(
@@ -112,4 +112,129 @@ metrics_table = sa.Table(
     sa.Column("step", sa.BigInteger),
     sa.Column("occurred_at", sa.String(40)),
 )
-"""sql_store.py"""
+"""journal.py"""
+
+operations = operations_table.c
+OUTCOME_COLUMNS = ("cursor", "outcome", "number", "error", "lost_gradient")
+IS_THAT = sa.and_(
+    operations.session_id == sa.bindparam("of_session"),
+    operations.submission_id == sa.bindparam("of_submission"),
+)
+SETTLE = (
+    operations_table.update()
+    .where(IS_THAT)
+    .values(
+        {name: sa.bindparam(name) for name in OUTCOME_COLUMNS}
+        | {"body": sa.case((sa.bindparam("executed", type_=sa.Boolean), operations.body))}
+    )
+)
+"""What was not executed is not replayed, so that its body goes."""
+ACKNOWLEDGE = operations_table.update().where(IS_THAT).values(outcome=None)
+FORGET_REPEATABLE = operations_table.delete().where(
+    IS_THAT,
+    sa.or_(*(operations.kind == one for one in ("sample", "open_sampler", "release_sampler"))),
+)
+"""What changes no run: it may be forgotten as soon as its client has the outcome."""
+IS_ACKNOWLEDGED = sa.and_(operations.cursor.is_not(None), operations.outcome.is_(None))
+IS_PASSED = sa.and_(
+    IS_ACKNOWLEDGED,
+    operations.number.is_(None),
+    sa.not_(operations.lost_gradient),
+    operations.run_id.is_not(None),
+    operations.seq.is_not(None),
+)
+IS_OPEN = operations.session_id.in_(
+    sa.select(sessions_table.c.session_id).where(sa.not_(sessions_table.c.closed))
+)
+FORGET = sessions_table.delete().where(
+    sessions_table.c.closed,
+    ~sa.exists().where(
+        operations.session_id == sessions_table.c.session_id, operations.cursor.is_(None)
+    ),
+)
+"""Closed sessions that wait for nothing."""
+PENDING = operations.cursor.is_(None)
+ENTRIES = (
+    sa.select(
+        *(column for column in operations if column is not operations.body),
+        sa.case((PENDING, operations.body)).label("body"),
+    )
+    .where(sa.or_(PENDING, sa.and_(IS_OPEN, sa.not_(IS_PASSED))))
+    .order_by(operations.position)
+)
+PLACE = operations.session_id, operations.run_id
+IN_TURN = sa.func.row_number().over(partition_by=PLACE, order_by=operations.seq)
+ISLANDS = (
+    sa.select(*PLACE, operations.seq, operations.cursor, (operations.seq - IN_TURN).label("island"))
+    .where(IS_PASSED, IS_OPEN)
+    .subquery()
+    .c
+)
+"""What is passed over; of each island without a gap, it is the same number."""
+PASSED = sa.select(
+    ISLANDS.session_id,
+    ISLANDS.run_id,
+    sa.func.min(ISLANDS.seq).label("first"),
+    sa.func.max(ISLANDS.seq).label("last"),
+    sa.func.max(ISLANDS.cursor).label("cursor"),
+).group_by(ISLANDS.session_id, ISLANDS.run_id, ISLANDS.island)
+NEWEST = sa.select(sa.func.max(operations.number)).where(operations.run_id == runs_table.c.run_id)
+RUN = "run/"
+OWNER = sa.select(owners_table.c.project).where(
+    owners_table.c.resource == sa.literal(RUN) + runs_table.c.run_id
+)
+UNSAVED = sa.select(sa.func.sum(sa.func.length(operations.body))).where(
+    operations.run_id == runs_table.c.run_id, operations.number > runs_table.c.snapshot
+)
+RECORD = sa.select(
+    runs_table,
+    NEWEST.scalar_subquery().label("newest"),
+    UNSAVED.scalar_subquery().label("unsaved_bytes"),
+    OWNER.scalar_subquery().label("project"),
+)
+DESCRIBE = (
+    runs_table.update()
+    .where(runs_table.c.run_id == sa.bindparam("of_run"))
+    .values(description=sa.bindparam("description"))
+)
+
+
+def forget_up_to(run_id: str, number: int) -> list[sa.Executable]:
+    """Deletes what a snapshot holds, but for what tells order and resends of open sessions.
+
+    That is the last executed operation of each kind and session, and whatever lost a gradient. What
+    was refused before the last step in its session goes with it: neither its place nor its cursor
+    is the last, and no batch lacks it.
+    """
+    held = sa.and_(operations.run_id == run_id, operations.number <= number)
+    newest = (
+        sa.select(sa.func.max(operations.number))
+        .where(held)
+        .group_by(operations.session_id, operations.kind)
+    )
+    needed = sa.or_(operations.lost_gradient, operations.number.in_(newest))
+    last = (
+        sa.select(
+            operations.session_id,
+            sa.func.max(operations.seq).label("seq"),
+            sa.func.max(operations.cursor).label("cursor"),
+        )
+        .where(
+            operations.run_id == run_id,
+            operations.number.in_(newest),
+            operations.kind.in_(("optim_step", "load_checkpoint")),
+        )
+        .group_by(operations.session_id)
+        .subquery()
+    )
+    passed = sa.exists().where(
+        last.c.session_id == operations.session_id,
+        last.c.seq > operations.seq,
+        last.c.cursor > operations.cursor,
+    )
+    return [
+        operations_table.delete().where(held, sa.not_(IS_OPEN)),
+        operations_table.delete().where(held, IS_ACKNOWLEDGED, sa.not_(needed)),
+        operations_table.delete().where(operations.run_id == run_id, IS_PASSED, passed),
+        operations_table.update().where(held, operations.body.is_not(None)).values(body=None),
+    ]

@@ -18,12 +18,12 @@ from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import App
 from weaver.server.http.gateway import Gateway
+from weaver.server.journal import Journal
 from weaver.server.keys import Keys
 from weaver.server.limits import SERVED, Limits
 from weaver.server.serve import Running, run_server
 from weaver.server.service import LocalService
 from weaver.server.settings import ServerSettings
-from weaver.server.sql_store import SqlStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -67,7 +67,7 @@ async def running(
 ) -> AsyncIterator[Server]:
     database = open_database(home, url)
     keys = Keys(database)
-    store = SqlStore(database)
+    store = Journal(database)
     async with LocalService(
         engine or FakeEngine(), home=home, store=store, limits=limits
     ) as service:

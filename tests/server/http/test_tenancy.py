@@ -30,9 +30,9 @@ from weaver.protocol import (
 )
 from weaver.server.database import open_database
 from weaver.server.http import gateway
+from weaver.server.journal import Journal
 from weaver.server.keys import Keys
-from weaver.server.sql_store import SqlStore
-from weaver.server.store import SessionRecord
+from weaver.server.records import SessionRecord
 from weaver.server.tenancy import Caller as Rights
 from weaver.types import MetricPoint, SamplingParams
 
@@ -259,7 +259,7 @@ async def test_what_was_refused_is_refused_after_a_restart(home: Path) -> None:
     async with running(home, auth=True) as first, login(first, "alice") as alice:
         hers = await Tenant.settle(alice)
     database = open_database(home)
-    store, bob = SqlStore(database), Rights("bob")
+    store, bob = Journal(database), Rights("bob")
     await store.open_session(SessionRecord("s", bob))
     foreign = (
         Submission(id="1", operation=STEP, run_id=hers.run, seq=1),

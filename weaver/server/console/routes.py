@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Scope
 
-    from weaver.server.store import Answer
+    from weaver.server.records import Answer
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""

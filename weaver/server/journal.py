@@ -1,0 +1,342 @@
+"""`Journal`: where a service writes down what must outlive a crash.
+
+`LocalService` journals a request before it acknowledges it and an outcome before it shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import sqlalchemy as sa
+from anyio import to_thread
+
+from weaver import wire
+from weaver.errors import StorageError, WeaverError
+from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
+from weaver.server import tables as sql
+from weaver.server.database import ONCE, Writer, in_memory
+from weaver.server.records import (
+    Answer,
+    Entry,
+    Executed,
+    Passed,
+    RunRecord,
+    SessionRecord,
+    metric_row,
+    point_of,
+    submission_row,
+)
+from weaver.server.tables import (
+    answers_table,
+    metrics_table,
+    operations,
+    operations_table,
+    owners_table,
+    requests_table,
+    runs_table,
+    sessions_table,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver.protocol import Operation, Submission
+    from weaver.server.database import Rows, Statements
+    from weaver.server.records import Settled
+    from weaver.types import MetricPoint, ModelInfo, TrainingRun
+
+logger = logging.getLogger(__name__)
+Keeps = Literal["nothing", "runs", "everything"]
+ACKNOWLEDGED = 64
+"""So many outcomes that their clients have are forgotten together."""
+RESEND_S = 86_400.0
+"""So long a request that was carried out is known by its key."""
+
+
+class Journal:
+    """On a database that `open_database` opened, and that whoever opened it disposes of.
+
+    With `keeps="runs"` it is that of an engine in a user's own process, whose client dies with it:
+    a run is written down whenever an optimizer step (or a load) ends, with the gradients that went
+    into it, in one commit. So nothing is written for samples or unfinished batches, and a run comes
+    back in another process as it stood after its last step.
+
+    Raises:
+        StorageError: from any method that asks the database, if it failed.
+        ServiceConnectionError: likewise, while it is out of reach.
+
+    Args:
+        database: without one, the journal is in memory, and keeps nothing.
+        keeps: what outlives this process; of `everything`, clients do, so that their sessions must.
+    """
+
+    def __init__(self, database: sa.Engine | None = None, *, keeps: Keeps = "everything") -> None:
+        self.keeps: Keeps = keeps if database else "nothing"
+        self.writer = Writer(database or in_memory())
+        self._acknowledged: Rows = []
+        self._last: dict[str, dict[str, Any]] = {}
+        """Of each session the last that was acknowledged, which keeps the session's cursor."""
+        self._submissions: dict[tuple[str, str], Submission] = {}
+        """Where only runs are kept: what changes them and is pending, by its session and id."""
+        self._batches: defaultdict[str, list[tuple[Submission, Settled]]] = defaultdict(list)
+        """Likewise, by run: what was carried out since its last step."""
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    async def open_session(self, session: SessionRecord) -> None:
+        if self.keeps == "everything":
+            await self.writer.change(sessions_table.insert().values(session.row()))
+
+    async def close_session(self, session_id: str) -> None:
+        """Forgets it, but for what is pending and what its runs still need."""
+        if self.keeps == "everything":
+            unneeded = operations_table.delete().where(
+                operations.session_id == session_id,
+                operations.cursor.is_not(None),
+                sa.or_(operations.number.is_(None), operations.body.is_(None)),
+            )
+            closed = sessions_table.update().where(sessions_table.c.session_id == session_id)
+            await self.writer.change(closed.values(closed=True), unneeded, sql.FORGET)
+
+    async def sessions(self) -> Sequence[SessionRecord]:
+        """The open ones, and those with pending work."""
+        return [SessionRecord.of(row) for row in await self.writer.read(sa.select(sessions_table))]
+
+    # --- operations -----------------------------------------------------------------------------
+
+    async def append(self, session_id: str, submissions: Sequence[Submission]) -> None:
+        """Writes all of them down, or none. Their ids are new to the session."""
+        if self.keeps == "runs":
+            mine = {(session_id, one.id): one for one in submissions if _changes(one.operation)}
+            self._submissions |= mine
+        elif self.keeps == "everything":
+            await self.writer.write(
+                lambda: [
+                    (
+                        operations_table.insert(),
+                        [submission_row(session_id, s) for s in submissions],
+                    )
+                ],
+                size_bytes=wire.about_bytes(submissions),
+            )
+
+    async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
+        """Writes down what became of submissions, once each, and of their runs: all or nothing."""
+        if self.keeps == "runs":
+            await self._settle_steps(settled, runs)
+        elif self.keeps == "everything":
+            await self.writer.write(
+                lambda: [
+                    (sql.SETTLE, [one.row() for one in settled]),
+                    _described(runs),
+                    *self._forgotten(),
+                    (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
+                ],
+                size_bytes=sum(wire.about_bytes(one.outcome) for one in settled),
+            )
+
+    async def _settle_steps(self, settled: Sequence[Settled], runs: Sequence[TrainingRun]) -> None:
+        ended: list[str] = []
+        for one in settled:
+            submission = self._submissions.pop((one.session_id, one.outcome.submission_id), None)
+            if submission is None or submission.run_id is None or one.number is None:
+                continue
+            self._batches[submission.run_id].append((submission, one))
+            if not isinstance(submission.operation, ForwardBackward):
+                ended.append(submission.run_id)
+        if not ended:
+            return
+        written = [pair for run_id in ended for pair in self._batches[run_id]]
+
+        def make() -> Statements:
+            rows = [
+                submission_row(one.session_id, submission)
+                | {"cursor": one.outcome.cursor, "number": one.number, "error": one.error}
+                for submission, one in written
+            ]
+            return [(operations_table.insert(), rows), _described(runs)]
+
+        try:
+            await self.writer.write(make)
+        except WeaverError:
+            for run_id in ended:  # that step did not happen, its gradients did; it may come again
+                submission, one = self._batches[run_id].pop()
+                self._submissions[one.session_id, submission.id] = submission
+            raise
+        for run_id in ended:
+            del self._batches[run_id]
+
+    def acknowledge(self, session_id: str, submission_ids: Sequence[str]) -> None:
+        """Their clients have these outcomes, which may be forgotten with the next write."""
+        if self.keeps == "everything":
+            self._acknowledged += [
+                {"of_session": session_id, "of_submission": one} for one in submission_ids
+            ]
+
+    def _forgotten(self) -> Statements:
+        """Takes what was acknowledged, once it is enough."""
+        if len(self._acknowledged) < ACKNOWLEDGED:
+            return []
+        seen, self._acknowledged = self._acknowledged, []
+        before, last = self._last, {one["of_session"]: one for one in seen}
+        unneeded = [one for one in seen if one is not last[one["of_session"]]]
+        unneeded += [before[session_id] for session_id in last if session_id in before]
+        self._last = before | last
+        return [(sql.ACKNOWLEDGE, seen), (sql.FORGET_REPEATABLE, unneeded)]
+
+    async def entries(self) -> Sequence[Entry]:
+        """What is pending, and what open sessions still need, in the order of `append`.
+
+        A sample whose client has its outcome is forgotten, and so is what a snapshot holds, but for
+        the last of each kind. What `passed` tells of is left out.
+        """
+        return [Entry.of(row) for row in await self.writer.read(sql.ENTRIES)]
+
+    async def passed(self) -> Sequence[Passed]:
+        """What open sessions' runs pass over, without having lost a gradient."""
+        return [Passed(**row._mapping) for row in await self.writer.read(sql.PASSED)]
+
+    # --- runs -----------------------------------------------------------------------------------
+
+    async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
+        """Writes down a run at its beginning."""
+        resource = sql.RUN + run.run_id
+        await self.writer.change(
+            runs_table.delete().where(runs_table.c.run_id == run.run_id),
+            owners_table.delete().where(owners_table.c.resource == resource),
+            runs_table.insert().values(
+                run_id=run.run_id,
+                description=wire.encode(run),
+                model=wire.encode(model),
+                seed=seed,
+                snapshot=0,
+            ),
+            owners_table.insert().values(resource=resource, project=run.project),
+        )
+
+    async def delete_run(self, run_id: str) -> None:
+        """Forgets a run, its metrics and what it has carried out; not outcomes still to be told."""
+        mine = operations.run_id == run_id
+        settled = sa.and_(mine, operations.cursor.is_not(None))
+        await self.writer.change(
+            *(
+                table.delete().where(table.c.run_id == run_id)
+                for table in (runs_table, metrics_table, answers_table)
+            ),
+            operations_table.delete().where(mine, sa.not_(sql.IS_OPEN)),
+            operations_table.update().where(settled).values(body=None),
+        )
+
+    async def runs(self) -> Sequence[RunRecord]:
+        """In the order in which they were put."""
+        records = []
+        for row in await self.writer.read(sql.RECORD.order_by(runs_table.c.position)):
+            try:
+                records.append(RunRecord.of(row))
+            except StorageError as error:
+                logger.error("left out: %s", error)
+        return records
+
+    async def run(self, run_id: str) -> RunRecord | None:
+        rows = await self.writer.read(sql.RECORD.where(runs_table.c.run_id == run_id))
+        return next(map(RunRecord.of, rows), None)
+
+    async def owners(self) -> Mapping[str, str]:
+        """The project of each run, of deleted ones too: their checkpoints may remain."""
+        rows = await self.writer.read(sa.select(owners_table))
+        return {row.resource.removeprefix(sql.RUN): row.project for row in rows}
+
+    async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
+        """What a run has carried out since its snapshot, in that order.
+
+        Raises:
+            StorageError: an entry is damaged.
+        """
+        query = sa.select(operations.run_id, operations.number, operations.body, operations.error)
+        mine = query.where(operations.run_id == run_id, operations.number > after)
+        rows = await self.writer.read(mine.order_by(operations.number))
+        written = await to_thread.run_sync(lambda: [Executed.of(row) for row in rows])
+        unwritten = [
+            Executed(number=one.number, operation=submission.operation, error=one.error)
+            for submission, one in self._batches.get(run_id, [])
+            if submission.operation is not None and one.number is not None
+        ]
+        return [*written, *unwritten]
+
+    async def put_snapshot(self, run_id: str, number: int) -> None:
+        """A snapshot holds all up to `number`, which is not needed any more.
+
+        Outlives a loss of power when it returns: former snapshots may then be deleted.
+        """
+        snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
+        await self.writer.change(snapshot, *sql.forget_up_to(run_id, number), flush=True)
+
+    # --- curves ---------------------------------------------------------------------------------
+
+    async def answers(self, run_id: str) -> Sequence[Answer]:
+        """Those of what was settled, in that order; none where clients do not outlive them."""
+        fields = (column for name, column in answers_table.c.items() if name != "position")
+        query = sa.select(*fields).where(answers_table.c.run_id == run_id)
+        rows = await self.writer.read(query.order_by(answers_table.c.position))
+        return [Answer(**row._mapping) for row in rows]
+
+    async def add_metrics(
+        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+    ) -> None:
+        """Keeps the request with them; nothing, if it is known."""
+        if not points or (key is not None and await self.knows_request(key)):
+            return
+        rows = [metric_row(run_id, point) for point in points]
+        kept = [] if key is None else _kept(key)
+        await self.writer.write(lambda: [(metrics_table.insert(), rows), *kept])
+
+    async def metric_counts(self, run_id: str) -> Mapping[str, int]:
+        """How many there are of each name."""
+        name, mine = metrics_table.c.name, metrics_table.c.run_id == run_id
+        query = sa.select(name, sa.func.count().label("points")).where(mine).group_by(name)
+        return {row.name: row.points for row in await self.writer.read(query)}
+
+    async def metrics(
+        self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
+    ) -> Sequence[MetricPoint]:
+        """In the order in which they were added."""
+        query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)
+        if name is not None:
+            query = query.where(metrics_table.c.name == name)
+        part = query.order_by(metrics_table.c.position).offset(offset).limit(limit)
+        rows = await self.writer.read(part)
+        return await to_thread.run_sync(lambda: [point_of(row) for row in rows])
+
+    # --- requests -------------------------------------------------------------------------------
+
+    async def knows_request(self, key: str) -> bool:
+        """Whether it was kept within the last day, by any process."""
+        return bool(
+            await self.writer.read(sa.select(requests_table).where(requests_table.c.key == key))
+        )
+
+    async def keep_request(self, key: str) -> None:
+        await self.writer.write(lambda: _kept(key))
+
+    async def drop_request(self, key: str) -> None:
+        await self.writer.change(requests_table.delete().where(requests_table.c.key == key))
+
+
+def _kept(key: str) -> Statements:
+    now = time.time()
+    old = requests_table.delete().where(requests_table.c.at < now - RESEND_S)
+    return [(old, ONCE), (requests_table.insert(), [{"key": key, "at": now}])]
+
+
+def _described(runs: Sequence[TrainingRun]) -> tuple[sa.Executable, Rows]:
+    return sql.DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
+
+
+def _changes(operation: Operation | None) -> bool:
+    """Whether it changes a run, so that it has to be replayed."""
+    gradient = isinstance(operation, ForwardBackward) and operation.backward
+    return gradient or isinstance(operation, (OptimStep, LoadCheckpoint))
