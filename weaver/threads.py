@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -102,54 +101,20 @@ class Call(Generic[T]):
         return self._outcome.result()
 
 
-class DaemonThread:
-    """One thread that runs calls in their order, and that nothing joins.
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """What a user's code returns or raises; where the caller is cancelled, what has begun goes on.
 
-    anyio's own worker threads are joined when the interpreter ends, however long that takes. The
-    thread begins with the first call, and ends behind `stop`.
+    It runs in a thread of its own, which nothing joins, so that one that hangs holds up no
+    shutdown: the end of the interpreter waits for anyio's own worker threads, however long.
     """
+    call = Call(work)
 
-    def __init__(self, name: str, *, patience_s: float = math.inf) -> None:
-        self._name = name
-        self._patience_s = patience_s
-        self._calls: SimpleQueue[Callable[[], None] | None] | None = None
+    def run() -> None:
+        if call.run(patience_s=USER_CODE_S):
+            call_soon(call.loop, call.tell)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises; where the caller is cancelled, what has begun goes on."""
-        call = Call(work)
-
-        def run() -> None:
-            if call.run(patience_s=self._patience_s):
-                call_soon(call.loop, call.tell)
-
-        if self._calls is None:
-            self._calls = SimpleQueue()
-            threading.Thread(
-                target=_work_off, args=(self._calls,), name=self._name, daemon=True
-            ).start()
-        self._calls.put(run)
-        return await call.wait()
-
-    def stop(self) -> None:
-        """Lets the thread end behind the calls that it was given."""
-        if self._calls is not None:
-            self._calls.put(None)
-            self._calls = None
-
-
-async def in_daemon_thread(call: Callable[[], T]) -> T:
-    """Runs a user's code in a thread of its own: one that hangs holds up no shutdown."""
-    thread = DaemonThread("weaver-user-code", patience_s=USER_CODE_S)
-    try:
-        return await thread.run(call)
-    finally:
-        thread.stop()
-
-
-def _work_off(calls: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (work := calls.get()) is not None:
-        work()
-        del work
+    threading.Thread(target=run, name="weaver-user-code", daemon=True).start()
+    return await call.wait()
 
 
 @atexit.register

@@ -112,9 +112,8 @@ def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT
     if not limits.trusted:
         check_json(header)
         if raw_size > max(RATIO_FREE_BYTES, RATIO * len(frame)):
-            raise TooLargeError(
+            raise _too_large(
                 f"its arrays have {raw_size} bytes in {len(frame)}, the limit is {RATIO} in one.",
-                field="message",
                 hint="Send what weaver.wire encodes.",
             )
     try:
@@ -136,9 +135,8 @@ def check_json(data: bytes, *, share: int = 1) -> None:
     for mark, most in JSON_MARKS.items():
         limit = most // share
         if (count := data.count(mark.encode())) > limit:
-            raise TooLargeError(
+            raise _too_large(
                 f"its JSON has {count} times {mark!r}, the limit is {limit}.",
-                field="message",
                 hint="Send less at once, or arrays in place of lists.",
             )
 
@@ -295,11 +293,7 @@ def _lengths(data: bytes, limits: WireLimits) -> tuple[int, int]:
         ("message", len(data), limits.message_bytes),
     ):
         if size > limit:
-            raise TooLargeError(
-                f"its {what} have {size} bytes, the limit is {limit}.",
-                field="message",
-                hint="Send less at once.",
-            )
+            raise _too_large(f"its {what} have {size} bytes, the limit is {limit}.")
     if PREFIX_BYTES + header_size > len(data):
         raise malformed("it ends inside its header")
     return header_size, raw_size
@@ -368,9 +362,7 @@ class _ArrayReader:
             return array.tobytes()
         self._list_numbers -= len(array)
         if self._list_numbers < 0:
-            raise TooLargeError(
-                "its lists have too many numbers.", field="message", hint="Send less at once."
-            )
+            raise _too_large("its lists have too many numbers.")
         return Numbers(array)
 
 
@@ -393,3 +385,7 @@ def malformed(why: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"is not a Weaver message: {why}.", field="message", hint="Send what weaver.wire encodes."
     )
+
+
+def _too_large(what: str, *, hint: str = "Send less at once.") -> TooLargeError:
+    return TooLargeError(what, field="message", hint=hint)

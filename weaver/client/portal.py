@@ -30,12 +30,16 @@ C = TypeVar("C")
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-class Handle(Generic[T]):
-    """The result to come of an operation that was queued with `wait=False`."""
+class Twin(Generic[A]):
+    """What is sync: its async twin `A`, and the portal to the event loop in which that lives."""
 
-    def __init__(self, inner: OperationHandle[T], portal: Portal) -> None:
+    def __init__(self, inner: A, portal: Portal) -> None:
         self._inner = inner
         self._portal = portal
+
+
+class Handle(Twin[OperationHandle[T]]):
+    """The result to come of an operation that was queued with `wait=False`."""
 
     def result(self, timeout: float | None = None) -> T:
         """Blocks until the result is there; `timeout` is in seconds, None waits for good.
@@ -119,14 +123,6 @@ class Portal:
     def _check_open(self) -> None:
         if not self._collected.alive:
             raise ClosedError("the client was closed.", hint="Make a new ServiceClient.")
-
-
-class Twin(Generic[A]):
-    """A sync client: its async twin `A`, and the portal to the event loop in which that lives."""
-
-    def __init__(self, inner: A, portal: Portal) -> None:
-        self._inner = inner
-        self._portal = portal
 
 
 def blocking(
