@@ -6,8 +6,9 @@ Bodies and answers that carry arrays are messages of `weaver.wire`; all else is 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -22,9 +23,6 @@ from weaver.errors import TooLargeError
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
 PREFIX = "/v1"
 MOST_POINTS = 10_000
@@ -170,8 +168,8 @@ async def open_session(
 
 
 @router.get("/sessions")
-async def list_sessions(service: ServiceDep) -> list[protocol.SessionState]:
-    return list(await service.list_sessions())
+async def list_sessions(service: ServiceDep) -> Sequence[protocol.SessionState]:
+    return await service.list_sessions()
 
 
 @router.delete("/sessions/{session_id}", status_code=204)
@@ -202,8 +200,8 @@ async def stream(
 
 
 @router.get("/models")
-async def list_models(service: ServiceDep) -> list[types.ModelInfo]:
-    return list(await service.list_models())
+async def list_models(service: ServiceDep) -> Sequence[types.ModelInfo]:
+    return await service.list_models()
 
 
 @router.get("/models/info")
@@ -221,8 +219,8 @@ async def tokenizer_files(name: Name, service: ServiceDep) -> Response:
 
 
 @router.get("/runs")
-async def list_runs(service: ServiceDep) -> list[types.TrainingRun]:
-    return list(await service.list_runs())
+async def list_runs(service: ServiceDep) -> Sequence[types.TrainingRun]:
+    return await service.list_runs()
 
 
 @router.get("/runs/{run_id}")
@@ -257,19 +255,19 @@ async def read_metrics(
     name: str | None = None,
     offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
     limit: Annotated[int, Query(ge=1, le=MOST_POINTS)] = MOST_POINTS,
-) -> list[types.MetricPoint]:
+) -> Sequence[types.MetricPoint]:
     """Where there are more, a header says where they begin."""
     points = await service.read_metrics(run_id, name=name, offset=offset, limit=limit + 1)
     if len(points) > limit:
         response.headers[protocol.NEXT_OFFSET] = str(offset + limit)
-    return list(points[:limit])
+    return points[:limit]
 
 
 @router.get("/checkpoints")
 async def list_checkpoints(
     service: ServiceDep, run_id: str | None = None
-) -> list[types.CheckpointInfo]:
-    return list(await service.list_checkpoints(run_id))
+) -> Sequence[types.CheckpointInfo]:
+    return await service.list_checkpoints(run_id)
 
 
 @router.get("/checkpoints/info")

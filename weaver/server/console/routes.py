@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -25,7 +25,6 @@ from weaver.types import MetricPoint, Value
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from starlette.responses import Response
     from starlette.types import Scope
 
     from weaver.server.records import Answer

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -30,7 +30,6 @@ from weaver.server.http.telemetry import request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
     from opentelemetry.trace import Span
     from starlette.types import Message, Receive, Scope, Send

@@ -6,7 +6,6 @@ the global one of an application in the same process. Spans have ids, never data
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError, MissingDependencyError
@@ -14,9 +13,9 @@ from weaver.errors import ConfigError, MissingDependencyError
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from opentelemetry.trace import SpanKind, Status, StatusCode
+    from opentelemetry.trace import Span, SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
     raise MissingDependencyError(
@@ -24,10 +23,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from opentelemetry.sdk.trace import SpanProcessor
-    from opentelemetry.trace import Span
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from weaver.protocol import Outcome
     from weaver.server.sessions import Ticket
@@ -55,20 +52,18 @@ class Tracing:
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("weaver.server")
 
-    @contextmanager
     def request(
         self, headers: Mapping[str, str], *, method: str, request_id: str
-    ) -> Iterator[Span]:
+    ) -> AbstractContextManager[Span]:
         """The span of a request, below its caller's if that sent a `traceparent`."""
-        with self._tracer.start_as_current_span(
+        return self._tracer.start_as_current_span(
             method,
             context=TraceContextTextMapPropagator().extract(dict(headers)),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method, "weaver.request_id": request_id},
             record_exception=False,  # its text may hold data
             set_status_on_exception=False,
-        ) as span:
-            yield span
+        )
 
     def operation(self, ticket: Ticket, outcome: Outcome) -> None:
         """The span of an operation that has ended, from its submission on."""

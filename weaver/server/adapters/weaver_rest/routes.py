@@ -179,11 +179,7 @@ async def resend_key(request: Request) -> str | None:
 async def answered(caller: CallerSession, entry: Entry, *, hold_s: float = HOLD_S) -> Response:
     """The operation's envelope, with its outcome if that comes within `hold_s`."""
     await caller.wait(entry, hold_s)
-
-    def told() -> Response:
-        return answers.JsonResponse(answers.operation_json(entry))
-
-    return await to_thread.run_sync(told)
+    return await to_thread.run_sync(lambda: answers.JsonResponse(answers.operation_json(entry)))
 
 
 # --- sampling -----------------------------------------------------------------------------------
