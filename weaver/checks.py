@@ -104,7 +104,7 @@ def check_datums(
             raise errors.InvalidDatumError(
                 f"is a {type(datum).__name__}.", field=f"datums[{i}]", hint="Pass types.Datum."
             )
-        _check_datum(datum, f"datums[{i}]", loss)
+        _check_datum(datum, f"datums[{i}].loss_fn_inputs", loss)
         check_tokens(datum.model_input.to_ints(), model, field=f"datums[{i}].model_input")
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
         check_tokens(targets, model, field=f"datums[{i}].loss_fn_inputs['target_tokens']")
@@ -164,28 +164,26 @@ def check_length(length: int, context: int, *, field: str, max_new_tokens: int =
         )
 
 
-def _check_datum(datum: Datum, where: str, loss: type[Loss]) -> None:
+def _check_datum(datum: Datum, field: str, loss: type[Loss]) -> None:
     inputs = datum.loss_fn_inputs
     needed = ("target_tokens", *loss.inputs)
     missing = [name for name in needed if name not in inputs]
     if missing:
         raise errors.InvalidDatumError(
-            f"{loss.name} needs {missing[0]!r}.",
-            field=f"{where}.loss_fn_inputs",
-            hint=f"It takes {', '.join(needed)}.",
+            f"{loss.name} needs {missing[0]!r}.", field=field, hint=f"It takes {', '.join(needed)}."
         )
     known = dict.fromkeys((*needed, *loss.weights))
     for name, data in inputs.items():
         if name not in known:
             raise errors.InvalidDatumError(
                 f"{loss.name} takes no input {name!r}.",
-                field=f"{where}.loss_fn_inputs",
+                field=field,
                 hint=errors.nearest(name, known),
             )
         if data.shape != (datum.model_input.length,):
             raise errors.InvalidDatumError(
                 f"has shape {list(data.shape)}, model_input has {datum.model_input.length} tokens.",
-                field=f"{where}.loss_fn_inputs[{name!r}]",
+                field=f"{field}[{name!r}]",
                 hint="Give one value per token of model_input.",
             )
         array = data.to_numpy()
@@ -193,13 +191,13 @@ def _check_datum(datum: Datum, where: str, loss: type[Loss]) -> None:
             at = int(np.flatnonzero(~np.isfinite(array))[0])
             raise errors.InvalidDatumError(
                 f"is {array[at]} at position {at}.",
-                field=f"{where}.loss_fn_inputs[{name!r}]",
+                field=f"{field}[{name!r}]",
                 hint="Values must be finite.",
             )
     if len(given := [name for name in loss.weights if name in inputs]) > 1:
         raise errors.InvalidDatumError(
             f"{' and '.join(given)} are two names of one input.",
-            field=f"{where}.loss_fn_inputs",
+            field=field,
             hint="Give one of them.",
         )
 

@@ -221,6 +221,5 @@ def requiring(what: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingDependencyError(
-            f"{what} needs {error.name}.",
-            hint=f'Run: pip install "weaver-post-training[{extra}]"',
+            f"{what} needs {error.name}.", hint=f'Run: pip install "weaver-post-training[{extra}]"'
         ) from error

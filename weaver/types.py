@@ -112,9 +112,6 @@ class ModelInput(Value):
         return sum(chunk.length for chunk in self.chunks)
 
 
-INTEGER_INPUTS = frozenset({"target_tokens"})
-
-
 def _as_input(value: object) -> object:
     """Tokens, too, are taken for a `ModelInput`."""
     if isinstance(value, Mapping):  # a ModelInput is one, too
@@ -132,7 +129,7 @@ def _as_arrays(value: object) -> object:
     return {
         name: TensorData(
             data,
-            dtype="int64" if name in INTEGER_INPUTS else "float32",
+            dtype="int64" if name == "target_tokens" else "float32",
             field=f"loss_fn_inputs[{name!r}]",
         )
         for name, data in value.items()

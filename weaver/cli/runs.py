@@ -141,8 +141,7 @@ def delete_checkpoint(path: Path, yes: Yes = False) -> None:
 
 @checkpoints.command()
 def ttl(
-    path: Path,
-    seconds: Annotated[str, typer.Argument(help="From now; `none` keeps it for good.")],
+    path: Path, seconds: Annotated[str, typer.Argument(help="From now; `none` keeps it for good.")]
 ) -> None:
     """Let a checkpoint expire."""
     if seconds != "none" and not (seconds.isdecimal() and int(seconds) > 0):

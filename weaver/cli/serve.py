@@ -73,9 +73,7 @@ def parse_config(file: Path) -> dict[str, Any]:
             values[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise ConfigError(
-                f"{file}: {key} is {value!r}.",
-                field="config",
-                hint=f"{error.errors()[0]['msg']}.",
+                f"{file}: {key} is {value!r}.", field="config", hint=f"{error.errors()[0]['msg']}."
             ) from None
     return values
 
