@@ -16,7 +16,7 @@ T rows of a batch, H hidden, V vocabulary, C rows of a chunk, N rows of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from weaver.engine.torch.linear import FrozenLinear
 from weaver.engine.torch.models import Head, LoadedModel
 from weaver.engine.torch.packing import PackedBatch
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Log-probabilities and entropies, float32 [N] each, in nats."""
 CHUNK_ELEMENTS = 2**23
 """C·V of a chunk: 32 MiB in float32."""
 KEPT_ELEMENTS = 2**21
@@ -89,7 +91,7 @@ def target_scores(
     sequence = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
     general = trained[sequence] | entropy_gradient
     active = queries.active.cpu() & torch.is_grad_enabled()
-    pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pieces: list[Pair] = []
     order: list[torch.Tensor] = []
     for with_gradient, in_general in ((a, b) for a in (True, False) for b in (True, False)):
         rows = torch.nonzero((active == with_gradient) & (general == in_general)).squeeze(1)
@@ -105,7 +107,7 @@ def target_scores(
             else:
                 assert isinstance(head.linear, FrozenLinear)
                 pieces.append(_frozen(h, head, asked, entropy))
-    logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
+    logprobs, entropies = _joined(pieces)
     if len(order) > 1:
         back = torch.argsort(torch.cat(order)).to(hidden.device)
         logprobs, entropies = logprobs[back], entropies[back]
@@ -122,26 +124,29 @@ def _general(
     queries: Queries,
     *,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """For a trained head: chunks, each computed again in the backward pass instead of kept.
 
     What fits `KEPT_ELEMENTS` is kept after all: there the time counts, not the memory. `sequence`
     int64 [N] says of which sequence of the batch each row is.
     """
 
-    def score(h: torch.Tensor, of: torch.Tensor, asked: Queries) -> tuple[torch.Tensor, ...]:
+    def score(h: torch.Tensor, of: torch.Tensor, asked: Queries) -> Pair:
         lengths = torch.bincount(of, minlength=len(batch.lengths)).tolist()
         with model.routing.of(lengths, batch.adapters):
             logits = model.head.logits(h)
         return scored(logits, asked.targets, asked.divisor, entropy)
 
     if len(hidden) * model.info.vocab_size <= KEPT_ELEMENTS:
-        logprobs, entropies = score(hidden, sequence, queries)
-        return logprobs, entropies
-    pieces: list[tuple[torch.Tensor, ...]] = []
+        return score(hidden, sequence, queries)
+    pieces: list[Pair] = []
     for rows in _chunks(len(hidden), model.info.vocab_size):
         some = hidden[rows], sequence[rows], queries.take(rows)
         pieces.append(checkpoint(score, *some, use_reentrant=False, preserve_rng_state=False))
+    return _joined(pieces)
+
+
+def _joined(pieces: Sequence[Pair]) -> Pair:
     logprobs, entropies = (torch.cat(values) for values in zip(*pieces, strict=True))
     return logprobs, entropies
 
@@ -156,7 +161,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: Head, queries: Queries, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         linear = head.linear
         assert isinstance(linear, FrozenLinear)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -186,7 +191,7 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None
 
 
-_frozen: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _FrozenHead.apply
+_frozen: Callable[..., Pair] = _FrozenHead.apply
 
 
 def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
@@ -202,7 +207,7 @@ def token_scores(
     *,
     entropy: bool = False,
     policy: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """Log-probabilities of `targets` [N], and entropies, in nats: float32 [N] each; no gradient.
 
     Args:
@@ -239,7 +244,7 @@ class _Scored(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: torch.Tensor | None,
         entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         logprobs, entropies = token_scores(logits, targets, temperature, entropy=entropy)
         ctx.save_for_backward(logits, targets, temperature, entropies)
         ctx.set_materialize_grads(False)
@@ -269,7 +274,7 @@ class _Scored(torch.autograd.Function):
         return gradient, None, None, None
 
 
-scored: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _Scored.apply
+scored: Callable[..., Pair] = _Scored.apply
 """Of (logits, targets, temperature, entropy), as in `token_scores`."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,25 +114,17 @@ def plan_passes(
     >>> plan_passes([[3, 1], [2]], budget=4, merge=True)
     [(Share(job=0, datums=(1, 0)),), (Share(job=1, datums=(0,)),)]
     """
-    passes: list[tuple[Share, ...]] = []
-    shares: list[Share] = []
-    room = budget
+    riding: list[tuple[int, int]] = []
+    passes, room = [riding], budget
     for job, sizes in enumerate(lengths):
-        riding: list[int] = []
         for datum in sorted(range(len(sizes)), key=lambda i: sizes[i]):
-            if sizes[datum] > room and (riding or shares):
-                if riding:
-                    shares.append(Share(job, tuple(riding)))
-                passes.append(tuple(shares))
-                shares, riding, room = [], [], budget
-            riding.append(datum)
+            if riding and (sizes[datum] > room or not (merge or riding[-1][0] == job)):
+                riding, room = [], budget
+                passes.append(riding)
+            riding.append((job, datum))
             room -= sizes[datum]
-        if riding:
-            shares.append(Share(job, tuple(riding)))
-        if not merge and shares:
-            passes.append(tuple(shares))
-            shares, room = [], budget
-    return [*passes, tuple(shares)] if shares else passes
+    shares = [groupby(each, key=itemgetter(0)) for each in passes if each]
+    return [tuple(Share(job, tuple(d for _, d in of)) for job, of in each) for each in shares]
 
 
 def _attention(
