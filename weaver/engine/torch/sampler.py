@@ -179,32 +179,27 @@ class TorchSampler:
             job.score(scores.tolist())
 
     def _begin(self) -> None:
-        """Draws the first tokens of samples that have a place, and gives them a row."""
-        ready: dict[LoadedModel, list[Row]] = {}
+        """Draws the first tokens of samples that have a place; those that go on get a row each."""
+        ready: dict[LoadedModel, list[tuple[Row, torch.Tensor]]] = {}
         for job in self._jobs.values():
             count = min(job.pending, job.places - job.running)
             if self._deterministic and job.running:
                 continue  # the next wave follows the last row of this one
             if count and job.logits is not None and job.error is None:
-                ready.setdefault(job.weights.model, []).extend(job.begin(count))
-        for model, rows in ready.items():
+                begun = ready.setdefault(job.weights.model, [])
+                begun += [(row, job.logits) for row in job.begin(count)]
+        for model, begun in ready.items():
             self._store.use_threads(model)
-            logits = torch.cat([_logits(row.job) for row in rows])
-            _draw(rows, logits, _row_params(rows, model))
+            rows = [row for row, _ in begun]
+            _draw(rows, torch.cat([logits for _, logits in begun]), _row_params(rows, model))
             for job in dict.fromkeys(row.job for row in rows):
-                self._keep(job, [row for row in rows if row.job is job and not row.draft.ended])
+                going = [row for row in rows if row.job is job and not row.draft.ended]
+                if going and job.error is None and job.cache is not None:
+                    key = job if self._deterministic else model
+                    self._groups.setdefault(key, _Group(model)).add(going, job.cache)
                 self._admission.settle(job)
                 if not job.pending:
                     job.cache = job.logits = None
-
-    def _keep(self, job: RunningJob, rows: Sequence[Row]) -> None:
-        """Gives rows that go on a copy of their prompt's cache."""
-        if job.error is not None or not rows:
-            return
-        assert job.cache is not None
-        model = job.weights.model
-        key = job if self._deterministic else model
-        self._groups.setdefault(key, _Group(model)).add(rows, job.cache)
 
     def _decode(self) -> None:
         """Adds one token to each row of the group whose turn it is."""
@@ -294,13 +289,7 @@ def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
         uniforms=draw_uniforms(keys, positions).to(logits.device),
         seen=torch.stack(seen) if seen else None,
     )
-    drawn = zip(
-        rows,
-        draws.tokens.tolist(),
-        draws.logprobs.tolist(),
-        draws.sampling_logprobs.tolist(),
-        strict=True,
-    )
+    drawn = zip(rows, *(column.tolist() for column in draws), strict=True)
     for row, token, logprob, sampling_logprob in drawn:
         row.job.take(row, token, logprob=logprob, sampling_logprob=sampling_logprob)
 
@@ -308,8 +297,3 @@ def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
 def _row_params(rows: Sequence[Row], model: LoadedModel) -> RowParams:
     params = [row.job.job.params for row in rows]
     return row_params(params, model.info.vocab_size, device=model.device)
-
-
-def _logits(job: RunningJob) -> torch.Tensor:
-    assert job.logits is not None
-    return job.logits
