@@ -11,11 +11,9 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
-from starlette.exceptions import HTTPException
 from starlette.routing import request_response
 
 from weaver import fields, protocol, types, wire
@@ -134,7 +132,8 @@ async def submit(request: Request) -> Response:
         request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
         await service.submit(request.path_params["session_id"], submissions)
     gateway.metrics.submitted(submissions)
-    return JSONResponse(Accepted(accepted=len(submissions)).model_dump(), status_code=202)
+    accepted = Accepted(accepted=len(submissions)).model_dump_json()
+    return Response(accepted, status_code=202, media_type="application/json")
 
 
 @direct.get(

@@ -15,7 +15,6 @@ ones, so that none is stored:
 from __future__ import annotations
 
 import base64
-import binascii
 import uuid
 from typing import TYPE_CHECKING
 
@@ -62,15 +61,14 @@ class JsonResponse(JSONResponse):
 
 def refused(refusal: Refusal) -> JSONResponse:
     error = refusal.error
-    return refusal.answer(
-        {
-            "error": error.code,
-            "message": str(error),
-            "retryable": refusal.retryable,
-            "request_id": refusal.request_id,
-            "details": {"field": error.field, "hint": error.hint},
-        }
-    )
+    content = {
+        "error": error.code,
+        "message": str(error),
+        "retryable": refusal.retryable,
+        "request_id": refusal.request_id,
+        "details": {"field": error.field, "hint": error.hint},
+    }
+    return refusal.answer(content)
 
 
 def operation_json(entry: Entry) -> types.JsonDict:
@@ -226,7 +224,7 @@ def sampler_of(sampling_session: str) -> str:
     padded = sampling_session + "=" * (-len(sampling_session) % 4)
     try:
         return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise errors.NotFoundError(
             f"no sampling session is called {sampling_session[:80]!r}.", field="sampling_session"
         ) from None
