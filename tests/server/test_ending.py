@@ -11,7 +11,6 @@ from tests.fake_engine import FakeEngine
 from tests.server.test_durability import SAMPLE
 from tests.server.test_service import Recorder
 from weaver.protocol import Sampled
-from weaver.server import executor
 from weaver.server.journal import Journal
 from weaver.server.service import LocalService
 
@@ -60,10 +59,7 @@ async def test_the_end_of_many_is_one_commit(home: Path, what: str) -> None:
         assert [one for one in store.commits if one] == [501 if what == "samples" else 500]
 
 
-async def test_samples_that_are_cancelled_while_others_begin_end_nothing_else(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(executor, "DROPPED_AT_ONCE", 1)
+async def test_samples_that_are_cancelled_while_others_begin_end_nothing_else(home: Path) -> None:
     async with LocalService(FakeEngine(), home=home) as service:
         caller = await Caller.open(service)
         await caller.do(SAMPLE, Sampled)  # its weights are ready

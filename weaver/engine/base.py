@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from weaver import types
@@ -61,10 +61,7 @@ class SampleJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleProgress:
-    """What was done for one job since the last; the last one of a job has a result.
-
-    A sampler whose steps serve many jobs tells of failed ones by `error`.
-    """
+    """What was done for one job since the last; the last one of a job has a result or an error."""
 
     job_id: str
     deltas: Sequence[types.SampleDelta] = ()
@@ -129,20 +126,6 @@ class Trainer(Protocol):
     async def delete_run(self, run_id: str) -> None: ...
 
 
-class Samples(Protocol):
-    """What is done for one sample job, as it is done, up to its result.
-
-    It raises why the job cannot be done: the last that is heard of it.
-    """
-
-    def __aiter__(self) -> AsyncIterator[SampleProgress]: ...
-
-    async def __anext__(self) -> SampleProgress: ...
-
-    async def aclose(self) -> None:
-        """Drops the job, unless it has ended; does not wait for that."""
-
-
 class Sampler(Protocol):
     async def publish(self, weights_id: str, ref: WeightsRef) -> int:
         """Makes weights sampleable under an id that was never used; answers their version.
@@ -155,8 +138,13 @@ class Sampler(Protocol):
     async def release(self, weights_id: str) -> None:
         """Forgets the weights, once running jobs are done with them. Unknown ids are ignored."""
 
-    def sample(self, job: SampleJob) -> Samples:
-        """Begins a job, behind those that were begun before."""
+    def sample(self, job: SampleJob, tell: Callable[[SampleProgress], None]) -> Callable[[], None]:
+        """Begins a job, behind those that were begun before; called on an event loop.
+
+        `tell` is called there, later, with what is done as it is done. The last of it has a result,
+        or the error for which the job cannot be done. What is answered drops the job, of which
+        nothing is told any more; it does not wait for that, and does nothing to one that has ended.
+        """
 
 
 class Tokenizer(Protocol):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
-import anyio
 from anyio.lowlevel import current_token
 
 from weaver.boundary import attempt
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weaver import types
-    from weaver.engine.base import GradientJob, SampleJob, Samples
+    from weaver.engine.base import GradientJob, SampleJob
     from weaver.engine.blocking import BlockingSampler, BlockingTrainer, WeightSnapshot
 
 T = TypeVar("T")
@@ -67,39 +66,20 @@ class FairShare:
         self._used_s[side] += seconds
 
 
-class _Samples:
-    """See `Samples`; told by the engine's thread, through the event loop of the one who waits."""
+class _Told:
+    """Who is told of a job, through the event loop that has begun it."""
 
-    def __init__(self, drop: Callable[[_Samples], None]) -> None:
+    def __init__(self, job_id: str, tell: Callable[[SampleProgress], None]) -> None:
+        self.job_id = job_id
         self.loop = current_token().native_token
-        self._drop = drop
-        self._told: deque[SampleProgress] = deque()
-        self._changed = anyio.Event()
-        self._ended = False
+        self.over = False
+        """The job has ended or was dropped; the event loop's own."""
+        self._tell = tell
 
-    def tell(self, progress: SampleProgress) -> None:
-        self._told.append(progress)
-        self._changed.set()
-
-    def __aiter__(self) -> _Samples:
-        return self
-
-    async def __anext__(self) -> SampleProgress:
-        if self._ended:
-            raise StopAsyncIteration
-        if not self._told:
-            self._changed = anyio.Event()
-            await self._changed.wait()
-        progress = self._told.popleft()
-        self._ended = progress.result is not None or progress.error is not None
-        if progress.error is not None:
-            raise progress.error
-        return progress
-
-    async def aclose(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._drop(self)
+    def hear(self, progress: SampleProgress) -> None:
+        if not self.over:
+            self.over = _is_last(progress)
+            self._tell(progress)
 
 
 class ThreadedEngine:
@@ -127,7 +107,7 @@ class ThreadedEngine:
         self._posts: dict[Any, list[Callable[[], None]]] = {}
         """By event loop, what is to be called there at the end of a turn. The thread's own, as are
         the next two."""
-        self._samples: dict[str, _Samples] = {}
+        self._told: dict[str, _Told] = {}
         self._snapshots: dict[str, tuple[str, WeightSnapshot]] = {}
         """Of each run the newest, by its uri."""
         self._count = 0
@@ -207,37 +187,39 @@ class ThreadedEngine:
     async def release(self, weights_id: str) -> None:
         await self._call(self._put_sampling, partial(self.sampler.release, weights_id))
 
-    def sample(self, job: SampleJob) -> Samples:
-        samples = _Samples(lambda mine: self._drop(job.job_id, mine))
-        self._put_sampling(partial(out_at_exit, partial(self._add, job, samples)))
-        return samples
+    def sample(self, job: SampleJob, tell: Callable[[SampleProgress], None]) -> Callable[[], None]:
+        told = _Told(job.job_id, tell)
+        self._put_sampling(partial(out_at_exit, partial(self._add, job, told)))
+        return partial(self._drop, told)
 
-    def _drop(self, job_id: str, samples: _Samples) -> None:
-        with suppress(ClosedError):
-            self._put_sampling(partial(out_at_exit, partial(self._cancel, job_id, samples)))
+    def _drop(self, told: _Told) -> None:
+        if not told.over:
+            told.over = True
+            with suppress(ClosedError):
+                self._put_sampling(partial(out_at_exit, partial(self._cancel, told)))
 
-    def _add(self, job: SampleJob, samples: _Samples) -> None:
-        self._samples[job.job_id] = samples
+    def _add(self, job: SampleJob, told: _Told) -> None:
+        self._told[job.job_id] = told
         refused = attempt(partial(self.sampler.add, job))
         if refused is not None:
             self._tell(SampleProgress(job_id=job.job_id, error=refused))
 
-    def _cancel(self, job_id: str, samples: _Samples) -> None:
-        if self._samples.get(job_id) is samples:
-            del self._samples[job_id]
-            attempt(partial(self.sampler.cancel, job_id))
+    def _cancel(self, told: _Told) -> None:
+        if self._told.get(told.job_id) is told:
+            del self._told[told.job_id]
+            attempt(partial(self.sampler.cancel, told.job_id))
 
     def _tell(self, progress: SampleProgress) -> None:
-        samples = self._samples.get(progress.job_id)
-        if samples is not None:
-            if progress.result is not None or progress.error is not None:
-                del self._samples[progress.job_id]
-            self._post(samples.loop, partial(samples.tell, progress))
+        told = self._told.get(progress.job_id)
+        if told is not None:
+            if _is_last(progress):
+                del self._told[progress.job_id]
+            self._post(told.loop, partial(told.hear, progress))
 
     def _step(self) -> None:
         stepped = attempt(self.sampler.step)
         if isinstance(stepped, WeaverError):  # nobody knows whose fault it was, or what is left
-            for job_id in list(self._samples):
+            for job_id in list(self._told):
                 attempt(partial(self.sampler.cancel, job_id))
                 self._tell(SampleProgress(job_id=job_id, error=stepped))
         else:
@@ -345,6 +327,10 @@ class ThreadedEngine:
                 if not (asked or self._training or self._sampling):
                     self._thread = None
                     return None
+
+
+def _is_last(progress: SampleProgress) -> bool:
+    return progress.result is not None or progress.error is not None
 
 
 def _all(calls: Sequence[Callable[[], None]]) -> None:

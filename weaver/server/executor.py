@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import CancelScope
-from anyio.lowlevel import checkpoint
 
 from weaver.boundary import attempt_async
 from weaver.errors import OperationCancelledError, WeaverError
@@ -41,17 +39,13 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
-    from weaver.engine.base import Samples
+    from weaver.engine.base import SampleProgress
     from weaver.protocol import Result
     from weaver.server.ledger import Ended, Ledger
     from weaver.server.operations import Operations
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
-
-
-DROPPED_AT_ONCE = 100
-"""So many tasks of samples end before the event loop looks at its sockets again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,10 +82,11 @@ class Executor:
         self._beginning: dict[str, deque[Ticket | None]] = {}
         """Of each sampler what is to begin, in that order: samples, and requests to release it,
         which are nobody's where its checkpoint or session went."""
-        self._samples: dict[Ticket, CancelScope] = {}
-        """Those that have not ended."""
-        self._streams: dict[Ticket, Samples] = {}
-        """Those that the engine has."""
+        self._samples: dict[Ticket, Callable[[], None] | None] = {}
+        """Those that have not ended, and what drops them once the engine has them."""
+        self._sampled: list[Ended] = []
+        """Those that have ended and wait to be settled."""
+        self._any_sampled = anyio.Event()
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
         self.settle = ledger.settle
 
@@ -99,7 +94,7 @@ class Executor:
         """Until cancelled."""
         async with anyio.create_task_group() as self._beside:
             task_status.started()
-            await anyio.sleep_forever()
+            await self._settle_samples()
 
     def beside(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs a task that lasts at most as long as this."""
@@ -109,8 +104,7 @@ class Executor:
         """Begins no further operation, drops the samples, and waits for what has begun."""
         self._stopped = True
         self._ledger.stop()
-        for samples in list(self._streams.values()):
-            await samples.aclose()
+        self._drop(*list(self._samples))
         for worker in self._workers.values():
             async with worker.turn:
                 worker.wake.set()
@@ -125,7 +119,7 @@ class Executor:
             if held is not None:
                 held.append(ticket)
                 return
-            self._samples[ticket] = CancelScope()
+            self._samples[ticket] = None
             self._begin(operation.sampler_id, ticket)
         elif isinstance(operation, ReleaseSampler):
             self._begin(operation.sampler_id, ticket)
@@ -200,24 +194,14 @@ class Executor:
 
     async def cancel(self, *tickets: Ticket) -> None:
         """Ends what has not begun, and any sample, in one commit; others go on meanwhile."""
-        with CancelScope(shield=True):  # what was dropped gets its outcome
-            await self._drop([ticket for ticket in tickets if ticket in self._samples])
-            ended: list[Ended] = [
-                (ticket, OperationCancelledError("it was cancelled."))
-                for ticket in tickets
-                if not (ticket.running or ticket.settled)
-            ]
-            if ended:
-                await self.settle(*ended)
-
-    async def _drop(self, samples: Sequence[Ticket]) -> None:
-        """Ends their tasks, some at a time."""
-        for i, ticket in enumerate(samples, start=1):
-            scope = self._samples.pop(ticket, None)
-            if scope is not None:
-                scope.cancel()
-            if i % DROPPED_AT_ONCE == 0:
-                await checkpoint()
+        self._drop(*tickets)
+        ended: list[Ended] = [
+            (ticket, OperationCancelledError("it was cancelled."))
+            for ticket in tickets
+            if not (ticket.running or ticket.settled)
+        ]
+        if ended:
+            await self.settle(*ended)
 
     def _heads(self, worker: Worker) -> list[tuple[Run | None, Ticket]]:
         heads = [(lane, run, lane.head()) for lane, run in worker.lanes.items()]
@@ -335,41 +319,49 @@ class Executor:
             if self._was_dropped(ticket):
                 continue
             begin = partial(self._samplers.begin, project=_project(ticket))
-            begun = await attempt_async(partial(begin, ticket.job_id, operation))
-            if isinstance(begun, WeaverError):
-                self._samples.pop(ticket, None)
-                await self.settle((ticket, begun))
+            hear = partial(self._hear, ticket)
+            drop = await attempt_async(partial(begin, ticket.job_id, operation, hear))
+            if isinstance(drop, WeaverError):
+                self._end(ticket, drop)
             elif self._was_dropped(ticket):
-                await begun.aclose()
+                drop()
             else:
                 ticket.began_at = time.monotonic()
-                self._streams[ticket] = begun
-                self.beside(partial(self._follow, ticket, begun, self._samples[ticket]))
+                self._samples[ticket] = drop
         del self._beginning[sampler_id]
 
     def _was_dropped(self, ticket: Ticket) -> bool:
         """Whether a sample was cancelled; its outcome may be on its way."""
         return ticket.settled or ticket not in self._samples
 
-    async def _follow(self, ticket: Ticket, samples: Samples, scope: CancelScope) -> None:
-        ended: Result | WeaverError | None = None
-        with scope:
-            async with aclosing(samples):
-                ended = await attempt_async(partial(_result, ticket, samples))
-        del self._streams[ticket]
-        self._samples.pop(ticket, None)
-        if ended is not None:
-            await self.settle((ticket, ended))
+    def _drop(self, *tickets: Ticket) -> None:
+        for ticket in tickets:
+            drop = self._samples.pop(ticket, None)
+            if drop is not None:
+                drop()
 
-
-async def _result(ticket: Ticket, samples: Samples) -> Sampled:
-    """Shows the pieces of a sample as they come."""
-    while True:
-        progress = await anext(samples)
+    def _hear(self, ticket: Ticket, progress: SampleProgress) -> None:
+        """Shows the pieces of a sample as they come, and takes its result."""
         if ticket.stream is not None and progress.deltas:
             ticket.stream.push(progress.deltas)
-        if progress.result is not None:
-            return Sampled(output=progress.result)
+        if progress.error is not None:
+            self._end(ticket, progress.error)
+        elif progress.result is not None:
+            self._end(ticket, Sampled(output=progress.result))
+
+    def _end(self, ticket: Ticket, value: Sampled | WeaverError) -> None:
+        if ticket in self._samples:
+            del self._samples[ticket]
+            self._sampled.append((ticket, value))
+            self._any_sampled.set()
+
+    async def _settle_samples(self) -> None:
+        """Those that end together in one commit."""
+        while True:
+            await self._any_sampled.wait()
+            ended, self._sampled = self._sampled, []
+            self._any_sampled = anyio.Event()
+            await self.settle(*ended, together=False)
 
 
 def _empties(ticket: Ticket, result: Result | WeaverError) -> bool:

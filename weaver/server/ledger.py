@@ -64,8 +64,12 @@ class Ledger:
         """Waits no longer for the journal."""
         self._stopped = True
 
-    async def settle(self, *ended: Ended, runs: Sequence[TrainingRun] = ()) -> None:
-        """Journals outcomes together, then shows them; the first one of a ticket counts.
+    async def settle(
+        self, *ended: Ended, runs: Sequence[TrainingRun] = (), together: bool = True
+    ) -> None:
+        """Journals outcomes, then shows them; the first one of a ticket counts.
+
+        They are journaled all or none, unless they need not be `together`.
 
         Those that cannot be journaled fail. Where not even that can be journaled, it is tried again
         with later ones; without any, only that is done.
@@ -78,11 +82,11 @@ class Ledger:
                 fresh.append((ticket, value))
         if not (fresh or self._unwritten):
             return
-        mine = _Batch(fresh, runs)
-        self._waiting.append(mine)
+        mine = [_Batch(fresh, runs)] if together else [_Batch([one], runs) for one in fresh]
+        self._waiting += mine
         with CancelScope(shield=True):  # what is settled gets shown
             async with self._settling:
-                if mine.done:
+                if mine and mine[-1].done:
                     return
                 batches, self._waiting = self._waiting, []
                 before, self._unwritten = self._unwritten, []

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
-    from weaver.engine.base import Engine, Samples
+    from weaver.engine.base import Engine, SampleProgress
     from weaver.server.checkpoints import Checkpoints
     from weaver.types import CheckpointInfo, ModelInfo
 
@@ -153,8 +153,15 @@ class Samplers:
         for sampler_id in list(self._loaded):
             await self.release(sampler_id)
 
-    async def begin(self, job_id: str, operation: Sample, *, project: str) -> Samples:
-        """Gives the engine a job, behind those that began before.
+    async def begin(
+        self,
+        job_id: str,
+        operation: Sample,
+        tell: Callable[[SampleProgress], None],
+        *,
+        project: str,
+    ) -> Callable[[], None]:
+        """Gives the engine a job, as `Sampler.sample` has it.
 
         Raises:
             NotFoundError, InvalidParamsError, ContextLengthError, TokenOutOfRangeError ...
@@ -167,18 +174,17 @@ class Samplers:
         if params.seed is None:  # drawn from the id, so that a restart in its middle repeats it
             digest = hashlib.blake2b(job_id.encode(), digest_size=6).digest()
             params = params.model_copy(update={"seed": int.from_bytes(digest, "little")})
-        return self._engine.sample(
-            SampleJob(
-                job_id=job_id,
-                weights_id=loaded.weights_id,
-                prompt=tokens,
-                params=params,
-                num_samples=operation.num_samples,
-                include_prompt_logprobs=operation.include_prompt_logprobs,
-                stream=operation.stream,
-                tenant=project,
-            )
+        job = SampleJob(
+            job_id=job_id,
+            weights_id=loaded.weights_id,
+            prompt=tokens,
+            params=params,
+            num_samples=operation.num_samples,
+            include_prompt_logprobs=operation.include_prompt_logprobs,
+            stream=operation.stream,
+            tenant=project,
         )
+        return self._engine.sample(job, tell)
 
     async def _get(self, sampler_id: str) -> Loaded:
         """Nothing is awaited once the weights are found, so that they are there when it ends."""
