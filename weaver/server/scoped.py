@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
     from weaver.server.registry import Known
+    from weaver.server.streams import SampleStream
     from weaver.server.tenancy import Caller
     from weaver.types import (
         CheckpointInfo,
@@ -158,7 +159,10 @@ class ScopedService:
         await self._parts.executor.cancel(*mine)
 
     def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
-        return _pieces(self._session(session_id), submission_id)
+        return self.sample_stream(session_id, submission_id).each()
+
+    def sample_stream(self, session_id: str, submission_id: str) -> SampleStream:
+        return self._session(session_id).stream(submission_id)
 
     # --- models, runs, metrics ------------------------------------------------------------------
 
@@ -326,12 +330,6 @@ class ScopedService:
 
     def _shown(self, checkpoint: CheckpointInfo) -> CheckpointInfo:
         return checkpoint if self._caller.local else _bare(checkpoint)
-
-
-async def _pieces(session: Session, submission_id: str) -> AsyncIterator[SampleDelta]:
-    async with aclosing(session.stream(submission_id).read()) as pieces:
-        async for delta in pieces:
-            yield delta
 
 
 def _told(outcome: Outcome) -> Outcome:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SampleStream:
-    """A list that grows until it is finished; each reader starts at its beginning.
+    """A list that grows until it is finished; each reader starts where it likes.
 
     It holds at most max_tokens pieces per sequence, so a slow reader costs memory that is bounded
     and never stalls the sampler.
@@ -23,28 +23,39 @@ class SampleStream:
     def __init__(self) -> None:
         self.acknowledged = False
         """The client has the outcome of the sample."""
-        self._pieces: list[SampleDelta] = []
-        self._finished = False
-        self._read = False
-        self._error: WeaverError | None = None
-        self._changed = anyio.Event()
+        self.read = False
+        """A reader had all of it."""
+        self.error: WeaverError | None = None
+        """What readers get after the last piece."""
+        self.pieces: list[SampleDelta] = []
+        self.finished = anyio.Event()
+        self._more: anyio.Event | None = None
+        """Set with the next piece; made by the first who waits for it."""
 
     @property
     def finished_with(self) -> bool:
         """Read to the end and acknowledged: nobody will ask for it again."""
-        return self._read and self.acknowledged
+        return self.read and self.acknowledged
 
     def push(self, deltas: Sequence[SampleDelta]) -> None:
-        self._pieces.extend(deltas)
+        self.pieces.extend(deltas)
         self._notify()
 
     def finish(self, error: WeaverError | None) -> None:
-        """Ends it once; `error` is what readers get after the last piece."""
-        if not self._finished:
-            self._finished, self._error = True, error
+        """Ends it; only the first time counts."""
+        if not self.finished.is_set():
+            self.error = error
+            self.finished.set()
             self._notify()
 
-    async def read(self) -> AsyncGenerator[SampleDelta, None]:
+    async def grown(self, length: int) -> None:
+        """Waits until there are more pieces than that, or it is finished."""
+        while len(self.pieces) <= length and not self.finished.is_set():
+            if self._more is None:
+                self._more = anyio.Event()
+            await self._more.wait()
+
+    async def each(self) -> AsyncGenerator[SampleDelta, None]:
         """All pieces from the first.
 
         Raises:
@@ -52,16 +63,16 @@ class SampleStream:
         """
         position = 0
         while True:
-            while position < len(self._pieces):
-                position += 1
-                yield self._pieces[position - 1]
-            if self._finished:
+            await self.grown(position)
+            if position == len(self.pieces):
                 break
-            await self._changed.wait()
-        self._read = True
-        if self._error is not None:
-            raise self._error
+            position += 1
+            yield self.pieces[position - 1]
+        self.read = True
+        if self.error is not None:
+            raise self.error
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        if self._more is not None:
+            self._more.set()
+            self._more = None

@@ -42,7 +42,7 @@ class Reader:
         self.heard.set()
 
     async def read(self, stream: SampleStream, *, after: int = 0) -> None:
-        await EventStream(stream.read(), after=after)(SCOPE, anyio.sleep_forever, self.send)
+        await EventStream(stream, after=after)(SCOPE, anyio.sleep_forever, self.send)
 
     @property
     def numbers(self) -> list[int]:

@@ -192,7 +192,7 @@ async def stream(
     service: ServiceDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
 ) -> Response:
-    return EventStream(service.stream(session_id, submission_id), after=last_event_id)
+    return EventStream(service.sample_stream(session_id, submission_id), after=last_event_id)
 
 
 # --- models -------------------------------------------------------------------------------------
