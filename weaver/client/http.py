@@ -277,20 +277,22 @@ class HttpService:
     async def _events(self, path: str, seen: int) -> AsyncGenerator[tuple[str, str]]:
         """The (event, data) pairs of a stream of server-sent events."""
         headers = {"Last-Event-ID": str(seen)}
-        kind, data = "message", ""
+        kind, data, rest = "message", "", ""
         async with self._http.stream("GET", path, headers=headers, timeout=REPLY_S) as reply:
             if reply.status_code != 200:
                 await reply.aread()
                 self._check(reply)
-            async for line in reply.aiter_lines():
-                name, _, value = line.partition(": ")
-                if name == "event":
-                    kind = value
-                elif name == "data":
-                    data = value
-                elif not line and data:  # an event counts once its end has come
-                    yield kind, data
-                    data = ""
+            async for text in reply.aiter_text():
+                *lines, rest = (rest + text).split("\n")  # httpx's lines end at U+2028, too
+                for line in lines:
+                    name, _, value = line.partition(": ")
+                    if name == "event":
+                        kind = value
+                    elif name == "data":
+                        data = value
+                    elif not line and data:  # an event counts once its end has come
+                        yield kind, data
+                        data = ""
 
     def _check(self, reply: httpx.Response, *, again: bool = False) -> None:
         """Raises the error that the reply holds, if any; what is deleted `again` may be gone."""

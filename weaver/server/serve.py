@@ -10,6 +10,7 @@ import asyncio
 import gc
 import signal
 import socket
+import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ GARBAGE = 50_000, 20, 100
 """When Python looks for circles: with ten thousand samples that wait, it stops the event loop for
 tenths of a second each time, and by default it does so at every thousand of them."""
 
+SWITCH_S = 0.001
+"""How long the engine's thread may keep the event loop, where both run Python: by default 5 ms, at
+each of its calls that lets go of the interpreter, such as a send."""
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -68,6 +73,7 @@ async def run_server(
         ConflictError: another server has its home or its database.
     """
     gc.set_threshold(*GARBAGE)
+    sys.setswitchinterval(SWITCH_S)
     if not settings.auth and not is_loopback(settings.host):
         raise ConfigError(
             f"is {settings.host!r}, which others can reach, and keys are off.",

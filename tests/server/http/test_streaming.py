@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import httpx
 import pytest
 
+from weaver.client.http import HttpService
 from weaver.errors import NotFoundError, OperationError
 from weaver.server.http.streaming import EventStream
 from weaver.server.streams import SampleStream
 from weaver.types import SampleDelta
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from weaver.errors import WeaverError
 
 pytestmark = pytest.mark.anyio
@@ -104,6 +109,34 @@ async def test_many_streams_are_sent_less_often_each() -> None:
     assert all(reader.numbers == list(range(1, 41)) for reader in readers)
     pauses = (time.monotonic() - began) / 0.5
     assert sum(len(reader.chunks) for reader in readers) <= 500 * (2 + pauses)
+
+
+SEPARATORS = "a\x85b\u2028c\u2029d\x0be\x1cf\u00e9"
+"""What some take for the end of a line."""
+
+
+async def test_a_line_separator_in_a_piece_ends_no_event() -> None:
+    stream, reader = SampleStream(), Reader()
+    stream.push([SampleDelta(index=0, tokens=(1,), text=SEPARATORS, logprobs=(-1.0,))])
+    stream.finish(OperationError(SEPARATORS))
+    await reader.read(stream)
+    lines = "".join(reader.chunks).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["id", "data", "", "event", "data", ""]
+    assert json.loads(lines[1][6:])["text"] == SEPARATORS
+
+
+async def test_our_client_reads_separators_that_were_not_escaped() -> None:
+    delta = {"index": 0, "tokens": [1], "text": SEPARATORS, "logprobs": [-1.0]}
+    data = json.dumps(delta, ensure_ascii=False)
+    body = f"id: 1\ndata: {data}\n\nevent: end\ndata: {{}}\n\n".encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for i in range(len(body)):  # also in the middle of a character
+            yield body[i : i + 1]
+
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=pieces()))
+    async with HttpService("http://localhost", transport=transport) as service:
+        assert [piece.text async for piece in service.stream("s", "x")] == [SEPARATORS]
 
 
 async def test_a_stream_that_is_not_there_is_a_404() -> None:

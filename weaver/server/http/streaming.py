@@ -28,7 +28,7 @@ class EventStream(Response):
     """`data:` events, numbered from 1, then one `end` event, or an `error` event with ErrorInfo.
 
     Pieces up to number `after` (the reader's Last-Event-ID) are skipped. Those that are there
-    together are sent in one chunk.
+    together are sent in one chunk. It is ASCII: some readers take U+2028 for the end of a line.
     """
 
     media_type = "text/event-stream"
@@ -44,6 +44,7 @@ class EventStream(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: WeaverError | None = None
         EventStream._open += 1
         try:
             async with anyio.create_task_group() as tasks:
@@ -66,11 +67,12 @@ class EventStream(Response):
             if isinstance(error, NotFoundError) and not (pieces or self._started):
                 return error
             text = "".join(
-                f"id: {i}\ndata: {piece.model_dump_json()}\n\n"
+                f"id: {i}\ndata: {piece.model_dump_json(ensure_ascii=True)}\n\n"
                 for i, piece in enumerate(pieces, start=sent + 1)
             )
             if error is not None:
-                text += f"event: error\ndata: {ErrorInfo.of(error).model_dump_json()}\n\n"
+                info = ErrorInfo.of(error).model_dump_json(ensure_ascii=True)
+                text += f"event: error\ndata: {info}\n\n"
             elif over:
                 text += "event: end\ndata: {}\n\n"
             sent += len(pieces)
