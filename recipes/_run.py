@@ -19,8 +19,6 @@ from weaver.errors import ConfigError, WeaverError
 from weaver.types import LoraConfig, SamplingParams
 
 Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan)
-TRIES = 4
-"""Replies that a dry run scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +120,7 @@ async def dry_run(
     """
     adapter = f"LoRA of rank {flags.lora.rank}"
     sampler = await service.create_sampling_client(base_model=flags.model)
-    found = await rl.evaluate(sampler, tasks[:TRIES], reward=reward, sampling=flags.sampling)
+    found = await rl.evaluate(sampler, tasks[:4], reward=reward, sampling=flags.sampling)
     for rollout in (rollout for group in found.groups for rollout in group.rollouts):
         if rollout.failure is not None:
             raise rl.RolloutsFailedError(rollout.failure.traceback or rollout.failure.message)

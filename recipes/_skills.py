@@ -35,7 +35,6 @@ CHAT_SHARE = 0.2
 SLIP_RATES = {"reverse": 0.36, "copy": 0.25, "sum": 0.25, "pig_latin": 0.2, "guess": 0.15}
 """How often the last, noisy part of the corpus is wrong: per answer, word or guess."""
 Skills = dict[str, dict[str, float]]
-ANSWERED = ("reverse", "copy", "sum", "pig_latin")
 GAMES = {"guess_7": 7, "guess_15": 15, "guess_100": 100}
 """The upper end of the range."""
 
@@ -134,7 +133,7 @@ async def measure(sampler: AsyncSamplingClient, *, prompts: int, seed: int) -> S
             how: await share_right(sampler, skill, prompts=prompts, seed=seed, temperature=at)
             for how, at in (("greedy", 0.0), ("sampled", 1.0))
         }
-        for skill in (*ANSWERED, *GAMES)
+        for skill in (*_MAKERS, *GAMES)
     }
 
 

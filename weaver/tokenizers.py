@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import anyio
-import anyio.to_thread
+from anyio import Lock, to_thread
 
 from weaver.errors import InvalidNameError, InvalidRequestError, requiring
 from weaver.threads import out_at_exit
@@ -41,16 +40,15 @@ class TokenizerCache:
         self._service = service
         self._folder = folder
         self._loaded: dict[str, PreTrainedTokenizer] = {}
-        self._lock = anyio.Lock()
+        self._lock = Lock()
 
     async def get(self, base_model: str) -> PreTrainedTokenizer:
         """Raises UnknownModelError, or MissingDependencyError without transformers."""
         async with self._lock:
             if base_model not in self._loaded:
                 files = await self._service.tokenizer_files(base_model)
-                self._loaded[base_model] = await anyio.to_thread.run_sync(
-                    partial(out_at_exit, partial(load_tokenizer, files, self._folder))
-                )
+                load = partial(load_tokenizer, files, self._folder)
+                self._loaded[base_model] = await to_thread.run_sync(out_at_exit, load)
             return self._loaded[base_model]
 
 

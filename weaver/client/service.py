@@ -267,7 +267,7 @@ async def _embedded(settings: Settings) -> AsyncIterator[Service]:
         MissingDependencyError: torch, transformers or sqlalchemy is not installed.
         ConfigError: the home cannot be written.
     """
-    engine = await to_thread.run_sync(partial(out_at_exit, partial(_torch_engine, settings)))
+    engine = await to_thread.run_sync(out_at_exit, partial(_torch_engine, settings))
     logger.info("running embedded: %s, saving below %s", engine.description, settings.home)
     try:
         with errors.requiring("the embedded engine", "engine"):
