@@ -113,7 +113,7 @@ class HttpService:
 
     async def close_session(self, session_id: str) -> None:
         try:
-            await self._call("DELETE", f"sessions/{_quoted(session_id)}", outage_s=FIRST_CONTACT_S)
+            await self._call("DELETE", "sessions", session_id, outage_s=FIRST_CONTACT_S)
         except errors.NotFoundError:
             logger.debug("session %s was closed before", session_id)
 
@@ -122,7 +122,7 @@ class HttpService:
 
     async def submit(self, session_id: str, submissions: Sequence[protocol.Submission]) -> None:
         data = await wire.beside(wire.about_bytes(submissions), partial(wire.encode, submissions))
-        await self._call("POST", f"sessions/{_quoted(session_id)}/submissions", body=data)
+        await self._call("POST", "sessions", session_id, "submissions", body=data)
 
     async def collect(
         self, session_id: str, *, after: int, timeout_s: float
@@ -130,11 +130,9 @@ class HttpService:
         end = anyio.current_time() + timeout_s
         while True:
             wait_s = min(max(end - anyio.current_time(), 0.0), protocol.LONGEST_POLL_S)
+            params = {"after": after, "timeout": wait_s}
             reply = await self._call(
-                "GET",
-                f"sessions/{_quoted(session_id)}/outcomes",
-                params={"after": after, "timeout": wait_s},
-                wait_s=wait_s,
+                "GET", "sessions", session_id, "outcomes", params=params, wait_s=wait_s
             )
             outcomes = await self._decode(reply, OUTCOMES)
             if outcomes or anyio.current_time() >= end:
@@ -142,10 +140,10 @@ class HttpService:
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         body = {"submission_ids": list(submission_ids)}
-        await self._call("POST", f"sessions/{_quoted(session_id)}/cancel", body=body)
+        await self._call("POST", "sessions", session_id, "cancel", body=body)
 
     async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[types.SampleDelta]:
-        path = f"sessions/{_quoted(session_id)}/stream/{_quoted(submission_id)}"
+        path = _path("sessions", session_id, "stream", submission_id)
         outage = _Outage(self._address, self._outage_s)
         seen = 0
         last: tuple[str, str] | None = None
@@ -172,32 +170,31 @@ class HttpService:
         return self._read(await self._call("GET", "models"), MODELS)
 
     async def get_model(self, base_model: str) -> types.ModelInfo:
-        reply = await self._call("GET", "models/info", params={"name": base_model})
+        reply = await self._call("GET", "models", "info", params={"name": base_model})
         return self._read(reply, MODEL)
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        reply = await self._call("GET", "models/tokenizer", params={"name": base_model})
+        reply = await self._call("GET", "models", "tokenizer", params={"name": base_model})
         return await self._decode(reply, FILES)
 
     async def list_runs(self) -> Sequence[types.TrainingRun]:
         return self._read(await self._call("GET", "runs"), RUNS)
 
     async def get_run(self, run_id: str) -> types.TrainingRun:
-        return self._read(await self._call("GET", f"runs/{_quoted(run_id)}"), RUN)
+        return self._read(await self._call("GET", "runs", run_id), RUN)
 
     async def stop_run(self, run_id: str) -> types.TrainingRun:
-        return self._read(await self._call("POST", f"runs/{_quoted(run_id)}/stop"), RUN)
+        return self._read(await self._call("POST", "runs", run_id, "stop"), RUN)
 
     async def delete_run(self, run_id: str, *, checkpoints: bool = False) -> None:
-        asked = {"checkpoints": checkpoints}
-        await self._call("DELETE", f"runs/{_quoted(run_id)}", params=asked)
+        await self._call("DELETE", "runs", run_id, params={"checkpoints": checkpoints})
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[types.CheckpointInfo]:
         params = {} if run_id is None else {"run_id": run_id}
         return self._read(await self._call("GET", "checkpoints", params=params), CHECKPOINTS)
 
     async def get_checkpoint(self, path: str) -> types.CheckpointInfo:
-        reply = await self._call("GET", "checkpoints/info", params={"path": path})
+        reply = await self._call("GET", "checkpoints", "info", params={"path": path})
         return self._read(reply, CHECKPOINT)
 
     async def delete_checkpoint(self, path: str) -> None:
@@ -205,22 +202,22 @@ class HttpService:
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> types.CheckpointInfo:
         body = {"ttl_seconds": ttl_seconds}
-        reply = await self._call("PUT", "checkpoints/ttl", params={"path": path}, body=body)
+        reply = await self._call("PUT", "checkpoints", "ttl", params={"path": path}, body=body)
         return self._read(reply, CHECKPOINT)
 
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> protocol.Export:
         params: Params = {"path": path, "merge": merge}
-        return self._read(await self._call("GET", "checkpoints/export", params=params), EXPORT)
+        return self._read(await self._call("GET", "checkpoints", "export", params=params), EXPORT)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
         params: Params = {"path": path, "name": name, "merge": merge, "offset": offset}
-        return (await self._call("GET", "checkpoints/export/file", params=params)).content
+        return (await self._call("GET", "checkpoints", "export", "file", params=params)).content
 
     async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None:
         body = {"points": [point.model_dump(mode="json") for point in points]}
-        await self._call("POST", f"runs/{_quoted(run_id)}/metrics", body=body)
+        await self._call("POST", "runs", run_id, "metrics", body=body)
 
     async def read_metrics(
         self, run_id: str, *, name: str | None = None
@@ -228,7 +225,7 @@ class HttpService:
         points: list[types.MetricPoint] = []
         params, more = {} if name is None else {"name": name}, True
         while more:
-            reply = await self._call("GET", f"runs/{_quoted(run_id)}/metrics", params=params)
+            reply = await self._call("GET", "runs", run_id, "metrics", params=params)
             page = self._read(reply, METRICS)
             points += page
             more = protocol.NEXT_OFFSET in reply.headers
@@ -243,8 +240,7 @@ class HttpService:
     async def _call(
         self,
         method: str,
-        path: str,
-        *,
+        *path: str,
         params: Params | None = None,
         body: types.JsonDict | bytes | None = None,
         wait_s: float = 0.0,
@@ -260,7 +256,7 @@ class HttpService:
         request = partial(  # the client's own way to make one costs twice as much
             httpx.Request,
             method,
-            httpx.URL(f"{self._address}/v1/{path}?{urlencode(params or {})}".rstrip("?")),
+            httpx.URL(f"{self._address}/v1/{_path(*path)}?{urlencode(params or {})}".rstrip("?")),
             content=body if isinstance(body, bytes) or body is None else _json(body),
             headers=headers,
             extensions={"timeout": timeout.as_dict()},
@@ -391,6 +387,6 @@ def _json(body: types.JsonDict) -> bytes:
         ) from None
 
 
-def _quoted(part: str) -> str:
-    """As one segment of a path, whatever it holds."""
-    return quote(part, safe="")
+def _path(*segments: str) -> str:
+    """Of these segments, whatever they hold."""
+    return "/".join(quote(segment, safe="") for segment in segments)
