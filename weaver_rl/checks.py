@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
@@ -22,6 +22,7 @@ __all__ = ["check"]
 
 ANSWER_FIELDS = ("answer", "completion", "gold", "solution", "target")
 GARBAGE = "xq \x00 zz )(*&^ 🂡 ''' \\boxed{ <think> ``` 0 null"
+NOTHING = Reply(text="", tokens=(), logprobs=(), sampling_logprobs=(), stop_reason="stop")
 SLOW_S = 1.0
 
 
@@ -97,7 +98,7 @@ async def _check(
             texts["answer"] = answers[0]
         for kind, text in texts.items():
             begin = time.monotonic()
-            (result,) = await score(task, [_reply(text)])
+            (result,) = await score(task, [replace(NOTHING, text=text)])
             calls += 1
             for problem in _of_one(kind, text, result, time.monotonic() - begin):
                 problems.setdefault((problem.kind, kind), problem)
@@ -134,7 +135,3 @@ def _of_all(rewards: Mapping[str, Sequence[float]]) -> list[Problem]:
         for kind, values in rewards.items()
         if kind != "answer" and max(values) >= right and max(values) > low
     ]
-
-
-def _reply(text: str) -> Reply:
-    return Reply(text=text, tokens=(), logprobs=(), sampling_logprobs=(), stop_reason="stop")

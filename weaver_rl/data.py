@@ -160,16 +160,15 @@ class TaskStream:
 
     def take(self, count: int) -> list[Task]:
         """The next `count` tasks."""
-        taken = [self._at(self.position + i) for i in range(count)]
-        self.position += count
+        taken: list[Task] = []
+        for _ in range(count):
+            epoch, index = divmod(self.position, len(self._tasks))
+            if epoch != self._epoch:
+                generator = np.random.default_rng([self._seed, epoch])
+                self._epoch, self._order = epoch, generator.permutation(len(self._tasks))
+            taken.append(self._tasks[int(self._order[index])])
+            self.position += 1
         return taken
-
-    def _at(self, position: int) -> Task:
-        epoch, index = divmod(position, len(self._tasks))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._tasks))
-            self._epoch = epoch
-        return self._tasks[int(self._order[index])]
 
 
 def _content(task: Task) -> str:

@@ -202,8 +202,8 @@ class TensorBoardLogger(Logger):
 
     def log_samples(self, groups: Sequence[Group], step: int) -> None:
         rows = [SAMPLE_COLUMNS, ("---",) * len(SAMPLE_COLUMNS), *sample_rows(groups, step)]
-        lines = ["|".join(_cell(value) for value in row) for row in rows]
-        self._add(step, summary=self._text("samples", "\n".join(lines)))
+        cells = [[str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows]
+        self._add(step, summary=self._text("samples", "\n".join(map("|".join, cells))))
 
     def close(self) -> None:
         self._writer.close()
@@ -239,8 +239,3 @@ def _row(rollout: Rollout, step: int) -> SampleRow:
         rollout.trajectory.stop_reason,
         "" if failure is None else f"{failure.where}: {failure.message}",
     )
-
-
-def _cell(value: object) -> str:
-    """One cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")

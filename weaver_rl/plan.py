@@ -67,15 +67,6 @@ def check_gap(
     )
 
 
-def check_max_gap(value: MaxGap) -> None:
-    """Raises ConfigError for what is no bound."""
-    if value in ("auto", None) or (isinstance(value, int | float) and value >= 0):
-        return
-    raise ConfigError(
-        f"is {value!r}.", field="max_logprob_gap", hint='"auto", nats from 0 up, or None for any.'
-    )
-
-
 ZeroVariance = Literal["keep", "drop", "resample"]
 """Of groups whose samples all earned the same, and so teach nothing. keep: they count in the
 denominator; drop: they do not; resample: others take their place. The latter two are the dynamic
@@ -170,7 +161,10 @@ class Plan(Steps):
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )
         advantage_fn(self.advantage)
-        check_max_gap(self.max_logprob_gap)
+        most = self.max_logprob_gap
+        if most not in ("auto", None) and not (isinstance(most, int | float) and most >= 0):
+            hint = '"auto", nats from 0 up, or None for any.'
+            raise ConfigError(f"is {most!r}.", field="max_logprob_gap", hint=hint)
         loss = self.loss  # refuses what is no objective
         if self.max_staleness > 0 and loss.correction is None:
             raise ConfigError(

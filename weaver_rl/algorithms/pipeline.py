@@ -64,6 +64,7 @@ class Pipeline:
             ready: what `drain` gave, after a journey through JSON.
         """
         self._tasks = tasks
+        self._epochs = TaskStream(tasks, seed=plan.seed)
         self._environment = environment
         self._plan = plan
         self._group = group
@@ -105,10 +106,8 @@ class Pipeline:
         found = Filtered(kept=())
         for number in range(MAX_ROUNDS if plan.zero_variance == "resample" else 1):
             seed = derive_seed(plan.seed, step, number)
-            if number == 0:  # walks through all tasks in seeded epochs
-                stream = TaskStream(self._tasks, seed=plan.seed, position=step * count)
-            else:
-                stream = TaskStream(self._tasks, seed=seed)
+            stream = TaskStream(self._tasks, seed=seed) if number else self._epochs
+            stream.position = 0 if number else step * count
             # Whole steps are drawn, so that what is drawn does not depend on how many are missing.
             new = await sample_groups(
                 sampler,
