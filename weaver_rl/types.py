@@ -161,6 +161,16 @@ class Group:
         return len(rewards) < 2 or bool(np.ptp(rewards) <= 1e-12 * max(map(abs, (*rewards, 1.0))))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filtered:
+    """What of a step is learned: `Filtered(kept=(g1, g3), dropped=(g2,), metrics={...})`"""
+
+    kept: tuple[Group, ...]
+    """What is learned; a task that has nothing is not among them."""
+    dropped: tuple[Group, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 def reward_matrix(groups: tuple[Group, ...] | list[Group]) -> tuple[FloatPG, BoolPG]:
     """Rewards [P, G] and which of them count [P, G]; smaller groups are filled up with False.
 

@@ -14,7 +14,7 @@ from tests.rl.helpers import rollout, segment
 from tests.rl.test_loops import Memory, weights, without_times
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import SamplingParams
-from weaver_rl.algorithms.pipeline import filtered
+from weaver_rl.algorithms.policy import filtered
 from weaver_rl.algorithms.rejection import Keep, rejection, select
 from weaver_rl.algorithms.run import Run
 from weaver_rl.algorithms.supervised import SupervisedPlan, batches, supervised, to_datums

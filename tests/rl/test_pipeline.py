@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.rl.helpers import group
-from weaver_rl.algorithms.pipeline import filtered
+from weaver_rl.algorithms.policy import filtered
 
 if TYPE_CHECKING:
     from weaver_rl.plan import ZeroVariance

@@ -14,13 +14,12 @@ from functools import partial
 
 from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
-from weaver_rl.algorithms.pipeline import Filtered
 from weaver_rl.algorithms.policy import Result, off_policy
 from weaver_rl.algorithms.run import Run
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import Environment, GroupEnvironment
-from weaver_rl.types import BoolPG, FloatPG, Group, Rollout, Task
+from weaver_rl.types import BoolPG, Filtered, FloatPG, Group, Rollout, Task
 
 __all__ = ["Keep", "rejection"]
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl import run_folder
-from weaver_rl.algorithms.pipeline import Filtered
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
 from weaver_rl.display import Display
@@ -26,7 +25,7 @@ from weaver_rl.plan import Steps
 from weaver_rl.rewards import name_of
 from weaver_rl.run_folder import Manifest, RunFolder
 from weaver_rl.transcripts import write_transcripts
-from weaver_rl.types import Task
+from weaver_rl.types import Filtered, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
