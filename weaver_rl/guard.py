@@ -8,10 +8,12 @@ first error of concurrent work as itself; loops, rollouts and rewards use them.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from traceback import TracebackException
 from types import ModuleType
 from typing import TypeVar
@@ -112,3 +114,19 @@ def call_pickled(call: bytes) -> object:
     """
     sys.modules.setdefault("__main__", ModuleType("__main__"))
     return pickle.loads(call)()
+
+
+def is_async(function: object) -> bool:
+    """Whether calling it gives an awaitable: an async function, object or partial of one."""
+    if isinstance(function, partial):
+        return is_async(function.func)
+    return inspect.iscoroutinefunction(function) or (
+        callable(function) and inspect.iscoroutinefunction(type(function).__call__)
+    )
+
+
+def name_of(function: object) -> str:
+    """Of a function, a partial, an object that is called, or one of several replies, for people."""
+    if isinstance(function, partial):
+        return name_of(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))

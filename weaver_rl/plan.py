@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.advantages import AdvantageFn, advantage_fn
+from weaver_rl.guard import name_of
 from weaver_rl.objectives import Objective, behaviour
-from weaver_rl.rewards import name_of
 from weaver_rl.schedules import for_model
 
 __all__ = ["LogprobGapError", "Plan", "check_gap", "rounding_gap"]

@@ -17,8 +17,9 @@ import numpy as np
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.advantages import group_centred
-from weaver_rl.algorithms.policy import Result, off_policy
+from weaver_rl.algorithms.policy import off_policy
 from weaver_rl.algorithms.rejection import Keep, rejection
+from weaver_rl.algorithms.run import Result
 from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
 from weaver_rl.evaluation import evaluate
 from weaver_rl.objectives import Objective

@@ -34,7 +34,7 @@ from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Prompt
-from weaver_rl.guard import attempt, attempt_async, call_pickled, gather
+from weaver_rl.guard import attempt, attempt_async, call_pickled, gather, is_async, name_of
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
 __all__ = ["GroupReward", "Reward", "group_reward", "judge", "weighted"]
@@ -54,6 +54,10 @@ class GroupReward:
     """A reward of all replies to one task: `GroupReward(rank_by_length)`; see `group_reward`."""
 
     function: GroupFunction
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.function)
 
 
 def group_reward(function: GroupFunction) -> GroupReward:
@@ -275,15 +279,6 @@ def _shown(value: object) -> str:
     return type(value).__name__ if isinstance(text, Failure) else text[:200]
 
 
-def is_async(function: object) -> bool:
-    """Whether calling it gives an awaitable: an async function, object or partial of one."""
-    if isinstance(function, partial):
-        return is_async(function.func)
-    return inspect.iscoroutinefunction(function) or (
-        callable(function) and inspect.iscoroutinefunction(type(function).__call__)
-    )
-
-
 def _check_callable(function: object, *, processes: int, concurrency: int) -> None:
     if not callable(function):
         raise ConfigError(
@@ -301,12 +296,3 @@ def _check_callable(function: object, *, processes: int, concurrency: int) -> No
             field="reward",
             hint="Define it with def in a module, or leave processes at 0.",
         ) from None
-
-
-def name_of(function: object) -> str:
-    """Of a function, an object that is called, a partial or a group reward, for people."""
-    if isinstance(function, partial):
-        return name_of(function.func)
-    if isinstance(function, GroupReward):
-        return name_of(function.function)
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -20,8 +20,8 @@ from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, derive_seed, respond_all
-from weaver_rl.guard import attempt_async, gather
-from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, is_async, scorer, scores_of
+from weaver_rl.guard import attempt_async, gather, is_async, name_of
+from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, scorer, scores_of
 from weaver_rl.types import Failure, Group, Rollout, Score, Task
 
 __all__ = [
@@ -46,6 +46,10 @@ class GroupEnvironment:
     """What a task must have."""
     budget: Budget = field(default_factory=Budget)
 
+    @property
+    def __name__(self) -> str:
+        return name_of(self.play)
+
 
 def single_turn(
     reward: Reward | GroupReward,
@@ -63,6 +67,7 @@ def single_turn(
     async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
         return await score(task, await respond_all(agents, task["prompt"]))
 
+    play.__name__ = name_of(reward)
     return GroupEnvironment(play, fields=("prompt",))
 
 
@@ -97,6 +102,7 @@ def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvi
     async def play(agents: Sequence[Agent], task: Task) -> Outcomes:
         return await gather([partial(one, agent, task) for agent in agents])
 
+    play.__name__ = name_of(environment)
     return GroupEnvironment(play, budget=budget)
 
 

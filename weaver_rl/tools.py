@@ -29,8 +29,7 @@ import anyio
 from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver_rl.agent import Agent
-from weaver_rl.guard import attempt, attempt_async
-from weaver_rl.rewards import is_async, name_of
+from weaver_rl.guard import attempt, attempt_async, is_async, name_of
 from weaver_rl.storage import plain
 from weaver_rl.types import Failure, Reply
 

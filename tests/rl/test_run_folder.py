@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from weaver.errors import ConfigError, ConflictError, StorageError
+from weaver_rl.agent import Budget
 from weaver_rl.algorithms.run import open_run
+from weaver_rl.rewards import GroupReward
+from weaver_rl.rollouts import each, single_turn
 from weaver_rl.run_folder import open_run_folder, read_config, release_run_folder, rewind
 from weaver_rl.storage import append_line, read_lines
+from weaver_rl.tasks.words import exact
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from weaver_rl.agent import Agent
+    from weaver_rl.types import Task
 
 CONFIG = {"model": "weaver-nano", "steps": 60, "objective": {"loss_fn": "ppo", "config": {}}}
 
@@ -24,6 +33,31 @@ def test_a_new_folder_and_the_same_one_again(tmp_path: Path) -> None:
     folder = open_run_folder(tmp_path / "run", CONFIG)
     assert read_config(folder) == CONFIG
     assert open_run_folder(tmp_path / "run", CONFIG, resume=True) == folder
+
+
+async def halves(agent: Agent, task: Task) -> float:
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (exact, "exact"),
+        (partial(exact), "exact"),
+        (single_turn(exact), "exact"),
+        (single_turn(GroupReward(halves)), "halves"),  # type: ignore[arg-type]
+        (GroupReward(halves), "halves"),  # type: ignore[arg-type]
+        (halves, "halves"),
+        (each(halves, budget=Budget(turns=2)), "halves"),
+    ],
+    ids=itertools.count(),
+)
+def test_another_process_knows_a_reward_or_an_environment_by_its_name(
+    given: object, name: str, tmp_path: Path
+) -> None:
+    with open_run(tmp_path, {"reward": given}, tasks=[], steps=1, display=False) as run:
+        assert run.folder is not None
+        assert read_config(run.folder)["reward"] == name
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
@@ -80,6 +114,7 @@ def test_rewind(tmp_path: Path) -> None:
 def test_one_process_has_a_folder(tmp_path: Path) -> None:
     program = """
 import sys
+from functools import partial
 from pathlib import Path
 import weaver_rl as rl
 from weaver import ConflictError

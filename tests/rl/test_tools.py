@@ -17,7 +17,7 @@ from tests.rl.scripted import CHATML, TOOLS, ScriptedSampler, byte_tokenizer
 from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent
-from weaver_rl.rewards import name_of
+from weaver_rl.guard import name_of
 from weaver_rl.tools import ToolCall, describe, parse_calls, run_call, schema, use_tools
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl.agent import derive_seed
-from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.algorithms.step import policy_step
 from weaver_rl.data import TaskStream, check_tasks
 from weaver_rl.evaluation import Evaluate
@@ -39,25 +38,11 @@ from weaver_rl.rollouts import (
 from weaver_rl.run_folder import Manifest
 from weaver_rl.types import Filtered, Group, Task
 
-__all__ = ["Result", "off_policy", "on_policy"]
+__all__ = ["off_policy", "on_policy"]
 
 MAX_ROUNDS = 5
 """Of resampling, the first included; after these a step makes do with what it has."""
 PENDING: TypeAdapter[dict[int, Filtered]] = TypeAdapter(dict[int, Filtered])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a loop ends with."""
-
-    sampler: AsyncSamplingClient
-    """Of the final weights."""
-    steps: int
-    """Of the loop, all of them; those before a resume included."""
-    version: int
-    """Optimizer steps of the weights."""
-    metrics: Mapping[str, float]
-    """Of the last step, and of the final evaluation."""
 
 
 async def on_policy(

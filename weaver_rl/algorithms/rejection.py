@@ -14,8 +14,8 @@ from functools import partial
 
 from weaver import AsyncTrainingClient
 from weaver.errors import ConfigError
-from weaver_rl.algorithms.policy import Result, off_policy
-from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.policy import off_policy
+from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.plan import Plan
 from weaver_rl.rollouts import Environment, GroupEnvironment

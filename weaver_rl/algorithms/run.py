@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weaver import AsyncTrainingClient
+from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl import run_folder
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
 from weaver_rl.display import Display
+from weaver_rl.guard import name_of
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
 from weaver_rl.plan import Steps
-from weaver_rl.rewards import name_of
 from weaver_rl.run_folder import Manifest, RunFolder
 from weaver_rl.transcripts import write_transcripts
 from weaver_rl.types import Filtered, Task
@@ -30,7 +30,7 @@ from weaver_rl.types import Filtered, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Run", "open_run"]
+__all__ = ["Result", "Run", "open_run"]
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,20 @@ class Run:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a loop ends with."""
+
+    sampler: AsyncSamplingClient
+    """Of the final weights."""
+    steps: int
+    """Of the loop, all of them; those before a resume included."""
+    version: int
+    """Optimizer steps of the weights."""
+    metrics: Mapping[str, float]
+    """Of the last step, and of the final evaluation."""
+
+
 @contextmanager
 def open_run(
     path: Path | None,
@@ -159,7 +173,8 @@ def open_run(
     folder = None
     loggers: list[Logger] = []
     run = Run(checkpoint_every=checkpoint_every)
-    config = {k: name_of(v) if callable(v) else v for k, v in config.items()}
+    named = {k: name_of(v) for k, v in config.items() if callable(v) or hasattr(v, "__name__")}
+    config = {**config, **named}
     with ExitStack() as stack:
         if path is not None:
             config["task_set"] = digest(tasks)

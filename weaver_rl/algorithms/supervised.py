@@ -19,8 +19,7 @@ from anyio.lowlevel import checkpoint
 from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
-from weaver_rl.algorithms.policy import Result
-from weaver_rl.algorithms.run import Run
+from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.conversations import cut_datum, to_datum
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
