@@ -13,7 +13,7 @@ from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
 from weaver.protocol import GradientsDone, Sample, Sampled, StepDone
-from weaver.server.console.routes import thin
+from weaver.server.console import thin
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

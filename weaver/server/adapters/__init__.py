@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from weaver.server.adapters.native import NATIVE
 from weaver.server.adapters.weaver_rest import WEAVER_REST
-from weaver.server.console.routes import CONSOLE
+from weaver.server.console import CONSOLE
 
 ADAPTERS = (NATIVE, WEAVER_REST, CONSOLE)

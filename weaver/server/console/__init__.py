@@ -1,1 +1,226 @@
-"""The console: pages at `/` and `/docs`, and the read-only routes that they need."""
+"""The console: pages at `/` and `/docs`, and the read-only routes that they need; an adapter.
+
+The pages say nothing of anybody's work and need no build: `static/` is served as it lies there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from weaver.errors import PermissionDeniedError
+from weaver.server.activity import OperationInfo
+from weaver.server.http.errors import REFUSALS
+from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
+from weaver.types import MetricPoint, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from starlette.types import Scope
+
+    from weaver.server.records import Answer
+
+POINTS = 400
+"""Of a curve: more than a chart has pixels to tell apart."""
+PENDING = 100
+"""Operations that a page lists."""
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+router = APIRouter(prefix="/v1", responses=REFUSALS)
+
+
+class CallerInfo(Value):
+    project: str
+    admin: bool
+
+
+class RunOperations(Value):
+    pending: tuple[OperationInfo, ...]
+    """At most 100, what runs first."""
+    num_pending: int
+    ended: tuple[OperationInfo, ...]
+    """The last 30 since the server started, the newest first."""
+
+
+class Curve(Value):
+    name: str
+    source: str
+    """`logged` by the client, or the kind of operation that answered it."""
+    points: tuple[tuple[float, float], ...]
+    """Step and value, both finite."""
+    last: float
+    total: int
+    """How many points there were before thinning."""
+
+
+class TenantLoad(Value):
+    project: str
+    runs: int = 0
+    active_runs: int = 0
+    """Those with an operation that waits or runs."""
+    waiting: int = 0
+    running: int = 0
+    stored_bytes: int = 0
+    """Of its checkpoints."""
+
+
+class ServerLoad(Value):
+    at: float
+    """Seconds since 1970, by the server's clock."""
+    waiting: int
+    running: int
+    longest_wait_s: float
+    """Of the operations that wait now."""
+    trained_tokens: int
+    """Since the server started, as is the next."""
+    sampled_tokens: int
+    tenants: tuple[TenantLoad, ...]
+
+
+class Pages(StaticFiles):
+    """Files with the headers that let a page run nothing but its own scripts."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
+
+
+PAGES = Pages(directory=Path(__file__).parent / "static")
+PAGE_FILES = {"/": "index.html", "/docs": "docs.html"}
+"""By the path at which they are."""
+
+
+async def get_page(request: Request) -> Response:
+    return await PAGES.get_response(PAGE_FILES[request.scope["route"].path], request.scope)
+
+
+@router.get("/caller")
+async def get_caller(request: Request) -> CallerInfo:
+    caller = request.state.caller
+    return CallerInfo(project=caller.project, admin=caller.admin)
+
+
+@router.get("/runs/{run_id}/operations")
+async def list_operations(run_id: str, gateway: GatewayDep, service: ServiceDep) -> RunOperations:
+    await service.get_run(run_id)  # also refuses another project's
+    pending = gateway.service.activity.pending_of(run_id)
+    return RunOperations(
+        pending=tuple(pending[:PENDING]),
+        num_pending=len(pending),
+        ended=tuple(reversed(gateway.service.activity.ended_of(run_id))),
+    )
+
+
+@router.get("/runs/{run_id}/curves")
+async def read_curves(
+    run_id: str,
+    gateway: GatewayDep,
+    service: ServiceDep,
+    points: Annotated[int, Query(ge=2, le=10_000)] = POINTS,
+) -> list[Curve]:
+    """What the client logged, and what the run's operations answered."""
+    logged = await service.read_metrics(run_id)
+    answers = await gateway.service.activity.answers_of(run_id)
+    return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
+
+
+@router.get("/load")
+async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
+    """Of the whole server, by project: for administrators, who see all projects."""
+    admin = request.state.caller
+    if not admin.admin:
+        raise PermissionDeniedError("the load of the server needs an administrator's key.")
+    activity, owners = gateway.service.activity, gateway.service.owners
+    keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
+    projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
+    loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})
+    for run in await gateway.service.list_runs():
+        loads[run.project].update(runs=1, active_runs=run.status == "active")
+    for checkpoint in await gateway.service.list_checkpoints():
+        loads[owners.get(checkpoint.run_id, "")].update(stored_bytes=checkpoint.size_bytes)
+    pending = list(activity.pending())
+    for ticket in pending:
+        state = "waiting" if ticket.began_at is None else "running"
+        loads[ticket.session.caller.project][state] += 1
+    return ServerLoad(
+        at=time.time(),
+        waiting=sum(load["waiting"] for load in loads.values()),
+        running=sum(load["running"] for load in loads.values()),
+        longest_wait_s=max((t.waited_s for t in pending if t.began_at is None), default=0.0),
+        trained_tokens=activity.trained_tokens,
+        sampled_tokens=activity.sampled_tokens,
+        tenants=tuple(
+            TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
+        ),
+    )
+
+
+# --- curves -------------------------------------------------------------------------------------
+
+
+def curves_of(
+    points: Iterable[MetricPoint], answers: Iterable[Answer], *, most: int
+) -> list[Curve]:
+    """One for each name and source, of at most `most` points."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for point in points:
+        place = found.setdefault(("logged", point.name), [])
+        place.append((len(place) if point.step is None else point.step, point.value))
+    for one in answers:
+        step = one.step + (one.kind == "forward_backward")  # the step that its gradient goes into
+        for name, value in one.metrics.items():
+            if name != "step":
+                found.setdefault((one.kind, name), []).append((step, value))
+    return [
+        Curve(
+            name=name,
+            source=source,
+            points=tuple(thin(kept, most)),
+            last=kept[-1][1],
+            total=len(kept),
+        )
+        for (source, name), all_points in found.items()
+        if (kept := [(step, value) for step, value in all_points if math.isfinite(value)])
+    ]
+
+
+def thin(points: Sequence[tuple[float, float]], most: int) -> Sequence[tuple[float, float]]:
+    """At most `most` of the points: the lowest and the highest of each stretch, in their order."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    shown: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        part = range(start, min(start + size, len(points)))
+        ends = {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
+        shown += [points[i] for i in sorted(ends)]
+    return shown
+
+
+CONSOLE = Adapter(
+    routes=[
+        *(Route(path, get_page) for path in PAGE_FILES),
+        Mount("/console", PAGES),
+        *router.routes,
+    ],
+    prefix="",
+    open_paths=tuple(PAGE_FILES),
+    open_below=("/console/",),
+)
