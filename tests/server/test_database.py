@@ -1,7 +1,12 @@
-"""One server at a time writes a PostgreSQL database, whatever happens to its connections."""
+"""One server at a time writes a PostgreSQL database, whatever happens to its connections.
+
+A database in memory lasts as long as its engine.
+"""
 
 from __future__ import annotations
 
+import gc
+import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +14,7 @@ import sqlalchemy as sa
 
 from weaver.errors import ConflictError
 from weaver.server import database as module
-from weaver.server.database import SERVING, Writer, open_database, transaction
+from weaver.server.database import SERVING, Writer, in_memory, open_database, transaction
 from weaver.server.tables import owners_table
 
 if TYPE_CHECKING:
@@ -92,3 +97,13 @@ def test_a_lost_connection_is_made_anew(writers: tuple[Writer, Writer]) -> None:
         with pytest.raises(ConflictError), second.alone():
             pass
     assert written(first) == {"run/1", "run/2"}
+
+
+def test_a_database_in_memory_closes_when_nobody_has_it() -> None:
+    database = in_memory()
+    connection = database.raw_connection().dbapi_connection
+    assert connection is not None
+    del database
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.cursor()

@@ -285,11 +285,10 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
 
 
 def in_memory() -> sa.Engine:
-    """An empty SQLite, on one connection, which goes with it."""
-    engine = sa.create_engine(
-        "sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False}
-    )
-    weakref.finalize(engine, engine.pool.dispose)
+    """An empty SQLite on one connection, which closes when nobody has the engine any more."""
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool, creator=lambda: connection)
+    weakref.finalize(engine, connection.close)
     metadata.create_all(engine)
     return engine
 
