@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from weaver.errors import ConflictError
 from weaver.server import database as module
 from weaver.server.database import SERVING, Writer, in_memory, open_database, transaction
-from weaver.server.tables import owners_table
+from weaver.server.tables import owners
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,15 +43,15 @@ def writers(url: str, tmp_path: Path) -> Iterator[tuple[Writer, Writer]]:
     second.dispose()
 
 
-def write(writer: Writer, resource: str) -> None:
+def write(writer: Writer, run_id: str) -> None:
     with transaction(writer) as connection:
-        row = {"resource": resource, "project": "default"}
-        connection.execute(owners_table.insert(), [row])
+        row = {"run_id": run_id, "project": "default"}
+        connection.execute(owners.insert(), [row])
 
 
 def written(writer: Writer) -> set[str]:
     with writer.database.begin() as connection:
-        return set(connection.scalars(sa.select(owners_table.c.resource)))
+        return set(connection.scalars(sa.select(owners.c.run_id)))
 
 
 def lose_connection(writer: Writer) -> None:
@@ -65,13 +65,13 @@ def test_a_second_server_is_refused_until_the_first_has_ended(
 ) -> None:
     first, second = writers
     with first.alone():
-        write(first, "run/1")
+        write(first, "run-1")
         with pytest.raises(ConflictError, match="another server"), second.alone():
             pass
-        write(first, "run/2")
+        write(first, "run-2")
     with second.alone():
-        write(second, "run/3")
-    assert written(first) == {"run/1", "run/2", "run/3"}
+        write(second, "run-3")
+    assert written(first) == {"run-1", "run-2", "run-3"}
 
 
 def test_who_has_lost_the_database_writes_nothing_beside_the_next_owner(
@@ -83,20 +83,20 @@ def test_who_has_lost_the_database_writes_nothing_beside_the_next_owner(
         with second.alone():
             for _ in range(2):
                 with pytest.raises(ConflictError, match="another server"):
-                    write(first, "run/1")
-        write(first, "run/2")
-    assert written(first) == {"run/2"}
+                    write(first, "run-1")
+        write(first, "run-2")
+    assert written(first) == {"run-2"}
 
 
 def test_a_lost_connection_is_made_anew(writers: tuple[Writer, Writer]) -> None:
     first, second = writers
     with first.alone():
-        write(first, "run/1")
+        write(first, "run-1")
         lose_connection(first)
-        write(first, "run/2")
+        write(first, "run-2")
         with pytest.raises(ConflictError), second.alone():
             pass
-    assert written(first) == {"run/1", "run/2"}
+    assert written(first) == {"run-1", "run-2"}
 
 
 def test_a_database_in_memory_closes_when_nobody_has_it() -> None:

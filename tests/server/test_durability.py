@@ -36,13 +36,12 @@ from weaver.protocol import (
     Submission,
 )
 from weaver.server import database as databases
-from weaver.server import ledger
+from weaver.server import ledger, tables
 from weaver.server.database import open_database
 from weaver.server.journal import Journal
 from weaver.server.records import SessionRecord
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability
-from weaver.server.tables import metadata, operations_table, runs_table, schema_table
 from weaver.server.tenancy import OWNER
 from weaver.types import ModelInput, SamplingParams
 
@@ -344,7 +343,7 @@ async def test_a_run_that_was_deleted_stays_deleted(home: Path, durability: Dura
         await service.close_session(caller.session_id)
         database = open_database(home)
         with database.connect() as connection:
-            query = sa.select(sa.func.count()).where(operations_table.c.run_id == run)
+            query = sa.select(sa.func.count()).where(tables.operations.c.run_id == run)
             assert connection.scalar(query) == 0
         database.dispose()
 
@@ -367,7 +366,7 @@ async def test_the_files_of_a_deleted_run_go_at_the_next_start(
     shutil.copytree(live / other, live / "run-of-another-database")
     database = open_database(home)
     with database.begin() as connection:
-        damage = runs_table.update().where(runs_table.c.run_id == damaged)
+        damage = tables.runs.update().where(tables.runs.c.run_id == damaged)
         connection.execute(damage.values(description=b"damaged"))
     database.dispose()
     async with server(home, store=store) as service:
@@ -685,14 +684,14 @@ async def test_two_processes_do_not_share_a_run(home: Path) -> None:
 # --- the database -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [4, 99])
+@pytest.mark.parametrize("version", [5, 99])
 def test_tables_of_another_version_are_refused(home: Path, version: int) -> None:
     database = open_database(home)
-    assert set(sa.inspect(database).get_table_names()) == set(metadata.tables)
+    assert set(sa.inspect(database).get_table_names()) == set(tables.metadata.tables)
     with database.begin() as connection:
-        connection.execute(schema_table.update().values(version=version))
+        connection.execute(tables.schema.update().values(version=version))
     database.dispose()
-    with pytest.raises(ConfigError, match=f"version {version}, .* knows 5.*begin anew"):
+    with pytest.raises(ConfigError, match=f"version {version}, .* knows 6.*begin anew"):
         open_database(home)
 
 

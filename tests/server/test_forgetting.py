@@ -14,7 +14,7 @@ from weaver.protocol import GradientsDone, Sampled, StepDone
 from weaver.server import journal, sessions
 from weaver.server.database import open_database
 from weaver.server.journal import Journal
-from weaver.server.tables import operations_table
+from weaver.server.tables import operations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ def rows(home: Path) -> int:
     database = open_database(home)
     try:
         with database.begin() as connection:
-            return connection.scalar(sa.select(sa.func.count()).select_from(operations_table)) or 0
+            return connection.scalar(sa.select(sa.func.count()).select_from(operations)) or 0
     finally:
         database.dispose()
 
@@ -195,6 +195,6 @@ async def test_the_body_of_what_was_refused_is_not_kept(home: Path, kept: bool) 
             await caller.refused(BAD_GRADIENT, run_id=run)
     database = open_database(home)
     with database.begin() as connection:
-        query = sa.select(operations_table.c.body).where(operations_table.c.run_id == run)
+        query = sa.select(operations.c.body).where(operations.c.run_id == run)
         assert [body is not None for body in connection.scalars(query)] == [kept]
     database.dispose()

@@ -28,7 +28,7 @@ from weaver.errors import (
     StorageError,
     WeaverError,
 )
-from weaver.server.tables import metadata, schema_table
+from weaver.server.tables import metadata, schema
 from weaver.wire import LARGE_BYTES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ Statements = list[tuple[sa.Executable, Rows]]
 ONCE: Rows = [{}]
 """The rows of a statement that has no parameters."""
 NOT_WRITTEN = StorageError("the database was not written, through a defect.")
-VERSION = 5
+VERSION = 6
 """Of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are made."""
@@ -311,11 +311,11 @@ def _make_tables(connection: sa.Connection) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
     elif connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver begins only before it writes
-    schema_table.create(connection, checkfirst=True)
-    version = connection.scalar(sa.select(schema_table.c.version))
+    schema.create(connection, checkfirst=True)
+    version = connection.scalar(sa.select(schema.c.version))
     if version is None:
         metadata.create_all(connection)
-        connection.execute(schema_table.insert().values(version=VERSION))
+        connection.execute(schema.insert().values(version=VERSION))
     elif version != VERSION:
         raise ConfigError(
             f"has tables of version {version}, this program knows {VERSION}.",

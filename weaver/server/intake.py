@@ -23,7 +23,7 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
-from weaver.server.fingerprint import fingerprint
+from weaver.server.records import fingerprint
 from weaver.server.registry import Reach
 from weaver.server.validation import check_size, refusal
 

@@ -17,7 +17,7 @@ from anyio import to_thread
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
-from weaver.server import tables as sql
+from weaver.server import tables
 from weaver.server.database import ONCE, Writer, in_memory
 from weaver.server.records import (
     Answer,
@@ -29,16 +29,6 @@ from weaver.server.records import (
     metric_row,
     point_of,
     submission_row,
-)
-from weaver.server.tables import (
-    answers_table,
-    metrics_table,
-    operations,
-    operations_table,
-    owners_table,
-    requests_table,
-    runs_table,
-    sessions_table,
 )
 
 if TYPE_CHECKING:
@@ -89,22 +79,23 @@ class Journal:
 
     async def open_session(self, session: SessionRecord) -> None:
         if self.keeps == "everything":
-            await self.writer.change(sessions_table.insert().values(session.row()))
+            await self.writer.change(tables.sessions.insert().values(session.row()))
 
     async def close_session(self, session_id: str) -> None:
         """Forgets it, but for what is pending and what its runs still need."""
         if self.keeps == "everything":
-            unneeded = operations_table.delete().where(
-                operations.session_id == session_id,
-                operations.cursor.is_not(None),
-                sa.or_(operations.number.is_(None), operations.body.is_(None)),
+            columns = tables.operations.c
+            unneeded = tables.operations.delete().where(
+                columns.session_id == session_id,
+                columns.cursor.is_not(None),
+                sa.or_(columns.number.is_(None), columns.body.is_(None)),
             )
-            closed = sessions_table.update().where(sessions_table.c.session_id == session_id)
-            await self.writer.change(closed.values(closed=True), unneeded, sql.FORGET)
+            closed = tables.sessions.update().where(tables.sessions.c.session_id == session_id)
+            await self.writer.change(closed.values(closed=True), unneeded, tables.FORGET)
 
     async def sessions(self) -> Sequence[SessionRecord]:
         """The open ones, and those with pending work."""
-        return [SessionRecord.of(row) for row in await self.writer.read(sa.select(sessions_table))]
+        return [SessionRecord.of(row) for row in await self.writer.read(sa.select(tables.sessions))]
 
     # --- operations -----------------------------------------------------------------------------
 
@@ -114,15 +105,12 @@ class Journal:
             mine = {(session_id, one.id): one for one in submissions if _changes(one.operation)}
             self._submissions |= mine
         elif self.keeps == "everything":
-            await self.writer.write(
-                lambda: [
-                    (
-                        operations_table.insert(),
-                        [submission_row(session_id, s) for s in submissions],
-                    )
-                ],
-                size_bytes=wire.about_bytes(submissions),
-            )
+
+            def make() -> Statements:
+                rows = [submission_row(session_id, one) for one in submissions]
+                return [(tables.operations.insert(), rows)]
+
+            await self.writer.write(make, size_bytes=wire.about_bytes(submissions))
 
     async def settle(self, settled: Sequence[Settled], *, runs: Sequence[TrainingRun] = ()) -> None:
         """Writes down what became of submissions, once each, and of their runs: all or nothing."""
@@ -131,10 +119,10 @@ class Journal:
         elif self.keeps == "everything":
             await self.writer.write(
                 lambda: [
-                    (sql.SETTLE, [one.row() for one in settled]),
+                    (tables.SETTLE, [one.row() for one in settled]),
                     _described(runs),
                     *self._forgotten(),
-                    (answers_table.insert(), [asdict(one.answer) for one in settled if one.answer]),
+                    (tables.answers.insert(), [asdict(s.answer) for s in settled if s.answer]),
                 ],
                 size_bytes=sum(wire.about_bytes(one.outcome) for one in settled),
             )
@@ -158,7 +146,7 @@ class Journal:
                 | {"cursor": one.outcome.cursor, "number": one.number, "error": one.error}
                 for submission, one in written
             ]
-            return [(operations_table.insert(), rows), _described(runs)]
+            return [(tables.operations.insert(), rows), _described(runs)]
 
         try:
             await self.writer.write(make)
@@ -186,7 +174,7 @@ class Journal:
         unneeded = [one for one in seen if one is not last[one["of_session"]]]
         unneeded += [before[session_id] for session_id in last if session_id in before]
         self._last = before | last
-        return [(sql.ACKNOWLEDGE, seen), (sql.FORGET_REPEATABLE, unneeded)]
+        return [(tables.ACKNOWLEDGE, seen), (tables.FORGET_REPEATABLE, unneeded)]
 
     async def entries(self) -> Sequence[Entry]:
         """What is pending, and what open sessions still need, in the order of `append`.
@@ -194,47 +182,48 @@ class Journal:
         A sample whose client has its outcome is forgotten, and so is what a snapshot holds, but for
         the last of each kind. What `passed` tells of is left out.
         """
-        return [Entry.of(row) for row in await self.writer.read(sql.ENTRIES)]
+        return [Entry.of(row) for row in await self.writer.read(tables.ENTRIES)]
 
     async def passed(self) -> Sequence[Passed]:
         """What open sessions' runs pass over, without having lost a gradient."""
-        return [Passed(**row._mapping) for row in await self.writer.read(sql.PASSED)]
+        return [Passed(**row._mapping) for row in await self.writer.read(tables.PASSED)]
 
     # --- runs -----------------------------------------------------------------------------------
 
     async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
         """Writes down a run at its beginning."""
-        resource = sql.RUN + run.run_id
         await self.writer.change(
-            runs_table.delete().where(runs_table.c.run_id == run.run_id),
-            owners_table.delete().where(owners_table.c.resource == resource),
-            runs_table.insert().values(
+            *(
+                table.delete().where(table.c.run_id == run.run_id)
+                for table in (tables.runs, tables.owners)
+            ),
+            tables.runs.insert().values(
                 run_id=run.run_id,
                 description=wire.encode(run),
                 model=wire.encode(model),
                 seed=seed,
                 snapshot=0,
             ),
-            owners_table.insert().values(resource=resource, project=run.project),
+            tables.owners.insert().values(run_id=run.run_id, project=run.project),
         )
 
     async def delete_run(self, run_id: str) -> None:
         """Forgets a run, its metrics and what it has carried out; not outcomes still to be told."""
-        mine = operations.run_id == run_id
-        settled = sa.and_(mine, operations.cursor.is_not(None))
+        mine = tables.operations.c.run_id == run_id
+        settled = sa.and_(mine, tables.operations.c.cursor.is_not(None))
         await self.writer.change(
             *(
                 table.delete().where(table.c.run_id == run_id)
-                for table in (runs_table, metrics_table, answers_table)
+                for table in (tables.runs, tables.metrics, tables.answers)
             ),
-            operations_table.delete().where(mine, sa.not_(sql.IS_OPEN)),
-            operations_table.update().where(settled).values(body=None),
+            tables.operations.delete().where(mine, sa.not_(tables.IS_OPEN)),
+            tables.operations.update().where(settled).values(body=None),
         )
 
     async def runs(self) -> Sequence[RunRecord]:
         """In the order in which they were put."""
         records = []
-        for row in await self.writer.read(sql.RECORD.order_by(runs_table.c.position)):
+        for row in await self.writer.read(tables.RECORD.order_by(tables.runs.c.position)):
             try:
                 records.append(RunRecord.of(row))
             except StorageError as error:
@@ -242,13 +231,13 @@ class Journal:
         return records
 
     async def run(self, run_id: str) -> RunRecord | None:
-        rows = await self.writer.read(sql.RECORD.where(runs_table.c.run_id == run_id))
+        rows = await self.writer.read(tables.RECORD.where(tables.runs.c.run_id == run_id))
         return next(map(RunRecord.of, rows), None)
 
     async def owners(self) -> Mapping[str, str]:
         """The project of each run, of deleted ones too: their checkpoints may remain."""
-        rows = await self.writer.read(sa.select(owners_table))
-        return {row.resource.removeprefix(sql.RUN): row.project for row in rows}
+        rows = await self.writer.read(sa.select(tables.owners))
+        return {row.run_id: row.project for row in rows}
 
     async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
         """What a run has carried out since its snapshot, in that order.
@@ -256,9 +245,13 @@ class Journal:
         Raises:
             StorageError: an entry is damaged.
         """
-        query = sa.select(operations.run_id, operations.number, operations.body, operations.error)
-        mine = query.where(operations.run_id == run_id, operations.number > after)
-        rows = await self.writer.read(mine.order_by(operations.number))
+        columns = tables.operations.c
+        query = (
+            sa.select(columns.run_id, columns.number, columns.body, columns.error)
+            .where(columns.run_id == run_id, columns.number > after)
+            .order_by(columns.number)
+        )
+        rows = await self.writer.read(query)
         written = await to_thread.run_sync(lambda: [Executed.of(row) for row in rows])
         unwritten = [
             Executed(number=one.number, operation=submission.operation, error=one.error)
@@ -272,16 +265,15 @@ class Journal:
 
         Outlives a loss of power when it returns: former snapshots may then be deleted.
         """
-        snapshot = runs_table.update().where(runs_table.c.run_id == run_id).values(snapshot=number)
-        await self.writer.change(snapshot, *sql.forget_up_to(run_id, number), flush=True)
+        await self.writer.change(*tables.snapshotted(run_id, number), flush=True)
 
     # --- curves ---------------------------------------------------------------------------------
 
     async def answers(self, run_id: str) -> Sequence[Answer]:
         """Those of what was settled, in that order; none where clients do not outlive them."""
-        fields = (column for name, column in answers_table.c.items() if name != "position")
-        query = sa.select(*fields).where(answers_table.c.run_id == run_id)
-        rows = await self.writer.read(query.order_by(answers_table.c.position))
+        fields = (column for name, column in tables.answers.c.items() if name != "position")
+        query = sa.select(*fields).where(tables.answers.c.run_id == run_id)
+        rows = await self.writer.read(query.order_by(tables.answers.c.position))
         return [Answer(**row._mapping) for row in rows]
 
     async def add_metrics(
@@ -292,11 +284,11 @@ class Journal:
             return
         rows = [metric_row(run_id, point) for point in points]
         kept = [] if key is None else _kept(key)
-        await self.writer.write(lambda: [(metrics_table.insert(), rows), *kept])
+        await self.writer.write(lambda: [(tables.metrics.insert(), rows), *kept])
 
     async def metric_counts(self, run_id: str) -> Mapping[str, int]:
         """How many there are of each name."""
-        name, mine = metrics_table.c.name, metrics_table.c.run_id == run_id
+        name, mine = tables.metrics.c.name, tables.metrics.c.run_id == run_id
         query = sa.select(name, sa.func.count().label("points")).where(mine).group_by(name)
         return {row.name: row.points for row in await self.writer.read(query)}
 
@@ -304,10 +296,10 @@ class Journal:
         self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
     ) -> Sequence[MetricPoint]:
         """In the order in which they were added."""
-        query = sa.select(metrics_table).where(metrics_table.c.run_id == run_id)
+        query = sa.select(tables.metrics).where(tables.metrics.c.run_id == run_id)
         if name is not None:
-            query = query.where(metrics_table.c.name == name)
-        part = query.order_by(metrics_table.c.position).offset(offset).limit(limit)
+            query = query.where(tables.metrics.c.name == name)
+        part = query.order_by(tables.metrics.c.position).offset(offset).limit(limit)
         rows = await self.writer.read(part)
         return await to_thread.run_sync(lambda: [point_of(row) for row in rows])
 
@@ -315,25 +307,25 @@ class Journal:
 
     async def knows_request(self, key: str) -> bool:
         """Whether it was kept within the last day, by any process."""
-        return bool(
-            await self.writer.read(sa.select(requests_table).where(requests_table.c.key == key))
-        )
+        query = sa.select(tables.requests).where(tables.requests.c.key == key)
+        return bool(await self.writer.read(query))
 
     async def keep_request(self, key: str) -> None:
         await self.writer.write(lambda: _kept(key))
 
     async def drop_request(self, key: str) -> None:
-        await self.writer.change(requests_table.delete().where(requests_table.c.key == key))
+        await self.writer.change(tables.requests.delete().where(tables.requests.c.key == key))
 
 
 def _kept(key: str) -> Statements:
     now = time.time()
-    old = requests_table.delete().where(requests_table.c.at < now - RESEND_S)
-    return [(old, ONCE), (requests_table.insert(), [{"key": key, "at": now}])]
+    old = tables.requests.delete().where(tables.requests.c.at < now - RESEND_S)
+    return [(old, ONCE), (tables.requests.insert(), [{"key": key, "at": now}])]
 
 
 def _described(runs: Sequence[TrainingRun]) -> tuple[sa.Executable, Rows]:
-    return sql.DESCRIBE, [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
+    rows = [{"of_run": run.run_id, "description": wire.encode(run)} for run in runs]
+    return tables.DESCRIBE, rows
 
 
 def _changes(operation: Operation | None) -> bool:

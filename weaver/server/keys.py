@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from weaver.errors import AuthenticationError, InvalidNameError
 from weaver.server.database import transaction
-from weaver.server.tables import keys_table
+from weaver.server.tables import keys
 from weaver.server.tenancy import Caller
 from weaver.types import Value
 
@@ -70,20 +70,18 @@ class Keys:
         )
         row = {**info.model_dump(), "hash": _hash(secret)}
         with transaction(self._database) as connection:
-            connection.execute(keys_table.insert().values(row))
+            connection.execute(keys.insert().values(row))
         return info, secret
 
     def list(self) -> Sequence[KeyInfo]:
         """All keys, revoked ones too, oldest first."""
-        query = sa.select(keys_table).order_by(keys_table.c.created_at)
+        query = sa.select(keys).order_by(keys.c.created_at)
         with transaction(self._database) as connection:
             return [_info(row) for row in connection.execute(query)]
 
     def revoke(self, key_id: str) -> None:
         """Ends a key; takes effect within a second. Does nothing to one that was revoked."""
-        query = keys_table.update().where(
-            keys_table.c.id == key_id, keys_table.c.revoked_at.is_(None)
-        )
+        query = keys.update().where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
         with transaction(self._database) as connection:
             connection.execute(query.values(revoked_at=datetime.now(UTC)))
 
@@ -94,9 +92,7 @@ class Keys:
             AuthenticationError: unknown or revoked, without saying which.
         """
         wanted = _hash(secret)
-        query = sa.select(keys_table).where(
-            keys_table.c.hash == wanted, keys_table.c.revoked_at.is_(None)
-        )
+        query = sa.select(keys).where(keys.c.hash == wanted, keys.c.revoked_at.is_(None))
         with transaction(self._database) as connection:
             row = connection.execute(query).one_or_none()
         if row is None or not hmac.compare_digest(row.hash, wanted):

@@ -5,21 +5,24 @@ Made by `Journal` and its callers. What is made `of` a row raises `StorageError`
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Operation, Outcome, Submission
-from weaver.server.fingerprint import fingerprint
 from weaver.server.tenancy import Caller
-from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
+from weaver.tensors import TensorData
+from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from typing import Self
 
     import sqlalchemy as sa
@@ -69,7 +72,6 @@ class RunRecord:
     run: TrainingRun
     model: ModelInfo
     seed: int
-    project: str
     snapshot: int
     """The number of the last operation that the newest snapshot holds; 0: there is none."""
     executed: int
@@ -83,7 +85,6 @@ class RunRecord:
             run=_decode(row.description, RUN, row.run_id),
             model=_decode(row.model, MODEL, row.run_id),
             seed=row.seed,
-            project=row.project or "",
             snapshot=row.snapshot,
             executed=max(row.newest or 0, row.snapshot),
             unsaved_bytes=row.unsaved_bytes or 0,
@@ -204,6 +205,43 @@ class Passed:
     last: int
     cursor: int
     """The highest of their outcomes."""
+
+
+def fingerprint(submission: Submission) -> bytes:
+    """16 bytes that two submissions share only if they ask for the same at the same place.
+
+    They tell a resend from another submission with its id.
+    """
+    digest, s = hashlib.blake2b(digest_size=16), submission
+    for part in _parts([s.run_id, s.seq, s.lost_gradient, s.operation]):
+        digest.update(part)
+    return digest.digest()
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    """An unambiguous byte form of a value: each piece is led by its type and its length."""
+    if isinstance(value, TensorData):
+        yield f"{value!r}".encode()
+        yield value.to_numpy().tobytes()
+    elif isinstance(value, Mapping):
+        kind = type(value).__name__ if isinstance(value, Value) else "map"
+        yield f"{kind}{len(value)}".encode()
+        for key in sorted(value):
+            yield from _parts(key)
+            yield from _parts(value[key])
+    elif isinstance(value, (list, tuple)):
+        yield f"list{len(value)}:".encode()
+        if set(map(type, value)) == {int}:
+            try:
+                yield np.array(value, dtype=np.int64).tobytes()
+            except OverflowError:  # in a user's metadata
+                yield repr(value).encode()
+        else:
+            for item in value:
+                yield from _parts(item)
+    else:
+        text = repr(value)
+        yield f"{len(text)}:{text}".encode()
 
 
 def submission_row(session_id: str, submission: Submission) -> dict[str, Any]:

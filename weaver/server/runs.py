@@ -74,7 +74,7 @@ class Run:
             created_at=run.created_at,
             last_request_at=run.last_request_at,
             user_metadata=run.user_metadata,
-            project=record.project,
+            project=run.project,
             step=run.step,
             loaded=False,
             seed=record.seed,

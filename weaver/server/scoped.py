@@ -317,7 +317,7 @@ class ScopedService:
         self._reach.check_run(run_id)
         runs = self._parts.known.runs
         if run_id not in runs and (record := await self._parts.store.run(run_id)):
-            self._parts.known.owners[run_id] = record.project
+            self._parts.known.owners[run_id] = record.run.project
             runs.setdefault(run_id, Run.of(record))  # another process on this home made it
         if run_id not in runs:
             raise no_run(run_id)
