@@ -167,7 +167,7 @@ def to_datum(
     else:
         text, spans = read.text, list(read.spans)
     # templates write their own BOS
-    datum = _datum(tokenizer, text, spans, special=not isinstance(read, Chat), where=where)
+    datum = _datum(tokenizer, text, spans, where=where, special=not isinstance(read, Chat))
     length = datum.model_input.length + 1
     if max_length is not None and length > max_length:
         raise InvalidRequestError(
@@ -189,13 +189,8 @@ def cut_datum(datum: Datum, length: int) -> Datum | None:
     return Datum(model_input=tokens, loss_fn_inputs=kept)
 
 
-def from_pieces(
-    tokenizer: PreTrainedTokenizerBase, parts: Sequence[Piece], *, special: bool = True
-) -> Datum:
+def from_pieces(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Piece]) -> Datum:
     """Texts as one, encoded as a whole; weight 1 on the tokens of the learned ones.
-
-    Args:
-        special: whether the tokenizer's special tokens (BOS) come first.
 
     Raises:
         InvalidRequestError: nothing is learned, or no token can end where a learned text ends.
@@ -206,7 +201,7 @@ def from_pieces(
         if learned and part:
             spans.append((len(text), len(text) + len(part)))
         text += part
-    return _datum(tokenizer, text, spans, special=special, where="parts")
+    return _datum(tokenizer, text, spans, where="parts")
 
 
 def _datum(
@@ -214,14 +209,12 @@ def _datum(
     text: str,
     spans: Sequence[Span],
     *,
-    special: bool,
     where: str,
+    special: bool = True,
 ) -> Datum:
-    encode = (
-        partial(encode_text, tokenizer)
-        if special
-        else partial(tokenizer.encode, add_special_tokens=False)
-    )
+    """`special`: whether the tokenizer's special tokens (BOS) come first."""
+    bare = partial(tokenizer.encode, add_special_tokens=False)
+    encode = partial(encode_text, tokenizer) if special else bare
     borders = [border for span in spans for border in span]
     tokens, counts = encode_split(tokenizer, text, borders, encode=encode, where=where)
     learned = [0.0] * len(tokens)

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
@@ -26,9 +25,6 @@ from weaver_rl.plan import Steps
 from weaver_rl.run_folder import Manifest, RunFolder
 from weaver_rl.transcripts import write_transcripts
 from weaver_rl.types import Filtered, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Result", "Run", "open_run"]
 
@@ -55,14 +51,15 @@ class Run:
     waiting_for: Callable[[str], None] = lambda what: None
     """Told what the loop waits for; the display shows it."""
     _trainer: AsyncTrainingClient | None = None
-    _tokenizer: PreTrainedTokenizerBase | None = None
+    _decode: Callable[[tuple[int, ...]], str] | None = None
 
     async def restore(self, trainer: AsyncTrainingClient) -> tuple[Manifest, int]:
         """Loads the last checkpoint, if there is one; where to go on, and the weights' version."""
         self._trainer = trainer
         done = Manifest(step=0)
         if self.folder is not None:
-            self._tokenizer = await trainer.get_tokenizer()
+            tokenizer = await trainer.get_tokenizer()
+            self._decode = lambda tokens: str(tokenizer.decode(list(tokens)))
             done = await run_folder.restore(self.folder, trainer) or done
             if done.step:
                 log.info("Going on behind step %d of %s.", done.step, self.folder.path)
@@ -100,8 +97,7 @@ class Run:
         """The groups of a step, from 1, and what it made of them."""
         if step % max(1, self.samples_every) == 0 or step == 1:
             self.loggers.log_samples(chosen.kept, step)
-        if self.folder is not None and self._tokenizer is not None:
-            tokenizer = self._tokenizer
+        if self.folder is not None and self._decode is not None:
             write_transcripts(
                 self.folder.transcripts,
                 step,
@@ -109,7 +105,7 @@ class Run:
                 dropped=chosen.dropped,
                 advantages_P_G=stepped.advantages_P_G,
                 trained=stepped.trained,
-                decode=lambda tokens: str(tokenizer.decode(list(tokens))),
+                decode=self._decode,
             )
 
     def is_due(self, step: int, steps: int) -> bool:
