@@ -94,11 +94,8 @@ async def run_server(
             durability=settings.durability,
             limits=settings.limits,
         ) as service:
-            gateway = Gateway(
-                service=service,
-                keys=Keys(database) if settings.auth else None,
-                folder=settings.home,
-            )
+            keys = Keys(database) if settings.auth else None
+            gateway = Gateway(service, keys, folder=settings.home)
             if settings.otel_endpoint:
                 from weaver.server.http.tracing import Tracing, to_collector
 

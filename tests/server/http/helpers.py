@@ -71,7 +71,7 @@ async def running(
     async with LocalService(
         engine or FakeEngine(), home=home, store=store, limits=limits
     ) as service:
-        gateway = Gateway(service=service, keys=keys if auth else None)
+        gateway = Gateway(service, keys if auth else None)
         yield Server(app=App(gateway, ADAPTERS), gateway=gateway, service=service, keys=keys)
     database.dispose()
 

@@ -76,43 +76,39 @@ class Adapter:
         return path in self.open_paths or path.startswith(self.open_below)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Gateway:
-    service: LocalService
-    keys: Keys | None
-    """None: everybody is the administrator of one project; for loopback only."""
-    metrics: ServerMetrics = field(init=False)
-    stopping: anyio.Event = field(default_factory=anyio.Event)
-    """Once set, long polls end and new requests are told to come back."""
-    tracing: Tracing | None = None
-    folder: Path | None = None
-    """Where tokenizers are kept for clients on this machine; None: they are not."""
-    _free_bytes: int = field(init=False)
-    _freed: anyio.Condition = field(default_factory=anyio.Condition)
-    _readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
-    """More threads would take the interpreter from the event loop."""
-    _good_keys: dict[bytes, tuple[Caller, float]] = field(default_factory=dict, repr=False)
-    _waits: set[anyio.CancelScope] = field(default_factory=set)
-    _resends: WeakValueDictionary[str, anyio.Lock] = field(default_factory=WeakValueDictionary)
-    _owned: dict[type, object] = field(default_factory=dict, repr=False)
+    """What the requests of one server share.
 
-    def __post_init__(self) -> None:
-        self.metrics = ServerMetrics(self.service.activity)
-        self._free_bytes = self._reading_bytes
+    Args:
+        keys: None: everybody is the administrator of one project; for loopback only.
+        folder: where tokenizers are kept for clients on this machine; None: they are not.
+    """
 
-    @property
-    def _reading_bytes(self) -> int:
-        """That requests may take together while they are read."""
-        return 2 * self.message_limits.message_bytes
-
-    @property
-    def message_limits(self) -> WireLimits:
-        size, tokens = self.service.limits.body_bytes, self.service.limits.operation_tokens
-        return WireLimits(
+    def __init__(
+        self, service: LocalService, keys: Keys | None, *, folder: Path | None = None
+    ) -> None:
+        self.service = service
+        self.keys = keys
+        self.folder = folder
+        self.metrics = ServerMetrics(service.activity)
+        self.tracing: Tracing | None = None
+        self.stopping = anyio.Event()
+        """Once set, long polls end and new requests are told to come back."""
+        size, tokens = service.limits.body_bytes, service.limits.operation_tokens
+        self.message_limits = WireLimits(
             header_bytes=min(size, MESSAGE_HEADER_BYTES),
             array_bytes=size,
             list_numbers=tokens and 2 * tokens,
         )
+        self._reading_bytes = self._free_bytes = 2 * self.message_limits.message_bytes
+        """That requests may take together while they are read, and what is left of it."""
+        self._freed = anyio.Condition()
+        self._readers = anyio.CapacityLimiter(2)
+        """More threads would take the interpreter from the event loop."""
+        self._good_keys: dict[bytes, tuple[Caller, float]] = {}
+        self._waits: set[anyio.CancelScope] = set()
+        self._resends: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._owned: dict[type, object] = {}
 
     def body_bytes(self, limit: int | None) -> int:
         """The limit of a body, where an adapter has its own."""
