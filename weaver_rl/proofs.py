@@ -14,26 +14,18 @@ from random import Random
 
 import numpy as np
 
+import weaver_rl as rl
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
-from weaver_rl.advantages import group_centred
-from weaver_rl.algorithms.policy import off_policy
-from weaver_rl.algorithms.rejection import Keep, rejection
-from weaver_rl.algorithms.run import Result
-from weaver_rl.algorithms.supervised import SupervisedPlan, supervised
-from weaver_rl.evaluation import evaluate
-from weaver_rl.objectives import Objective
-from weaver_rl.plan import Plan
-from weaver_rl.rollouts import GroupEnvironment, each, single_turn
 from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import exact, reverse_tasks
-from weaver_rl.types import BoolPG, FloatPG, Reply, Task
+from weaver_rl.types import BoolPG, FloatPG
 
 MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
 WORDS = reverse_tasks(1100, seed=1)
 TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
-PLAN = Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
+PLAN = rl.Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
 """Without clipping: what a control shows must not be what clipping hides."""
 
 
@@ -76,7 +68,7 @@ async def importance_sampling(service: AsyncServiceClient, seed: int) -> Outcome
 
 
 def held_out_after(
-    plan: Plan, *, gate: float = 0.90, loop: Callable[..., Awaitable[Result]] = off_policy
+    plan: rl.Plan, *, gate: float = 0.90, loop: Callable[..., Awaitable[rl.Result]] = rl.off_policy
 ) -> Callable[[AsyncServiceClient, int], Awaitable[Outcome]]:
     """The proof that held-out greedy reaches the gate by this plan."""
 
@@ -92,18 +84,18 @@ async def supervised_tuning(service: AsyncServiceClient, seed: int) -> Outcome:
     trainer = await service.create_model(MODEL, LORA, seed=seed)
     given = [one for one in reverse_tasks(6100, seed=1) if one not in HELD_OUT]
     examples = [{"prompt": one["prompt"], "completion": one["answer"]} for one in given]
-    plan = SupervisedPlan(epochs=3, batch_tokens=2048, learning_rate=2e-3, seed=seed)
-    done = await supervised(trainer, examples, plan)
+    plan = rl.SupervisedPlan(epochs=3, batch_tokens=2048, learning_rate=2e-3, seed=seed)
+    done = await rl.supervised(trainer, examples, plan)
     greedy, curve = await _held_out(done.sampler), await _curve(trainer, "train/loss")
     return Outcome(value=greedy, passed=greedy >= 0.99, curve=curve)
 
 
 async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
-    tasks, played = guess_number_tasks(7), each(guess_number)
+    tasks, played = guess_number_tasks(7), rl.each(guess_number)
     plan = replace(PLAN, seed=seed, groups_per_step=7 * 4)
     sampler, curve = await _learn(service, plan, environment=played, tasks=tasks * 4)
     greedy = SAMPLING.model_copy(update={"temperature": 0.0})
-    found = await evaluate(sampler, tasks, environment=played, sampling=greedy)
+    found = await rl.evaluate(sampler, tasks, environment=played, sampling=greedy)
     won = float(np.mean([group.rollouts[0].metrics["won"] for group in found.groups]))
     return Outcome(value=won, passed=won == 1.0, curve=curve)
 
@@ -113,8 +105,8 @@ async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
     means: list[float] = []
     curves: list[tuple[float, ...]] = []
     for objective in (
-        Objective(loss_fn="ppo", correction="ratio"),
-        Objective(loss_fn="cross_entropy", correction="none"),
+        rl.Objective(loss_fn="ppo", correction="ratio"),
+        rl.Objective(loss_fn="cross_entropy", correction="none"),
     ):
         ends = []
         for one in range(seed, seed + 3):
@@ -132,11 +124,11 @@ async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
 async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
     dice = Random(seed)
 
-    def thrown(task: Task, reply: Reply) -> float:
+    def thrown(task: rl.Task, reply: rl.Reply) -> float:
         return float(dice.random() < 0.5)
 
     sampler, curve = await _learn(
-        service, replace(PLAN, seed=seed), environment=single_turn(thrown)
+        service, replace(PLAN, seed=seed), environment=rl.single_turn(thrown)
     )
     sampled = await _held_out(sampler, samples=4)
     return Outcome(value=sampled, passed=sampled <= 0.30, curve=curve)
@@ -144,7 +136,7 @@ async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
 
 async def flipped_advantage(service: AsyncServiceClient, seed: int) -> Outcome:
     def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
-        return -group_centred(rewards_P_G, valid_P_G)
+        return -rl.ADVANTAGES["group_centred"](rewards_P_G, valid_P_G)
 
     sampler, curve = await _learn(service, replace(PLAN, seed=seed, advantage=flipped))
     sampled = await _held_out(sampler, samples=4)
@@ -193,7 +185,7 @@ PROOFS: tuple[Proof, ...] = (
         claim="Fine-tuning on its own right answers learns to reverse words.",
         gate="held-out greedy ≥ 0.97",
         run=held_out_after(
-            PLAN, gate=0.97, loop=partial(rejection, keep=Keep(threshold=1.0, unique=False))
+            PLAN, gate=0.97, loop=partial(rl.rejection, keep=rl.Keep(threshold=1.0, unique=False))
         ),
     ),
     Proof(
@@ -240,16 +232,16 @@ PROOFS: tuple[Proof, ...] = (
 
 async def _learn(
     service: AsyncServiceClient,
-    plan: Plan,
+    plan: rl.Plan,
     *,
-    environment: GroupEnvironment | None = None,
-    tasks: Sequence[Task] = TRAIN,
+    environment: rl.GroupEnvironment | None = None,
+    tasks: Sequence[rl.Task] = TRAIN,
     trainer: AsyncTrainingClient | None = None,
-    loop: Callable[..., Awaitable[Result]] = off_policy,
+    loop: Callable[..., Awaitable[rl.Result]] = rl.off_policy,
 ) -> tuple[AsyncSamplingClient, tuple[float, ...]]:
     """The final weights, and the mean reward by step."""
     trainer = trainer or await service.create_model(MODEL, LORA, seed=plan.seed)
-    done = await loop(trainer, tasks, environment or single_turn(exact), plan)
+    done = await loop(trainer, tasks, environment or rl.single_turn(exact), plan)
     return done.sampler, await _curve(trainer, "reward/mean")
 
 
@@ -261,7 +253,9 @@ async def _curve(trainer: AsyncTrainingClient, metric: str) -> tuple[float, ...]
 async def _held_out(sampler: AsyncSamplingClient, *, samples: int = 1) -> float:
     """The mean reward of words that were never trained on: greedy, or sampled at temperature 1."""
     sampling = SAMPLING.model_copy(update={"temperature": float(samples > 1)})
-    found = await evaluate(sampler, HELD_OUT, reward=exact, sampling=sampling, num_samples=samples)
+    found = await rl.evaluate(
+        sampler, HELD_OUT, reward=exact, sampling=sampling, num_samples=samples
+    )
     assert found.mean is not None
     return found.mean.value
 

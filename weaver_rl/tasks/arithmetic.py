@@ -8,9 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from random import Random
 
-from weaver_rl.agent import Agent
-from weaver_rl.tools import describe, use_tools
-from weaver_rl.types import Reply, Task
+import weaver_rl as rl
 
 OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -22,7 +20,7 @@ MAX_LENGTH = 200
 """Characters of an expression; beyond it is nobody's honest arithmetic."""
 
 
-def sum_tasks(count: int, *, seed: int = 0, limit: int = 100) -> list[Task]:
+def sum_tasks(count: int, *, seed: int = 0, limit: int = 100) -> list[rl.Task]:
     """Tasks `{"prompt": "12+34=", "answer": "46"}`; both numbers are below `limit`."""
     rng = Random(seed)
     pairs = [(rng.randrange(limit), rng.randrange(limit)) for _ in range(count)]
@@ -34,32 +32,32 @@ def calculate(expression: str) -> str:
     return str(evaluate(expression))
 
 
-def calculator_tasks(count: int, *, seed: int = 0) -> list[Task]:
+def calculator_tasks(count: int, *, seed: int = 0) -> list[rl.Task]:
     """Tasks `{"prompt": "What is 123 * 45 + 6?", "answer": "5541"}` for `with_calculator`."""
     rng = Random(seed)
-    tasks: list[Task] = []
+    tasks: list[rl.Task] = []
     for _ in range(count):
         text = f"{rng.randint(11, 999)} * {rng.randint(11, 99)} + {rng.randint(1, 99)}"
         tasks.append({"prompt": f"What is {text}?", "answer": calculate(text)})
     return tasks
 
 
-async def with_calculator(agent: Agent, task: Task) -> float:
+async def with_calculator(agent: rl.Agent, task: rl.Task) -> float:
     """An environment: 1 if the last number that the model says, with its tool, is the answer."""
     if "tools" not in str(getattr(agent.tokenizer, "chat_template", "")):
-        agent.system(describe([calculate]))
-    reply = await use_tools(agent, task["prompt"], tools=[calculate])
+        agent.system(rl.describe([calculate]))
+    reply = await rl.use_tools(agent, task["prompt"], tools=[calculate])
     words = reply.text.replace(",", "").rstrip(". ").split()
     return float(bool(words) and words[-1] == task["answer"])
 
 
-def countdown_tasks(count: int, *, seed: int = 0, numbers: int = 3) -> list[Task]:
+def countdown_tasks(count: int, *, seed: int = 0, numbers: int = 3) -> list[rl.Task]:
     """Tasks to reach a target with each number at most once; every one can be solved.
 
     `{"prompt": "Use 3, 5, 2 to make 16: ", "numbers": [3, 5, 2], "target": 16, ...}`
     """
     rng = Random(seed)
-    tasks: list[Task] = []
+    tasks: list[rl.Task] = []
     while len(tasks) < count:
         chosen = [rng.randint(1, 20) for _ in range(numbers)]
         text = str(chosen[0])
@@ -79,7 +77,7 @@ def countdown_tasks(count: int, *, seed: int = 0, numbers: int = 3) -> list[Task
     return tasks
 
 
-def countdown(task: Task, reply: Reply) -> float:
+def countdown(task: rl.Task, reply: rl.Reply) -> float:
     """1 if the reply is an expression of the task's numbers, each once at most, with its target.
 
     Replies that are no such expression have 0; nothing of them is ever executed.

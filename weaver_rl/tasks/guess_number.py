@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from random import Random
 
-from weaver_rl.agent import Agent
-from weaver_rl.types import Score, Task
+import weaver_rl as rl
 
 
-def guess_number_tasks(count: int, *, upper: int = 7, seed: int = 0) -> list[Task]:
+def guess_number_tasks(count: int, *, upper: int = 7, seed: int = 0) -> list[rl.Task]:
     """Tasks `{"upper": 7, "answer": 5}`; every number comes up equally often."""
     answers = [1 + i % upper for i in range(count)]
     Random(seed).shuffle(answers)
@@ -21,7 +20,7 @@ def optimal_guesses(upper: int) -> int:
     return upper.bit_length()
 
 
-async def guess_number(agent: Agent, task: Task) -> Score:
+async def guess_number(agent: rl.Agent, task: rl.Task) -> rl.Score:
     """An environment: 1 for a number found within the optimal guesses, less for each one more.
 
     It ends when the number is found, after twice the optimal guesses, or with a reply that is no
@@ -32,9 +31,9 @@ async def guess_number(agent: Agent, task: Task) -> Score:
     for turn in range(2 * best):
         guess = (await agent.chat(said)).text.strip()
         if not re.fullmatch(r"\d{1,9}", guess):
-            return Score(0.0, {"won": 0.0, "numbers": 0.0})
+            return rl.Score(0.0, {"won": 0.0, "numbers": 0.0})
         if int(guess) == task["answer"]:
             late = max(0, turn + 1 - best)
-            return Score(1.0 - late / (best + 1), {"won": float(not late), "numbers": 1.0})
+            return rl.Score(1.0 - late / (best + 1), {"won": float(not late), "numbers": 1.0})
         said = "higher" if int(guess) < task["answer"] else "lower"
-    return Score(0.0, {"won": 0.0, "numbers": 1.0})
+    return rl.Score(0.0, {"won": 0.0, "numbers": 1.0})
