@@ -26,7 +26,6 @@ from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import Settings, load_settings
 from weaver.engine.base import Engine
-from weaver.protocol import Service
 from weaver.threads import out_at_exit
 
 logger = logging.getLogger("weaver")
@@ -61,7 +60,7 @@ class AsyncServiceClient:
         home: str | PathLike[str] | None = None,
         deterministic: bool = False,
         user_metadata: types.JsonDict | None = None,
-        service: Service | None = None,
+        service: protocol.Service | None = None,
     ) -> None:
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise errors.InvalidParamsError(
@@ -247,7 +246,7 @@ class AsyncServiceClient:
 
 def open_service(
     settings: Settings, *, patient: bool = True
-) -> AbstractAsyncContextManager[Service]:
+) -> AbstractAsyncContextManager[protocol.Service]:
     """That which the settings choose; who is `patient` waits longer for a server to come back."""
     if settings.base_url is None:
         return _embedded(settings)
@@ -258,7 +257,7 @@ def open_service(
 
 
 @asynccontextmanager
-async def _embedded(settings: Settings) -> AsyncIterator[Service]:
+async def _embedded(settings: Settings) -> AsyncIterator[protocol.Service]:
     """A `LocalService` on the torch engine, for as long as the context lasts.
 
     Another process can go on with its runs.

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from weaver import protocol, types
+from weaver import errors, protocol, types
 from weaver.checks import CheckpointPath, LossConfig, as_path, as_value, check_datums
 from weaver.client import custom_loss
 from weaver.client.custom_loss import CustomLoss
 from weaver.client.handle import OperationHandle
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session
-from weaver.errors import InvalidRequestError
 from weaver.threads import in_daemon_thread
 from weaver.tokenizers import PreTrainedTokenizer
 
@@ -101,7 +100,7 @@ class AsyncTrainingClient:
         """
         custom_loss.require_torch()
         if not callable(loss_fn):
-            raise InvalidRequestError(
+            raise errors.InvalidRequestError(
                 f"is a {type(loss_fn).__name__}.",
                 field="loss_fn",
                 hint="Pass a function of (datums, logprobs).",
@@ -227,7 +226,7 @@ class AsyncTrainingClient:
             InvalidParamsError: a value is not a finite number.
         """
         if not isinstance(metrics, Mapping):
-            raise InvalidRequestError(
+            raise errors.InvalidRequestError(
                 f"is a {type(metrics).__name__}.", field="metrics", hint='Pass {"reward": 0.5}.'
             )
         points = [
