@@ -83,11 +83,15 @@ class RunningJob:
     def done(self) -> bool:
         return not (self.unread or self.pending or self.running)
 
-    def begin(self, count: int) -> list[Row]:
-        """The next `count` samples."""
-        rows = [self._row(index) for index in range(self.begun, self.begun + count)]
-        self.begun += count
+    def begin(self, count: int, logits: torch.Tensor) -> list[Row]:
+        """The next `count` samples, behind the prompt's `logits`."""
+        first, self.begun = self.begun, self.begun + count
         self.running += count
+        rows = [Row(self, self._drafts[i], self._keys[i]) for i in range(first, self.begun)]
+        if self.job.params.repetition_penalty != 1:
+            for row in rows:
+                row.seen = torch.zeros_like(logits[0], dtype=torch.bool)
+                row.seen[self.prompt] = True
         return rows
 
     def score(self, logprobs: list[float]) -> None:
@@ -117,14 +121,6 @@ class RunningJob:
             prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
         )
 
-    def _row(self, index: int) -> Row:
-        seen = None
-        if self.job.params.repetition_penalty != 1:
-            assert self.logits is not None
-            seen = torch.zeros_like(self.logits[0], dtype=torch.bool)
-            seen[self.prompt] = True
-        return Row(self, self._drafts[index], self._keys[index], seen)
-
 
 @dataclass(slots=True, eq=False)
 class Row(CachedRow):
@@ -134,7 +130,7 @@ class Row(CachedRow):
     draft: Draft
     key: int
     """Of its stream of random numbers."""
-    seen: torch.Tensor | None
+    seen: torch.Tensor | None = None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
 
 

@@ -187,7 +187,7 @@ class TorchSampler:
                 continue  # the next wave follows the last row of this one
             if count and job.logits is not None and job.error is None:
                 begun = ready.setdefault(job.weights.model, [])
-                begun += [(row, job.logits) for row in job.begin(count)]
+                begun += [(row, job.logits) for row in job.begin(count, job.logits)]
         for model, begun in ready.items():
             self._store.use_threads(model)
             rows = [row for row, _ in begun]
