@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from weaver.engine.torch.packing import Heads
+from weaver.engine.torch.packing import Heads, attend
 
 SMALLEST_ARENA = 64
 """Tokens of a row; arenas double from there."""
@@ -63,18 +63,9 @@ class PrefillPass:
             prompt.kv[1, layer, :, first:end] = v[0, :, row : row + n]
             begin = 0 if window is None else max(0, first - window + 1)
             causal = first == 0 and (window is None or window >= end)
-            keys, values = prompt.kv[:, layer, None, :, begin:end]
-            outputs.append(
-                scaled_dot_product_attention(
-                    q[:, :, row : row + n],
-                    keys,
-                    values,
-                    attn_mask=None if causal else self._mask(part, begin, window=window),
-                    is_causal=causal,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )
+            mask = None if causal else self._mask(part, begin, window=window)
+            some, (keys, values) = q[:, :, row : row + n], prompt.kv[:, layer, None, :, begin:end]
+            outputs.append(attend(some, keys, values, mask=mask, scaling=scaling))
             row += n
         return torch.cat(outputs, dim=2).transpose(1, 2)
 

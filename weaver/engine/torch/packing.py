@@ -181,17 +181,19 @@ def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
         if window is not None and window < length:
             mask = _window_mask(batch, length, window=window, like=q)
         q_n, k_n, v_n = (x.reshape(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
-        o = scaled_dot_product_attention(
-            q_n,
-            k_n,
-            v_n,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        o = attend(q_n, k_n, v_n, mask=mask, scaling=scaling)
         outputs.append(o.transpose(1, 2).reshape(1, n * length, o.shape[1], o.shape[3]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """q [N, Hq, n, D], k and v [N, Hkv, m, D] -> [N, Hq, n, D]; causal where there is no mask."""
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
 
 
 def _window_mask(
