@@ -21,8 +21,15 @@ from pydantic import TypeAdapter
 
 from tests.server.test_kill import TORCH, Server, running
 from weaver import wire
-from weaver.protocol import CreateModel, ForwardBackward, ModelCreated, Outcome, Sample, Submission
-from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.protocol import (
+    MEDIA_TYPE,
+    CreateModel,
+    ForwardBackward,
+    ModelCreated,
+    Outcome,
+    Sample,
+    Submission,
+)
 from weaver.types import Datum, ModelInput, SamplingParams
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from pydantic import TypeAdapter
 
 from tests.server.http.helpers import running
 from weaver import wire
-from weaver.protocol import CreateModel, ModelCreated, Outcome, Sample, Submission
-from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.protocol import MEDIA_TYPE, CreateModel, ModelCreated, Outcome, Sample, Submission
 from weaver.server.limits import Limits
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
 from tests.server.test_service import Recorder
 from weaver import wire
-from weaver.protocol import Sample
-from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.protocol import MEDIA_TYPE, Sample
 from weaver.server.http.telemetry import TEXT, JsonFormatter, TextFormatter, _add_request_id
 from weaver.types import ModelInput, SamplingParams
 

@@ -20,8 +20,7 @@ from tests.fake_engine import FakeEngine
 from tests.server.adapters.helpers import CHUNKS, DATUM, passes
 from tests.server.http.helpers import serving
 from weaver import Datum, ServiceClient, wire
-from weaver.protocol import CreateModel, ForwardBackward, Sample, Submission
-from weaver.server.http.gateway import MEDIA_TYPE
+from weaver.protocol import MEDIA_TYPE, CreateModel, ForwardBackward, Sample, Submission
 from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:

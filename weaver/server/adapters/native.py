@@ -16,8 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 from starlette.routing import request_response
 
-from weaver import fields, protocol, types, wire
-from weaver.errors import TooLargeError
+from weaver import errors, fields, protocol, types, wire
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream
@@ -128,7 +127,7 @@ async def submit(request: Request) -> Response:
     async with gateway.read(wire.announced_bytes(data), read) as submissions:
         count, limit = len(submissions), gateway.service.limits.submissions
         if count > limit:
-            raise TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
+            raise errors.TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
         request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
         await service.submit(request.path_params["session_id"], submissions)
     gateway.metrics.submitted(submissions)

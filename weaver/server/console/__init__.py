@@ -16,11 +16,9 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from weaver.errors import PermissionDeniedError
 from weaver.server.activity import OperationInfo
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
-from weaver.types import MetricPoint, Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from weaver.server.records import Answer
+
+from weaver import errors, types
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""
@@ -45,12 +45,12 @@ HEADERS = {
 router = APIRouter(prefix="/v1", responses=REFUSALS)
 
 
-class CallerInfo(Value):
+class CallerInfo(types.Value):
     project: str
     admin: bool
 
 
-class RunOperations(Value):
+class RunOperations(types.Value):
     pending: tuple[OperationInfo, ...]
     """At most 100, what runs first."""
     num_pending: int
@@ -58,7 +58,7 @@ class RunOperations(Value):
     """The last 30 since the server started, the newest first."""
 
 
-class Curve(Value):
+class Curve(types.Value):
     name: str
     source: str
     """`logged` by the client, or the kind of operation that answered it."""
@@ -69,7 +69,7 @@ class Curve(Value):
     """How many points there were before thinning."""
 
 
-class TenantLoad(Value):
+class TenantLoad(types.Value):
     project: str
     runs: int = 0
     active_runs: int = 0
@@ -80,7 +80,7 @@ class TenantLoad(Value):
     """Of its checkpoints."""
 
 
-class ServerLoad(Value):
+class ServerLoad(types.Value):
     at: float
     """Seconds since 1970, by the server's clock."""
     waiting: int
@@ -146,7 +146,7 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     """Of the whole server, by project: for administrators, who see all projects."""
     admin = request.state.caller
     if not admin.admin:
-        raise PermissionDeniedError("the load of the server needs an administrator's key.")
+        raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")
     activity, owners = gateway.service.activity, gateway.service.owners
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
@@ -176,7 +176,7 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
 
 
 def curves_of(
-    points: Iterable[MetricPoint], answers: Iterable[Answer], *, most: int
+    points: Iterable[types.MetricPoint], answers: Iterable[Answer], *, most: int
 ) -> list[Curve]:
     """One for each name and source, of at most `most` points."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}

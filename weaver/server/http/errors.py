@@ -10,10 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from weaver import errors, types
+from weaver import errors, fields, protocol, types
 from weaver.errors import WeaverError
-from weaver.fields import refusal
-from weaver.protocol import ErrorInfo
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -66,7 +64,7 @@ class Refusal:
 Envelope = Callable[[Refusal], JSONResponse]
 
 
-class ErrorDetail(ErrorInfo):
+class ErrorDetail(protocol.ErrorInfo):
     request_id: str
 
 
@@ -82,7 +80,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": _REFUSED, "5XX": _REFUSED}
 
 
 def native_envelope(refusal: Refusal) -> JSONResponse:
-    info = ErrorInfo.of(refusal.error).model_dump()
+    info = protocol.ErrorInfo.of(refusal.error).model_dump()
     answer = ErrorAnswer(error=ErrorDetail(**info, request_id=refusal.request_id))
     return refusal.answer(answer.model_dump())
 
@@ -129,4 +127,4 @@ def _unread(request: Request, error: RequestValidationError) -> JSONResponse:
         )
         return error_response(wrong, request.scope, status=415)
     status = 400 if problem["type"] == "json_invalid" else 422
-    return error_response(refusal(problem), request.scope, status=status)
+    return error_response(fields.refusal(problem), request.scope, status=status)

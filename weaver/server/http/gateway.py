@@ -15,12 +15,9 @@ from weakref import WeakValueDictionary
 import anyio
 from fastapi import Depends, Request
 
-from weaver.errors import AuthenticationError
-from weaver.protocol import MEDIA_TYPE
 from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
-from weaver.wire import LARGE_BYTES, WireLimits, beside
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -33,8 +30,10 @@ if TYPE_CHECKING:
     from weaver.server.scoped import ScopedService
     from weaver.server.service import LocalService
 
+from weaver import errors, protocol, wire
+
 T = TypeVar("T")
-BODY_LIMITS: Mapping[str, int | None] = {MEDIA_TYPE: None, "": 4 * 2**20}
+BODY_LIMITS: Mapping[str, int | None] = {protocol.MEDIA_TYPE: None, "": 4 * 2**20}
 """Of the native protocol; see `Adapter`."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
@@ -95,7 +94,7 @@ class Gateway:
         self.stopping = anyio.Event()
         """Once set, long polls end and new requests are told to come back."""
         size, tokens = service.limits.body_bytes, service.limits.operation_tokens
-        self.message_limits = WireLimits(
+        self.message_limits = wire.WireLimits(
             header_bytes=min(size, MESSAGE_HEADER_BYTES),
             array_bytes=size,
             list_numbers=tokens and 2 * tokens,
@@ -127,13 +126,14 @@ class Gateway:
 
         Waits until so many bytes are free; little always is, and more than all waits for all.
         """
-        size = 0 if announced_bytes <= LARGE_BYTES else min(announced_bytes, self._reading_bytes)
+        large = announced_bytes > wire.LARGE_BYTES
+        size = min(announced_bytes, self._reading_bytes) if large else 0
         async with self._freed:
             while size > self._free_bytes:
                 await self._freed.wait()
             self._free_bytes -= size
         try:
-            yield await beside(announced_bytes, work, limiter=self._readers)
+            yield await wire.beside(announced_bytes, work, limiter=self._readers)
         finally:
             with anyio.CancelScope(shield=True):
                 async with self._freed:
@@ -174,7 +174,7 @@ class Gateway:
         secret = token.strip() if scheme.lower() == "bearer" else ""
         secret = secret or headers.get("X-WEAVER-API-KEY", "")
         if not secret:
-            raise AuthenticationError(
+            raise errors.AuthenticationError(
                 "the request has no API key.",
                 hint="Set WEAVER_API_KEY; on the server, `weaver keys create` makes one.",
             )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
@@ -26,13 +26,9 @@ from weaver.server.adapters.weaver_rest.bodies import MERGED
 from weaver.server.http.caller_session import Entry, Note
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import TypeVar
-
     from weaver.server.http.errors import Refusal
 
-    T = TypeVar("T")
-
+T = TypeVar("T")
 KINDS = {"weights": "weight", "weights_and_optimizer": "weight_and_optimizer"}
 ARTIFACTS = ("hf_adapter", "hf_model")
 PRICED = (
@@ -242,7 +238,7 @@ async def find_checkpoint(service: protocol.Service, reference: str) -> types.Ch
     return by_id(known, reference)
 
 
-def by_id(known: Mapping[str, T], wanted: str) -> T:
+def by_id(known: dict[str, T], wanted: str) -> T:
     """Raises CheckpointNotFoundError."""
     if wanted not in known:
         raise errors.CheckpointNotFoundError(

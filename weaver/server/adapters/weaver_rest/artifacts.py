@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
-from weaver.errors import NotFoundError, PermissionDeniedError
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.routes import PREFIX
 from weaver.server.http.caller_session import CallerDep, CallerSession
 from weaver.server.http.gateway import GatewayDep
-from weaver.types import JsonDict
 
 if TYPE_CHECKING:
     from weaver.server.scoped import ScopedService
     from weaver.server.tenancy import Caller
-    from weaver.types import CheckpointInfo
+
+from weaver import errors, types
 
 URL_LIFE_S = 900
 
@@ -55,13 +54,13 @@ class Downloads:
 
 
 @router.get("/models/{model_id}/checkpoints")
-async def list_checkpoints(model_id: str, caller: CallerDep) -> JsonDict:
+async def list_checkpoints(model_id: str, caller: CallerDep) -> types.JsonDict:
     items = await caller.service.list_checkpoints((await caller.service.get_run(model_id)).run_id)
     return {"items": [answers.checkpoint_json(info) for info in items]}
 
 
 @router.patch("/models/{model_id}/checkpoints/ttl")
-async def set_ttl(model_id: str, request: Request, caller: CallerDep) -> JsonDict:
+async def set_ttl(model_id: str, request: Request, caller: CallerDep) -> types.JsonDict:
     body = await bodies.TtlBody.read(request)
     info = await caller.service.set_checkpoint_ttl(answers.native_path(body.path), body.ttl_seconds)
     return answers.checkpoint_json(info)
@@ -70,7 +69,7 @@ async def set_ttl(model_id: str, request: Request, caller: CallerDep) -> JsonDic
 @router.post("/checkpoints/{checkpoint_id}/export")
 async def export_checkpoint(
     checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
-) -> JsonDict:
+) -> types.JsonDict:
     body = await bodies.ExportBody.read(request)
     info = answers.by_id(await _exportable(caller), checkpoint_id)
     if not body.merge_adapter:
@@ -83,7 +82,7 @@ async def export_checkpoint(
 @router.get("/checkpoints/{checkpoint_id}/artifacts")
 async def list_artifacts(
     checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
-) -> JsonDict:
+) -> types.JsonDict:
     info = answers.by_id(await _exportable(caller), checkpoint_id)
     merged = (request.state.caller, info.path) in gateway.own(Downloads).merged
     kinds = sorted({answers.artifact_kind(info), *(["hf_model"] if merged else [])})
@@ -93,7 +92,7 @@ async def list_artifacts(
 @router.get("/artifacts/{artifact}/download")
 async def describe_download(
     artifact: str, request: Request, gateway: GatewayDep, caller: CallerDep
-) -> JsonDict:
+) -> types.JsonDict:
     known = {
         answers.artifact_id(info, kind): (info.path, kind == "hf_model")
         for info in (await _exportable(caller)).values()
@@ -117,16 +116,16 @@ async def download(token: str, name: str, gateway: GatewayDep) -> Response:
     """Needs no key, as its address is known only to who was given it. Obeys Range."""
     grant = gateway.own(Downloads).grants.get(token)
     if grant is None or grant.ends_at <= time.monotonic():
-        raise PermissionDeniedError(
+        raise errors.PermissionDeniedError(
             "this address is not valid, or no longer.", hint="Ask for a new one."
         )
     export = await grant.service.export_checkpoint(grant.path, merge=grant.merge)
     if name not in (file.name for file in export.files):
-        raise NotFoundError(f"the artifact has no file {name[:80]!r}.")
+        raise errors.NotFoundError(f"the artifact has no file {name[:80]!r}.")
     return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
 
 
-async def _exportable(caller: CallerSession) -> dict[str, CheckpointInfo]:
+async def _exportable(caller: CallerSession) -> dict[str, types.CheckpointInfo]:
     """By id."""
     known = await caller.service.list_checkpoints()
     return {answers.uuid_of(one.path): one for one in known if one.kind != "sampler"}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasPath, ConfigDict, Field, model_validator
 
-from weaver import protocol, types
-from weaver.errors import InvalidRequestError, UnsupportedError
+from weaver import errors, protocol, types
 from weaver.server.adapters.weaver_rest.tensors import Body
-
-if TYPE_CHECKING:
-    from typing import Self
 
 # --- sessions, models, metrics --------------------------------------------------------------------
 
@@ -32,7 +28,7 @@ class ModelBody(Body):
 
 class Point(types.MetricPoint):
     model_config = ConfigDict(extra="ignore")
-    _error = InvalidRequestError
+    _error = errors.InvalidRequestError
     model_id: str
 
 
@@ -96,7 +92,7 @@ class PassBody(RunBody):
     def operation(self) -> protocol.ForwardBackward:
         given = self.given
         if any(datum.kind == "sample_ref" for datum in given.data):
-            raise UnsupportedError(
+            raise errors.UnsupportedError(
                 "refers to a managed dataset, of which this server has none.",
                 field="data",
                 hint="Send the tokens.",
@@ -254,5 +250,5 @@ def params_of(given: types.JsonDict) -> types.SamplingParams:
     )
 
 
-def unsupported(field: str) -> UnsupportedError:
-    return UnsupportedError("has no counterpart here.", field=field, hint="Leave it out.")
+def unsupported(field: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError("has no counterpart here.", field=field, hint="Leave it out.")

@@ -11,24 +11,19 @@ import hashlib
 import re
 from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from uuid import UUID, uuid4
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from weaver import protocol, wire
+from weaver import errors, protocol, wire
 from weaver.config import is_loopback
-from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.server.adapters.weaver_rest import answers, bodies
-from weaver.server.adapters.weaver_rest.answers import RestNote
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry
 from weaver.server.sampling import BASE
 from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, MetricPoint
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 PREFIX = "/api/v1"
 """With which the paths of the interface begin."""
@@ -53,7 +48,7 @@ Offset = Annotated[int, Query(ge=0, le=2**31)]
 async def open_session(request: Request) -> JsonDict:
     body = await bodies.OpenBody.read(request)
     if body.scheduling_policy is not None:  # the client expects it to be obeyed
-        raise UnsupportedError(
+        raise errors.UnsupportedError(
             "is not for clients to choose: operations run in fair turns.",
             field="scheduling_policy",
             hint="Leave it out.",
@@ -98,7 +93,7 @@ async def create_model(session: UUID, request: Request, caller: CallerDep) -> Js
         lora_config=body.lora_config,
         user_metadata=body.user_metadata or {},
     )
-    created = await caller.carry_out(operation, RestNote(key=await resend_key(request)))
+    created = await caller.carry_out(operation, answers.RestNote(key=await resend_key(request)))
     assert isinstance(created, protocol.ModelCreated)
     path = await tokenizer_path(request, created.run.base_model)
     return {
@@ -153,7 +148,7 @@ def _add(path: str, kind: type[bodies.RunBody]) -> None:
             if isinstance(operation, protocol.LoadCheckpoint):  # its path may be an id
                 path = (await answers.find_checkpoint(caller.service, operation.path)).path
                 operation = operation.model_copy(update={"path": path})
-            note = RestNote(key=await resend_key(request), artifact=kind.artifact)
+            note = answers.RestNote(key=await resend_key(request), artifact=kind.artifact)
             entry = await caller.submit(operation, note, run_id=model_id)
         return await answered(caller, entry)
 
@@ -205,8 +200,8 @@ async def open_sampling_session(session: UUID, request: Request, caller: CallerD
         base_model = (await caller.service.get_model(body.base_model)).name
         operation, sampler_id = protocol.OpenSampler(base_model=base_model), f"{BASE}{base_model}"
     else:
-        raise InvalidRequestError("needs base_model or model_path.", field="body")
-    await caller.carry_out(operation, RestNote(key=await resend_key(request)))
+        raise errors.InvalidRequestError("needs base_model or model_path.", field="body")
+    await caller.carry_out(operation, answers.RestNote(key=await resend_key(request)))
     return await get_sampling_session(sampler_id, request, caller)
 
 
@@ -239,7 +234,7 @@ async def sample(sampler_id: SamplerId, request: Request, caller: CallerDep) -> 
         num_samples=body.num_samples,
         include_prompt_logprobs=body.prompt_logprobs,
     )
-    note = RestNote(
+    note = answers.RestNote(
         key=await resend_key(request),
         sampler_id=sampler_id,
         samples=body.num_samples,
@@ -256,7 +251,7 @@ async def logprobs(sampler_id: SamplerId, request: Request, caller: CallerDep) -
     operation = protocol.Sample(
         sampler_id=sampler_id, prompt=body.prompt, num_samples=0, include_prompt_logprobs=True
     )
-    note = RestNote(key=await resend_key(request), sampler_id=sampler_id)
+    note = answers.RestNote(key=await resend_key(request), sampler_id=sampler_id)
     return await answered(caller, await caller.submit(operation, note))
 
 
@@ -289,12 +284,12 @@ async def tokenizer_path(request: Request, base_model: str) -> str | None:
         return None
     try:
         files = await service.tokenizer_files(base_model)
-    except UnsupportedError:  # it has none
+    except errors.UnsupportedError:  # it has none
         return None
     return str(await to_thread.run_sync(store_tokenizer, files, gateway.folder / "tokenizers"))
 
 
-def _page(items: Sequence[JsonDict], limit: int, offset: int) -> JsonDict:
+def _page(items: list[JsonDict], limit: int, offset: int) -> JsonDict:
     pagination = {"total_count": len(items), "limit": limit, "offset": offset}
     return {"items": items[offset : offset + limit], "pagination": pagination}
 
@@ -319,7 +314,7 @@ ABSENT = {
 
 def _refuse(path: str, hint: str) -> None:
     async def absent() -> None:
-        raise UnsupportedError(f"this server has no {path.rpartition('/')[2]}.", hint=hint)
+        raise errors.UnsupportedError(f"this server has no {path.rpartition('/')[2]}.", hint=hint)
 
     for ending in ("", "/{rest:path}"):
         router.add_api_route(f"/{path}{ending}", absent, methods=METHODS)

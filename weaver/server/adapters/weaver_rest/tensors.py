@@ -15,28 +15,25 @@ import hashlib
 import io
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
-from weaver import wire
-from weaver.errors import InvalidRequestError, TooLargeError
 from weaver.fields import validate
 from weaver.tensors import MAX_DIMENSIONS
 
 if TYPE_CHECKING:
-    from typing import Self, TypeVar
-
     import numpy.typing as npt
     from fastapi import Request
 
     from weaver.server.http.gateway import Gateway
 
-    B = TypeVar("B", bound="Body")
+from weaver import errors, wire
 
+B = TypeVar("B", bound="Body")
 DECODED_BYTES = 512 * 2**20
 MULTIPART = "multipart/form-data"
 
@@ -102,7 +99,7 @@ def _json(data: bytes) -> Any:
     try:
         return from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise InvalidRequestError(f"is not JSON: {error}.", field="body") from None
+        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
 
 
 def _parts(data: bytes, media_type: str) -> tuple[bytes, memoryview]:
@@ -115,7 +112,7 @@ def _parts(data: bytes, media_type: str) -> tuple[bytes, memoryview]:
     end = data.rfind(b"\r\n" + mark)
     named = b'name="manifest"' in data[:first], b'name="tensor_pack"' in data[second:body]
     if not boundary or not 0 < first < second < body < end or named != (True, True):
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             "is not a manifest followed by a tensor_pack.",
             field="body",
             hint="Send two parts of multipart/form-data, in this order.",
@@ -127,13 +124,13 @@ def _unpacked(pack: memoryview, info: PackInfo) -> memoryview:
     size = info.decoded_size_bytes
     limit = min(DECODED_BYTES, max(wire.RATIO_FREE_BYTES, wire.RATIO * len(pack)))
     if size > limit:
-        raise TooLargeError(
+        raise errors.TooLargeError(
             f"has {size} bytes when decoded, the limit is {limit}.",
             field="tensor_pack",
             hint="Send fewer datums at once.",
         )
     if len(pack) != info.size_bytes or hashlib.sha256(pack).hexdigest() != info.sha256:
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             "is not what its size_bytes and sha256 say.", field="tensor_pack", hint="Send it again."
         )
     if info.codec == "zstd":
@@ -141,9 +138,11 @@ def _unpacked(pack: memoryview, info: PackInfo) -> memoryview:
             reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(pack))
             pack = memoryview(reader.read(size + 1))
         except zstandard.ZstdError as error:
-            raise InvalidRequestError(f"is not zstd: {error}.", field="tensor_pack") from None
+            raise errors.InvalidRequestError(
+                f"is not zstd: {error}.", field="tensor_pack"
+            ) from None
     if len(pack) != size:
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             f"does not have the {size} bytes of decoded_size_bytes.", field="tensor_pack"
         )
     return pack
@@ -166,7 +165,7 @@ def _array(reference: Reference, pack: memoryview) -> npt.NDArray[Any]:
     start, end = reference.offset, reference.offset + reference.size_bytes
     shape = reference.shape
     if math.prod(shape) * dtype.itemsize != reference.size_bytes or end > len(pack):
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             f"has a tensor of shape {list(shape)} at {start} that is not in its pack.",
             field="tensor_pack",
         )
