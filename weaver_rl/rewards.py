@@ -26,7 +26,6 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_process
 import numpy as np
-from anyio import CapacityLimiter
 from anyio.lowlevel import current_token
 
 from weaver import AsyncSamplingClient
@@ -162,10 +161,10 @@ def scorer(
     asynchronous = is_async(function)
     name = name_of(function)
     # Of each event loop its own: one of asyncio cannot serve trio.
-    limiters: WeakKeyDictionary[object, tuple[CapacityLimiter, CapacityLimiter]]
+    limiters: WeakKeyDictionary[object, tuple[anyio.CapacityLimiter, anyio.CapacityLimiter]]
     limiters = WeakKeyDictionary()
 
-    async def timed(call: Callable[[], Awaitable[Any]], limiter: CapacityLimiter) -> Any:
+    async def timed(call: Callable[[], Awaitable[Any]], limiter: anyio.CapacityLimiter) -> Any:
         async with limiter:
             # The time runs from when it has a place.
             with anyio.move_on_after(timeout_s):
@@ -174,7 +173,7 @@ def scorer(
 
     async def run(task: Task, argument: Reply | Sequence[Reply]) -> Any:
         places = processes or 4 * (os.cpu_count() or 1)
-        new = CapacityLimiter(places), CapacityLimiter(concurrency)
+        new = anyio.CapacityLimiter(places), anyio.CapacityLimiter(concurrency)
         working, waiting = limiters.setdefault(current_token().native_token, new)
         call = partial(_with_copy, function, task, argument)
         if not asynchronous:
@@ -212,7 +211,7 @@ def _same(value: T) -> T:
 async def _in_process(work: Callable[[], Any], *, name: str) -> Any:
     async def run() -> Any:
         pickled = partial(call_pickled, pickle.dumps(work))
-        limiter = CapacityLimiter(1)  # `timed` counts the places
+        limiter = anyio.CapacityLimiter(1)  # `timed` counts the places
         try:
             return await anyio.to_process.run_sync(pickled, cancellable=True, limiter=limiter)
         except anyio.BrokenWorkerProcess as error:

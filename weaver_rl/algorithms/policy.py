@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver_rl import rollouts
 from weaver_rl.agent import derive_seed
 from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.algorithms.step import policy_step
@@ -28,13 +29,7 @@ from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
 from weaver_rl.metrics import rollout_metrics
 from weaver_rl.plan import Plan, ZeroVariance
-from weaver_rl.rollouts import (
-    Environment,
-    FailureWatch,
-    GroupEnvironment,
-    as_group_environment,
-    sample_groups,
-)
+from weaver_rl.rollouts import Environment, GroupEnvironment
 from weaver_rl.run_folder import Manifest
 from weaver_rl.types import Filtered, Group, Task
 
@@ -99,7 +94,7 @@ async def off_policy(
     """
     run = run or Run()
     _check(trainer, plan, run, reference)
-    played = as_group_environment(environment)
+    played = rollouts.as_group_environment(environment)
     check_tasks(tasks, fields=played.fields)
     done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
@@ -193,7 +188,7 @@ class Pipeline:
         self._environment = environment
         self._plan = plan
         self._group = group
-        self._watch = FailureWatch(plan.max_failure_rate)
+        self._watch = rollouts.FailureWatch(plan.max_failure_rate)
         self._found = PENDING.validate_python(ready)
         self._finished = {step: anyio.Event() for step in self._found}
         for event in self._finished.values():
@@ -234,7 +229,7 @@ class Pipeline:
             stream = TaskStream(self._tasks, seed=seed) if number else self._epochs
             stream.position = 0 if number else step * count
             # Whole steps are drawn, so that what is drawn does not depend on how many are missing.
-            new = await sample_groups(
+            new = await rollouts.sample_groups(
                 sampler,
                 stream.take(count)[: count - len(found.kept)],
                 self._environment,
