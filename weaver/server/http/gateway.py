@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import anyio
@@ -190,13 +190,11 @@ class Gateway:
 
 # Dependencies are coroutines because the framework calls plain functions in a thread.
 async def gateway_of(request: Request) -> Gateway:
-    gateway: Gateway = request.state.gateway
-    return gateway
+    return cast("Gateway", request.state.gateway)
 
 
 async def service_of(request: Request) -> ScopedService:
-    service: ScopedService = request.state.service
-    return service
+    return cast("ScopedService", request.state.service)
 
 
 GatewayDep = Annotated[Gateway, Depends(gateway_of)]

@@ -17,9 +17,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import anyio
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import core as prometheus
+from prometheus_client import generate_latest, registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -77,29 +76,29 @@ def _add_request_id(record: logging.LogRecord) -> bool:
 # --- counters -------------------------------------------------------------------------------------
 
 
-class ServerMetrics(Collector):
+class ServerMetrics(registry.Collector):
     """Prometheus counters of one app; `GET /metrics` shows them. Labels never name a tenant."""
 
     def __init__(self, activity: Activity) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = prometheus.CollectorRegistry()
         self._activity = activity
-        registry.register(self)
+        self._registry.register(self)
         labels = ["method", "route", "status"]
-        self._requests = Counter(
-            "weaver_http_requests_total", "Requests answered.", labels, registry=registry
+        self._requests = prometheus.Counter(
+            "weaver_http_requests_total", "Requests answered.", labels, registry=self._registry
         )
         waits = "Time to answer; long polls wait on purpose."
-        self._seconds = Histogram(
-            "weaver_http_request_seconds", waits, ["route"], registry=registry
+        self._seconds = prometheus.Histogram(
+            "weaver_http_request_seconds", waits, ["route"], registry=self._registry
         )
-        self.running = Gauge(
-            "weaver_http_requests_running", "Requests being answered.", registry=registry
+        self.running = prometheus.Gauge(
+            "weaver_http_requests_running", "Requests being answered.", registry=self._registry
         )
-        self._submissions = Counter(
-            "weaver_submissions_total", "Operations accepted.", ["kind"], registry=registry
+        self._submissions = prometheus.Counter(
+            "weaver_submissions_total", "Operations accepted.", ["kind"], registry=self._registry
         )
-        self._outcomes = Counter(
-            "weaver_outcomes_total", "Outcomes handed out.", ["kind"], registry=registry
+        self._outcomes = prometheus.Counter(
+            "weaver_outcomes_total", "Outcomes handed out.", ["kind"], registry=self._registry
         )
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -116,24 +115,27 @@ class ServerMetrics(Collector):
             kind = outcome.result.kind if outcome.result else "error"
             self._outcomes.labels(kind).inc()
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[prometheus.Metric]:
         """What the service is doing, asked when the metrics are."""
-        tokens = CounterMetricFamily("weaver_tokens", "Tokens computed.", labels=["kind"])
-        tokens.add_metric(["trained"], self._activity.trained_tokens)
-        tokens.add_metric(["sampled"], self._activity.sampled_tokens)
+        activity = self._activity
+        tokens = prometheus.CounterMetricFamily(
+            "weaver_tokens", "Tokens computed.", labels=["kind"]
+        )
+        tokens.add_metric(["trained"], activity.trained_tokens)
+        tokens.add_metric(["sampled"], activity.sampled_tokens)
         yield tokens
-        states = [ticket.began_at is not None for ticket in self._activity.pending()]
-        pending = GaugeMetricFamily(
+        states = [ticket.began_at is not None for ticket in activity.pending()]
+        pending = prometheus.GaugeMetricFamily(
             "weaver_operations_pending", "Operations without an outcome.", labels=["state"]
         )
         pending.add_metric(["running"], sum(states))
         pending.add_metric(["waiting"], len(states) - sum(states))
         yield pending
         held = "About, of operations and outcomes until they are collected."
-        yield GaugeMetricFamily("weaver_pending_bytes", held, value=self._activity.held_bytes)
+        yield prometheus.GaugeMetricFamily("weaver_pending_bytes", held, value=activity.held_bytes)
         unsaved = "About, of gradient passes that no snapshot holds."
-        yield GaugeMetricFamily(
-            "weaver_journaled_bytes", unsaved, value=self._activity.unsaved_bytes
+        yield prometheus.GaugeMetricFamily(
+            "weaver_journaled_bytes", unsaved, value=activity.unsaved_bytes
         )
 
     def render(self) -> bytes:
