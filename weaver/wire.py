@@ -1,6 +1,6 @@
 """The binary message: a JSON header beside raw arrays; what travels over HTTP and lies in journals.
 
-`encode` and `decode` are called by `HttpService`, by the HTTP front of the server and by its store.
+`encode` and `decode` are called by `HttpService`, by the HTTP front of the server and its journal.
 A message is a `Value`, a sequence of them, or a mapping of bytes::
 
     offset  bytes

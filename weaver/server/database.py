@@ -91,6 +91,8 @@ class Writer:
         self._writing = anyio.Lock()
 
     async def read(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        """What it finds of what was written before."""
+
         def read() -> Sequence[sa.Row[Any]]:
             with transaction(self.database) as connection:
                 return connection.execute(query).all()
@@ -98,6 +100,7 @@ class Writer:
         return await self._in_thread(read)
 
     async def change(self, *statements: sa.Executable, flush: bool = False) -> None:
+        """Writes statements without rows, all or none."""
         await self.write(lambda: [(one, ONCE) for one in statements], flush=flush)
 
     async def write(
@@ -270,7 +273,7 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _prepare_sqlite)
         with engine.begin() as connection:
-            _make_tables(connection)
+            version = _make_tables(connection)
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         why = f"cannot be opened: {getattr(error, 'orig', None) or error}"
         if own is not None:
@@ -281,6 +284,15 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
             field="database_url",
             hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None
+    if version != VERSION:
+        engine.dispose()
+        raise ConfigError(
+            (f"{own.database} " if own else "")
+            + f"has tables of version {version}, this program knows {VERSION}.",
+            field="home" if own else "database_url",
+            hint="Install the version of weaver that used it last, or move the home (or the "
+            "database) away and begin anew.",
+        )
     return engine
 
 
@@ -306,7 +318,8 @@ def _own_file(home: Path, file: str) -> Path:
     return home / file
 
 
-def _make_tables(connection: sa.Connection) -> None:
+def _make_tables(connection: sa.Connection) -> int:
+    """Unless they are there; answers their version."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
     elif connection.dialect.name == "sqlite":
@@ -316,13 +329,7 @@ def _make_tables(connection: sa.Connection) -> None:
     if version is None:
         metadata.create_all(connection)
         connection.execute(schema.insert().values(version=VERSION))
-    elif version != VERSION:
-        raise ConfigError(
-            f"has tables of version {version}, this program knows {VERSION}.",
-            field="database_url",
-            hint="Install the version of weaver that used it last, or move the home (or the "
-            "database) away and begin anew.",
-        )
+    return version or VERSION
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
