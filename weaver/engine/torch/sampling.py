@@ -110,11 +110,11 @@ def sample(
     weights = policy if scaled is logits else scaled.softmax(-1)
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     sampling_logprobs = logits.new_zeros(len(logits))
+    everything = _Rows(weights, params.top_k, params.top_p, params.min_p, uniforms)
     for rows, draw in ((params.plain_rows, _draw_plain), (params.sorted_rows, _draw_sorted)):
         if len(rows):
-            tokens[rows], sampling_logprobs[rows] = draw(
-                weights if len(rows) == len(weights) else weights[rows], params, rows, uniforms
-            )
+            some = everything if len(rows) == len(logits) else everything.take(rows)
+            tokens[rows], sampling_logprobs[rows] = draw(some)
     if len(params.greedy_rows):
         tokens[params.greedy_rows] = scaled[params.greedy_rows].argmax(-1)
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
@@ -154,65 +154,67 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _draw_plain(
-    weights: torch.Tensor, params: RowParams, rows: torch.Tensor, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probabilities; `weights` [F, V] are probabilities but for a factor."""
-    min_p = params.min_p[rows]
+class _Rows(NamedTuple):
+    """Some rows, and what their draw depends on; see `RowParams` and `sample`."""
+
+    weights: torch.Tensor
+    """float32 [F, V]: probabilities but for a factor."""
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    uniforms: torch.Tensor
+
+    def take(self, rows: torch.Tensor) -> _Rows:
+        return _Rows(*(column[rows] for column in self))
+
+
+def _draw_plain(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities [F]."""
+    weights, min_p = rows.weights, rows.min_p
     if bool(min_p.any()):
         weights = weights.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), 0)
-    return _invert(weights, uniforms[rows])
+    return _invert(weights, rows.uniforms)
 
 
-def _draw_sorted(
-    weights: torch.Tensor, params: RowParams, rows: torch.Tensor, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_sorted(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_draw_plain`, through top-k and top-p.
 
     Few candidates decide a row if what they keep is likelier than the last of them; the rest is
     sorted whole. Both ways keep the same tokens in the same order, so they draw the same.
     """
-    size = weights.shape[-1]
+    size = rows.weights.shape[-1]
     candidates = min(CANDIDATES, size)
-    ids = weights.topk(candidates).indices.sort(-1).values
-    tokens, logprobs, decided = _draw_among(ids, weights, params, rows, uniforms)
+    ids = rows.weights.topk(candidates).indices.sort(-1).values
+    tokens, logprobs, decided = _draw_among(ids, rows)
     if candidates < size and not bool(decided.all()):
         rest = (~decided).nonzero()[:, 0]
-        ids = torch.arange(size, device=weights.device).expand(len(rest), -1)
-        tokens[rest], logprobs[rest], _ = _draw_among(
-            ids, weights[rest], params, rows[rest], uniforms
-        )
+        ids = torch.arange(size, device=ids.device).expand(len(rest), -1)
+        tokens[rest], logprobs[rest], _ = _draw_among(ids, rows.take(rest))
     return tokens, logprobs
 
 
-def _draw_among(
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    params: RowParams,
-    rows: torch.Tensor,
-    uniforms: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draw_among(ids: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draws among the candidates `ids` [F, K], ascending; also says which rows they decide.
 
     Top-k (Fan et al., arXiv:1805.04833) keeps k tokens. Top-p (Holtzman et al., arXiv:1904.09751)
     keeps the smallest set of likeliest tokens whose share of those reaches p. Min-p (Nguyen et al.,
     arXiv:2407.01082) drops tokens below a share of the likeliest. Of equals, low ids come first.
     """
+    weights, top_k, top_p, min_p, uniforms = rows
     values, order = weights.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    top_k = params.top_k[rows]
     running = values.cumsum(-1, dtype=torch.float64)
     total = running.gather(-1, top_k.clamp(max=ids.shape[-1]) - 1)
     whole = weights.sum(-1, keepdim=True, dtype=torch.float64)
     total = torch.where(top_k < weights.shape[-1], total, whole)
     before = running - values
     keep = torch.arange(ids.shape[-1], device=ids.device) < top_k
-    keep &= before < params.top_p[rows] * total
-    keep &= values >= params.min_p[rows] * values[:, :1]
+    keep &= before < top_p * total
+    keep &= values >= min_p * values[:, :1]
     keep[:, 0] = True
     last = values.gather(-1, keep.sum(-1, keepdim=True) - 1)
     reached = (top_k <= ids.shape[-1]) | (top_k == weights.shape[-1])
     decided = (reached & (last > values[:, -1:]))[:, 0]
-    drawn, logprobs = _invert(values.masked_fill(~keep, 0), uniforms[rows])
+    drawn, logprobs = _invert(values.masked_fill(~keep, 0), uniforms)
     return ids.gather(-1, order.gather(-1, drawn[:, None]))[:, 0], logprobs, decided
 
 
