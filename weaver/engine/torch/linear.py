@@ -28,6 +28,8 @@ from weaver.errors import EngineError
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512
+Segment = tuple[int, int, Adapter]
+"""First row, row behind the last, the adapter of these rows."""
 Part = tuple[int, int, float]
 """First row, row behind the last, scale."""
 
@@ -39,7 +41,7 @@ class Routing:
     """
 
     def __init__(self) -> None:
-        self._segments: tuple[tuple[int, int, Adapter], ...] = ()
+        self._segments: list[Segment] = []
         self._rows: int | None = None
 
     @contextmanager
@@ -52,7 +54,7 @@ class Routing:
         finally:
             self._segments, self._rows = previous
 
-    def parts(self, path: str, rows: int) -> tuple[tuple[Part, ...], tuple[torch.Tensor, ...]]:
+    def parts(self, path: str, rows: int) -> tuple[list[Part], list[torch.Tensor]]:
         """Of one layer: each segment, and its A and B."""
         if rows != self._rows:
             raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
@@ -63,14 +65,12 @@ class Routing:
             if pair is not None:
                 parts.append((start, stop, adapter.scale))
                 tensors += (pair.a, pair.b)
-        return tuple(parts), tuple(tensors)
+        return parts, tensors
 
 
-def _merge(
-    lengths: Sequence[int], adapters: Sequence[Adapter | None]
-) -> tuple[tuple[int, int, Adapter], ...]:
-    """Segments (first row, row behind the last, adapter); neighbours of one adapter are one."""
-    segments: list[tuple[int, int, Adapter]] = []
+def _merge(lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> list[Segment]:
+    """Neighbours of one adapter are one segment."""
+    segments: list[Segment] = []
     start = 0
     for length, adapter in zip(lengths, adapters, strict=True):
         stop = start + length
@@ -80,7 +80,7 @@ def _merge(
             else:
                 segments.append((start, stop, adapter))
         start = stop
-    return tuple(segments)
+    return segments
 
 
 class FrozenLinear(torch.nn.Module):
@@ -193,10 +193,9 @@ def prepackable(dtype: torch.dtype) -> bool:
 
     For bfloat16 it needs AVX-512 or avx_ne_convert, and there is no function that tells.
     """
+    ones = torch.ones(64, 64, dtype=dtype)
     try:
-        _packed_linear(
-            torch.ones(1, 64, dtype=dtype), _prepack(torch.ones(64, 64, dtype=dtype)), None
-        )
+        _packed_linear(ones[:1], _prepack(ones), None)
     except (RuntimeError, AttributeError):  # AttributeError: a torch without oneDNN
         return False
     return True
