@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.zoo import Zoo
+    from weaver.server.view import View
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -56,6 +57,6 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def fake_service(home: Path) -> AsyncIterator[LocalService]:
+async def fake_service(home: Path) -> AsyncIterator[View]:
     async with LocalService(FakeEngine(), home=home) as service:
         yield service

@@ -50,12 +50,12 @@ async def test_calls_after_the_block_are_refused(tmp_path: Path) -> None:
 
 
 async def test_errors_of_the_block_come_out_unwrapped(tmp_path: Path) -> None:
-    service = LocalService(FakeEngine(), home=tmp_path)
-    await service.__aenter__()
+    local = LocalService(FakeEngine(), home=tmp_path)
+    service = await local.__aenter__()
     with pytest.raises(ZeroDivisionError):
         async with AsyncServiceClient(service=service):
             raise ZeroDivisionError
-    await service.__aexit__(None, None, None)
+    await local.__aexit__(None, None, None)
 
 
 async def test_a_cancelled_block_closes(tmp_path: Path) -> None:

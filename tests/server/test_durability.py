@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from weaver.protocol import Outcome
     from weaver.server.records import RunRecord, Settled
+    from weaver.server.view import View
     from weaver.types import TrainingRun
 
 pytestmark = pytest.mark.anyio
@@ -71,7 +72,7 @@ async def server(
     engine: FakeEngine | None = None,
     durability: Durability = NEVER,
     store: Callable[[sa.Engine], Journal] = Journal,
-) -> AsyncIterator[LocalService]:
+) -> AsyncIterator[View]:
     database = open_database(home)
     try:
         async with LocalService(
@@ -393,7 +394,7 @@ async def test_a_run_that_another_process_has_is_not_deleted(home: Path) -> None
         assert await caller.refused(STEP, run_id=run) == "run_not_found"
 
 
-async def _idle(service: LocalService, run: str) -> bool:
+async def _idle(service: View, run: str) -> bool:
     return (await service.get_run(run)).status == "idle"
 
 

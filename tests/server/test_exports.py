@@ -37,10 +37,10 @@ async def test_a_merged_model_goes_with_its_checkpoint_or_its_day(home: Path) ->
             await service.export_checkpoint(path, merge=True)
         assert merged(home) == {"a", "b"}
         await service.delete_checkpoint(first)
-        service._parts.exports.sweep()
+        service.parts.exports.sweep()
         assert merged(home) == {"b"}
         clock[0] += timedelta(days=1, seconds=1)
-        service._parts.exports.sweep()
+        service.parts.exports.sweep()
         assert merged(home) == set()
         await service.export_checkpoint(second, merge=True)  # and comes back when it is asked for
         assert merged(home) == {"b"}

@@ -24,6 +24,8 @@ from weaver.types import ModelInput, SamplingParams
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from weaver.server.view import View
+
 pytestmark = pytest.mark.anyio
 HI = ModelInput.from_ints(list(b"hi"))
 ENGINE_CALLS = ("forward_backward", "step")
@@ -34,7 +36,7 @@ def sample(tokens: int) -> Sample:
     return Sample(sampler_id="base:fake", prompt=HI, params=params)
 
 
-async def open_as(service: LocalService, project: str) -> Client:
+async def open_as(service: View, project: str) -> Client:
     info = await service.seen_by(Caller(project)).open_session()
     return Client(service, info.session_id)
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.server.serve import Running
+    from weaver.server.view import View
 
 pytestmark = pytest.mark.anyio
 DATUMS = list(GRADIENT.datums)
@@ -51,7 +52,7 @@ async def service_on(
     engine: FakeEngine | None = None,
     now: Callable[[], datetime] = now_utc,
     **options: float,
-) -> AsyncIterator[LocalService]:
+) -> AsyncIterator[View]:
     opened = open_database(database)
     async with LocalService(
         engine or FakeEngine(context_length=2**20),
@@ -197,7 +198,9 @@ async def test_a_clock_that_jumps_moves_only_times_to_live(
         monkeypatch.setattr(time, "time", lambda: real() + jump.total_seconds())
         assert not await service.collect(caller.session_id, after=caller.cursor, timeout_s=0.2)
         assert anyio.current_time() - began >= 0.2
-        assert [0.2 <= one.waited_s < 20 for one in service.activity.pending_of(run)] == [True]
+        assert [0.2 <= one.waited_s < 20 for one in service.parts.activity.pending_of(run)] == [
+            True
+        ]
         assert not recorder.count("delete_run")  # as it would be of a run that is idle for long
         await caller.send(late)
         assert isinstance(await caller.result(behind), StepDone)

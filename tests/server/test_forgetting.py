@@ -19,8 +19,8 @@ from weaver.server.tables import operations
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weaver.server.service import LocalService
     from weaver.server.settings import Durability
+    from weaver.server.view import View
 
 pytestmark = pytest.mark.anyio
 
@@ -109,8 +109,8 @@ async def test_a_refusal_that_lost_a_gradient_is_not_forgotten(home: Path) -> No
         assert await caller.refused(STEP, run_id=run) == "gradients_discarded"
 
 
-async def remembered(service: LocalService) -> int:
-    [session] = service._parts.known.sessions.values()
+async def remembered(service: View) -> int:
+    [session] = service.parts.known.sessions.values()
     return len(session._prints) + len(session._places) + len(session._acknowledged)
 
 
@@ -134,7 +134,7 @@ async def test_an_open_session_remembers_what_a_request_may_still_bring(
         await caller.do(SAMPLE, Sampled)
         await caller.do(SAMPLE, Sampled)
         assert await remembered(service) < 10
-        [session] = service._parts.known.sessions.values()
+        [session] = service.parts.known.sessions.values()
         assert session.follow(lambda _: None)[1] == caller.seqs
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.protocol import Service
+    from weaver.server.view import View
 
 pytestmark = pytest.mark.anyio
 EVERYWHERE = pytest.mark.parametrize("kind", ["native", "http"])
@@ -107,7 +108,7 @@ async def test_outcomes_count_until_they_are_collected(home: Path) -> None:
     async with LocalService(FakeEngine(), home=home, limits=Limits(pending_bytes=2**20)) as service:
         client = await Client.open(service)
         run = await client.create()
-        [session] = service._parts.known.sessions.values()
+        [session] = service.parts.known.sessions.values()
         before = session.held_bytes
         sent = client.stamp(long, run)
         await client.send(sent)
@@ -116,12 +117,12 @@ async def test_outcomes_count_until_they_are_collected(home: Path) -> None:
         assert session.held_bytes - before >= 500 * 4 * len(TEXT[:-1])
         await service.collect(client.session_id, after=outcome.cursor, timeout_s=0)
         assert session.held_bytes == 0
-        assert service.activity.held_bytes == 0
+        assert service.parts.activity.held_bytes == 0
 
 
-async def saved(service: LocalService, run: str) -> None:
+async def saved(service: View, run: str) -> None:
     for _ in range(1000):
-        known = service._parts.known.runs[run]
+        known = service.parts.known.runs[run]
         if known.unsaved_bytes == 0 and not known.committing.locked():
             return
         await anyio.sleep(0.01)
@@ -421,8 +422,8 @@ async def test_journaled_bytes_are_counted_over_a_restart_and_shown(home: Path) 
                 client = await Client.open(service)
                 run = await client.create()
                 await client.do(passes, GradientsDone, run_id=run)
-            counted.append(service.activity.unsaved_bytes)
-            shown = ServerMetrics(service.activity).render().decode()
+            counted.append(service.parts.activity.unsaved_bytes)
+            shown = ServerMetrics(service.parts.activity).render().decode()
             assert f"weaver_journaled_bytes {float(counted[-1])}" in shown
     assert counted[0] > 1000
     assert counted[1] == pytest.approx(counted[0], rel=0.5)  # about, and in bytes on the wire

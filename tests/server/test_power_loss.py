@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import sqlite3
     from pathlib import Path
 
-    from weaver.server.service import LocalService
+    from weaver.server.view import View
+
 
 pytestmark = pytest.mark.anyio
 FILES = ("server.db", "server.db-wal", "server.db-shm")
@@ -46,12 +47,12 @@ def lose_power(home: Path, kept: Path) -> None:
         shutil.copy(file, home / file.name)
 
 
-async def snapshotted(service: LocalService, run: str, *, step: int) -> None:
+async def snapshotted(service: View, run: str, *, step: int) -> None:
     """Waits until the snapshot of a step is the only one."""
 
     async def there() -> bool:
-        steps = [info.step for info in service._live.list(run)]
-        return steps == [step] and not service._parts.known.runs[run].committing.locked()
+        steps = [info.step for info in service.parts.live.list(run)]
+        return steps == [step] and not service.parts.known.runs[run].committing.locked()
 
     await until(there)
 

@@ -101,7 +101,7 @@ async def run_server(
 
                 gateway.tracing = Tracing(to_collector(settings.otel_endpoint))
                 stack.callback(gateway.tracing.close)
-                service.activity.on_end = gateway.tracing.operation
+                service.parts.activity.on_end = gateway.tracing.operation
             await _serve(gateway, listener, started)
 
 

@@ -27,26 +27,25 @@ from weaver.server.recovery import OTHER_HOME, Recovery, release
 from weaver.server.registry import Known
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
-from weaver.server.scoped import Parts, ScopedService
 from weaver.server.settings import DURABILITY, Durability
 from weaver.server.tenancy import OWNER
+from weaver.server.view import Parts, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
-    from typing import Self
 
     from anyio.abc import TaskStatus
 
     from weaver.engine.base import Engine
 
 
-class LocalService(ScopedService):
+class LocalService:
     """Carries out operations on `engine`, and keeps checkpoints below `home`.
 
-    It is its owner's view of itself; `seen_by` answers that of others.
+    Entering it answers the view of its owner, who sees everything.
 
     Args:
         store: the journal; in memory by default.
@@ -80,75 +79,57 @@ class LocalService(ScopedService):
         now: Callable[[], datetime] = now_utc,
     ) -> None:
         store, home, known = store or Journal(), home.expanduser(), Known()
-        checkpoints = Checkpoints(home, now=now)
-        self._live = Checkpoints(home, folder="live", now=now)
-        kept = self._live if store.keeps == "everything" else None
-        self.limits = limits
-        self.activity = Activity(known.sessions, known.runs, store)
+        checkpoints, live = Checkpoints(home, now=now), Checkpoints(home, folder="live", now=now)
+        kept = live if store.keeps == "everything" else None
+        samplers = Samplers(engine, checkpoints, kept=kept, max_loaded=loaded_samplers, now=now)
         self._operations = Operations(
             engine=engine,
             checkpoints=checkpoints,
             kept_samplers=kept,
             limits=limits,
-            samplers=Samplers(engine, checkpoints, kept=kept, max_loaded=loaded_samplers, now=now),
+            samplers=samplers,
             known=known,
             now=now,
         )
         recovery = Recovery(
+            engine=engine, store=store, checkpoints=checkpoints, live=live, durability=durability
+        )
+        activity = Activity(known.sessions, known.runs, store)
+        merge_tokens = 0 if deterministic else merge_tokens
+        ledger = Ledger(recovery, runs=known.runs, activity=activity)
+        executor = Executor(self._operations, recovery, ledger=ledger, merge_tokens=merge_tokens)
+        encode = samplers.encode
+        intake = Intake(executor, store, known, limits, gap_timeout_s, now=now, encode=encode)
+        self._parts = Parts(
             engine=engine,
             store=store,
             checkpoints=checkpoints,
-            live=self._live,
-            durability=durability,
-        )
-        executor = Executor(
-            self._operations,
-            recovery,
-            ledger=Ledger(recovery, runs=known.runs, activity=self.activity),
-            merge_tokens=0 if deterministic else merge_tokens,
-        )
-        intake = Intake(
-            executor,
-            store,
-            known,
-            limits,
-            gap_timeout_s=gap_timeout_s,
-            now=now,
-            encode=self._operations.samplers.encode,
-        )
-        parts = Parts(
-            engine=engine,
-            store=store,
-            checkpoints=checkpoints,
+            live=live,
             exports=Exports(engine, checkpoints, home=home, now=now),
             executor=executor,
             intake=intake,
             known=known,
+            activity=activity,
+            limits=limits,
             deterministic=deterministic,
             now=now,
         )
-        super().__init__(parts, OWNER)
         self._sweep_every_s = sweep_every_s
         self._close_timeout_s = close_timeout_s
         self._lock: int | None = None
         self._scope = CancelScope()
         self._ended = anyio.Event()
 
-    @property
-    def owners(self) -> Mapping[str, str]:
-        """The project of each run, of deleted ones too."""
-        return self._parts.known.owners
-
     # --- lifetime -------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> View:
         parts = self._parts
         if parts.store.keeps == "everything":
             self._lock = hold_lock(
-                self._live.root, what=f"the home {self._live.root.parent}", hint=OTHER_HOME
+                parts.live.root, what=f"the home {parts.live.root.parent}", hint=OTHER_HOME
             )
         try:
-            tickets = await restore(parts.store, self._live, parts.known)
+            tickets = await restore(parts.store, parts.live, parts.known)
         except BaseException:
             self._unlock()
             raise
@@ -158,7 +139,7 @@ class LocalService(ScopedService):
         parts.closed = False
         for ticket in tickets:
             await parts.intake.accept(ticket)
-        return self
+        return View(parts, OWNER, close=self.aclose)
 
     async def __aexit__(
         self,
@@ -209,10 +190,10 @@ class LocalService(ScopedService):
     async def _sweep(self) -> None:
         parts = self._parts
         while True:
-            for disk in (parts.checkpoints, self._live, parts.exports):
+            for disk in (parts.checkpoints, parts.live, parts.exports):
                 swept = partial(attempt, disk.sweep)
                 await to_thread.run_sync(swept, abandon_on_cancel=True)
-            await anyio.sleep(min(self._sweep_every_s, self.limits.session_timeout_s / 2))
+            await anyio.sleep(min(self._sweep_every_s, parts.limits.session_timeout_s / 2))
             await parts.intake.close_silent()
             await parts.executor.settle()  # what could not be journaled before
             await parts.executor.unload_idle()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine
     from weaver.protocol import Service
+    from weaver.server.view import View
 
 ADDRESS = "http://localhost"
 
@@ -41,7 +42,7 @@ ADDRESS = "http://localhost"
 class Server:
     app: ASGIApp
     gateway: Gateway
-    service: LocalService
+    service: View
     keys: Keys
 
     def transport(self) -> httpx.ASGITransport:

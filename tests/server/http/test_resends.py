@@ -89,7 +89,7 @@ async def test_a_removal_that_was_cut_off_is_made_by_its_resend(
             raise RuntimeError
 
         with monkeypatch.context() as patch:
-            patch.setattr(server.service._parts.executor, "delete_run", cut_off)
+            patch.setattr(server.service.parts.executor, "delete_run", cut_off)
             assert (await http.delete(path, headers=sent)).status_code == 500
     async with running(home) as server, server.http() as http:
         assert (await http.get(path)).status_code == 200

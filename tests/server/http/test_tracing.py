@@ -94,7 +94,7 @@ async def test_a_request_goes_on_with_its_callers_trace(home: Path) -> None:
     spans = InMemorySpanExporter()
     async with running(home) as server, server.http() as http:
         tracing = server.gateway.tracing = Tracing(SimpleSpanProcessor(spans))
-        server.service.activity.on_end = tracing.operation
+        server.service.parts.activity.on_end = tracing.operation
         api = Rest(http)
         model_id = await api.model()
         spans.clear()

@@ -125,7 +125,7 @@ async def submit(request: Request) -> Response:
     data = await request.body()
     read = partial(wire.decode, data, SUBMISSIONS, limits=gateway.message_limits)
     async with gateway.read(wire.announced_bytes(data), read) as submissions:
-        count, limit = len(submissions), gateway.service.limits.submissions
+        count, limit = len(submissions), gateway.service.parts.limits.submissions
         if count > limit:
             raise errors.TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
         request.state.logged = {"operation_ids": [submission.id for submission in submissions]}

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from weaver import errors, types
 from weaver.server.activity import OperationInfo
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from weaver.server.records import Answer
-
-from weaver import errors, types
 
 POINTS = 400
 """Of a curve: more than a chart has pixels to tell apart."""
@@ -120,11 +119,11 @@ async def get_caller(request: Request) -> CallerInfo:
 @router.get("/runs/{run_id}/operations")
 async def list_operations(run_id: str, gateway: GatewayDep, service: ServiceDep) -> RunOperations:
     await service.get_run(run_id)  # also refuses another project's
-    pending = gateway.service.activity.pending_of(run_id)
+    pending = gateway.service.parts.activity.pending_of(run_id)
     return RunOperations(
         pending=tuple(pending[:PENDING]),
         num_pending=len(pending),
-        ended=tuple(reversed(gateway.service.activity.ended_of(run_id))),
+        ended=tuple(reversed(gateway.service.parts.activity.ended_of(run_id))),
     )
 
 
@@ -137,7 +136,7 @@ async def read_curves(
 ) -> list[Curve]:
     """What the client logged, and what the run's operations answered."""
     logged = await service.read_metrics(run_id)
-    answers = await gateway.service.activity.answers_of(run_id)
+    answers = await gateway.service.parts.activity.answers_of(run_id)
     return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
 
 
@@ -147,7 +146,7 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     admin = request.state.caller
     if not admin.admin:
         raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")
-    activity, owners = gateway.service.activity, gateway.service.owners
+    activity, owners = gateway.service.parts.activity, gateway.service.parts.known.owners
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
     loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})

@@ -24,7 +24,7 @@ from weaver.server.http.gateway import Gateway, GatewayDep
 from weaver.server.tenancy import Caller
 
 if TYPE_CHECKING:
-    from weaver.server.scoped import ScopedService
+    from weaver.server.view import View
 
 KEPT_S = 600.0
 """How long an outcome stays readable. Clients resend a request for three minutes at most."""
@@ -57,7 +57,7 @@ class Entry:
 class CallerSession:
     """`gateway` says when the server stops: waits then end with what there is."""
 
-    def __init__(self, service: ScopedService, gateway: Gateway) -> None:
+    def __init__(self, service: View, gateway: Gateway) -> None:
         self.service = service
         self.turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         """Of each run: held from before a request is read until it is submitted, so that requests

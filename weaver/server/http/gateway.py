@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import anyio
 from fastapi import Depends, Request
 
+from weaver import errors, protocol, wire
 from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.tenancy import Caller
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 
     from weaver.server.http.tracing import Tracing
     from weaver.server.keys import Keys
-    from weaver.server.scoped import ScopedService
-    from weaver.server.service import LocalService
-
-from weaver import errors, protocol, wire
+    from weaver.server.view import View
 
 T = TypeVar("T")
 BODY_LIMITS: Mapping[str, int | None] = {protocol.MEDIA_TYPE: None, "": 4 * 2**20}
@@ -83,17 +81,15 @@ class Gateway:
         folder: where tokenizers are kept for clients on this machine; None: they are not.
     """
 
-    def __init__(
-        self, service: LocalService, keys: Keys | None, *, folder: Path | None = None
-    ) -> None:
+    def __init__(self, service: View, keys: Keys | None, *, folder: Path | None = None) -> None:
         self.service = service
         self.keys = keys
         self.folder = folder
-        self.metrics = ServerMetrics(service.activity)
+        self.metrics = ServerMetrics(service.parts.activity)
         self.tracing: Tracing | None = None
         self.stopping = anyio.Event()
         """Once set, long polls end and new requests are told to come back."""
-        size, tokens = service.limits.body_bytes, service.limits.operation_tokens
+        size, tokens = service.parts.limits.body_bytes, service.parts.limits.operation_tokens
         self.message_limits = wire.WireLimits(
             header_bytes=min(size, MESSAGE_HEADER_BYTES),
             array_bytes=size,
@@ -111,7 +107,7 @@ class Gateway:
 
     def body_bytes(self, limit: int | None) -> int:
         """The limit of a body, where an adapter has its own."""
-        most = self.service.limits.body_bytes
+        most = self.service.parts.limits.body_bytes
         return self.message_limits.message_bytes if limit is None else min(most, limit)
 
     def own(self, kind: type[T]) -> T:
@@ -193,9 +189,9 @@ async def gateway_of(request: Request) -> Gateway:
     return cast("Gateway", request.state.gateway)
 
 
-async def service_of(request: Request) -> ScopedService:
-    return cast("ScopedService", request.state.service)
+async def service_of(request: Request) -> View:
+    return cast("View", request.state.service)
 
 
 GatewayDep = Annotated[Gateway, Depends(gateway_of)]
-ServiceDep = Annotated["ScopedService", Depends(service_of)]
+ServiceDep = Annotated["View", Depends(service_of)]

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
+from weaver import errors, types
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.routes import PREFIX
 from weaver.server.http.caller_session import CallerDep, CallerSession
 from weaver.server.http.gateway import GatewayDep
 
 if TYPE_CHECKING:
-    from weaver.server.scoped import ScopedService
     from weaver.server.tenancy import Caller
-
-from weaver import errors, types
+    from weaver.server.view import View
 
 URL_LIFE_S = 900
 
@@ -37,7 +36,7 @@ router = APIRouter(
 class Grant:
     """What the address of a download gives a right to, whoever asks."""
 
-    service: ScopedService
+    service: View
     path: str
     merge: bool
     ends_at: float

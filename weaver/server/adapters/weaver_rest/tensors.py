@@ -22,6 +22,7 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
+from weaver import errors, wire
 from weaver.fields import validate
 from weaver.tensors import MAX_DIMENSIONS
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from weaver.server.http.gateway import Gateway
-
-from weaver import errors, wire
 
 B = TypeVar("B", bound="Body")
 DECODED_BYTES = 512 * 2**20

@@ -1,7 +1,6 @@
-"""`ScopedService`: the service as one caller may see it; behind every HTTP request.
+"""`View`: the service as one caller may see it; behind every HTTP request and embedded client.
 
-`LocalService` is that of its owner, who sees everything. What an operation names is checked when it
-is accepted, as what its session's caller may do.
+What an operation names is checked when it is accepted, as what its session's caller may do.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from weaver.server.sessions import Session
 from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from datetime import datetime
 
     from weaver.engine.base import Engine
     from weaver.protocol import Export, Outcome, SessionState, Submission
+    from weaver.server.activity import Activity
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
+    from weaver.server.limits import Limits
     from weaver.server.registry import Known
     from weaver.server.streams import SampleStream
     from weaver.server.tenancy import Caller
@@ -53,15 +54,19 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Parts:
-    """What all views of one service share."""
+    """What a service is made of, and all views of it share."""
 
     engine: Engine
     store: Journal
     checkpoints: Checkpoints
+    live: Checkpoints
+    """Snapshots of runs, and samplers without a name."""
     exports: Exports
     executor: Executor
     intake: Intake
     known: Known
+    activity: Activity
+    limits: Limits
     deterministic: bool
     now: Callable[[], datetime]
     opening: anyio.Lock = field(default_factory=anyio.Lock)
@@ -71,20 +76,29 @@ class Parts:
     """An engine's list is made when the engine is."""
 
 
-class ScopedService:
+class View:
     """The `Service` protocol. Only a caller in this process may name its folders, and is told."""
 
-    def __init__(self, parts: Parts, caller: Caller) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        parts: Parts,
+        caller: Caller,
+        *,
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.parts = parts
+        self._close = close
         self._caller = caller
         self._reach = Reach(caller, parts.known)
 
-    def seen_by(self, caller: Caller) -> ScopedService:
+    def seen_by(self, caller: Caller) -> View:
         """The same service as somebody else sees it."""
-        return ScopedService(self._parts, caller)
+        return View(self.parts, caller)
 
     async def aclose(self) -> None:
-        """Nothing: the service is its owner's."""
+        """Ends the service, if this is its owner's view."""
+        if self._close is not None:
+            await self._close()
 
     # --- sessions and operations ----------------------------------------------------------------
 
@@ -97,8 +111,8 @@ class ScopedService:
     ) -> SessionInfo:
         """A `lasting` one is never silent for too long; the same `key` names the same one."""
         self._check_open()
-        parts, name = self._parts, key[:12] if key else secrets.token_hex(6)
-        parts.intake.limits.check_metadata(user_metadata or {})
+        parts, name = self.parts, key[:12] if key else secrets.token_hex(6)
+        parts.limits.check_metadata(user_metadata or {})
         record = SessionRecord(f"session-{name}", self._caller, lasting, user_metadata or {})
         sessions = parts.known.sessions
         async with parts.opening:
@@ -106,7 +120,7 @@ class ScopedService:
                 project = self._caller.project
                 mine = [s for s in sessions.values() if s.caller.project == project]
                 if not lasting:
-                    parts.intake.limits.check_sessions(sum(not one.lasting for one in mine))
+                    parts.limits.check_sessions(sum(not one.lasting for one in mine))
                 await parts.store.open_session(record)
                 sessions[record.session_id] = Session.of(record)
                 await self._keep(key)
@@ -120,10 +134,10 @@ class ScopedService:
         async with self._once(key):
             if not self._caller.local:  # for whom one that was closed is as one that never was
                 self._reach.check_session(session_id)
-            await self._parts.intake.close(session_id)
+            await self.parts.intake.close(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
-        sessions = self._parts.known.sessions
+        sessions = self.parts.known.sessions
         return [one.describe() for id, one in sessions.items() if self._reach.has_session(id)]
 
     def lasting_session(self) -> str | None:
@@ -131,7 +145,7 @@ class ScopedService:
         return self._reach.lasting_session()
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
-        await self._parts.intake.take(self._session(session_id), submissions)
+        await self.parts.intake.take(self._session(session_id), submissions)
 
     async def collect(self, session_id: str, *, after: int, timeout_s: float) -> Sequence[Outcome]:
         session = self._session(session_id)
@@ -142,7 +156,7 @@ class ScopedService:
     def forget(self, session_id: str, cursor: int) -> None:
         """Lets go of the outcomes up to a cursor."""
         forgotten = self._session(session_id).acknowledge(cursor)
-        self._parts.store.acknowledge(session_id, forgotten)
+        self.parts.store.acknowledge(session_id, forgotten)
 
     def follow(
         self, session_id: str, follower: Callable[[Outcome], None]
@@ -151,12 +165,12 @@ class ScopedService:
         return self._session(session_id).follow(follower)
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
-        self._parts.executor.hold(self._session(session_id), sampler_id, hold=hold)
+        self.parts.executor.hold(self._session(session_id), sampler_id, hold=hold)
 
     async def cancel(self, session_id: str, submission_ids: Sequence[str]) -> None:
         tickets = self._session(session_id).tickets
         mine = [tickets[one] for one in submission_ids if one in tickets]
-        await self._parts.executor.cancel(*mine)
+        await self.parts.executor.cancel(*mine)
 
     def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
         return self.sample_stream(session_id, submission_id).each()
@@ -167,22 +181,22 @@ class ScopedService:
     # --- models, runs, metrics ------------------------------------------------------------------
 
     async def list_models(self) -> Sequence[ModelInfo]:
-        if self._parts.models is None:
-            self._parts.models = await self._disk(self._parts.engine.list_models)
-        return self._parts.models
+        if self.parts.models is None:
+            self.parts.models = await self._disk(self.parts.engine.list_models)
+        return self.parts.models
 
     async def get_model(self, base_model: str) -> ModelInfo:
         for model in await self.list_models():
             if model.name == base_model:
                 return model
-        return await self._disk(partial(self._parts.engine.get_model, base_model))
+        return await self._disk(partial(self.parts.engine.get_model, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return await self._disk(partial(self._parts.engine.tokenizer_files, base_model))
+        return await self._disk(partial(self.parts.engine.tokenizer_files, base_model))
 
     async def list_runs(self) -> Sequence[TrainingRun]:
-        runs = list(self._parts.known.runs.values())
-        busy = self._parts.executor.sampled_runs()
+        runs = list(self.parts.known.runs.values())
+        busy = self.parts.executor.sampled_runs()
         return [
             run.describe(sampled=run.run_id in busy)
             for run in runs
@@ -191,11 +205,11 @@ class ScopedService:
 
     async def get_run(self, run_id: str) -> TrainingRun:
         run = await self._run(run_id)
-        return run.describe(sampled=run_id in self._parts.executor.sampled_runs())
+        return run.describe(sampled=run_id in self.parts.executor.sampled_runs())
 
     async def stop_run(self, run_id: str) -> TrainingRun:
         run = await self._run(run_id)
-        await self._parts.executor.stop_run(run)
+        await self.parts.executor.stop_run(run)
         return run.describe()
 
     async def delete_run(
@@ -203,19 +217,19 @@ class ScopedService:
     ) -> None:
         async with self._once(key):
             run = await self._run(run_id)
-            await self._parts.executor.delete_run(run, checkpoints=checkpoints)
+            await self.parts.executor.delete_run(run, checkpoints=checkpoints)
 
     async def log_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
     ) -> None:
         """Nothing, if it was done for the same `key` before."""
-        run, parts = await self._run(run_id), self._parts
+        run, parts = await self._run(run_id), self.parts
         if run.metric_counts is None:
             counted = Counter(await parts.store.metric_counts(run_id))
             if run.metric_counts is None:  # no other request was quicker
                 run.metric_counts = counted
         counts, new = run.metric_counts, Counter(point.name for point in points)
-        parts.intake.limits.check_metrics(
+        parts.limits.check_metrics(
             names=len(counts.keys() | new.keys()), points=counts.total() + new.total()
         )
         now = parts.now()
@@ -227,25 +241,25 @@ class ScopedService:
         self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
     ) -> Sequence[MetricPoint]:
         await self._run(run_id)
-        return await self._parts.store.metrics(run_id, name=name, offset=offset, limit=limit)
+        return await self.parts.store.metrics(run_id, name=name, offset=offset, limit=limit)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         if run_id is not None:
             self._reach.check_run(run_id)
-        found = await self._disk(partial(self._parts.checkpoints.list, run_id))
+        found = await self._disk(partial(self.parts.checkpoints.list, run_id))
         return [self._shown(info) for info in found if self._reach.has_run(info.run_id)]
 
     async def get_checkpoint(self, path: str) -> CheckpointInfo:
         self._reach.check_path(path)
-        return self._shown(await self._disk(partial(self._parts.checkpoints.get, path)))
+        return self._shown(await self._disk(partial(self.parts.checkpoints.get, path)))
 
     async def delete_checkpoint(self, path: str, *, key: str | None = None) -> None:
         async with self._once(key):
             self._reach.check_path(path)
-            await self._disk(partial(self._parts.checkpoints.delete, path))
-            self._parts.executor.release([path])
+            await self._disk(partial(self.parts.checkpoints.delete, path))
+            self.parts.executor.release([path])
 
     async def set_checkpoint_ttl(
         self, path: str, ttl_seconds: int | None, *, key: str | None = None
@@ -253,14 +267,14 @@ class ScopedService:
         self._reach.check_path(path)
         if await self._was_done(key):
             return await self.get_checkpoint(path)
-        info = await self._disk(partial(self._parts.checkpoints.set_ttl, path, ttl_seconds))
-        self._parts.executor.release([path])  # a sampler knows when its weights expire
+        info = await self._disk(partial(self.parts.checkpoints.set_ttl, path, ttl_seconds))
+        self.parts.executor.release([path])  # a sampler knows when its weights expire
         await self._keep(key)
         return self._shown(info)
 
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
         """Its folder is for the server itself: callers from afar are never told."""
-        exports = self._parts.exports
+        exports = self.parts.exports
         if merge:  # with a name that the engine knows, it merges beside its other work
             await self.get_model((await self.get_checkpoint(path)).base_model)
         self._reach.check_path(path)
@@ -271,18 +285,18 @@ class ScopedService:
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
         self._reach.check_path(path)
-        read = partial(self._parts.exports.read, path, name, merge=merge, offset=offset)
+        read = partial(self.parts.exports.read, path, name, merge=merge, offset=offset)
         return await self._disk(read)
 
     # --- requests that may come again -----------------------------------------------------------
     # A key has at most 64 characters, and one request at a time.
 
     async def _was_done(self, key: str | None) -> bool:
-        return key is not None and await self._parts.store.knows_request(key)
+        return key is not None and await self.parts.store.knows_request(key)
 
     async def _keep(self, key: str | None) -> None:
         if key is not None:
-            await self._parts.store.keep_request(key)
+            await self.parts.store.keep_request(key)
 
     @asynccontextmanager
     async def _once(self, key: str | None) -> AsyncIterator[None]:
@@ -296,28 +310,28 @@ class ScopedService:
             if again:
                 return
             if key is not None:
-                await self._parts.store.drop_request(key)
+                await self.parts.store.drop_request(key)
             raise
 
     # --- helpers --------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._parts.closed:
+        if self.parts.closed:
             raise ClosedError("the service is closed.", hint="Open another one.")
 
     def _session(self, session_id: str) -> Session:
         self._check_open()
         self._reach.check_session(session_id)
-        session = self._parts.known.sessions[session_id]
+        session = self.parts.known.sessions[session_id]
         session.heard()
         return session
 
     async def _run(self, run_id: str) -> Run:
         self._check_open()
         self._reach.check_run(run_id)
-        runs = self._parts.known.runs
-        if run_id not in runs and (record := await self._parts.store.run(run_id)):
-            self._parts.known.owners[run_id] = record.run.project
+        runs = self.parts.known.runs
+        if run_id not in runs and (record := await self.parts.store.run(run_id)):
+            self.parts.known.owners[run_id] = record.run.project
             runs.setdefault(run_id, Run.of(record))  # another process on this home made it
         if run_id not in runs:
             raise no_run(run_id)
