@@ -357,6 +357,22 @@ async def test_an_error_in_the_body_leaves_as_it_is(home: Path) -> None:
             raise ZeroDivisionError
 
 
+async def test_a_service_can_be_cancelled_while_it_opens(home: Path) -> None:
+    for pauses in range(12):
+        with anyio.fail_after(20), anyio.CancelScope() as scope:
+
+            async def cancel(pauses: int = pauses, scope: anyio.CancelScope = scope) -> None:
+                for _ in range(pauses):
+                    await anyio.lowlevel.checkpoint()
+                scope.cancel()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel)
+                async with LocalService(FakeEngine(), home=home / str(pauses)):
+                    await anyio.sleep_forever()
+        assert scope.cancelled_caught
+
+
 async def test_a_cancelled_body_ends_the_service(home: Path) -> None:
     engine = FakeEngine()
     with anyio.move_on_after(0.05) as scope:

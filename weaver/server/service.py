@@ -135,10 +135,15 @@ class LocalService:
             raise
         self._host = anyio.create_task_group()
         await self._host.__aenter__()
-        await self._host.start(self._main)
-        parts.closed = False
-        for ticket in tickets:
-            await parts.intake.accept(ticket)
+        try:
+            await self._host.start(self._main)
+            parts.closed = False
+            for ticket in tickets:
+                await parts.intake.accept(ticket)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            self._unlock()
+            raise
         return View(parts, OWNER, close=self.aclose)
 
     async def __aexit__(
@@ -186,6 +191,7 @@ class LocalService:
             release(run)
         if self._lock is not None:
             release_lock(self._lock)
+            self._lock = None
 
     async def _sweep(self) -> None:
         parts = self._parts
