@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from weaver.engine.torch.packing import Heads, attend
 
 SMALLEST_ARENA = 64
-"""Tokens of a row; arenas double from there."""
+"""Tokens of a row, a power of two; arenas double from there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +121,7 @@ class RowCache:
 
     def _arena(self, length: int) -> _Arena:
         """The one for rows of `length` tokens."""
-        capacity = SMALLEST_ARENA
-        while capacity < length:
-            capacity *= 2
+        capacity = max(SMALLEST_ARENA, 2 ** (length - 1).bit_length())
         if capacity not in self._arenas:
             self._arenas[capacity] = _Arena(self._shape, capacity=capacity)
         return self._arenas[capacity]

@@ -60,8 +60,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._window: list[int] = []
         self._whole = 0
         """Tokens of the window that end with a whole character."""
@@ -88,9 +87,6 @@ class TextStream:
         rest = self._decode(self._window)[self._answered :]
         self._answered += len(rest)
         return rest
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
 
 
 class MarkedText:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from weaver import errors, types
 from weaver.boundary import attempt
 from weaver.engine.base import GradientJob
 from weaver.engine.blocking import WeightSnapshot
@@ -28,21 +29,7 @@ from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
 from weaver.engine.torch.models import LoadedModel, ModelStore
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import Share, pack, plan_passes
-from weaver.errors import (
-    EngineError,
-    NoGradientsError,
-    NonFiniteError,
-    RunNotFoundError,
-    WeaverError,
-)
 from weaver.tensors import TensorData
-from weaver.types import (
-    AdamParams,
-    ForwardBackwardResult,
-    LoraConfig,
-    OptimStepResult,
-    TrainingMode,
-)
 
 TOKENS_PER_PASS = 4096
 """Enough rows to keep the matrix products busy; a 60M model needs about 2 GB for them."""
@@ -68,8 +55,8 @@ class TorchTrainer:
         run_id: str,
         base_model: str,
         *,
-        training_mode: TrainingMode,
-        lora_config: LoraConfig | None,
+        training_mode: types.TrainingMode,
+        lora_config: types.LoraConfig | None,
         seed: int,
     ) -> None:
         """Makes a run at step 0; for LoRA, `lora_config` None takes the defaults.
@@ -80,7 +67,7 @@ class TorchTrainer:
         if training_mode == "full_ft":
             self._runs[run_id] = Run(self._store.own(base_model))
             return
-        config = lora_config or LoraConfig()
+        config = lora_config or types.LoraConfig()
         facts = self._store.catalog.facts(base_model)
         targets = choose_targets(
             facts.targets.values(), config, model=base_model, fused_experts=facts.fused_experts
@@ -91,7 +78,7 @@ class TorchTrainer:
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]
-    ) -> Sequence[ForwardBackwardResult | WeaverError]:
+    ) -> Sequence[types.ForwardBackwardResult | errors.WeaverError]:
         """See the protocol. Jobs of one model and one `backward` share passes."""
         tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
         groups: dict[tuple[int, bool], list[_Task]] = {}
@@ -102,18 +89,18 @@ class TorchTrainer:
             self._compute(group)
         return [task.finish() for task in tasks]
 
-    def optim_step(self, run_id: str, params: AdamParams) -> OptimStepResult:
+    def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
         """AdamW on the accumulated gradient, clipped to a global norm. Errors: see the protocol."""
         run = self._run(run_id)
         if run.gradient is None:
-            raise NoGradientsError(
+            raise errors.NoGradientsError(
                 f"run {run_id} has no gradient.", hint="Call forward_backward first."
             )
         self._store.use_threads(run.model)
         gradient, run.gradient = run.gradient, None
         norm = get_total_norm(gradient)
         if not torch.isfinite(norm):
-            raise NonFiniteError(
+            raise errors.NonFiniteError(
                 f"the gradient's norm is {norm.item()}; the step was not taken.",
                 hint="The gradient is cleared. Check the data, or lower the learning rate.",
             )
@@ -132,7 +119,7 @@ class TorchTrainer:
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         rate, step = params.learning_rate, float(run.step)
-        return OptimStepResult(
+        return types.OptimStepResult(
             metrics={"grad_norm": float(norm), "learning_rate": rate, "step": step}
         )
 
@@ -189,7 +176,7 @@ class TorchTrainer:
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self._runs:
-            raise RunNotFoundError(
+            raise errors.RunNotFoundError(
                 f"the engine has no run {run_id!r}.", field="run_id", hint="Create it first."
             )
         return self._runs[run_id]
@@ -209,7 +196,7 @@ class TorchTrainer:
             if not is_out_of_memory(error):
                 raise
             for task in tasks:
-                task.error = EngineError(
+                task.error = errors.EngineError(
                     f"not enough memory for a pass of {self._tokens_per_pass} tokens.",
                     hint="Shorten the sequences or use a smaller model.",
                 )
@@ -223,7 +210,7 @@ class Run:
     """
 
     model: LoadedModel
-    lora_config: LoraConfig | None = None
+    lora_config: types.LoraConfig | None = None
     adapter: Adapter | None = None
     step: int = 0
     gradient: list[torch.Tensor] | None = None
@@ -267,16 +254,16 @@ class _Task:
     gradient: list[torch.Tensor] | None = None
     """Kept apart from the run's until the whole job has succeeded."""
     logprobs: dict[int, TensorData] = field(default_factory=dict)
-    error: WeaverError | None = None
+    error: errors.WeaverError | None = None
 
     def fail(self, what: str, *, field: str) -> None:
-        self.error = NonFiniteError(
+        self.error = errors.NonFiniteError(
             f"{what} is not finite; this call added nothing to the gradient.",
             field=field,
             hint="Look for extreme logprobs or advantages, or go back to an earlier checkpoint.",
         )
 
-    def finish(self) -> ForwardBackwardResult | WeaverError:
+    def finish(self) -> types.ForwardBackwardResult | errors.WeaverError:
         """The result, after the gradient was added to the run; or the error."""
         metrics = self.objective.metrics()
         if self.error is None:
@@ -291,7 +278,7 @@ class _Task:
             return self.error
         if self.gradient is not None:
             self.run.gradient = _added(self.run.gradient, self.gradient)
-        return ForwardBackwardResult(
+        return types.ForwardBackwardResult(
             loss_fn_outputs=tuple(
                 {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
             ),
