@@ -15,17 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from weaver.protocol import (
-    ErrorInfo,
-    ForwardBackward,
-    GradientsDone,
-    ModelCreated,
-    OpenSampler,
-    Operation,
-    Sample,
-    Sampled,
-    StepDone,
-)
+from weaver import protocol
 from weaver.server.checkpoints import SCHEME
 from weaver.server.records import Answer
 from weaver.types import Value
@@ -33,7 +23,6 @@ from weaver.types import Value
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from weaver.protocol import Outcome, Result
     from weaver.server.journal import Journal
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
@@ -57,7 +46,7 @@ class OperationInfo(Value):
     step: int | None = None
     """Optimizer steps that its run had taken when it ended."""
     metrics: Mapping[str, float] = Field(default_factory=dict)
-    error: ErrorInfo | None = None
+    error: protocol.ErrorInfo | None = None
 
 
 class Activity:
@@ -73,7 +62,7 @@ class Activity:
         self.trained_tokens = 0
         """Tokens that went through `forward_backward` and `forward`."""
         self.sampled_tokens = 0
-        self.on_end: Callable[[Ticket, Outcome], None] | None = None
+        self.on_end: Callable[[Ticket, protocol.Outcome], None] | None = None
 
     def pending(self) -> Iterator[Ticket]:
         """What has no outcome yet, in the order of submission within a session."""
@@ -103,17 +92,17 @@ class Activity:
         """The numbers that a run's operations have answered, kept with the journal."""
         return await self._store.answers(run_id)
 
-    def note(self, ticket: Ticket, outcome: Outcome, *, step: int | None) -> None:
+    def note(self, ticket: Ticket, outcome: protocol.Outcome, *, step: int | None) -> None:
         """Takes down that an operation has ended; `step` is where its run then stands."""
         if self.on_end is not None:
             self.on_end(ticket, outcome)
         run_id, metrics = run_of(ticket), numbers(outcome.result)
         match outcome.result:
-            case GradientsDone():
+            case protocol.GradientsDone():
                 self.trained_tokens += int(metrics.get("num_tokens", 0))
-            case Sampled():
+            case protocol.Sampled():
                 self.sampled_tokens += int(metrics["tokens"])
-            case ModelCreated(run=run):
+            case protocol.ModelCreated(run=run):
                 run_id, step = run.run_id, 0
         if run_id is None:
             return
@@ -150,25 +139,25 @@ def run_of(ticket: Ticket) -> str | None:
     """The run of an operation, or of the weights that it samples from."""
     path: str | None = None
     match ticket.submission.operation:
-        case Sample(sampler_id=sampler_id):
+        case protocol.Sample(sampler_id=sampler_id):
             path = sampler_id
-        case OpenSampler(model_path=model_path):
+        case protocol.OpenSampler(model_path=model_path):
             path = model_path
     if path is not None and path.startswith(SCHEME):
         return path.removeprefix(SCHEME).partition("/")[0]
     return ticket.submission.run_id
 
 
-def numbers(result: Result | None) -> Mapping[str, float]:
+def numbers(result: protocol.Result | None) -> Mapping[str, float]:
     match result:
-        case GradientsDone(output=output) | StepDone(output=output):
+        case protocol.GradientsDone(output=output) | protocol.StepDone(output=output):
             return {name: n for name, n in output.metrics.items() if math.isfinite(n)}
-        case Sampled(output=output):
+        case protocol.Sampled(output=output):
             return {"tokens": sum(len(sequence.tokens) for sequence in output.sequences)}
     return {}
 
 
-def answer_of(ticket: Ticket, outcome: Outcome, *, step: int | None) -> Answer | None:
+def answer_of(ticket: Ticket, outcome: protocol.Outcome, *, step: int | None) -> Answer | None:
     """What is kept for the curves of a run."""
     run_id, metrics = ticket.submission.run_id, numbers(outcome.result)
     if run_id is None or step is None or not metrics:
@@ -177,13 +166,13 @@ def answer_of(ticket: Ticket, outcome: Outcome, *, step: int | None) -> Answer |
     return Answer(run_id=run_id, kind=kind, step=step, metrics=metrics)
 
 
-def _kind(operation: Operation | None) -> str:
-    if isinstance(operation, ForwardBackward) and not operation.backward:
+def _kind(operation: protocol.Operation | None) -> str:
+    if isinstance(operation, protocol.ForwardBackward) and not operation.backward:
         return "forward"
     return operation.kind if operation else "withdrawn"
 
 
-def _end(error: ErrorInfo | None) -> Literal["done", "failed", "cancelled"]:
+def _end(error: protocol.ErrorInfo | None) -> Literal["done", "failed", "cancelled"]:
     if error is None:
         return "done"
     return "cancelled" if error.code == "cancelled" else "failed"

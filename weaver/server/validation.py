@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weaver import protocol
 from weaver.checks import check_datums
 from weaver.errors import InvalidRequestError, WeaverError
-from weaver.protocol import (
-    CreateModel,
-    ForwardBackward,
-    LoadCheckpoint,
-    OpenSampler,
-    OptimStep,
-    Sample,
-    SaveCheckpoint,
-    check_name,
-)
 from weaver.server.checkpoints import SCHEME, Location
-from weaver.server.registry import no_run
+from weaver.server.registry import Reach, no_run
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:
-    from weaver.protocol import Operation, Submission
     from weaver.server.limits import Limits
-    from weaver.server.registry import Reach
     from weaver.server.runs import Run
 
-ORDERED = (ForwardBackward, OptimStep, SaveCheckpoint, LoadCheckpoint)
+ORDERED = (
+    protocol.ForwardBackward,
+    protocol.OptimStep,
+    protocol.SaveCheckpoint,
+    protocol.LoadCheckpoint,
+)
 
 
 def refusal(
-    submission: Submission, run: Run | None, *, reach: Reach, limits: Limits
+    submission: protocol.Submission, run: Run | None, *, reach: Reach, limits: Limits
 ) -> WeaverError | None:
     """Why the operation cannot be carried out, or None. `run` is the one that it names."""
     try:
@@ -44,19 +38,19 @@ def refusal(
     return None
 
 
-def check_size(operation: Operation | None, limits: Limits) -> None:
+def check_size(operation: protocol.Operation | None, limits: Limits) -> None:
     """Raises TooLargeError."""
     match operation:
-        case CreateModel(user_metadata=metadata):
+        case protocol.CreateModel(user_metadata=metadata):
             limits.check_metadata(metadata)
-        case ForwardBackward(datums=datums):
+        case protocol.ForwardBackward(datums=datums):
             limits.check_tokens(sum(datum.model_input.length for datum in datums))
-        case Sample(prompt=prompt, num_samples=count, params=params):
+        case protocol.Sample(prompt=prompt, num_samples=count, params=params):
             read = prompt.length if isinstance(prompt, ModelInput) else 0
             limits.check_tokens(read + count * params.max_tokens)
 
 
-def _check(submission: Submission, run: Run | None) -> None:
+def _check(submission: protocol.Submission, run: Run | None) -> None:
     operation = submission.operation
     ordered = operation is None or isinstance(operation, ORDERED)
     placed = submission.run_id is not None, submission.seq is not None
@@ -70,20 +64,20 @@ def _check(submission: Submission, run: Run | None) -> None:
     if ordered and run is None:
         raise no_run(submission.run_id)
     match operation:
-        case ForwardBackward() if run is not None:
+        case protocol.ForwardBackward() if run is not None:
             check_datums(
                 operation.datums,
                 operation.loss_fn,
                 config=operation.loss_fn_config,
                 model=run.model,
             )
-        case SaveCheckpoint(name=str(name)):
-            check_name(name)
-        case LoadCheckpoint(path=path) if path.startswith(SCHEME):
+        case protocol.SaveCheckpoint(name=str(name)):
+            protocol.check_name(name)
+        case protocol.LoadCheckpoint(path=path) if path.startswith(SCHEME):
             Location.parse(path)
-        case OpenSampler(base_model=None, model_path=None):
+        case protocol.OpenSampler(base_model=None, model_path=None):
             raise InvalidRequestError(
                 "needs base_model or model_path.", field="open_sampler", hint="Give one of them."
             )
-        case OpenSampler(model_path=str(path)) if path.startswith(SCHEME):
+        case protocol.OpenSampler(model_path=str(path)) if path.startswith(SCHEME):
             Location.parse(path)
