@@ -93,37 +93,34 @@ class Display(Logger):
 
     def _open_live(self) -> Any:
         with requiring("Display", "rl"):
-            from rich.console import Console
-            from rich.live import Live
-        live = Live(console=Console(file=self._stream), refresh_per_second=8)
-        live.start()
-        return live
+            from rich import console, live
+        opened = live.Live(console=console.Console(file=self._stream), refresh_per_second=8)
+        opened.start()
+        return opened
 
     def _picture(self) -> Any:
-        from rich.console import Group as Rows
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        from rich import console, progress_bar, table
         from rich.text import Text
 
-        head = Table.grid(padding=(0, 2))
+        head = table.Table.grid(padding=(0, 2))
         seconds = time.monotonic() - self._started
-        bar = ProgressBar(total=self._steps, completed=self._step, width=24)
+        bar = progress_bar.ProgressBar(total=self._steps, completed=self._step, width=24)
         pace = f"{seconds / self._step:.1f} s a step" if self._step else ""
         head.add_row(bar, Text(f"step {self._step}{self._of}", style="bold"), pace, self._waiting)
         rows: list[Any] = [head]
         numbers = shown(self._history[-1]) if self._history else []
         if numbers:
-            table = Table.grid(padding=(0, 3))
-            table.add_row(*(Text(label, style="dim") for label, _ in numbers))
-            table.add_row(*(Text(number, style="bold") for _, number in numbers))
-            rows.append(table)
+            grid = table.Table.grid(padding=(0, 3))
+            grid.add_row(*(Text(label, style="dim") for label, _ in numbers))
+            grid.add_row(*(Text(number, style="bold") for _, number in numbers))
+            rows.append(grid)
         rows += [Text(line, style="cyan") for line in self._curve()]
         if self._sample is not None:
             asked, said = prompt_text(self._sample.task), self._sample.text
             said = f"{_short(asked)} → {_short(said)}  ({self._sample.reward:.2f})"
             rows.append(Text(said, style="dim"))
         rows += [Text(f"▲ {text}", style="yellow") for text in self._hints.values()]
-        return Rows(*rows)
+        return console.Group(*rows)
 
     def _curve(self) -> list[str]:
         for name in CURVES:
