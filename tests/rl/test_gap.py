@@ -62,6 +62,7 @@ def test_bfloat16_trains_by_default_and_stops_at_a_bound_that_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
+    monkeypatch.setenv("WEAVER_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {"steps": 2, **FEW, "sampling": SamplingParams(max_tokens=8)}
 
