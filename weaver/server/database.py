@@ -67,9 +67,8 @@ class _Write:
     size_bytes: int
     """About; little for a file is there before a thread has begun."""
     flush: bool
-    done: bool = False
     error: WeaverError | None = NOT_WRITTEN
-    """None once it is in the database."""
+    """None once it is in the database; this one until that was tried."""
 
 
 class Writer:
@@ -118,7 +117,7 @@ class Writer:
         self._writes.append(write)
         with CancelScope(shield=True):
             async with self._writing:
-                if not write.done:
+                if write.error is NOT_WRITTEN:
                     batch, self._writes = self._writes, []
                     small = sum(waiting.size_bytes for waiting in batch) <= LARGE_BYTES
                     quick = small and self.database.dialect.name == "sqlite"
@@ -150,7 +149,7 @@ class Writer:
         except WeaverError as error:
             failure = error
         for write in writes:
-            write.done, write.error = True, failure
+            write.error = failure
         return failure
 
     @contextmanager
