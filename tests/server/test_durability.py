@@ -36,7 +36,7 @@ from weaver.protocol import (
     Submission,
 )
 from weaver.server import database as databases
-from weaver.server import ledger, tables
+from weaver.server import tables
 from weaver.server.database import open_database
 from weaver.server.journal import Journal
 from weaver.server.records import SessionRecord
@@ -516,8 +516,8 @@ async def test_an_outcome_that_cannot_be_written_never_happened(home: Path) -> N
 async def test_nothing_is_told_that_is_not_in_the_journal(
     home: Path, room_again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "DATABASE_AWAY_S", 0.1)
-    monkeypatch.setattr(ledger, "DATABASE_PAUSE_S", 0.01)
+    monkeypatch.setattr("weaver.server.outcomes.DATABASE_AWAY_S", 0.1)
+    monkeypatch.setattr("weaver.server.outcomes.DATABASE_PAUSE_S", 0.01)
     recorder = Recorder()
     store = FullDisk(open_database(home))
     async with LocalService(
@@ -610,7 +610,7 @@ async def test_work_waits_for_another_process_that_writes(
 async def test_a_checkpoint_is_not_written_twice(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "DATABASE_AWAY_S", 0.0)
+    monkeypatch.setattr("weaver.server.outcomes.DATABASE_AWAY_S", 0.0)
     database = open_database(home)
     store = FullDisk(database)
     async with LocalService(FakeEngine(), home=home, store=store) as service:

@@ -110,7 +110,7 @@ async def test_a_refusal_that_lost_a_gradient_is_not_forgotten(home: Path) -> No
 
 
 async def remembered(service: View) -> int:
-    [session] = service.parts.known.sessions.values()
+    [session] = service.parts.registry.sessions.values()
     return len(session._prints) + len(session._places) + len(session._acknowledged)
 
 
@@ -134,7 +134,7 @@ async def test_an_open_session_remembers_what_a_request_may_still_bring(
         await caller.do(SAMPLE, Sampled)
         await caller.do(SAMPLE, Sampled)
         assert await remembered(service) < 10
-        [session] = service.parts.known.sessions.values()
+        [session] = service.parts.registry.sessions.values()
         assert session.follow(lambda _: None)[1] == caller.seqs
 
 

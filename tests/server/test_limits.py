@@ -108,7 +108,7 @@ async def test_outcomes_count_until_they_are_collected(home: Path) -> None:
     async with LocalService(FakeEngine(), home=home, limits=Limits(pending_bytes=2**20)) as service:
         client = await Client.open(service)
         run = await client.create()
-        [session] = service.parts.known.sessions.values()
+        [session] = service.parts.registry.sessions.values()
         before = session.held_bytes
         sent = client.stamp(long, run)
         await client.send(sent)
@@ -122,7 +122,7 @@ async def test_outcomes_count_until_they_are_collected(home: Path) -> None:
 
 async def saved(service: View, run: str) -> None:
     for _ in range(1000):
-        known = service.parts.known.runs[run]
+        known = service.parts.registry.runs[run]
         if known.unsaved_bytes == 0 and not known.committing.locked():
             return
         await anyio.sleep(0.01)

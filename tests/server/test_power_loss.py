@@ -52,7 +52,7 @@ async def snapshotted(service: View, run: str, *, step: int) -> None:
 
     async def there() -> bool:
         steps = [info.step for info in service.parts.live.list(run)]
-        return steps == [step] and not service.parts.known.runs[run].committing.locked()
+        return steps == [step] and not service.parts.registry.runs[run].committing.locked()
 
     await until(there)
 

@@ -1,6 +1,6 @@
 """`Activity`: which operations wait, run and have lately ended, without anybody's data.
 
-The ledger writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
+`Outcomes` writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
 this process and begins anew after a restart, but for the answers, which the store keeps.
 """
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import SampleProgress
     from weaver.protocol import Result
-    from weaver.server.ledger import Ended, Ledger
     from weaver.server.operations import Operations
+    from weaver.server.outcomes import Ended, Outcomes
     from weaver.server.recovery import Recovery
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
@@ -67,12 +67,12 @@ class Executor:
         operations: Operations,
         recovery: Recovery,
         *,
-        ledger: Ledger,
+        outcomes: Outcomes,
         merge_tokens: int,
     ) -> None:
         self._operations = operations
         self._recovery = recovery
-        self._ledger = ledger
+        self._outcomes = outcomes
         self._samplers = operations.samplers
         self._merge_tokens = merge_tokens
         self._turns = Turns()
@@ -88,7 +88,7 @@ class Executor:
         """Those that have ended and wait to be settled."""
         self._any_sampled = anyio.Event()
         self._held: dict[tuple[Session, str], list[Ticket]] = {}
-        self.settle = ledger.settle
+        self.settle = outcomes.settle
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Until cancelled."""
@@ -103,7 +103,7 @@ class Executor:
     async def stop(self) -> None:
         """Begins no further operation, drops the samples, and waits for what has begun."""
         self._stopped = True
-        self._ledger.stop()
+        self._outcomes.stop()
         self._drop(*list(self._samples))
         for worker in self._workers.values():
             async with worker.turn:
@@ -154,7 +154,7 @@ class Executor:
     async def unload_idle(self) -> None:
         """Takes runs out of the engine that were idle for long, unless work comes first."""
         since = time.monotonic() - self._recovery.durability.unload_after_s
-        for run in list(self._operations.known.runs.values()):
+        for run in list(self._operations.registry.runs.values()):
             if run.loaded and run.heard_at < since:
                 async with self._worker(run).turn:
                     if not run.lane.busy:
@@ -180,7 +180,7 @@ class Executor:
             ConflictError: another process has it.
             StorageError
         """
-        runs = self._operations.known.runs
+        runs = self._operations.registry.runs
         runs.pop(run.run_id, None)  # what comes from now on is refused
         with CancelScope(shield=True):
             try:
@@ -215,7 +215,7 @@ class Executor:
         chosen = plan([_head(run, ticket) for run, ticket in heads], self._merge_tokens)
         batch = [heads[i] for i in chosen]
         for run, ticket in batch:
-            ticket.running, ticket.began_at = True, time.monotonic()
+            ticket.begin()
             if run is not None:
                 worker.lanes[run.lane] = worker.lanes.pop(run.lane)  # to the back of the queue
         self._turns.serve({_project(ticket) for _, ticket in batch})
@@ -251,20 +251,20 @@ class Executor:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
         if run is None or run.loaded:
             return True
-        failure = await self._ledger.patiently(partial(self._recovery.load, run))
+        failure = await self._outcomes.patiently(partial(self._recovery.load, run))
         if failure is not None:
             await self.settle((ticket, failure))
         return failure is None
 
     async def _keep(self, created: ModelCreated) -> ModelCreated | WeaverError:
         """Writes down a new run; one that cannot be written down is none."""
-        run = self._operations.known.runs[created.run.run_id]
+        run = self._operations.registry.runs[created.run.run_id]
         put = partial(self._recovery.store.put_run, created.run, model=created.model, seed=run.seed)
         hold = partial(self._recovery.hold, run)
-        failure = await attempt_async(hold) or await self._ledger.patiently(put)
+        failure = await attempt_async(hold) or await self._outcomes.patiently(put)
         if failure is None:
             return created
-        del self._operations.known.runs[run.run_id]
+        del self._operations.registry.runs[run.run_id]
         await self._recovery.unload(run)
         return failure
 
@@ -326,7 +326,7 @@ class Executor:
             elif self._was_dropped(ticket):
                 drop()
             else:
-                ticket.began_at = time.monotonic()
+                ticket.begin()
                 self._samples[ticket] = drop
         del self._beginning[sampler_id]
 

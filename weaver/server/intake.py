@@ -1,4 +1,4 @@
-"""`Intake`: the way of submissions from a session into the lanes, and the end of sessions.
+"""`Intake`: how submissions are checked and come into the lanes, and the end of sessions.
 
 Called by `LocalService`.
 """
@@ -13,49 +13,57 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from weaver import wire
+from weaver import protocol, wire
 from weaver.boundary import attempt, attempt_async
+from weaver.checks import check_datums
 from weaver.errors import (
     ConflictError,
+    InvalidRequestError,
     NotFoundError,
     OperationCancelledError,
     OperationError,
     WeaverError,
 )
-from weaver.protocol import ForwardBackward, ReleaseSampler, Sample
+from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
-from weaver.server.registry import Reach
-from weaver.server.validation import check_size, refusal
+from weaver.server.registry import Access, no_run
+from weaver.types import ModelInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
-    from weaver.protocol import Submission
     from weaver.server.executor import Executor
     from weaver.server.journal import Journal
     from weaver.server.limits import Limits
-    from weaver.server.registry import Known
+    from weaver.server.registry import Registry
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
+
+ORDERED = (
+    protocol.ForwardBackward,
+    protocol.OptimStep,
+    protocol.SaveCheckpoint,
+    protocol.LoadCheckpoint,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Intake:
     executor: Executor
     store: Journal
-    known: Known
+    registry: Registry
     limits: Limits
     gap_timeout_s: float
     now: Callable[[], datetime]
-    encode: Callable[[Sample], Sample]
+    encode: Callable[[protocol.Sample], protocol.Sample]
     """Makes tokens of a prompt that is text."""
     encoding: defaultdict[str, CapacityLimiter] = field(
         default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
     )
     """Of each project: one text at a time."""
 
-    async def take(self, session: Session, submissions: Sequence[Submission]) -> None:
+    async def take(self, session: Session, submissions: Sequence[protocol.Submission]) -> None:
         """Journals what is new and puts it in its place; a refused operation gets its outcome.
 
         Raises:
@@ -83,19 +91,19 @@ class Intake:
 
     async def accept(self, ticket: Ticket) -> None:
         submission, session = ticket.submission, ticket.session
-        reach = Reach(session.caller, self.known)
+        access = Access(session.caller, self.registry)
         run_id = submission.run_id or ""
-        run = self.known.runs.get(run_id) if reach.has_run(run_id) else None
-        check = partial(self._refusal, ticket, run, reach=reach)
+        run = self.registry.runs.get(run_id) if access.has_run(run_id) else None
+        check = partial(self._refusal, ticket, run, access=access)
         error = ticket.error or await wire.beside(ticket.size_bytes, check)
         operation = submission.operation
-        if error is None and isinstance(operation, Sample) and not operation.encoded:
+        if error is None and isinstance(operation, protocol.Sample) and not operation.encoded:
             error = await self._encode(ticket, operation)
         if ticket.settled and run is None:  # it was cancelled meanwhile
             return
         if submission.operation is None and error is None:
             error = OperationCancelledError("it was withdrawn before it was sent.")
-        if isinstance(submission.operation, ReleaseSampler) and error is None:
+        if isinstance(submission.operation, protocol.ReleaseSampler) and error is None:
             error = _forget_sampler(session, submission.operation.sampler_id)
         if run is not None:
             run.heard(self.now())
@@ -113,7 +121,7 @@ class Intake:
         if error is not None:
             await self.executor.settle((ticket, error))
 
-    async def _encode(self, ticket: Ticket, operation: Sample) -> WeaverError | None:
+    async def _encode(self, ticket: Ticket, operation: protocol.Sample) -> WeaverError | None:
         """Beside the engine; answers why it cannot be encoded, or is too large then."""
         encoded = await to_thread.run_sync(
             partial(attempt, partial(self.encode, operation)),
@@ -121,8 +129,8 @@ class Intake:
         )
         if isinstance(encoded, WeaverError):
             return encoded
-        ticket.submission = ticket.submission.model_copy(update={"operation": encoded})
-        return attempt(partial(check_size, encoded, self.limits))
+        ticket.replace(encoded)
+        return attempt(partial(_check_size, encoded, self.limits))
 
     def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""
@@ -156,13 +164,13 @@ class Intake:
 
     async def close(self, session_id: str) -> None:
         """Ends a session; what its runs have accepted is carried out."""
-        session = self.known.sessions.pop(session_id, None)
+        session = self.registry.sessions.pop(session_id, None)
         if session is None:
             return
         waiting = list(session.tickets.values())
-        samples = [one for one in waiting if isinstance(one.submission.operation, Sample)]
+        samples = [one for one in waiting if isinstance(one.submission.operation, protocol.Sample)]
         await self.executor.cancel(*samples)
-        for run in list(self.known.runs.values()):
+        for run in list(self.registry.runs.values()):
             await self.give_up(run, session)
             run.lane.forget(session_id)
             run.last_seqs.pop(session_id, None)
@@ -172,33 +180,97 @@ class Intake:
 
     async def close_silent(self) -> None:
         """Ends the sessions of clients that are not heard of any more."""
-        for session in list(self.known.sessions.values()):
+        for session in list(self.registry.sessions.values()):
             if session.silent_for(self.limits.session_timeout_s):
                 await attempt_async(partial(self.close, session.session_id))
 
     def _of_project(self, session: Session) -> list[Session]:
         project = session.caller.project
-        return [s for s in self.known.sessions.values() if s.caller.project == project]
+        return [s for s in self.registry.sessions.values() if s.caller.project == project]
 
-    def _refusal(self, ticket: Ticket, run: Run | None, *, reach: Reach) -> WeaverError | None:
+    def _refusal(self, ticket: Ticket, run: Run | None, *, access: Access) -> WeaverError | None:
         operation = ticket.submission.operation
-        if run is not None and isinstance(operation, ForwardBackward) and operation.backward:
-            mine = [one for one in list(self.known.runs.values()) if one.project == run.project]
+        if (
+            run is not None
+            and isinstance(operation, protocol.ForwardBackward)
+            and operation.backward
+        ):
+            mine = [one for one in list(self.registry.runs.values()) if one.project == run.project]
             unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
             error = attempt(partial(self.limits.check_journal, unsaved))
             if error is not None:
                 return error
-        return refusal(ticket.submission, run, reach=reach, limits=self.limits)
+        return refusal(ticket.submission, run, access=access, limits=self.limits)
 
 
-async def _weigh(submissions: Sequence[Submission]) -> list[tuple[bytes, int]]:
+def refusal(
+    submission: protocol.Submission, run: Run | None, *, access: Access, limits: Limits
+) -> WeaverError | None:
+    """Why the operation cannot be carried out, or None. `run` is the one that it names."""
+    try:
+        if submission.run_id is not None:
+            access.check_run(submission.run_id)
+        access.check_operation(submission.operation)
+        _check_size(submission.operation, limits)
+        _check(submission, run)
+    except WeaverError as error:
+        return error
+    return None
+
+
+def _check_size(operation: protocol.Operation | None, limits: Limits) -> None:
+    """Raises TooLargeError."""
+    match operation:
+        case protocol.CreateModel(user_metadata=metadata):
+            limits.check_metadata(metadata)
+        case protocol.ForwardBackward(datums=datums):
+            limits.check_tokens(sum(datum.model_input.length for datum in datums))
+        case protocol.Sample(prompt=prompt, num_samples=count, params=params):
+            read = prompt.length if isinstance(prompt, ModelInput) else 0
+            limits.check_tokens(read + count * params.max_tokens)
+
+
+def _check(submission: protocol.Submission, run: Run | None) -> None:
+    operation = submission.operation
+    ordered = operation is None or isinstance(operation, ORDERED)
+    placed = submission.run_id is not None, submission.seq is not None
+    if placed != (ordered, ordered):
+        raise InvalidRequestError(
+            f"{operation.kind if operation else 'a withdrawn operation'} "
+            f"{'needs run_id and seq' if ordered else 'takes neither run_id nor seq'}.",
+            field="submission",
+            hint="Operations of a run are counted from 1 in each session.",
+        )
+    if ordered and run is None:
+        raise no_run(submission.run_id)
+    match operation:
+        case protocol.ForwardBackward() if run is not None:
+            check_datums(
+                operation.datums,
+                operation.loss_fn,
+                config=operation.loss_fn_config,
+                model=run.model,
+            )
+        case protocol.SaveCheckpoint(name=str(name)):
+            protocol.check_name(name)
+        case protocol.LoadCheckpoint(path=path) if path.startswith(SCHEME):
+            Location.parse(path)
+        case protocol.OpenSampler(base_model=None, model_path=None):
+            raise InvalidRequestError(
+                "needs base_model or model_path.", field="open_sampler", hint="Give one of them."
+            )
+        case protocol.OpenSampler(model_path=str(path)) if path.startswith(SCHEME):
+            Location.parse(path)
+
+
+async def _weigh(submissions: Sequence[protocol.Submission]) -> list[tuple[bytes, int]]:
     """Fingerprint and size of each; of many or large ones beside the event loop."""
 
     def weigh() -> list[tuple[bytes, int]]:
         return [(fingerprint(one), wire.about_bytes(one)) for one in submissions]
 
     parts = sum(
-        len(s.operation.datums) if isinstance(s.operation, ForwardBackward) else 1
+        len(s.operation.datums) if isinstance(s.operation, protocol.ForwardBackward) else 1
         for s in submissions
     )
     size = wire.about_bytes(submissions) if parts <= 64 else wire.LARGE_BYTES + 1

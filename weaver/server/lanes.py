@@ -43,7 +43,7 @@ class Lane:
 
     def __init__(self, *tickets: Ticket) -> None:
         self.discard_reason: str | None = None
-        """Why the accumulated gradient must not be applied."""
+        """Why the accumulated gradient must not be applied; set by `discard`."""
         self._inboxes: dict[str, Inbox] = {}
         self._ready = deque(tickets)
 
@@ -90,8 +90,16 @@ class Lane:
         while self._ready and self._ready[0].settled:
             ticket = self._ready.popleft()
             if ticket.discards_gradient:
-                self.discard_reason = f"seq {ticket.submission.seq}: {ticket.error}"
+                self.discard(f"seq {ticket.submission.seq}: {ticket.error}")
         return self._ready[0] if self._ready else None
+
+    def discard(self, reason: str | None) -> None:
+        """Half a batch is never applied: a step that follows fails, unless the gradient is gone."""
+        self.discard_reason = reason or self.discard_reason
+
+    def cleared(self) -> None:
+        """No gradient is left of a batch that lacks a part."""
+        self.discard_reason = None
 
     @property
     def busy(self) -> bool:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from weaver.protocol import Result
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.limits import Limits
-    from weaver.server.registry import Known
+    from weaver.server.registry import Registry
     from weaver.server.sampling import Samplers
     from weaver.server.sessions import Ticket
     from weaver.types import CheckpointInfo
@@ -63,7 +63,7 @@ class Operations:
     """Where samplers without a name outlive the process, if they are to."""
     limits: Limits
     samplers: Samplers
-    known: Known
+    registry: Registry
     now: Callable[[], datetime]
 
     async def execute(
@@ -84,7 +84,7 @@ class Operations:
     async def forget_all(self) -> None:
         """Frees what this service holds of the engine."""
         await self.samplers.clear()
-        for run in self.known.runs.values():
+        for run in self.registry.runs.values():
             if run.loaded:
                 await self.engine.delete_run(run.run_id)
 
@@ -104,7 +104,7 @@ class Operations:
 
     async def _create_model(self, operation: CreateModel, ticket: Ticket) -> ModelCreated:
         run_id, project = f"run-{ticket.token}", ticket.session.caller.project
-        mine = [run for run in self.known.runs.values() if run.project == project]
+        mine = [run for run in self.registry.runs.values() if run.project == project]
         self.limits.check_runs(len(mine))
         model = await blocking(partial(self.engine.get_model, operation.base_model))
         mode, lora = operation.training_mode, operation.lora_config
@@ -135,7 +135,7 @@ class Operations:
         await self.engine.create_run(
             run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
-        self.known.runs[run_id], self.known.owners[run_id] = run, run.project
+        self.registry.runs[run_id], self.registry.owners[run_id] = run, run.project
         return ModelCreated(run=run.describe(), model=model)
 
     async def _forward_backward(
@@ -153,7 +153,7 @@ class Operations:
         reason = run.lane.discard_reason
         if reason is not None:
             await self.engine.clear_gradients(run.run_id)
-            run.lane.discard_reason = None
+            run.lane.cleared()
             raise GradientsDiscardedError(
                 f"part of this batch is missing, so no step was taken ({reason})",
                 hint="The gradient is cleared: repeat the batch's forward_backward calls.",
@@ -217,7 +217,7 @@ class Operations:
             return
         stored = 0
         for run_id in [
-            run_id for run_id, owner in list(self.known.owners.items()) if owner == project
+            run_id for run_id, owner in list(self.registry.owners.items()) if owner == project
         ]:
             unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
             kept = [info for info in unnamed if info.kind == "sampler"]
@@ -237,7 +237,7 @@ class Operations:
             )
         optimizer = operation.include_optimizer
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
-        run.lane.discard_reason = None  # loading cleared the gradient
+        run.lane.cleared()
         return CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
 
 

@@ -202,7 +202,7 @@ class Recovery:
                 with anyio.move_on_after(FORGET_S, shield=True):
                     await attempt_async(partial(engine.delete_run, run.run_id))
         run.executed = max([record.executed, *(one.number for one in done)])
-        run.lane.discard_reason = run.lane.discard_reason or reason
+        run.lane.discard(run.lane.discard_reason or reason)
         run.loaded = True
 
     async def _replay(self, run: Run, done: Executed, reason: str | None) -> str | None:

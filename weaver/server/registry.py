@@ -1,4 +1,4 @@
-"""`Known`: the runs and sessions that a service has; `Reach`: which of them a caller can reach.
+"""`Registry`: the runs and sessions that a service has; `Access`: which of them a caller may name.
 
 Asked by `LocalService` of each operation, and by the view of it that a request gets. What belongs
 to another project is not found, word for word as what does not exist.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Registry:
     runs: dict[str, Run] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     """The project of each run, of deleted ones too: their checkpoints may remain."""
@@ -36,23 +36,23 @@ def no_run(run_id: str | None) -> RunNotFoundError:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
-    """What a caller can reach of the runs and sessions that there are."""
+class Access:
+    """What a caller may name of the runs and sessions that there are."""
 
     caller: Caller
-    known: Known
+    registry: Registry
 
     def has_session(self, session_id: str) -> bool:
         """A session has the rights of the caller that opened it, so it is for its equals only."""
-        session = self.known.sessions.get(session_id)
+        session = self.registry.sessions.get(session_id)
         return session is not None and (self.caller.admin or session.caller == self.caller)
 
     def lasting_session(self) -> str | None:
-        mine = (s for s in self.known.sessions.values() if s.lasting and s.caller == self.caller)
+        mine = (s for s in self.registry.sessions.values() if s.lasting and s.caller == self.caller)
         return next((session.session_id for session in mine), None)
 
     def has_run(self, run_id: str) -> bool:
-        return self.caller.admin or self.known.owners.get(run_id) == self.caller.project
+        return self.caller.admin or self.registry.owners.get(run_id) == self.caller.project
 
     def check_session(self, session_id: str) -> None:
         """Raises NotFoundError."""

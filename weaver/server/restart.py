@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.journal import Journal
     from weaver.server.records import Entry, Passed
-    from weaver.server.registry import Known
+    from weaver.server.registry import Registry
 
 logger = logging.getLogger(__name__)
+LOST = OperationError(
+    "it was carried out, and its outcome lost with the database's last commits.",
+    hint="What it did to its run has lasted; look at the run's step.",
+)
 
 
-async def restore(store: Journal, live: Checkpoints, known: Known) -> list[Ticket]:
+async def restore(store: Journal, live: Checkpoints, registry: Registry) -> list[Ticket]:
     """Takes up runs, open sessions and pending work.
 
     No run is loaded: its next operation brings it back. The tickets are for the lanes, in their
@@ -39,53 +43,53 @@ async def restore(store: Journal, live: Checkpoints, known: Known) -> list[Ticke
         StorageError: the database cannot be read; a damaged entry in it fails alone.
     """
     records = {record.run.run_id: record for record in await store.runs()}
-    known.runs.update({run_id: Run.of(record) for run_id, record in records.items()})
-    known.owners.update(await store.owners())
-    await _finish_deletions(store, live, known)
+    registry.runs.update({run_id: Run.of(record) for run_id, record in records.items()})
+    registry.owners.update(await store.owners())
+    await _finish_deletions(store, live, registry)
     if store.keeps != "everything":
         return []
-    for run in list(known.runs.values()):
+    for run in list(registry.runs.values()):
         taken = await attempt_async(partial(adopt, store, live, run, records[run.run_id]))
         if isinstance(taken, WeaverError):
             logger.warning("the snapshots of %s cannot be looked at: %s", run.run_id, taken)
     sessions = {one.session_id: Session.of(one) for one in await store.sessions()}
-    known.sessions.update({id: one for id, one in sessions.items() if not one.closed})
+    registry.sessions.update({id: one for id, one in sessions.items() if not one.closed})
     entries = await store.entries()
     by_session: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_session[entry.session_id].append(entry)
-    for session_id, session in known.sessions.items():
+    for session_id, session in registry.sessions.items():
         session.restore(by_session[session_id])
     passed = await store.passed()
     next_seqs = _next_seqs(entries, passed)
-    for run in known.runs.values():
+    for run in registry.runs.values():
         for session_id, seq in run.last_seqs.items():
             place = session_id, run.run_id
             next_seqs[place] = max(seq + 1, next_seqs.get(place, 1))
     for one in passed:
-        known.sessions[one.session_id].pass_over(one)
-        if one.run_id in known.runs:
-            inbox = known.runs[one.run_id].lane.inbox(one.session_id)
+        registry.sessions[one.session_id].pass_over(one)
+        if one.run_id in registry.runs:
+            inbox = registry.runs[one.run_id].lane.inbox(one.session_id)
             inbox.passed.append((one.first, one.last))
     for (session_id, run_id), seq in next_seqs.items():
-        if run_id in known.runs:
-            inbox = known.runs[run_id].lane.inbox(session_id)
+        if run_id in registry.runs:
+            inbox = registry.runs[run_id].lane.inbox(session_id)
             inbox.next_seq = seq
             inbox.skip()
-            known.runs[run_id].last_seqs[session_id] = seq - 1
-    tickets = _tickets(entries, known.runs, sessions=sessions, next_seqs=next_seqs)
-    await to_thread.run_sync(_take_up_samplers, live, known.sessions)
+            registry.runs[run_id].last_seqs[session_id] = seq - 1
+    tickets = _tickets(entries, registry.runs, sessions=sessions, next_seqs=next_seqs)
+    await to_thread.run_sync(_take_up_samplers, live, registry.sessions)
     return tickets
 
 
-async def _finish_deletions(store: Journal, live: Checkpoints, known: Known) -> None:
+async def _finish_deletions(store: Journal, live: Checkpoints, registry: Registry) -> None:
     """Removes the files of runs that were deleted by a process that ended before it did so.
 
     Other databases may have runs in this home, so only what this one has known is looked at.
     """
     folders = await to_thread.run_sync(lambda: list(live.root.glob("*/")))
     for folder in folders:
-        deleted = folder.name in known.owners and folder.name not in known.runs
+        deleted = folder.name in registry.owners and folder.name not in registry.runs
         if deleted and await attempt_async(partial(store.run, folder.name)) is None:  # not damaged
             await to_thread.run_sync(forget_files, folder)
 
@@ -123,15 +127,13 @@ def _tickets(
         nobody = Session(entry.session_id, Caller(""), closed=True)
         session = sessions.setdefault(entry.session_id, nobody)
         if isinstance(entry.submission, Submission):
-            tickets.append(session.ticket(entry.submission, about_bytes(entry.submission)))
-            if entry.seq and entry.seq < next_seqs.get((entry.session_id, entry.run_id or ""), 1):
-                tickets[-1].error = OperationError(
-                    "it was carried out, and its outcome lost with the database's last commits.",
-                    hint="What it did to its run has lasted; look at the run's step.",
-                )
+            next_seq = next_seqs.get((entry.session_id, entry.run_id or ""), 1)
+            done = LOST if entry.seq and entry.seq < next_seq else None
+            size = about_bytes(entry.submission)
+            tickets.append(session.ticket(entry.submission, size, error=done))
         elif entry.submission is not None:
-            tickets.append(session.ticket(_stand_in(entry, lost_gradient=True), 0))
-            tickets[-1].error = entry.submission
+            stand_in = _stand_in(entry, lost_gradient=True)
+            tickets.append(session.ticket(stand_in, 0, error=entry.submission))
         elif not entry.executed and entry.run_id in runs and entry.seq is not None:
             error = _error(entry)
             if entry.seq >= next_seqs[entry.session_id, entry.run_id]:
@@ -139,7 +141,7 @@ def _tickets(
                 tickets.append(Ticket(session, stand_in, error=error, settled=True))
             elif i in lost:
                 reason = f"seq {entry.seq}: {error}"
-                runs[entry.run_id].lane.discard_reason = reason
+                runs[entry.run_id].lane.discard(reason)
     return tickets
 
 

@@ -20,11 +20,11 @@ from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.journal import Journal
-from weaver.server.ledger import Ledger
 from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
+from weaver.server.outcomes import Outcomes
 from weaver.server.recovery import OTHER_HOME, Recovery, release
-from weaver.server.registry import Known
+from weaver.server.registry import Registry
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.settings import DURABILITY, Durability
@@ -78,7 +78,7 @@ class LocalService:
         durability: Durability = DURABILITY,
         now: Callable[[], datetime] = now_utc,
     ) -> None:
-        store, home, known = store or Journal(), home.expanduser(), Known()
+        store, home, registry = store or Journal(), home.expanduser(), Registry()
         checkpoints, live = Checkpoints(home, now=now), Checkpoints(home, folder="live", now=now)
         kept = live if store.keeps == "everything" else None
         samplers = Samplers(engine, checkpoints, kept=kept, max_loaded=loaded_samplers, now=now)
@@ -88,18 +88,20 @@ class LocalService:
             kept_samplers=kept,
             limits=limits,
             samplers=samplers,
-            known=known,
+            registry=registry,
             now=now,
         )
         recovery = Recovery(
             engine=engine, store=store, checkpoints=checkpoints, live=live, durability=durability
         )
-        activity = Activity(known.sessions, known.runs, store)
+        activity = Activity(registry.sessions, registry.runs, store)
         merge_tokens = 0 if deterministic else merge_tokens
-        ledger = Ledger(recovery, runs=known.runs, activity=activity)
-        executor = Executor(self._operations, recovery, ledger=ledger, merge_tokens=merge_tokens)
+        outcomes = Outcomes(recovery, runs=registry.runs, activity=activity)
+        executor = Executor(
+            self._operations, recovery, outcomes=outcomes, merge_tokens=merge_tokens
+        )
         encode = samplers.encode
-        intake = Intake(executor, store, known, limits, gap_timeout_s, now=now, encode=encode)
+        intake = Intake(executor, store, registry, limits, gap_timeout_s, now=now, encode=encode)
         self._parts = Parts(
             engine=engine,
             store=store,
@@ -108,7 +110,7 @@ class LocalService:
             exports=Exports(engine, checkpoints, home=home, now=now),
             executor=executor,
             intake=intake,
-            known=known,
+            registry=registry,
             activity=activity,
             limits=limits,
             deterministic=deterministic,
@@ -129,7 +131,7 @@ class LocalService:
                 parts.live.root, what=f"the home {parts.live.root.parent}", hint=OTHER_HOME
             )
         try:
-            tickets = await restore(parts.store, parts.live, parts.known)
+            tickets = await restore(parts.store, parts.live, parts.registry)
         except BaseException:
             self._unlock()
             raise
@@ -175,7 +177,7 @@ class LocalService:
         if parts.closed:
             return
         parts.closed = True
-        for session in parts.known.sessions.values():
+        for session in parts.registry.sessions.values():
             session.close()
         deadline = anyio.current_time() + self._close_timeout_s
         with CancelScope(deadline=deadline):
@@ -187,7 +189,7 @@ class LocalService:
         self._unlock()
 
     def _unlock(self) -> None:
-        for run in self._parts.known.runs.values():
+        for run in self._parts.registry.runs.values():
             release(run)
         if self._lock is not None:
             release_lock(self._lock)

@@ -25,7 +25,7 @@ from weaver.wire import about_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weaver.protocol import Result, Submission
+    from weaver.protocol import Operation, Result, Submission
     from weaver.server.records import Entry, Passed, SessionRecord
     from weaver.types import JsonDict
 
@@ -50,7 +50,6 @@ class Ticket:
     stream: SampleStream | None = None
     error: WeaverError | None = None
     """Why it was refused, cancelled or failed."""
-    running: bool = False
     submitted_at: float = field(default_factory=time.time)
     """Seconds since 1970; after a restart, that of the restart."""
     queued_at: float = field(default_factory=time.monotonic)
@@ -74,6 +73,31 @@ class Ticket:
     def token(self) -> str:
         """For names that come out the same if this is carried out again after a crash."""
         return hashlib.blake2b(self.job_id.encode(), digest_size=6).hexdigest()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has begun and goes on to its end; a sample can be dropped at any time."""
+        return self.began_at is not None and not isinstance(self.submission.operation, Sample)
+
+    def begin(self) -> None:
+        self.began_at = time.monotonic()
+
+    def replace(self, operation: Operation) -> None:
+        """The same operation in another form."""
+        self.submission = self.submission.model_copy(update={"operation": operation})
+
+    def settle(self, value: Result | WeaverError) -> bool:
+        """Notes how it ended; False if that was known already."""
+        if self.settled:
+            return False
+        self.settled = True
+        self.error = value if isinstance(value, WeaverError) else None
+        return True
+
+    def undo(self, failure: WeaverError) -> WeaverError:
+        """Takes back that it was carried out, as that could not be journaled; answers why."""
+        self.number, self.error = None, self.error or failure
+        return self.error
 
     @property
     def waited_s(self) -> float:
@@ -195,8 +219,10 @@ class Session:
             self._places.pop(place, None)
         return place
 
-    def ticket(self, submission: Submission, size_bytes: int) -> Ticket:
-        ticket = Ticket(self, submission, size_bytes)
+    def ticket(
+        self, submission: Submission, size_bytes: int, *, error: WeaverError | None = None
+    ) -> Ticket:
+        ticket = Ticket(self, submission, size_bytes, error=error)
         self.held_bytes += size_bytes
         if isinstance(submission.operation, Sample) and submission.operation.stream:
             ticket.stream = self.streams[submission.id] = SampleStream()

@@ -19,7 +19,7 @@ from weaver.boundary import attempt, or_raise
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
 from weaver.server.records import SessionRecord
-from weaver.server.registry import Reach, no_run
+from weaver.server.registry import Access, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
 from weaver.threads import out_at_exit
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
     from weaver.server.limits import Limits
-    from weaver.server.registry import Known
+    from weaver.server.registry import Registry
     from weaver.server.streams import SampleStream
     from weaver.server.tenancy import Caller
     from weaver.types import (
@@ -64,7 +64,7 @@ class Parts:
     exports: Exports
     executor: Executor
     intake: Intake
-    known: Known
+    registry: Registry
     activity: Activity
     limits: Limits
     deterministic: bool
@@ -89,7 +89,7 @@ class View:
         self.parts = parts
         self._close = close
         self._caller = caller
-        self._reach = Reach(caller, parts.known)
+        self._access = Access(caller, parts.registry)
 
     def seen_by(self, caller: Caller) -> View:
         """The same service as somebody else sees it."""
@@ -114,7 +114,7 @@ class View:
         parts, name = self.parts, key[:12] if key else secrets.token_hex(6)
         parts.limits.check_metadata(user_metadata or {})
         record = SessionRecord(f"session-{name}", self._caller, lasting, user_metadata or {})
-        sessions = parts.known.sessions
+        sessions = parts.registry.sessions
         async with parts.opening:
             if record.session_id not in sessions and not await self._was_done(key):
                 project = self._caller.project
@@ -133,16 +133,16 @@ class View:
     async def close_session(self, session_id: str, *, key: str | None = None) -> None:
         async with self._once(key):
             if not self._caller.local:  # for whom one that was closed is as one that never was
-                self._reach.check_session(session_id)
+                self._access.check_session(session_id)
             await self.parts.intake.close(session_id)
 
     async def list_sessions(self) -> Sequence[SessionState]:
-        sessions = self.parts.known.sessions
-        return [one.describe() for id, one in sessions.items() if self._reach.has_session(id)]
+        sessions = self.parts.registry.sessions
+        return [one.describe() for id, one in sessions.items() if self._access.has_session(id)]
 
     def lasting_session(self) -> str | None:
         """That which an earlier process has opened for the same caller."""
-        return self._reach.lasting_session()
+        return self._access.lasting_session()
 
     async def submit(self, session_id: str, submissions: Sequence[Submission]) -> None:
         await self.parts.intake.take(self._session(session_id), submissions)
@@ -195,12 +195,12 @@ class View:
         return await self._disk(partial(self.parts.engine.tokenizer_files, base_model))
 
     async def list_runs(self) -> Sequence[TrainingRun]:
-        runs = list(self.parts.known.runs.values())
+        runs = list(self.parts.registry.runs.values())
         busy = self.parts.executor.sampled_runs()
         return [
             run.describe(sampled=run.run_id in busy)
             for run in runs
-            if self._reach.has_run(run.run_id)
+            if self._access.has_run(run.run_id)
         ]
 
     async def get_run(self, run_id: str) -> TrainingRun:
@@ -247,24 +247,24 @@ class View:
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
         if run_id is not None:
-            self._reach.check_run(run_id)
+            self._access.check_run(run_id)
         found = await self._disk(partial(self.parts.checkpoints.list, run_id))
-        return [self._shown(info) for info in found if self._reach.has_run(info.run_id)]
+        return [self._shown(info) for info in found if self._access.has_run(info.run_id)]
 
     async def get_checkpoint(self, path: str) -> CheckpointInfo:
-        self._reach.check_path(path)
+        self._access.check_path(path)
         return self._shown(await self._disk(partial(self.parts.checkpoints.get, path)))
 
     async def delete_checkpoint(self, path: str, *, key: str | None = None) -> None:
         async with self._once(key):
-            self._reach.check_path(path)
+            self._access.check_path(path)
             await self._disk(partial(self.parts.checkpoints.delete, path))
             self.parts.executor.release([path])
 
     async def set_checkpoint_ttl(
         self, path: str, ttl_seconds: int | None, *, key: str | None = None
     ) -> CheckpointInfo:
-        self._reach.check_path(path)
+        self._access.check_path(path)
         if await self._was_done(key):
             return await self.get_checkpoint(path)
         info = await self._disk(partial(self.parts.checkpoints.set_ttl, path, ttl_seconds))
@@ -277,14 +277,14 @@ class View:
         exports = self.parts.exports
         if merge:  # with a name that the engine knows, it merges beside its other work
             await self.get_model((await self.get_checkpoint(path)).base_model)
-        self._reach.check_path(path)
+        self._access.check_path(path)
         describe = partial(exports.describe, path, merge=merge)
         return await self._disk(describe, exports.merging if merge else None)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
-        self._reach.check_path(path)
+        self._access.check_path(path)
         read = partial(self.parts.exports.read, path, name, merge=merge, offset=offset)
         return await self._disk(read)
 
@@ -321,17 +321,17 @@ class View:
 
     def _session(self, session_id: str) -> Session:
         self._check_open()
-        self._reach.check_session(session_id)
-        session = self.parts.known.sessions[session_id]
+        self._access.check_session(session_id)
+        session = self.parts.registry.sessions[session_id]
         session.heard()
         return session
 
     async def _run(self, run_id: str) -> Run:
         self._check_open()
-        self._reach.check_run(run_id)
-        runs = self.parts.known.runs
+        self._access.check_run(run_id)
+        runs = self.parts.registry.runs
         if run_id not in runs and (record := await self.parts.store.run(run_id)):
-            self.parts.known.owners[run_id] = record.run.project
+            self.parts.registry.owners[run_id] = record.run.project
             runs.setdefault(run_id, Run.of(record))  # another process on this home made it
         if run_id not in runs:
             raise no_run(run_id)

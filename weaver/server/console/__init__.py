@@ -146,7 +146,7 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     admin = request.state.caller
     if not admin.admin:
         raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")
-    activity, owners = gateway.service.parts.activity, gateway.service.parts.known.owners
+    activity, owners = gateway.service.parts.activity, gateway.service.parts.registry.owners
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
     loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})

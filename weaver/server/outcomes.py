@@ -1,4 +1,4 @@
-"""`Ledger`: the end of each operation. Outcomes are journaled together, then shown.
+"""`Outcomes`: the end of each operation. What came of them is journaled together, then shown.
 
 Called by the executor and, for what never begins, by the service.
 """
@@ -46,7 +46,7 @@ class _Batch:
     done: bool = False
 
 
-class Ledger:
+class Outcomes:
     """Shows nothing that is not in the journal: it would be carried out again after a restart."""
 
     def __init__(self, recovery: Recovery, *, runs: Mapping[str, Run], activity: Activity) -> None:
@@ -76,9 +76,7 @@ class Ledger:
         """
         fresh: list[Ended] = []
         for ticket, value in ended:
-            if not ticket.settled:
-                ticket.settled = True
-                ticket.error = value if isinstance(value, WeaverError) else None
+            if ticket.settle(value):
                 fresh.append((ticket, value))
         if not (fresh or self._unwritten):
             return
@@ -164,8 +162,7 @@ class Ledger:
             executed = self._store.keeps != "nothing" and ticket.number is not None
             if run is not None and run.loaded and executed:
                 await self._recovery.unload(run)
-            ticket.number, ticket.error = None, ticket.error or failure
-            undone.append((ticket, ticket.error))
+            undone.append((ticket, ticket.undo(failure)))
         return undone
 
     def _step(self, ticket: Ticket) -> int | None:
