@@ -160,11 +160,10 @@ class Agent:
                 self._rows, self._text = [], ""
             new, special = full[len(self._text) :], False
         self._text += new
-        tokens = (
-            encode_text(self.tokenizer, new)
-            if special
-            else next(encode_behind(self.tokenizer, self._tokens[-1:], new))
-        )
+        if special:
+            tokens = encode_text(self.tokenizer, new)
+        else:
+            tokens = next(encode_behind(self.tokenizer, self._tokens[-1:], new))
         self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 
     def _write(self, sequence: SampledSequence) -> Reply:
@@ -194,12 +193,9 @@ class Agent:
             left = min(left, room)
         if left < 1:
             raise BudgetExceeded(f"{self._sampled} tokens are sampled, and no more fit")
-        return self._sampling.model_copy(
-            update={
-                "max_tokens": int(min(wanted, left)),
-                "seed": derive_seed(self._seed, self._turns),
-            }
-        )
+        seed = derive_seed(self._seed, self._turns)
+        update = {"max_tokens": int(min(wanted, left)), "seed": seed}
+        return self._sampling.model_copy(update=update)
 
 
 async def respond_all(

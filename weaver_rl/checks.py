@@ -104,12 +104,9 @@ async def _check(
                 problems.setdefault((problem.kind, kind), problem)
             if not isinstance(result, Failure):
                 rewards.setdefault(kind, []).append(result.reward)
-    found = [*problems.values(), *_of_all(rewards)]
-    return Report(
-        problems=tuple(found),
-        calls=calls,
-        rewards={kind: tuple(values) for kind, values in rewards.items()},
-    )
+    found = (*problems.values(), *_of_all(rewards))
+    given = {kind: tuple(values) for kind, values in rewards.items()}
+    return Report(problems=found, calls=calls, rewards=given)
 
 
 def _of_one(kind: str, text: str, result: Score | Failure, seconds: float) -> list[Problem]:

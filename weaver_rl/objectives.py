@@ -89,11 +89,8 @@ class Objective:
                 hint="Use sampling=SamplingParams(temperature=...) and aggregate=.",
             )
         check_loss(self.loss_fn, self.config)
-        for name, value in (
-            ("kl_reward", self.kl_reward),
-            ("kl_loss", self.kl_loss),
-            ("correction_cap", self.correction_cap),
-        ):
+        for name in ("kl_reward", "kl_loss", "correction_cap"):
+            value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"is {value!r}.", field=f"objective.{name}", hint="At least 0.")
         if self.correction == "ratio" and self.loss_fn not in RATIO_LOSSES:

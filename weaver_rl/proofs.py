@@ -127,9 +127,8 @@ async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
     def thrown(task: rl.Task, reply: rl.Reply) -> float:
         return float(dice.random() < 0.5)
 
-    sampler, curve = await _learn(
-        service, replace(PLAN, seed=seed), environment=rl.single_turn(thrown)
-    )
+    plan, played = replace(PLAN, seed=seed), rl.single_turn(thrown)
+    sampler, curve = await _learn(service, plan, environment=played)
     sampled = await _held_out(sampler, samples=4)
     return Outcome(value=sampled, passed=sampled <= 0.30, curve=curve)
 

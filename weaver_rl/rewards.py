@@ -117,9 +117,8 @@ def judge(
     parse = read or last_number
 
     async def judged(task: Task, reply: Reply) -> float:
-        agent = Agent(
-            sampler, await sampler.get_tokenizer(), sampling=params, seed=params.seed or 0
-        )
+        tokenizer = await sampler.get_tokenizer()
+        agent = Agent(sampler, tokenizer, sampling=params, seed=params.seed or 0)
         answer = await agent.respond(question(task, reply))
         return parse(answer.text)
 

@@ -157,16 +157,8 @@ async def sample_groups(
 
     async def play(problem: int, task: Task) -> Group:
         group_seed = derive_seed(seed, problem)
-        agents = [
-            Agent(
-                sampler,
-                tokenizer,
-                sampling=sampling,
-                seed=derive_seed(group_seed, sample),
-                budget=environment.budget,
-            )
-            for sample in range(group_size)
-        ]
+        new = partial(Agent, sampler, tokenizer, sampling=sampling, budget=environment.budget)
+        agents = [new(seed=derive_seed(group_seed, sample)) for sample in range(group_size)]
         begin = time.monotonic()
         playing = partial(environment.play, agents, task)
         played = await attempt_async(playing, "environment", through=(WeaverError,))

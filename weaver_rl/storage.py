@@ -71,9 +71,8 @@ def write_lines(path: Path, records: Iterable[object]) -> None:
 
 def encode(record: object, *, indent: int | None = None) -> bytes:
     """Strict JSON; numpy numbers and arrays, mappings and tuples of any kind, NaN as null."""
-    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False, indent=indent).encode(
-        "utf-8", "backslashreplace"
-    )
+    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def plain(value: Any) -> Any:

@@ -146,10 +146,8 @@ def _segment(
 
 def _thin_out(folder: Path, max_bytes: int) -> None:
     """Deletes the step whose neighbours are nearest, again and again; first and last stay."""
-    sizes = {
-        step: (folder / f"{step:06d}.jsonl").stat().st_size
-        for step in steps_with_transcripts(folder)
-    }
+    kept = steps_with_transcripts(folder)
+    sizes = {step: (folder / f"{step:06d}.jsonl").stat().st_size for step in kept}
     while sum(sizes.values()) > max_bytes and len(sizes) > 2:
         steps = list(sizes)
         spans = {b: c - a for a, b, c in zip(steps, steps[1:], steps[2:], strict=False)}

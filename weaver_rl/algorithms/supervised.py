@@ -109,9 +109,8 @@ async def supervised(
 
     def submit(step: int) -> Handles:
         batch = [encoded.datums[i] for i in steps[step]]
-        return trainer.forward_backward(batch), trainer.optim_step(
-            plan.adam_params(step, trainer.model_info)
-        )
+        adam = plan.adam_params(step, trainer.model_info)
+        return trainer.forward_backward(batch), trainer.optim_step(adam)
 
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(steps))
     ahead: Handles | None = None
