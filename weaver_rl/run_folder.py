@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from weaver import AsyncTrainingClient, errors
-from weaver.locks import hold_lock, release_lock
+from weaver.files import hold_lock, release_lock
 from weaver_rl import storage
 
 __all__ = ["Manifest", "RunFolder", "manifests", "open_run_folder", "restore", "save_checkpoint"]

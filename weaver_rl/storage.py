@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from weaver.errors import StorageError
+from weaver.files import flush
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -33,7 +34,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            flush(path.parent)  # else a power cut may bring the old name back
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -110,12 +111,3 @@ def _ends_whole(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read(1) in (b"", b"\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; without it a power cut may bring the old name back."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from multiprocessing import Pipe, get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -273,6 +273,42 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_keeps_its_draft(
 def draft_and_wait(home: Path, location: Location, made: Connection) -> None:
     made.send(Checkpoints(home).draft(location))
     time.sleep(60)
+
+
+def test_a_draft_that_another_process_sweeps_as_it_is_made_is_made_anew(
+    disk: Checkpoints, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, mkdir, swept = Checkpoints(home), Path.mkdir, 0
+
+    def sweep(self: Path, *args: Any, **kwargs: Any) -> None:
+        nonlocal swept
+        mkdir(self, *args, **kwargs)
+        if self.name.startswith(".draft-") and swept < 3:
+            swept += 1
+            other.sweep()
+
+    monkeypatch.setattr(Path, "mkdir", sweep)
+    draft = disk.draft(WHERE)
+    other.sweep()
+    assert swept == 3 and draft.is_dir()
+
+
+def test_a_draft_is_locked_while_it_is_swept(
+    disk: Checkpoints, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, rmtree = home / "runs/run-1/weights/.draft-0", shutil.rmtree
+    draft.mkdir(parents=True)
+
+    def delete(folder: Path, **options: Any) -> None:
+        lock = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    disk.sweep()
+    assert not draft.exists()
 
 
 def test_where_folders_cannot_be_locked_an_old_draft_is_abandoned(

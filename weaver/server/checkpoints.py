@@ -8,9 +8,8 @@ block; the service calls them from worker threads.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
-import secrets
 import shutil
 import threading
 from collections.abc import Mapping
@@ -30,8 +29,8 @@ from weaver.errors import (
     StorageError,
     WeaverError,
 )
+from weaver.files import DRAFT, draft_in, flush, hold_draft, release_lock, sweep_draft
 from weaver.protocol import SAFE_NAME, check_name
-from weaver.server.drafts import flush, is_abandoned, make_own, sha256
 from weaver.types import CheckpointInfo, Value
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 SCHEME = "weaver://"
 GROUPS = ("weights", "sampler")
 MANIFEST = "manifest.json"
-REPLACED, DRAFT = ".replaced-", ".draft-"
+REPLACED = ".replaced-"
 
 
 def now_utc() -> datetime:
@@ -102,8 +101,8 @@ class Checkpoints:
         self.root = home / folder
         self._now = now
         self._changing = threading.RLock()
-        self._drafts: dict[Path, int | None] = {}
-        """Of this process, with the descriptors that hold their locks."""
+        self._drafts: dict[Path, int] = {}
+        """Of this process, with their locks."""
 
     def write(
         self,
@@ -126,10 +125,9 @@ class Checkpoints:
         try:
             with storage_errors(f"saving {info.path}"):
                 fill(draft)
-        except BaseException:
+            return self.commit(draft, info, author=author)
+        finally:
             self.discard(draft)
-            raise
-        return self.commit(draft, info, author=author)
 
     def written(
         self, info: CheckpointInfo, *, author: str, overwrite: bool
@@ -154,14 +152,9 @@ class Checkpoints:
         Raises:
             StorageError
         """
-        draft = self._folder(location).parent / f"{DRAFT}{secrets.token_hex(8)}"
-        try:
-            with storage_errors(f"saving {location}"):
-                self._drafts[draft] = None
-                self._drafts[draft] = make_own(draft)
-        except BaseException:
-            self.discard(draft)
-            raise
+        with storage_errors(f"saving {location}"):
+            draft, lock = hold_draft(self._folder(location).parent)
+        self._drafts[draft] = lock
         return draft
 
     def commit(
@@ -186,7 +179,7 @@ class Checkpoints:
                         "expires_at": _expiry(now, info.ttl_seconds),
                     }
                 )
-                sums = {str(path.relative_to(draft)): sha256(path) for path in files}
+                sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
                 manifest = Manifest(
                     checkpoint=info, sha256=sums, author=author, last_seqs=last_seqs or {}
                 )
@@ -204,7 +197,7 @@ class Checkpoints:
         shutil.rmtree(draft, ignore_errors=True)
         lock = self._drafts.pop(draft, None)
         if lock is not None:
-            os.close(lock)
+            release_lock(lock)
 
     def get(self, path: str) -> CheckpointInfo:
         """Raises what `manifest` raises."""
@@ -241,7 +234,7 @@ class Checkpoints:
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                 raise _corrupt(folder, name, "is missing")
-            if sha256(file) != expected:
+            if _sha256(file) != expected:
                 raise _corrupt(folder, name, "has changed since it was written")
         return manifest.checkpoint, folder
 
@@ -282,8 +275,7 @@ class Checkpoints:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
         for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts.keys():
-            if is_abandoned(draft):
-                shutil.rmtree(draft, ignore_errors=True)
+            sweep_draft(draft)
 
     def _folder(self, location: Location) -> Path:
         return self.root / location.run_id / location.group / location.name
@@ -310,7 +302,7 @@ class Checkpoints:
         with storage_errors(f"deleting {location}"), self._changing:
             for folder in (_replaced(place), place):
                 if folder.is_dir():
-                    doomed = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
+                    doomed = draft_in(place.parent)
                     folder.rename(doomed)  # gone at once, however long the files take
                     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -337,6 +329,11 @@ def _swap(draft: Path, place: Path) -> None:
     draft.rename(place)
     flush(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:

@@ -20,7 +20,7 @@ from anyio import to_thread
 
 from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.errors import EngineError, RunNotFoundError, WeaverError
-from weaver.locks import hold_lock, release_lock
+from weaver.files import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.checkpoints import Location
 from weaver.server.operations import blocking, filled, gradient_job

@@ -13,7 +13,7 @@ import anyio
 from anyio import CancelScope, to_thread
 
 from weaver.boundary import attempt, attempt_async
-from weaver.locks import hold_lock, release_lock
+from weaver.files import hold_lock, release_lock
 from weaver.server.activity import Activity
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from weaver.errors import ConflictError
-from weaver.locks import hold_lock, release_lock
+from weaver.files import hold_lock, release_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from weaver.locks import hold_lock
+from weaver.files import hold_lock
 hold_lock(Path(sys.argv[1]), what="it", hint="")
 if not (child := os.fork()):
     time.sleep(60)
