@@ -111,8 +111,7 @@ async def off_policy(
             stepped = await policy_step(
                 trainer, chosen.kept, plan, step=step, version=version, reference=reference
             )
-            now = time.monotonic()
-            sampled = [*found.kept, *found.dropped]
+            sampled, now = found.kept + found.dropped, time.monotonic()
             metrics = {
                 **rollout_metrics(sampled, weights_version=version, seconds=now - begin),
                 **chosen.metrics,
@@ -129,10 +128,7 @@ async def off_policy(
                 metrics |= await evaluate(sampler)
             await run.log(metrics, step=step + 1)
             if run.is_due(step + 1, plan.steps):
-                position = (step + 1) * plan.groups_per_step
-                extra = {"version": version, "pending": await pipeline.drain()}
-                manifest = Manifest(step=step + 1, data_position=position, extra=extra)
-                await run.checkpoint(trainer, manifest)
+                await run.checkpoint(trainer, await pipeline.drain(step + 1, version=version))
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
 
 
@@ -181,7 +177,7 @@ class Pipeline:
     ) -> None:
         """
         Args:
-            ready: what `drain` gave, after a journey through JSON.
+            ready: what `drain` kept as `pending`, after a journey through JSON.
         """
         self._tasks = tasks
         self._epochs = TaskStream(tasks, seed=plan.seed)
@@ -209,15 +205,15 @@ class Pipeline:
         del self._finished[step]
         return self._found.pop(step)
 
-    async def drain(self) -> dict[str, Any]:
-        """Waits for all that is under way, and gives it as JSON for a checkpoint.
+    async def drain(self, step: int, *, version: int) -> Manifest:
+        """Waits for all that is under way, and keeps it for a run that goes on behind `step`.
 
         The weights that sampled it will be gone.
         """
         for event in self._finished.values():
             await event.wait()
-        pending: dict[str, Any] = PENDING.dump_python(self._found, mode="json")
-        return pending
+        extra = {"version": version, "pending": PENDING.dump_python(self._found, mode="json")}
+        return Manifest(step=step, data_position=step * self._plan.groups_per_step, extra=extra)
 
     async def _collect(self, step: int, sampler: AsyncSamplingClient) -> None:
         """Plays and filters the groups of a step; resamples those that teach nothing, if asked."""
