@@ -1,4 +1,4 @@
-"""Which sample jobs may run: `in_turn` orders them, `Admission` counts rows and tokens of cache.
+"""Which sample jobs may run: `in_turn` orders them, `Admission` gives them rows and cache.
 
 A place is a row and cache for the longest sample that it may hold. A job gets its first place with
 its prompt and keeps at least one until its last sample begins, so every admitted job can end and
@@ -8,7 +8,7 @@ nothing waits in a circle.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # so that engines without torch can take turns as well
@@ -18,59 +18,52 @@ T = TypeVar("T")
 
 
 class Admission:
-    """Counts what admitted jobs hold. A job that exceeds the budget by itself runs alone.
+    """Shares out the budget. A job that exceeds it by itself runs alone.
 
     With `in_waves` a job gets all places that it will ever have at once, and as many as it would
     get alone, so that its batches do not depend on other jobs.
     """
 
-    def __init__(self, *, max_rows: int, kv_tokens: int, in_waves: bool) -> None:
-        self.rows = 0
-        self.tokens = 0
+    def __init__(
+        self, jobs: Mapping[str, RunningJob], *, max_rows: int, kv_tokens: int, in_waves: bool
+    ) -> None:
+        """`jobs`: all that have not ended, as the sampler adds and drops them."""
+        self._jobs = jobs
         self._max_rows = max_rows
         self._kv_tokens = kv_tokens
         self._in_waves = in_waves
 
-    def claim(self, jobs: Iterable[RunningJob]) -> None:
-        """Gives places to jobs in their order, up to the first that must wait for some."""
+    @property
+    def rows(self) -> int:
+        return sum(job.places for job in self._jobs.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(job.held_tokens for job in self._jobs.values() if job.admitted)
+
+    def claim(self) -> None:
+        """Gives places to jobs in turn, up to the first that must wait for some."""
+        rows, tokens = self.rows, self.tokens
+        jobs = in_turn(self._jobs.values(), lambda j: j.job.tenant, held=lambda j: j.places)
         for job in jobs:
             wanted = job.pending + job.running - job.places
             if job.admitted and (wanted <= 0 or self._in_waves):
                 continue
             prompt = 0 if job.admitted else len(job.prompt)
-            count = min(
-                wanted, self._fitting(job, self._max_rows - self.rows, prompt + self.tokens)
-            )
+            count = min(wanted, self._fitting(job, self._max_rows - rows, prompt + tokens))
             if not job.admitted:
                 alone = self._fitting(job, self._max_rows, prompt)
                 least = min(wanted, max(alone, 1)) if self._in_waves else min(wanted, 1)
-                if self.tokens == 0:
+                if tokens == 0:
                     count = max(count, least)
-                elif count < least or prompt + self.tokens > self._kv_tokens:
+                elif count < least or prompt + tokens > self._kv_tokens:
                     return
-                job.admitted = job.prompt_held = True
+                job.admitted = True
             job.places += count
-            self.rows += count
-            self.tokens += prompt + count * job.row_tokens
+            rows += count
+            tokens += prompt + count * job.row_tokens
             if count < wanted and not self._in_waves:
                 return
-
-    def settle(self, job: RunningJob) -> None:
-        """Takes back the places that the job has no more samples for, and at last its prompt's."""
-        surplus = job.places - job.running - job.pending
-        if surplus > 0:
-            job.places -= surplus
-            self.rows -= surplus
-            self.tokens -= surplus * job.row_tokens
-        if job.prompt_held and not (job.pending or job.unread):
-            job.prompt_held = False
-            self.tokens -= len(job.prompt)
-
-    def release(self, job: RunningJob) -> None:
-        """Takes back all that an ended or cancelled job holds."""
-        self.rows -= job.places
-        self.tokens -= job.places * job.row_tokens + job.prompt_held * len(job.prompt)
-        job.places, job.prompt_held = 0, False
 
     def _fitting(self, job: RunningJob, rows: int, used_tokens: int) -> int:
         """Places of the job for which there is room."""

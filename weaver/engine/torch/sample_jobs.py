@@ -41,8 +41,6 @@ class RunningJob:
         self.logits: torch.Tensor | None = None
         """float32 [1, V] behind the prompt, while samples are yet to begin."""
         self.admitted = False
-        self.prompt_held = False
-        """Whether the admission counts the prompt's cache."""
         self.places = 0
         """Rows that the job may have at once."""
         self.running = 0
@@ -68,6 +66,12 @@ class RunningJob:
     def row_tokens(self) -> int:
         """The most tokens of one row in the cache."""
         return len(self.prompt) + self.length
+
+    @property
+    def held_tokens(self) -> int:
+        """Of cache that is kept for it, once it is admitted."""
+        prompt = len(self.prompt) if self.pending or self.unread else 0
+        return prompt + self.places * self.row_tokens
 
     @property
     def pending(self) -> int:
@@ -111,6 +115,7 @@ class RunningJob:
             row.seen[token] = True
         if row.draft.ended:
             self.running -= 1
+            self.places = min(self.places, self.running + self.pending)
 
     def result(self) -> SampleResult:
         """Once it is done."""

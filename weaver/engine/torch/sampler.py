@@ -15,7 +15,7 @@ import torch
 
 from weaver.engine.base import SampleJob, SampleProgress
 from weaver.engine.blocking import WeightSnapshot
-from weaver.engine.torch.admission import Admission, in_turn
+from weaver.engine.torch.admission import Admission
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
 from weaver.engine.torch.logprobs import token_scores
@@ -55,7 +55,9 @@ class TorchSampler:
         self._deterministic = deterministic
         self._weights: dict[str, PublishedWeights] = {}
         self._jobs: dict[str, RunningJob] = {}
-        self._admission = Admission(max_rows=max_rows, kv_tokens=kv_tokens, in_waves=deterministic)
+        self._admission = Admission(
+            self._jobs, max_rows=max_rows, kv_tokens=kv_tokens, in_waves=deterministic
+        )
         self._groups: dict[object, _Group] = {}
         """In the order of their turns."""
         self._just_read = False
@@ -107,10 +109,7 @@ class TorchSampler:
 
     def step(self) -> Sequence[SampleProgress]:
         with torch.inference_mode():
-            jobs = self._jobs.values()
-            self._admission.claim(
-                in_turn(jobs, lambda job: job.job.tenant, held=lambda job: job.places)
-            )
+            self._admission.claim()
             unread = [job for job in self._jobs.values() if job.admitted and job.unread]
             if unread and not (self._just_read and self._groups):
                 self._read(unread)
@@ -197,7 +196,6 @@ class TorchSampler:
                 if going and job.error is None and job.cache is not None:
                     key = job if self._deterministic else model
                     self._groups.setdefault(key, _Group(model)).add(going, job.cache)
-                self._admission.settle(job)
                 if not job.pending:
                     job.cache = job.logits = None
 
@@ -207,8 +205,6 @@ class TorchSampler:
         self._store.use_threads(group.model)
         rows = group.rows
         _draw(rows, group.forward(), group.params)
-        for job in dict.fromkeys(row.job for row in rows if row.draft.ended):
-            self._admission.settle(job)
         group.remove([row for row in rows if row.draft.ended])
         del self._groups[key]
         if group.rows:
@@ -226,7 +222,6 @@ class TorchSampler:
         return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=result, error=job.error)
 
     def _drop(self, job: RunningJob) -> None:
-        self._admission.release(job)
         for key, group in list(self._groups.items()):
             group.remove([row for row in group.rows if row.job is job])
             if not group.rows:
