@@ -25,8 +25,8 @@ from weaver.protocol import (
     Submission,
 )
 from weaver.server.journal import Journal
-from weaver.server.limits import Limits
 from weaver.server.service import LocalService
+from weaver.server.settings import Limits
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:

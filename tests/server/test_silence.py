@@ -19,9 +19,8 @@ from weaver import AsyncServiceClient
 from weaver.client import session
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError
-from weaver.server.limits import Limits
 from weaver.server.service import LocalService
-from weaver.server.settings import ServerSettings
+from weaver.server.settings import Limits, ServerSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

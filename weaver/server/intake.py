@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from weaver.server.executor import Executor
     from weaver.server.journal import Journal
-    from weaver.server.limits import Limits
     from weaver.server.registry import Registry
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
+    from weaver.server.settings import Limits
 
 ORDERED = (
     protocol.ForwardBackward,

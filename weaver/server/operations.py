@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine
     from weaver.protocol import Result
     from weaver.server.checkpoints import Checkpoints
-    from weaver.server.limits import Limits
     from weaver.server.registry import Registry
     from weaver.server.sampling import Samplers
     from weaver.server.sessions import Ticket
+    from weaver.server.settings import Limits
     from weaver.types import CheckpointInfo
 
 T = TypeVar("T")

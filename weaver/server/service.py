@@ -20,14 +20,13 @@ from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.journal import Journal
-from weaver.server.limits import EMBEDDED, Limits
 from weaver.server.operations import Operations
 from weaver.server.outcomes import Outcomes
 from weaver.server.recovery import OTHER_HOME, Recovery, release
 from weaver.server.registry import Registry
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
-from weaver.server.settings import DURABILITY, Durability
+from weaver.server.settings import DURABILITY, EMBEDDED, Durability, Limits
 from weaver.server.tenancy import OWNER
 from weaver.server.view import Parts, View
 

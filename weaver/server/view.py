@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
-    from weaver.server.limits import Limits
     from weaver.server.registry import Registry
+    from weaver.server.settings import Limits
     from weaver.server.streams import SampleStream
     from weaver.server.tenancy import Caller
     from weaver.types import (

@@ -20,7 +20,7 @@ from weaver.server.adapters.weaver_rest.answers import sampling_session_of
 from weaver.server.http.app import App
 from weaver.server.http.caller_session import CallerDep, Note
 from weaver.server.http.gateway import Adapter
-from weaver.server.limits import SERVED, Limits
+from weaver.server.settings import SERVED, Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

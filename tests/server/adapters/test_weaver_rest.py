@@ -15,7 +15,7 @@ from tests.fake_engine import FakeEngine
 from tests.server.adapters.helpers import CHUNKS, TARGETS, Rest, packed, passes, rest
 from tests.server.http.helpers import running
 from weaver.server.adapters.weaver_rest.answers import sampling_session_of
-from weaver.server.limits import Limits
+from weaver.server.settings import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path

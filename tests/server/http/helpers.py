@@ -20,10 +20,9 @@ from weaver.server.http.app import App
 from weaver.server.http.gateway import Gateway
 from weaver.server.journal import Journal
 from weaver.server.keys import Keys
-from weaver.server.limits import SERVED, Limits
 from weaver.server.serve import Running, run_server
 from weaver.server.service import LocalService
-from weaver.server.settings import ServerSettings
+from weaver.server.settings import SERVED, Limits, ServerSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

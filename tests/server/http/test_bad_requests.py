@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from tests.server.http.helpers import running
 from weaver import wire
 from weaver.protocol import MEDIA_TYPE, CreateModel, ModelCreated, Outcome, Sample, Submission
-from weaver.server.limits import Limits
+from weaver.server.settings import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -25,8 +25,7 @@ from weaver.errors import (
     TooLargeError,
 )
 from weaver.protocol import GradientsDone, Sample, StepDone
-from weaver.server.limits import Limits
-from weaver.server.settings import ServerSettings
+from weaver.server.settings import Limits, ServerSettings
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
