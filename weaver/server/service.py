@@ -6,6 +6,7 @@ tasks, leaving ends them. It closes neither the engine nor the store; who made t
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -124,27 +125,21 @@ class LocalService:
     # --- lifetime -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> View:
-        parts = self._parts
-        if parts.store.keeps == "everything":
-            self._lock = hold_lock(
-                parts.live.root, what=f"the home {parts.live.root.parent}", hint=OTHER_HOME
-            )
-        try:
+        parts, host = self._parts, anyio.create_task_group()
+        async with AsyncExitStack() as stack:
+            stack.callback(self._unlock)
+            if parts.store.keeps == "everything":
+                self._lock = hold_lock(
+                    parts.live.root, what=f"the home {parts.live.root.parent}", hint=OTHER_HOME
+                )
             tickets = await restore(parts.store, parts.live, parts.registry)
-        except BaseException:
-            self._unlock()
-            raise
-        self._host = anyio.create_task_group()
-        await self._host.__aenter__()
-        try:
+            self._host = await host.__aenter__()
+            stack.push_async_exit(self.__aexit__)
             await self._host.start(self._main)
             parts.closed = False
             for ticket in tickets:
                 await parts.intake.accept(ticket)
-        except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
-            self._unlock()
-            raise
+            stack.pop_all()
         return View(parts, OWNER, close=self.aclose)
 
     async def __aexit__(
