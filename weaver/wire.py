@@ -83,20 +83,29 @@ def encode(message: Message) -> bytes:
     Raises:
         InvalidRequestError: free-form data (`user_metadata`) that JSON cannot hold.
     """
+    header, arrays = pack(message)
+    frame = compress(arrays) if arrays else b""
+    lengths = len(header).to_bytes(4, "little") + len(arrays).to_bytes(8, "little")
+    return b"".join((MAGIC, lengths, header, frame))
+
+
+def pack(message: object) -> tuple[bytes, bytearray]:
+    """The header of a message and its arrays, which `encode` puts into one.
+
+    Raises:
+        InvalidRequestError: as `encode`.
+    """
     arrays = bytearray()
     try:
         tree = _pack_files(message, arrays) or _pack(message, arrays)
         header = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        header_bytes = header.encode()
+        return header.encode(), arrays
     except InvalidRequestError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"cannot be sent: {error}.", field="message", hint="Use plain JSON values in metadata."
         ) from None
-    frame = compress(arrays) if arrays else b""
-    lengths = len(header_bytes).to_bytes(4, "little") + len(arrays).to_bytes(8, "little")
-    return b"".join((MAGIC, lengths, header_bytes, frame))
 
 
 def decode(data: bytes, adapter: TypeAdapter[T], *, limits: WireLimits = DEFAULT_LIMITS) -> T:

@@ -11,18 +11,15 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Operation, Outcome, Submission
 from weaver.server.tenancy import Caller
-from weaver.tensors import TensorData
-from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun, Value
+from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Self
 
     import sqlalchemy as sa
@@ -210,38 +207,15 @@ class Passed:
 def fingerprint(submission: Submission) -> bytes:
     """16 bytes that two submissions share only if they ask for the same at the same place.
 
-    They tell a resend from another submission with its id.
+    They tell a resend from another submission with its id. They are of what is sent and journaled.
+
+    Raises:
+        InvalidRequestError: it has metadata that JSON cannot hold.
     """
     digest, s = hashlib.blake2b(digest_size=16), submission
-    for part in _parts([s.run_id, s.seq, s.lost_gradient, s.operation]):
+    for part in wire.pack([s.run_id, s.seq, s.lost_gradient, s.operation]):
         digest.update(part)
     return digest.digest()
-
-
-def _parts(value: object) -> Iterator[bytes]:
-    """An unambiguous byte form of a value: each piece is led by its type and its length."""
-    if isinstance(value, TensorData):
-        yield f"{value!r}".encode()
-        yield value.to_numpy().tobytes()
-    elif isinstance(value, Mapping):
-        kind = type(value).__name__ if isinstance(value, Value) else "map"
-        yield f"{kind}{len(value)}".encode()
-        for key in sorted(value):
-            yield from _parts(key)
-            yield from _parts(value[key])
-    elif isinstance(value, (list, tuple)):
-        yield f"list{len(value)}:".encode()
-        if set(map(type, value)) == {int}:
-            try:
-                yield np.array(value, dtype=np.int64).tobytes()
-            except OverflowError:  # in a user's metadata
-                yield repr(value).encode()
-        else:
-            for item in value:
-                yield from _parts(item)
-    else:
-        text = repr(value)
-        yield f"{len(text)}:{text}".encode()
 
 
 def submission_row(session_id: str, submission: Submission) -> dict[str, Any]:
