@@ -58,6 +58,7 @@ class App:
             return
         adapter, *found = self._find(scope)
         scope["found"] = found
+        hidden = scope["path"].startswith(adapter.open_below)
         headers, method = Headers(scope=scope), scope["method"]
         given = headers.get("X-Request-ID", "")
         current = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -77,10 +78,10 @@ class App:
             span = gateway.tracing.request(headers, method=method, request_id=current)
         with gateway.metrics.running.track_inprogress(), span as traced:
             try:
-                if not adapter.opens(scope["path"]):
+                if not hidden and scope["path"] not in adapter.open_paths:
                     await self._admit(scope, headers)
-                limit = adapter.body_limit(headers.get("Content-Type", ""))
-                bounded = _bounded(receive, gateway.body_bytes(limit), headers)
+                limit = gateway.body_bytes(adapter, headers.get("Content-Type", ""))
+                bounded = _bounded(receive, limit, headers)
             except WeaverError as error:
                 await error_response(error, scope)(scope, receive, send_and_note)
             else:
@@ -89,7 +90,7 @@ class App:
             finally:
                 status = status or 500
                 route = str(getattr(scope.get("route"), "path", "none"))
-                path = route if scope["path"].startswith(adapter.open_below) else scope["path"]
+                path = route if hidden else scope["path"]
                 self._note(scope, path, route, status, time.perf_counter() - began)
                 if traced is not None:
                     traced.update_name(f"{method} {route}")

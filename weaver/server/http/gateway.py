@@ -65,13 +65,6 @@ class Adapter:
     open_paths: tuple[str, ...] = ()
     open_below: tuple[str, ...] = ()
 
-    def body_limit(self, media_type: str) -> int | None:
-        kind = media_type.partition(";")[0].strip()
-        return self.body_limits[kind if kind in self.body_limits else ""]
-
-    def opens(self, path: str) -> bool:
-        return path in self.open_paths or path.startswith(self.open_below)
-
 
 class Gateway:
     """What the requests of one server share.
@@ -105,8 +98,10 @@ class Gateway:
         self._resends: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
         self._owned: dict[type, object] = {}
 
-    def body_bytes(self, limit: int | None) -> int:
-        """The limit of a body, where an adapter has its own."""
+    def body_bytes(self, adapter: Adapter, media_type: str) -> int:
+        """The limit of a body of this type, where the adapter may have its own."""
+        kind = media_type.partition(";")[0].strip()
+        limit = adapter.body_limits.get(kind, adapter.body_limits[""])
         most = self.service.parts.limits.body_bytes
         return self.message_limits.message_bytes if limit is None else min(most, limit)
 
