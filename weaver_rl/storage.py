@@ -29,10 +29,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with naming_storage(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.write_bytes(data)
+            flush(temporary)
             temporary.replace(path)
             flush(path.parent)  # else a power cut may bring the old name back
     finally:
