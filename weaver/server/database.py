@@ -21,13 +21,7 @@ import anyio
 import sqlalchemy as sa
 from anyio import CancelScope, to_thread
 
-from weaver.errors import (
-    ConfigError,
-    ConflictError,
-    ServiceConnectionError,
-    StorageError,
-    WeaverError,
-)
+from weaver import errors
 from weaver.server.tables import metadata, schema
 from weaver.wire import LARGE_BYTES
 
@@ -41,7 +35,7 @@ Statements = list[tuple[sa.Executable, Rows]]
 """Each with its rows; without any it is left out."""
 ONCE: Rows = [{}]
 """The rows of a statement that has no parameters."""
-NOT_WRITTEN = StorageError("the database was not written, through a defect.")
+NOT_WRITTEN = errors.StorageError("the database was not written, through a defect.")
 VERSION = 6
 """Of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
@@ -67,7 +61,7 @@ class _Write:
     size_bytes: int
     """About; little for a file is there before a thread has begun."""
     flush: bool
-    error: WeaverError | None = NOT_WRITTEN
+    error: errors.WeaverError | None = NOT_WRITTEN
     """None once it is in the database; this one until that was tried."""
 
 
@@ -132,11 +126,13 @@ class Writer:
 
     def _commit(self, batch: Sequence[_Write]) -> None:
         failure = self._execute(batch)
-        if failure is not None and not isinstance(failure, ServiceConnectionError):
+        if failure is not None and not isinstance(failure, errors.ServiceConnectionError):
             for write in batch:  # the fault of one is not that of the others
                 self._execute([write])
 
-    def _execute(self, writes: Sequence[_Write], *, at_once: bool = False) -> WeaverError | None:
+    def _execute(
+        self, writes: Sequence[_Write], *, at_once: bool = False
+    ) -> errors.WeaverError | None:
         """All in one transaction; answers why it failed, which each of them is told."""
         failure = None
         try:
@@ -146,7 +142,7 @@ class Writer:
                 for statement, rows in made:
                     if rows:
                         connection.execute(statement, rows)
-        except WeaverError as error:
+        except errors.WeaverError as error:
             failure = error
         for write in writes:
             write.error = failure
@@ -197,7 +193,7 @@ class Writer:
             self._close()
             if getattr(error.orig, "sqlstate", None) != LOCK_TIMEOUT:
                 raise
-            raise ConflictError(
+            raise errors.ConflictError(
                 "another server uses this PostgreSQL database.",
                 field="database_url",
                 hint="Stop that one, or give each server a database of its own.",
@@ -239,18 +235,18 @@ def transaction(
         )
         full = getattr(cause, "sqlstate", None) == DISK_FULL
         if getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-            raise ServiceConnectionError(
+            raise errors.ServiceConnectionError(
                 "another process holds the database.", hint="Try again when it lets go of it."
             ) from error
         if away and not full and not isinstance(cause, sqlite3.Error):
-            raise ServiceConnectionError(
+            raise errors.ServiceConnectionError(
                 f"the database cannot be reached: {cause}", hint="Try again when it is back."
             ) from error
         if isinstance(error, sa.exc.IntegrityError):
-            raise ConflictError(
+            raise errors.ConflictError(
                 f"an id was used before: {cause}.", hint="Give each operation an id of its own."
             ) from error
-        raise StorageError(
+        raise errors.StorageError(
             f"the database failed: {cause}",
             hint="Check the free space and the permissions of it.",
         ) from error
@@ -277,15 +273,15 @@ def open_database(home: Path, url: str | None = None, *, file: str = "server.db"
         why = f"cannot be opened: {getattr(error, 'orig', None) or error}"
         if own is not None:
             hint = "Is it another program's, or held by another process?"
-            raise ConfigError(f"{own.database} {why}.", field="home", hint=hint) from None
-        raise ConfigError(
+            raise errors.ConfigError(f"{own.database} {why}.", field="home", hint=hint) from None
+        raise errors.ConfigError(
             why,
             field="database_url",
             hint="Such as postgresql://user:password@host/name; without it, a file in the home.",
         ) from None
     if version != VERSION:
         engine.dispose()
-        raise ConfigError(
+        raise errors.ConfigError(
             (f"{own.database} " if own else "")
             + f"has tables of version {version}, this program knows {VERSION}.",
             field="home" if own else "database_url",
@@ -309,7 +305,7 @@ def _own_file(home: Path, file: str) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         (home / file).touch(mode=0o600)
     except OSError as error:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"{home} cannot be written to: {error.strerror}.",
             field="home",
             hint="Choose a folder of yours with --home or WEAVER_HOME.",

@@ -17,19 +17,8 @@ from anyio import to_thread
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
-from weaver.server import tables
+from weaver.server import records, tables
 from weaver.server.database import ONCE, Writer, in_memory
-from weaver.server.records import (
-    Answer,
-    Entry,
-    Executed,
-    Passed,
-    RunRecord,
-    SessionRecord,
-    metric_row,
-    point_of,
-    submission_row,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +66,7 @@ class Journal:
 
     # --- sessions -------------------------------------------------------------------------------
 
-    async def open_session(self, session: SessionRecord) -> None:
+    async def open_session(self, session: records.SessionRecord) -> None:
         if self.keeps == "everything":
             await self.writer.change(tables.sessions.insert().values(session.row()))
 
@@ -93,9 +82,10 @@ class Journal:
             closed = tables.sessions.update().where(tables.sessions.c.session_id == session_id)
             await self.writer.change(closed.values(closed=True), unneeded, tables.FORGET)
 
-    async def sessions(self) -> Sequence[SessionRecord]:
+    async def sessions(self) -> Sequence[records.SessionRecord]:
         """The open ones, and those with pending work."""
-        return [SessionRecord.of(row) for row in await self.writer.read(sa.select(tables.sessions))]
+        rows = await self.writer.read(sa.select(tables.sessions))
+        return [records.SessionRecord.of(row) for row in rows]
 
     # --- operations -----------------------------------------------------------------------------
 
@@ -107,7 +97,7 @@ class Journal:
         elif self.keeps == "everything":
 
             def make() -> Statements:
-                rows = [submission_row(session_id, one) for one in submissions]
+                rows = [records.submission_row(session_id, one) for one in submissions]
                 return [(tables.operations.insert(), rows)]
 
             await self.writer.write(make, size_bytes=wire.about_bytes(submissions))
@@ -142,7 +132,7 @@ class Journal:
 
         def make() -> Statements:
             rows = [
-                submission_row(one.session_id, submission)
+                records.submission_row(one.session_id, submission)
                 | {"cursor": one.outcome.cursor, "number": one.number, "error": one.error}
                 for submission, one in written
             ]
@@ -176,17 +166,17 @@ class Journal:
         self._last = before | last
         return [(tables.ACKNOWLEDGE, seen), (tables.FORGET_REPEATABLE, unneeded)]
 
-    async def entries(self) -> Sequence[Entry]:
+    async def entries(self) -> Sequence[records.Entry]:
         """What is pending, and what open sessions still need, in the order of `append`.
 
         A sample whose client has its outcome is forgotten, and so is what a snapshot holds, but for
         the last of each kind. What `passed` tells of is left out.
         """
-        return [Entry.of(row) for row in await self.writer.read(tables.ENTRIES)]
+        return [records.Entry.of(row) for row in await self.writer.read(tables.ENTRIES)]
 
-    async def passed(self) -> Sequence[Passed]:
+    async def passed(self) -> Sequence[records.Passed]:
         """What open sessions' runs pass over, without having lost a gradient."""
-        return [Passed(**row._mapping) for row in await self.writer.read(tables.PASSED)]
+        return [records.Passed(**row._mapping) for row in await self.writer.read(tables.PASSED)]
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -220,26 +210,26 @@ class Journal:
             tables.operations.update().where(settled).values(body=None),
         )
 
-    async def runs(self) -> Sequence[RunRecord]:
+    async def runs(self) -> Sequence[records.RunRecord]:
         """In the order in which they were put."""
-        records = []
+        found = []
         for row in await self.writer.read(tables.RECORD.order_by(tables.runs.c.position)):
             try:
-                records.append(RunRecord.of(row))
+                found.append(records.RunRecord.of(row))
             except StorageError as error:
                 logger.error("left out: %s", error)
-        return records
+        return found
 
-    async def run(self, run_id: str) -> RunRecord | None:
+    async def run(self, run_id: str) -> records.RunRecord | None:
         rows = await self.writer.read(tables.RECORD.where(tables.runs.c.run_id == run_id))
-        return next(map(RunRecord.of, rows), None)
+        return next(map(records.RunRecord.of, rows), None)
 
     async def owners(self) -> Mapping[str, str]:
         """The project of each run, of deleted ones too: their checkpoints may remain."""
         rows = await self.writer.read(sa.select(tables.owners))
         return {row.run_id: row.project for row in rows}
 
-    async def executed(self, run_id: str, *, after: int) -> Sequence[Executed]:
+    async def executed(self, run_id: str, *, after: int) -> Sequence[records.Executed]:
         """What a run has carried out since its snapshot, in that order.
 
         Raises:
@@ -252,9 +242,9 @@ class Journal:
             .order_by(columns.number)
         )
         rows = await self.writer.read(query)
-        written = await to_thread.run_sync(lambda: [Executed.of(row) for row in rows])
+        written = await to_thread.run_sync(lambda: [records.Executed.of(row) for row in rows])
         unwritten = [
-            Executed(number=one.number, operation=submission.operation, error=one.error)
+            records.Executed(number=one.number, operation=submission.operation, error=one.error)
             for submission, one in self._batches.get(run_id, [])
             if submission.operation is not None and one.number is not None
         ]
@@ -269,12 +259,12 @@ class Journal:
 
     # --- curves ---------------------------------------------------------------------------------
 
-    async def answers(self, run_id: str) -> Sequence[Answer]:
+    async def answers(self, run_id: str) -> Sequence[records.Answer]:
         """Those of what was settled, in that order; none where clients do not outlive them."""
         fields = (column for name, column in tables.answers.c.items() if name != "position")
         query = sa.select(*fields).where(tables.answers.c.run_id == run_id)
         rows = await self.writer.read(query.order_by(tables.answers.c.position))
-        return [Answer(**row._mapping) for row in rows]
+        return [records.Answer(**row._mapping) for row in rows]
 
     async def add_metrics(
         self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
@@ -282,7 +272,7 @@ class Journal:
         """Keeps the request with them; nothing, if it is known."""
         if not points or (key is not None and await self.knows_request(key)):
             return
-        rows = [metric_row(run_id, point) for point in points]
+        rows = [records.metric_row(run_id, point) for point in points]
         kept = [] if key is None else _kept(key)
         await self.writer.write(lambda: [(tables.metrics.insert(), rows), *kept])
 
@@ -301,7 +291,7 @@ class Journal:
             query = query.where(tables.metrics.c.name == name)
         part = query.order_by(tables.metrics.c.position).offset(offset).limit(limit)
         rows = await self.writer.read(part)
-        return await to_thread.run_sync(lambda: [point_of(row) for row in rows])
+        return await to_thread.run_sync(lambda: [records.point_of(row) for row in rows])
 
     # --- requests -------------------------------------------------------------------------------
 
