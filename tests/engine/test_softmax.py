@@ -145,8 +145,11 @@ def test_trainer_and_sampler_agree_with_float64_on_a_large_vocabulary(
         np.testing.assert_allclose(ours, right, rtol=0, atol=BOUND)
 
 
-def test_reinforcement_on_a_large_vocabulary_passes_the_check_of_the_gap(zoo: Zoo) -> None:
+def test_reinforcement_on_a_large_vocabulary_passes_the_check_of_the_gap(
+    zoo: Zoo, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One step, with the entropy in the loss and a temperature."""
+    monkeypatch.setenv("WEAVER_HOME", str(home))
     trained = rl.train(
         str(zoo.model("wide")),
         [{"prompt": f"{i} is it?"} for i in range(4)],
