@@ -1,7 +1,7 @@
 """`Activity`: which operations wait, run and have lately ended, without anybody's data.
 
 `Outcomes` writes it, the console's routes and `/metrics` read it, all on the event loop. It is of
-this process and begins anew after a restart, but for the answers, which the store keeps.
+this process and begins anew after a restart, but for the answers, which the journal keeps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -23,13 +24,13 @@ from weaver.types import Value
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from weaver.server.journal import Journal
-    from weaver.server.runs import Run
-    from weaver.server.sessions import Session, Ticket
+    from weaver.server.registry import Registry
+    from weaver.server.sessions import Ticket
 
 KEPT_OPERATIONS = 30
 """Of a run, among those that have ended."""
 KEPT_RUNS = 256
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 class OperationInfo(Value):
@@ -37,7 +38,7 @@ class OperationInfo(Value):
 
     kind: str
     """As in the protocol; `forward` for a pass without a gradient."""
-    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    state: State
     session_id: str
     seq: int | None
     submitted_at: datetime
@@ -49,89 +50,81 @@ class OperationInfo(Value):
     error: protocol.ErrorInfo | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Activity:
-    """Of the sessions of one service."""
+    """Of the sessions and runs of one service."""
 
-    def __init__(
-        self, sessions: Mapping[str, Session], runs: Mapping[str, Run], store: Journal
-    ) -> None:
-        self._sessions = sessions
-        self._runs = runs
-        self._store = store
-        self._ended: OrderedDict[str, deque[OperationInfo]] = OrderedDict()
-        self.trained_tokens = 0
-        """Tokens that went through `forward_backward` and `forward`."""
-        self.sampled_tokens = 0
-        self.on_end: Callable[[Ticket, protocol.Outcome], None] | None = None
+    registry: Registry
+    trained_tokens: int = 0
+    """Tokens that went through `forward_backward` and `forward`."""
+    sampled_tokens: int = 0
+    on_end: Callable[[Ticket, protocol.Outcome], None] | None = None
+    _ended: OrderedDict[str, deque[OperationInfo]] = field(default_factory=OrderedDict)
 
     def pending(self) -> Iterator[Ticket]:
         """What has no outcome yet, in the order of submission within a session."""
-        for session in self._sessions.values():
+        for session in self.registry.sessions.values():
             yield from session.tickets.values()
 
     @property
     def held_bytes(self) -> int:
         """About, of what waits, runs or was not collected."""
-        return sum(session.held_bytes for session in self._sessions.values())
+        return sum(session.held_bytes for session in self.registry.sessions.values())
 
     @property
     def unsaved_bytes(self) -> int:
         """About, of gradient passes that no snapshot holds, so that the journal does."""
-        return sum(run.unsaved_bytes for run in self._runs.values())
+        return sum(run.unsaved_bytes for run in self.registry.runs.values())
 
     def pending_of(self, run_id: str) -> list[OperationInfo]:
         """A run's, and the samples of its weights; what runs comes first."""
-        mine = [describe(ticket) for ticket in self.pending() if run_of(ticket) == run_id]
+        mine = [_told(ticket) for ticket in self.pending() if run_of(ticket) == run_id]
         return sorted(mine, key=lambda one: (one.state != "running", one.submitted_at))
 
     def ended_of(self, run_id: str) -> Sequence[OperationInfo]:
         """A run's last operations, the oldest first."""
         return self._ended.get(run_id, ())
 
-    async def answers_of(self, run_id: str) -> Sequence[Answer]:
-        """The numbers that a run's operations have answered, kept with the journal."""
-        return await self._store.answers(run_id)
-
     def note(self, ticket: Ticket, outcome: protocol.Outcome, *, step: int | None) -> None:
         """Takes down that an operation has ended; `step` is where its run then stands."""
         if self.on_end is not None:
             self.on_end(ticket, outcome)
-        run_id, metrics = run_of(ticket), numbers(outcome.result)
+        run_id, told = run_of(ticket), _told(ticket, outcome, step=step)
         match outcome.result:
             case protocol.GradientsDone():
-                self.trained_tokens += int(metrics.get("num_tokens", 0))
+                self.trained_tokens += int(told.metrics.get("num_tokens", 0))
             case protocol.Sampled():
-                self.sampled_tokens += int(metrics["tokens"])
+                self.sampled_tokens += int(told.metrics["tokens"])
             case protocol.ModelCreated(run=run):
-                run_id, step = run.run_id, 0
+                run_id, told = run.run_id, told.model_copy(update={"step": 0})
         if run_id is None:
             return
-        self._ended.setdefault(run_id, deque(maxlen=KEPT_OPERATIONS)).append(
-            describe(ticket).model_copy(
-                update={
-                    "state": _end(outcome.error),
-                    "step": step,
-                    "metrics": metrics,
-                    "error": outcome.error,
-                }
-            )
-        )
+        self._ended.setdefault(run_id, deque(maxlen=KEPT_OPERATIONS)).append(told)
         self._ended.move_to_end(run_id)
         if len(self._ended) > KEPT_RUNS:
             self._ended.popitem(last=False)
 
 
-def describe(ticket: Ticket) -> OperationInfo:
-    now = time.monotonic()
-    operation = ticket.submission.operation
+def _told(
+    ticket: Ticket, outcome: protocol.Outcome | None = None, *, step: int | None = None
+) -> OperationInfo:
+    now, error = time.monotonic(), None if outcome is None else outcome.error
+    state: State = "waiting" if ticket.began_at is None else "running"
+    if error is not None:
+        state = "cancelled" if error.code == "cancelled" else "failed"
+    elif outcome is not None:
+        state = "done"
     return OperationInfo(
-        kind=_kind(operation),
-        state="waiting" if ticket.began_at is None else "running",
+        kind=_kind(ticket.submission.operation),
+        state=state,
         session_id=ticket.session.session_id,
         seq=ticket.submission.seq,
         submitted_at=datetime.fromtimestamp(ticket.submitted_at, UTC),
         waited_s=ticket.waited_s,
         ran_s=now - (ticket.began_at or now),
+        step=step,
+        metrics=numbers(outcome),
+        error=error,
     )
 
 
@@ -148,8 +141,8 @@ def run_of(ticket: Ticket) -> str | None:
     return ticket.submission.run_id
 
 
-def numbers(result: protocol.Result | None) -> Mapping[str, float]:
-    match result:
+def numbers(outcome: protocol.Outcome | None) -> Mapping[str, float]:
+    match outcome and outcome.result:
         case protocol.GradientsDone(output=output) | protocol.StepDone(output=output):
             return {name: n for name, n in output.metrics.items() if math.isfinite(n)}
         case protocol.Sampled(output=output):
@@ -159,7 +152,7 @@ def numbers(result: protocol.Result | None) -> Mapping[str, float]:
 
 def answer_of(ticket: Ticket, outcome: protocol.Outcome, *, step: int | None) -> Answer | None:
     """What is kept for the curves of a run."""
-    run_id, metrics = ticket.submission.run_id, numbers(outcome.result)
+    run_id, metrics = ticket.submission.run_id, numbers(outcome)
     if run_id is None or step is None or not metrics:
         return None
     kind = _kind(ticket.submission.operation)
@@ -170,9 +163,3 @@ def _kind(operation: protocol.Operation | None) -> str:
     if isinstance(operation, protocol.ForwardBackward) and not operation.backward:
         return "forward"
     return operation.kind if operation else "withdrawn"
-
-
-def _end(error: protocol.ErrorInfo | None) -> Literal["done", "failed", "cancelled"]:
-    if error is None:
-        return "done"
-    return "cancelled" if error.code == "cancelled" else "failed"

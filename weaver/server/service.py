@@ -94,7 +94,7 @@ class LocalService:
         recovery = Recovery(
             engine=engine, store=store, checkpoints=checkpoints, live=live, durability=durability
         )
-        activity = Activity(registry.sessions, registry.runs, store)
+        activity = Activity(registry)
         merge_tokens = 0 if deterministic else merge_tokens
         outcomes = Outcomes(recovery, runs=registry.runs, activity=activity)
         executor = Executor(

@@ -136,7 +136,7 @@ async def read_curves(
 ) -> list[Curve]:
     """What the client logged, and what the run's operations answered."""
     logged = await service.read_metrics(run_id)
-    answers = await gateway.service.parts.activity.answers_of(run_id)
+    answers = await gateway.service.parts.store.answers(run_id)
     return await to_thread.run_sync(lambda: curves_of(logged, answers, most=points))
 
 
