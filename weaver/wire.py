@@ -89,15 +89,14 @@ def encode(message: Message) -> bytes:
     return b"".join((MAGIC, lengths, header, frame))
 
 
-def pack(message: object) -> tuple[bytes, bytearray]:
-    """The header of a message and its arrays, which `encode` puts into one.
+def pack(message: object, *, canonical: bool = False) -> tuple[bytes, bytearray]:
+    """The header and the arrays of a message, for `encode`, which says what it raises.
 
-    Raises:
-        InvalidRequestError: as `encode`.
+    If `canonical`, the order of a mapping's keys makes no difference.
     """
     arrays = bytearray()
     try:
-        tree = _pack_files(message, arrays) or _pack(message, arrays)
+        tree = _pack_files(message, arrays) or _pack(message, arrays, canonical)
         header = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return header.encode(), arrays
     except InvalidRequestError:
@@ -212,11 +211,11 @@ def _pack_files(message: object, arrays: bytearray) -> Any:
     }
 
 
-def _pack(value: object, arrays: bytearray) -> Any:
+def _pack(value: object, arrays: bytearray, canonical: bool) -> Any:
     if type(value) in PLAIN or isinstance(value, str):
         return value
     if isinstance(value, Value):
-        return {name: _pack(getattr(value, name), arrays) for name in type(value).model_fields}
+        return {n: _pack(getattr(value, n), arrays, canonical) for n in type(value).model_fields}
     if isinstance(value, TensorData):
         array = value.to_numpy()
         dtype = "f4" if array.dtype.kind == "f" else int_dtype(array)
@@ -225,9 +224,10 @@ def _pack(value: object, arrays: bytearray) -> Any:
         numbers = as_numbers(value) if len(value) >= PACKED_LENGTH else None
         if numbers is not None:
             return _refer("$list", *numbers, arrays)
-        return [_pack(item, arrays) for item in value]
+        return [_pack(item, arrays, canonical) for item in value]
     if isinstance(value, Mapping):
-        return {_escaped(key): _pack(item, arrays) for key, item in value.items()}
+        items = sorted(value.items()) if canonical else value.items()
+        return {_escaped(key): _pack(item, arrays, canonical) for key, item in items}
     return value.isoformat() if isinstance(value, datetime) else value
 
 

@@ -17,6 +17,7 @@ from weaver.engine.base import GradientJob
 from weaver.errors import ClosedError, StorageError
 from weaver.protocol import (
     CheckpointSaved,
+    ForwardBackward,
     GradientsDone,
     Sample,
     Sampled,
@@ -27,7 +28,7 @@ from weaver.protocol import (
 from weaver.server.journal import Journal
 from weaver.server.service import LocalService
 from weaver.server.settings import Limits
-from weaver.types import ModelInput, SamplingParams
+from weaver.types import Datum, ModelInput, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,6 +72,22 @@ class Recorder:
             for name, argument in self.calls
             if name == "forward_backward" and isinstance(argument, list)
         ]
+
+
+async def test_a_resend_may_name_the_same_things_in_another_order(home: Path) -> None:
+    def operation(turn: int) -> ForwardBackward:
+        inputs = {"target_tokens": [1] * 20, "weights": [0.5] * 20}
+        inputs = dict(list(inputs.items())[::turn])
+        datum = Datum(model_input=[1] * 20, loss_fn_inputs=inputs)
+        return ForwardBackward(datums=(datum,), loss_fn="cross_entropy")
+
+    async with LocalService(FakeEngine(), home=home) as service:
+        caller = await Caller.open(service)
+        sent = caller.stamp(operation(1), await caller.create())
+        for turn in (1, -1):
+            again = sent.model_copy(update={"operation": operation(turn)})
+            await service.submit(caller.session_id, [again])
+        assert isinstance(await caller.result(sent.id), GradientsDone)
 
 
 async def test_a_run_is_active_while_its_weights_sample(home: Path) -> None:

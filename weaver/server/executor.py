@@ -16,21 +16,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import CancelScope
 
+from weaver import protocol
 from weaver.boundary import attempt_async
 from weaver.errors import OperationCancelledError, WeaverError
-from weaver.protocol import (
-    CheckpointLoaded,
-    CheckpointSaved,
-    ForwardBackward,
-    ModelCreated,
-    OptimStep,
-    ReleaseSampler,
-    Sample,
-    Sampled,
-    SamplerReleased,
-    SaveCheckpoint,
-    StepDone,
-)
 from weaver.server.activity import run_of
 from weaver.server.lanes import Head, Lane, Turns, plan
 
@@ -40,7 +28,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.engine.base import SampleProgress
-    from weaver.protocol import Result
     from weaver.server.operations import Operations
     from weaver.server.outcomes import Ended, Outcomes
     from weaver.server.recovery import Recovery
@@ -114,14 +101,14 @@ class Executor:
         operation = ticket.submission.operation
         if run is not None:
             self._work_on(run.lane, run)
-        elif isinstance(operation, Sample):
+        elif isinstance(operation, protocol.Sample):
             held = self._held.get((ticket.session, operation.sampler_id))
             if held is not None:
                 held.append(ticket)
                 return
             self._samples[ticket] = None
             self._begin(operation.sampler_id, ticket)
-        elif isinstance(operation, ReleaseSampler):
+        elif isinstance(operation, protocol.ReleaseSampler):
             self._begin(operation.sampler_id, ticket)
         else:
             self._work_on(Lane(ticket), None)
@@ -223,18 +210,18 @@ class Executor:
         if not batch or self._stopped:  # which may have emptied the engine
             return
         results = list(await self._operations.execute(batch))
-        changed: list[tuple[Run, Result]] = []
+        changed: list[tuple[Run, protocol.Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
             if run is not None:
                 ticket.number = run.execute(ticket)
                 if self._recovery.store.keeps != "nothing":
                     run.unsaved_bytes += ticket.size_bytes
-                if isinstance(result, (StepDone, CheckpointLoaded)):
+                if isinstance(result, (protocol.StepDone, protocol.CheckpointLoaded)):
                     changed.append((run, result))
-            if isinstance(result, ModelCreated):
+            if isinstance(result, protocol.ModelCreated):
                 results[i] = await self._keep(result)
-            elif isinstance(result, CheckpointSaved):
+            elif isinstance(result, protocol.CheckpointSaved):
                 self._pin(ticket, result)
         ended = [(ticket, result) for (_, ticket), result in zip(batch, results, strict=True)]
         await self.settle(*ended, runs=[run.describe() for run, _ in changed])
@@ -242,7 +229,9 @@ class Executor:
             if run is None or not _empties(ticket, results[i]):
                 continue
             result = results[i]
-            if run.loaded and self._recovery.due(run, at_once=isinstance(result, CheckpointLoaded)):
+            if run.loaded and self._recovery.due(
+                run, at_once=isinstance(result, protocol.CheckpointLoaded)
+            ):
                 rest = await self._recovery.snapshot(run)
                 if rest is not None:
                     self.beside(rest)
@@ -256,7 +245,7 @@ class Executor:
             await self.settle((ticket, failure))
         return failure is None
 
-    async def _keep(self, created: ModelCreated) -> ModelCreated | WeaverError:
+    async def _keep(self, created: protocol.ModelCreated) -> protocol.ModelCreated | WeaverError:
         """Writes down a new run; one that cannot be written down is none."""
         run = self._operations.registry.runs[created.run.run_id]
         put = partial(self._recovery.store.put_run, created.run, model=created.model, seed=run.seed)
@@ -268,11 +257,15 @@ class Executor:
         await self._recovery.unload(run)
         return failure
 
-    def _pin(self, ticket: Ticket, saved: CheckpointSaved) -> None:
+    def _pin(self, ticket: Ticket, saved: protocol.CheckpointSaved) -> None:
         """An unnamed sampler lives as long as its session, or until many newer ones came."""
         info, mine = saved.checkpoint, ticket.session.unnamed_samplers
         operation = ticket.submission.operation
-        if info.kind != "sampler" or not isinstance(operation, SaveCheckpoint) or operation.name:
+        if (
+            info.kind != "sampler"
+            or not isinstance(operation, protocol.SaveCheckpoint)
+            or operation.name
+        ):
             return
         mine.append(info.path)
         keep = 0 if ticket.session.closed else self._operations.limits.unnamed_samplers
@@ -311,10 +304,10 @@ class Executor:
         while waiting and not self._stopped:
             ticket = waiting.popleft()
             operation = ticket.submission.operation if ticket else None
-            if ticket is None or not isinstance(operation, Sample):
+            if ticket is None or not isinstance(operation, protocol.Sample):
                 await self._samplers.discard(sampler_id)
                 if ticket is not None:
-                    await self.settle((ticket, SamplerReleased()))
+                    await self.settle((ticket, protocol.SamplerReleased()))
                 continue
             if self._was_dropped(ticket):
                 continue
@@ -347,9 +340,9 @@ class Executor:
         if progress.error is not None:
             self._end(ticket, progress.error)
         elif progress.result is not None:
-            self._end(ticket, Sampled(output=progress.result))
+            self._end(ticket, protocol.Sampled(output=progress.result))
 
-    def _end(self, ticket: Ticket, value: Sampled | WeaverError) -> None:
+    def _end(self, ticket: Ticket, value: protocol.Sampled | WeaverError) -> None:
         if ticket in self._samples:
             del self._samples[ticket]
             self._sampled.append((ticket, value))
@@ -364,10 +357,12 @@ class Executor:
             await self.settle(*ended, together=False)
 
 
-def _empties(ticket: Ticket, result: Result | WeaverError) -> bool:
+def _empties(ticket: Ticket, result: protocol.Result | WeaverError) -> bool:
     """Whether no gradient is left after it, so that a snapshot holds all."""
-    stepped = isinstance(ticket.submission.operation, OptimStep)  # or cleared, if that failed
-    return stepped or isinstance(result, CheckpointLoaded)
+    stepped = isinstance(
+        ticket.submission.operation, protocol.OptimStep
+    )  # or cleared, if that failed
+    return stepped or isinstance(result, protocol.CheckpointLoaded)
 
 
 def _project(ticket: Ticket) -> str:
@@ -376,7 +371,7 @@ def _project(ticket: Ticket) -> str:
 
 def _head(run: Run | None, ticket: Ticket) -> Head:
     operation = ticket.submission.operation
-    if run is None or not isinstance(operation, ForwardBackward):
+    if run is None or not isinstance(operation, protocol.ForwardBackward):
         return Head(merge_key=None)
     return Head(
         merge_key=run.model.name if run.training_mode == "lora" else None,

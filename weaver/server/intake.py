@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from weaver import protocol, wire
+from weaver import errors, protocol, wire
 from weaver.boundary import attempt, attempt_async
 from weaver.checks import check_datums
-from weaver.errors import (
-    ConflictError,
-    InvalidRequestError,
-    NotFoundError,
-    OperationCancelledError,
-    OperationError,
-    WeaverError,
-)
+from weaver.errors import WeaverError
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
 from weaver.server.registry import Access, no_run
@@ -102,7 +95,7 @@ class Intake:
         if ticket.settled and run is None:  # it was cancelled meanwhile
             return
         if submission.operation is None and error is None:
-            error = OperationCancelledError("it was withdrawn before it was sent.")
+            error = errors.OperationCancelledError("it was withdrawn before it was sent.")
         if isinstance(submission.operation, protocol.ReleaseSampler) and error is None:
             error = _forget_sampler(session, submission.operation.sampler_id)
         if run is not None:
@@ -114,7 +107,7 @@ class Intake:
             self.executor.enqueue(ticket, run)
             self._watch(run, session)
         else:
-            error = error or ConflictError(
+            error = error or errors.ConflictError(
                 f"seq {submission.seq} of run {run.run_id} came after its place was given up.",
                 hint="Submit it again with the next seq.",
             )
@@ -151,9 +144,9 @@ class Intake:
     async def give_up(self, run: Run, session: Session) -> None:
         """Fails what waits for an operation that never came."""
         missing = run.lane.inbox(session.session_id).next_seq
-        ended: list[tuple[Ticket, OperationError]] = []
+        ended: list[tuple[Ticket, errors.OperationError]] = []
         for ticket in run.lane.give_up(session.session_id):
-            error = OperationError(
+            error = errors.OperationError(
                 f"seq {ticket.submission.seq} waited for seq {missing}, which never came.",
                 hint="Submit the operations again, counting on from the last seq.",
             )
@@ -235,7 +228,7 @@ def _check(submission: protocol.Submission, run: Run | None) -> None:
     ordered = operation is None or isinstance(operation, ORDERED)
     placed = submission.run_id is not None, submission.seq is not None
     if placed != (ordered, ordered):
-        raise InvalidRequestError(
+        raise errors.InvalidRequestError(
             f"{operation.kind if operation else 'a withdrawn operation'} "
             f"{'needs run_id and seq' if ordered else 'takes neither run_id nor seq'}.",
             field="submission",
@@ -256,7 +249,7 @@ def _check(submission: protocol.Submission, run: Run | None) -> None:
         case protocol.LoadCheckpoint(path=path) if path.startswith(SCHEME):
             Location.parse(path)
         case protocol.OpenSampler(base_model=None, model_path=None):
-            raise InvalidRequestError(
+            raise errors.InvalidRequestError(
                 "needs base_model or model_path.", field="open_sampler", hint="Give one of them."
             )
         case protocol.OpenSampler(model_path=str(path)) if path.startswith(SCHEME):
@@ -281,7 +274,7 @@ def _forget_sampler(session: Session, sampler_id: str) -> WeaverError | None:
     if sampler_id in session.unnamed_samplers:
         session.unnamed_samplers.remove(sampler_id)
         return None
-    return NotFoundError(
+    return errors.NotFoundError(
         f"{sampler_id[:200]} is no sampler that this session made without a name.",
         field="sampler_id",
         hint="Others are not released: delete their checkpoint, or let it expire.",

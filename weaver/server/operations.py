@@ -8,29 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CancelScope, to_thread
 
+from weaver import errors, protocol
 from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
-from weaver.errors import (
-    CheckpointMismatchError,
-    GradientsDiscardedError,
-    InvalidParamsError,
-    UnsupportedError,
-    WeaverError,
-)
-from weaver.protocol import (
-    CheckpointLoaded,
-    CheckpointSaved,
-    CreateModel,
-    ForwardBackward,
-    GradientsDone,
-    LoadCheckpoint,
-    ModelCreated,
-    OpenSampler,
-    OptimStep,
-    SaveCheckpoint,
-    StepDone,
-)
 from weaver.server.checkpoints import Location, storage_errors
 from weaver.server.runs import Run
 from weaver.threads import out_at_exit
@@ -42,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.protocol import Result
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.registry import Registry
     from weaver.server.sampling import Samplers
@@ -68,17 +48,17 @@ class Operations:
 
     async def execute(
         self, batch: Sequence[tuple[Run | None, Ticket]]
-    ) -> Sequence[Result | WeaverError]:
+    ) -> Sequence[protocol.Result | errors.WeaverError]:
         """One operation and its run, or several `forward_backward` that share a pass."""
         gradients = [
             (gradient_job(run.run_id, operation), operation.labels)
             for run, ticket in batch
             if run is not None
-            and isinstance(operation := ticket.submission.operation, ForwardBackward)
+            and isinstance(operation := ticket.submission.operation, protocol.ForwardBackward)
         ]
         if gradients:
             done = await attempt_async(partial(self._forward_backward, gradients))
-            return [done] * len(batch) if isinstance(done, WeaverError) else done
+            return [done] * len(batch) if isinstance(done, errors.WeaverError) else done
         return [await attempt_async(partial(self._one, *batch[0]))]
 
     async def forget_all(self) -> None:
@@ -88,34 +68,36 @@ class Operations:
             if run.loaded:
                 await self.engine.delete_run(run.run_id)
 
-    async def _one(self, run: Run | None, ticket: Ticket) -> Result:
+    async def _one(self, run: Run | None, ticket: Ticket) -> protocol.Result:
         match ticket.submission.operation:
-            case CreateModel() as operation:
+            case protocol.CreateModel() as operation:
                 return await self._create_model(operation, ticket)
-            case OpenSampler() as operation:
+            case protocol.OpenSampler() as operation:
                 return await self.samplers.open(operation)
-            case OptimStep() as operation if run is not None:
+            case protocol.OptimStep() as operation if run is not None:
                 return await self._optim_step(run, operation)
-            case SaveCheckpoint() as operation if run is not None:
+            case protocol.SaveCheckpoint() as operation if run is not None:
                 return await self._save(run, operation, ticket)
-            case LoadCheckpoint() as operation if run is not None:
+            case protocol.LoadCheckpoint() as operation if run is not None:
                 return await self._load(run, operation)
         raise AssertionError(ticket.job_id)
 
-    async def _create_model(self, operation: CreateModel, ticket: Ticket) -> ModelCreated:
+    async def _create_model(
+        self, operation: protocol.CreateModel, ticket: Ticket
+    ) -> protocol.ModelCreated:
         run_id, project = f"run-{ticket.token}", ticket.session.caller.project
         mine = [run for run in self.registry.runs.values() if run.project == project]
         self.limits.check_runs(len(mine))
         model = await blocking(partial(self.engine.get_model, operation.base_model))
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
-            raise UnsupportedError(
+            raise errors.UnsupportedError(
                 f"{model.name} cannot be trained with {mode}.",
                 field="training_mode",
                 hint=f"Use {' or '.join(model.training_modes)}.",
             )
         if mode == "full_ft" and lora is not None:
-            raise InvalidParamsError(
+            raise errors.InvalidParamsError(
                 "has no meaning for full fine-tuning.", field="lora_config", hint="Leave it out."
             )
         if mode == "lora" and lora is None:
@@ -136,33 +118,35 @@ class Operations:
             run_id, model.name, training_mode=mode, lora_config=lora, seed=run.seed
         )
         self.registry.runs[run_id], self.registry.owners[run_id] = run, run.project
-        return ModelCreated(run=run.describe(), model=model)
+        return protocol.ModelCreated(run=run.describe(), model=model)
 
     async def _forward_backward(
         self, labelled: Sequence[tuple[GradientJob, tuple[str, ...]]]
-    ) -> Sequence[GradientsDone | WeaverError]:
+    ) -> Sequence[protocol.GradientsDone | errors.WeaverError]:
         outputs = await self.engine.forward_backward([job for job, _ in labelled])
         return [
             output
-            if isinstance(output, WeaverError)
-            else GradientsDone(output=output, labels=labels)
+            if isinstance(output, errors.WeaverError)
+            else protocol.GradientsDone(output=output, labels=labels)
             for output, (_, labels) in zip(outputs, labelled, strict=True)
         ]
 
-    async def _optim_step(self, run: Run, operation: OptimStep) -> StepDone:
+    async def _optim_step(self, run: Run, operation: protocol.OptimStep) -> protocol.StepDone:
         reason = run.lane.discard_reason
         if reason is not None:
             await self.engine.clear_gradients(run.run_id)
             run.lane.cleared()
-            raise GradientsDiscardedError(
+            raise errors.GradientsDiscardedError(
                 f"part of this batch is missing, so no step was taken ({reason})",
                 hint="The gradient is cleared: repeat the batch's forward_backward calls.",
             )
         output = await self.engine.optim_step(run.run_id, operation.params)
         run.step = int(output.metrics["step"])
-        return StepDone(output=output)
+        return protocol.StepDone(output=output)
 
-    async def _save(self, run: Run, operation: SaveCheckpoint, ticket: Ticket) -> CheckpointSaved:
+    async def _save(
+        self, run: Run, operation: protocol.SaveCheckpoint, ticket: Ticket
+    ) -> protocol.CheckpointSaved:
         sampler = operation.purpose == "sampler"
         if operation.name is None:
             kind = "unnamed" if sampler else f"step-{run.step}"
@@ -189,7 +173,7 @@ class Operations:
                 pinned=disk is None,
                 expires_at=info.expires_at,
             )
-        return CheckpointSaved(
+        return protocol.CheckpointSaved(
             checkpoint=info.model_copy(update={"folder": None}) if unnamed else info
         )
 
@@ -197,7 +181,7 @@ class Operations:
         self,
         disk: Checkpoints,
         info: CheckpointInfo,
-        operation: SaveCheckpoint,
+        operation: protocol.SaveCheckpoint,
         ticket: Ticket,
         *,
         optimizer: bool,
@@ -224,13 +208,15 @@ class Operations:
             stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
         self.limits.check_stored(stored)
 
-    async def _load(self, run: Run, operation: LoadCheckpoint) -> CheckpointLoaded:
+    async def _load(
+        self, run: Run, operation: protocol.LoadCheckpoint
+    ) -> protocol.CheckpointLoaded:
         info, folder = await blocking(partial(self.checkpoints.open, operation.path))
         wrong = run.mismatch(info)
         if wrong is None and operation.include_optimizer and info.kind != "weights_and_optimizer":
             wrong = "it has no optimizer state"
         if wrong is not None:
-            raise CheckpointMismatchError(
+            raise errors.CheckpointMismatchError(
                 f"{operation.path} does not fit {run.run_id}: {wrong}.",
                 field="path",
                 hint="Create a model of the same kind, or use load_state for weights alone.",
@@ -238,7 +224,7 @@ class Operations:
         optimizer = operation.include_optimizer
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.cleared()
-        return CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+        return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
 
 
 async def blocking(work: Callable[[], T]) -> T:
@@ -266,7 +252,7 @@ async def filled(
     return draft
 
 
-def gradient_job(run_id: str, operation: ForwardBackward) -> GradientJob:
+def gradient_job(run_id: str, operation: protocol.ForwardBackward) -> GradientJob:
     return GradientJob(
         run_id=run_id,
         datums=operation.datums,

@@ -213,7 +213,7 @@ def fingerprint(submission: Submission) -> bytes:
         InvalidRequestError: it has metadata that JSON cannot hold.
     """
     digest, s = hashlib.blake2b(digest_size=16), submission
-    for part in wire.pack([s.run_id, s.seq, s.lost_gradient, s.operation]):
+    for part in wire.pack([s.run_id, s.seq, s.lost_gradient, s.operation], canonical=True):
         digest.update(part)
     return digest.digest()
 

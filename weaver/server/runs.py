@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from weaver import types
 from weaver.server.lanes import Lane
-from weaver.types import (
-    CheckpointInfo,
-    CheckpointKind,
-    JsonDict,
-    LoraConfig,
-    ModelInfo,
-    TrainingMode,
-    TrainingRun,
-)
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -30,12 +22,12 @@ if TYPE_CHECKING:
 @dataclass(slots=True, eq=False)
 class Run:
     run_id: str
-    model: ModelInfo
-    training_mode: TrainingMode
-    lora_config: LoraConfig | None
+    model: types.ModelInfo
+    training_mode: types.TrainingMode
+    lora_config: types.LoraConfig | None
     created_at: datetime
     last_request_at: datetime
-    user_metadata: JsonDict
+    user_metadata: types.JsonDict
     project: str
     step: int = 0
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
@@ -92,9 +84,9 @@ class Run:
             self.last_seqs[ticket.session.session_id] = ticket.submission.seq
         return self.executed
 
-    def describe(self, *, sampled: bool = False) -> TrainingRun:
+    def describe(self, *, sampled: bool = False) -> types.TrainingRun:
         """As clients see it; `sampled` says that its weights sample now."""
-        return TrainingRun(
+        return types.TrainingRun(
             run_id=self.run_id,
             base_model=self.model.name,
             training_mode=self.training_mode,
@@ -108,10 +100,10 @@ class Run:
         )
 
     def checkpoint(
-        self, path: str, kind: CheckpointKind, *, step: int, ttl_seconds: int | None = None
-    ) -> CheckpointInfo:
+        self, path: str, kind: types.CheckpointKind, *, step: int, ttl_seconds: int | None = None
+    ) -> types.CheckpointInfo:
         """What is to be written; its times and size are set when it is."""
-        return CheckpointInfo(
+        return types.CheckpointInfo(
             path=path,
             run_id=self.run_id,
             name=path.rpartition("/")[2],
@@ -125,7 +117,7 @@ class Run:
             ttl_seconds=ttl_seconds,
         )
 
-    def mismatch(self, checkpoint: CheckpointInfo) -> str | None:
+    def mismatch(self, checkpoint: types.CheckpointInfo) -> str | None:
         """In which way a checkpoint is of another architecture than this run; None if it fits."""
         pairs: list[tuple[str, object, object]] = [
             ("base_model", checkpoint.base_model, self.model.name),

@@ -16,17 +16,10 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
+from weaver import errors
 from weaver.boundary import attempt, attempt_async, or_raise
 from weaver.checks import check_tokens
 from weaver.engine.base import SampleJob, WeightsRef
-from weaver.errors import (
-    CheckpointMismatchError,
-    CheckpointNotFoundError,
-    InvalidParamsError,
-    InvalidRequestError,
-    NotFoundError,
-    TokenOutOfRangeError,
-)
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.checkpoints import MANIFEST, SCHEME
 from weaver.types import ModelInput
@@ -96,7 +89,7 @@ class Samplers:
             self._folders[sampler_id] = source
         loaded = await self._get(sampler_id)
         if path is not None and base_model not in (None, loaded.model.name):
-            raise CheckpointMismatchError(
+            raise errors.CheckpointMismatchError(
                 f"{path} was made from {loaded.model.name}, not from {base_model}.",
                 field="base_model",
                 hint="Leave base_model out.",
@@ -224,7 +217,7 @@ class Samplers:
             return checkpoint.base_model, folder, checkpoint.expires_at
         if sampler_id in self._folders:
             return *self._folders[sampler_id], None
-        raise NotFoundError(
+        raise errors.NotFoundError(
             f"no sampler has the id {sampler_id!r}.",
             field="sampler_id",
             hint="Open it with create_sampling_client.",
@@ -234,7 +227,7 @@ class Samplers:
         """A checkpoint, or a sampler without a name that was kept."""
         try:
             return self._checkpoints.open(path)
-        except CheckpointNotFoundError:
+        except errors.CheckpointNotFoundError:
             if self._kept is None:
                 raise
             return self._kept.open(path)
@@ -266,7 +259,7 @@ class Samplers:
             return folder, (name, folder)
         if (folder / "config.json").is_file():
             return folder, (str(folder), None)
-        raise CheckpointNotFoundError(
+        raise errors.CheckpointNotFoundError(
             f"{folder} is neither an adapter nor a model.",
             field="model_path",
             hint="Give a weaver:// path, or a folder with adapter_config.json or config.json.",
@@ -275,16 +268,18 @@ class Samplers:
 
 def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) -> None:
     if operation.num_samples == 0 and not operation.include_prompt_logprobs:
-        raise InvalidParamsError(
+        raise errors.InvalidParamsError(
             "is 0.", field="num_samples", hint="Ask for a sample, or for the prompt's logprobs."
         )
     if operation.stream and operation.num_samples == 0:
-        raise InvalidRequestError("has nothing to stream.", field="stream", hint="Leave it out.")
+        raise errors.InvalidRequestError(
+            "has nothing to stream.", field="stream", hint="Leave it out."
+        )
     max_new_tokens = operation.params.max_tokens if operation.num_samples else 0
     check_tokens(tokens, model, field="prompt", max_new_tokens=max_new_tokens)
     high = max(operation.params.stop_token_ids, default=0)
     if high >= model.vocab_size:
-        raise TokenOutOfRangeError(
+        raise errors.TokenOutOfRangeError(
             f"has the token {high}.",
             field="stop_token_ids",
             hint=f"Tokens of this model are 0 to {model.vocab_size - 1}.",

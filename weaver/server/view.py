@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 from anyio import CapacityLimiter, to_thread
 
+from weaver import types
 from weaver.boundary import attempt, or_raise
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
     from weaver.server.settings import Limits
     from weaver.server.streams import SampleStream
     from weaver.server.tenancy import Caller
-    from weaver.types import (
-        CheckpointInfo,
-        JsonDict,
-        MetricPoint,
-        ModelInfo,
-        SampleDelta,
-        TrainingRun,
-    )
 
 T = TypeVar("T")
 
@@ -72,7 +65,7 @@ class Parts:
     opening: anyio.Lock = field(default_factory=anyio.Lock)
     """Held while a session is counted and written down."""
     closed: bool = True
-    models: Sequence[ModelInfo] | None = None
+    models: Sequence[types.ModelInfo] | None = None
     """An engine's list is made when the engine is."""
 
 
@@ -105,7 +98,7 @@ class View:
     async def open_session(
         self,
         *,
-        user_metadata: JsonDict | None = None,
+        user_metadata: types.JsonDict | None = None,
         lasting: bool = False,
         key: str | None = None,
     ) -> SessionInfo:
@@ -172,7 +165,7 @@ class View:
         mine = [tickets[one] for one in submission_ids if one in tickets]
         await self.parts.executor.cancel(*mine)
 
-    def stream(self, session_id: str, submission_id: str) -> AsyncIterator[SampleDelta]:
+    def stream(self, session_id: str, submission_id: str) -> AsyncIterator[types.SampleDelta]:
         return self.sample_stream(session_id, submission_id).each()
 
     def sample_stream(self, session_id: str, submission_id: str) -> SampleStream:
@@ -180,12 +173,12 @@ class View:
 
     # --- models, runs, metrics ------------------------------------------------------------------
 
-    async def list_models(self) -> Sequence[ModelInfo]:
+    async def list_models(self) -> Sequence[types.ModelInfo]:
         if self.parts.models is None:
             self.parts.models = await self._disk(self.parts.engine.list_models)
         return self.parts.models
 
-    async def get_model(self, base_model: str) -> ModelInfo:
+    async def get_model(self, base_model: str) -> types.ModelInfo:
         for model in await self.list_models():
             if model.name == base_model:
                 return model
@@ -194,7 +187,7 @@ class View:
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return await self._disk(partial(self.parts.engine.tokenizer_files, base_model))
 
-    async def list_runs(self) -> Sequence[TrainingRun]:
+    async def list_runs(self) -> Sequence[types.TrainingRun]:
         runs = list(self.parts.registry.runs.values())
         busy = self.parts.executor.sampled_runs()
         return [
@@ -203,11 +196,11 @@ class View:
             if self._access.has_run(run.run_id)
         ]
 
-    async def get_run(self, run_id: str) -> TrainingRun:
+    async def get_run(self, run_id: str) -> types.TrainingRun:
         run = await self._run(run_id)
         return run.describe(sampled=run_id in self.parts.executor.sampled_runs())
 
-    async def stop_run(self, run_id: str) -> TrainingRun:
+    async def stop_run(self, run_id: str) -> types.TrainingRun:
         run = await self._run(run_id)
         await self.parts.executor.stop_run(run)
         return run.describe()
@@ -220,7 +213,7 @@ class View:
             await self.parts.executor.delete_run(run, checkpoints=checkpoints)
 
     async def log_metrics(
-        self, run_id: str, points: Sequence[MetricPoint], *, key: str | None = None
+        self, run_id: str, points: Sequence[types.MetricPoint], *, key: str | None = None
     ) -> None:
         """Nothing, if it was done for the same `key` before."""
         run, parts = await self._run(run_id), self.parts
@@ -239,19 +232,19 @@ class View:
 
     async def read_metrics(
         self, run_id: str, *, name: str | None = None, offset: int = 0, limit: int | None = None
-    ) -> Sequence[MetricPoint]:
+    ) -> Sequence[types.MetricPoint]:
         await self._run(run_id)
         return await self.parts.store.metrics(run_id, name=name, offset=offset, limit=limit)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
-    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[CheckpointInfo]:
+    async def list_checkpoints(self, run_id: str | None = None) -> Sequence[types.CheckpointInfo]:
         if run_id is not None:
             self._access.check_run(run_id)
         found = await self._disk(partial(self.parts.checkpoints.list, run_id))
         return [self._shown(info) for info in found if self._access.has_run(info.run_id)]
 
-    async def get_checkpoint(self, path: str) -> CheckpointInfo:
+    async def get_checkpoint(self, path: str) -> types.CheckpointInfo:
         self._access.check_path(path)
         return self._shown(await self._disk(partial(self.parts.checkpoints.get, path)))
 
@@ -263,7 +256,7 @@ class View:
 
     async def set_checkpoint_ttl(
         self, path: str, ttl_seconds: int | None, *, key: str | None = None
-    ) -> CheckpointInfo:
+    ) -> types.CheckpointInfo:
         self._access.check_path(path)
         if await self._was_done(key):
             return await self.get_checkpoint(path)
@@ -342,7 +335,7 @@ class View:
         call = partial(out_at_exit, partial(attempt, work))  # a merge is torch's work
         return or_raise(await to_thread.run_sync(call, limiter=limiter))
 
-    def _shown(self, checkpoint: CheckpointInfo) -> CheckpointInfo:
+    def _shown(self, checkpoint: types.CheckpointInfo) -> types.CheckpointInfo:
         return checkpoint if self._caller.local else _bare(checkpoint)
 
 
@@ -354,5 +347,5 @@ def _told(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _bare(checkpoint: CheckpointInfo) -> CheckpointInfo:
+def _bare(checkpoint: types.CheckpointInfo) -> types.CheckpointInfo:
     return checkpoint.model_copy(update={"folder": None})
