@@ -92,8 +92,10 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
     missing = sorted(report["missing_keys"])
     if missing:
         raise _damaged(name, f"lack {missing[0]} ({len(missing)} in all).")
+    layers = dict(module.named_modules())
     for unknown in sorted(report["unexpected_keys"]):  # a bias, or a scale of quantised weights
-        if _has_parameters(module, unknown.rpartition(".")[0]):
+        layer = layers.get(unknown.rpartition(".")[0])
+        if layer is not None and any(True for _ in layer.parameters(recurse=False)):
             raise _damaged(name, f"have {unknown}, which config.json does not.")
     for parameter in module.parameters():  # else a view of the file, which may be overwritten
         parameter.data = parameter.data.clone()
@@ -102,11 +104,6 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
     except errors.NonFiniteError as error:
         raise _damaged(name, f"are broken: {error.message}") from error
     return module
-
-
-def _has_parameters(module: torch.nn.Module, path: str) -> bool:
-    layer = dict(module.named_modules()).get(path)
-    return layer is not None and any(True for _ in layer.parameters(recurse=False))
 
 
 def _damaged(name: str, how: str) -> errors.UnsupportedError:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from weaver.engine.torch.packing import Heads, attend
+from weaver.engine.torch.packing import Heads, attend, visible
 
 SMALLEST_ARENA = 64
 """Tokens of a row, a power of two; arenas double from there."""
@@ -81,7 +81,7 @@ class PrefillPass:
             end = prompt.filled + n
             at = torch.arange(prompt.filled, end, device=prompt.kv.device)[:, None]
             seen = torch.arange(begin, end, device=prompt.kv.device)
-            self._masks[part, window] = _visible(seen, at, window)
+            self._masks[part, window] = visible(seen, at, window)
         return self._masks[part, window]
 
 
@@ -236,14 +236,7 @@ class _ArenaPass:
         """[n * Hkv, 1, keys from `begin`]: 0 where visible, else -inf."""
         if window not in self._masks:
             seen = torch.arange(begin, self._width, device=self._kv.device)
-            visible = _visible(seen, self._at[:, None], window)
-            mask = torch.zeros_like(visible, dtype=self._kv.dtype)
-            mask.masked_fill_(~visible, -torch.inf)
+            never = ~visible(seen, self._at[:, None], window)
+            mask = torch.zeros_like(never, dtype=self._kv.dtype).masked_fill_(never, -torch.inf)
             self._masks[window] = mask.repeat_interleave(kv_heads, 0)[:, None]
         return self._masks[window]
-
-
-def _visible(seen: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Whether position `at` sees position `seen`: (at - window, at], or all up to `at`."""
-    visible = seen <= at
-    return visible if window is None else visible & (seen > at - window)

@@ -365,7 +365,7 @@ def _configurations(module: Any) -> list[dict[str, Any]]:
 def _changed(
     holders: Iterable[dict[str, Any]], which: Callable[[str, Any], bool], *, to: object
 ) -> Iterator[None]:
-    """Sets the attributes for a while of which `which` is true, asked by name and value."""
+    """Sets for a while the attributes of whose name and value `which` is true."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     for holder in holders:
         for name, value in holder.items():

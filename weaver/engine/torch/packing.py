@@ -179,7 +179,10 @@ def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
     for (length, n), piece in zip(groups, pieces, strict=True):
         mask = None
         if window is not None and window < length:
-            mask = _window_mask(batch, length, window=window, like=q)
+            if (length, window) not in batch.masks:
+                at = torch.arange(length, device=q.device)
+                batch.masks[length, window] = visible(at, at[:, None], window)
+            mask = batch.masks[length, window]
         q_n, k_n, v_n = (x.reshape(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
         o = attend(q_n, k_n, v_n, mask=mask, scaling=scaling)
         outputs.append(o.transpose(1, 2).reshape(1, n * length, o.shape[1], o.shape[3]))
@@ -196,14 +199,10 @@ def attend(
     )
 
 
-def _window_mask(
-    batch: PackedBatch, length: int, *, window: int, like: torch.Tensor
-) -> torch.Tensor:
-    """bool [length, length]: position i sees (i - window, i]."""
-    if (length, window) not in batch.masks:
-        ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
-        batch.masks[length, window] = ones.tril().triu(1 - window)
-    return batch.masks[length, window]
+def visible(seen: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether position `at` sees position `seen`: (at - window, at], or all up to `at`."""
+    before = seen <= at
+    return before if window is None else before & (seen > at - window)
 
 
 AttentionInterface.register(ATTENTION, _attention)
