@@ -19,8 +19,8 @@ from tests.contracts.caller import HELLO, STEP
 from tests.contracts.caller import Caller as Client
 from weaver.engine.torch.engine import TorchEngine
 from weaver.protocol import ForwardBackward, Sample
+from weaver.server.keys import Caller
 from weaver.server.service import LocalService
-from weaver.server.tenancy import Caller
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from tests.contracts.caller import FORWARD, GRADIENT, STEP
 from weaver.errors import ConflictError, StorageError
 from weaver.protocol import ErrorInfo, Outcome, StepDone, Submission
 from weaver.server import journal
+from weaver.server.keys import OWNER
 from weaver.server.records import Answer, SessionRecord, Settled
-from weaver.server.tenancy import OWNER
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
 if TYPE_CHECKING:

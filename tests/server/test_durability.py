@@ -39,10 +39,10 @@ from weaver.server import database as databases
 from weaver.server import tables
 from weaver.server.database import open_database
 from weaver.server.journal import Journal
+from weaver.server.keys import OWNER
 from weaver.server.records import SessionRecord
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability
-from weaver.server.tenancy import OWNER
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from tests.server.test_service import Recorder
 from weaver.engine import threaded
 from weaver.engine.torch.admission import in_turn
 from weaver.protocol import Sample
+from weaver.server.keys import Caller
 from weaver.server.service import LocalService
-from weaver.server.tenancy import Caller
 from weaver.types import ModelInput, SamplingParams
 
 if TYPE_CHECKING:

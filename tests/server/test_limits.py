@@ -37,9 +37,9 @@ from weaver.server import intake, recovery
 from weaver.server.database import open_database
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.journal import Journal
+from weaver.server.keys import Caller
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability, Limits
-from weaver.server.tenancy import Caller
 from weaver.types import Datum, MetricPoint, ModelInput, SamplingParams
 
 if TYPE_CHECKING:

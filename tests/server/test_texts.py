@@ -12,9 +12,9 @@ from tests.fake_engine import FakeEngine
 from tests.server.test_service import Recorder
 from weaver.errors import OperationCancelledError, TooLargeError
 from weaver.protocol import GradientsDone, ReleaseSampler, Sample, Sampled
+from weaver.server.keys import Caller as Who
 from weaver.server.service import LocalService
 from weaver.server.settings import Limits
-from weaver.server.tenancy import Caller as Who
 from weaver.types import Message, SamplingParams
 
 if TYPE_CHECKING:

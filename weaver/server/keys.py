@@ -1,7 +1,8 @@
-"""API keys: who may call the server, and for which project; used by its front and by `weaver keys`.
+"""Who asks: `Caller`, whose rights a request, its session and its operations have; and API `Keys`.
 
-A key is `wv-` and 32 random bytes in base64. Only its SHA-256 is kept: 256 random bits cannot be
-guessed from it, so it needs no slow hash. The key itself is shown once, when it is made.
+Keys are used by the server's front and by `weaver keys`. One is `wv-` and 32 random bytes in
+base64. Only its SHA-256 is kept: 256 random bits cannot be guessed from it, so it needs no slow
+hash. The key itself is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,6 @@ import sqlalchemy as sa
 from weaver.errors import AuthenticationError, InvalidNameError
 from weaver.server.database import transaction
 from weaver.server.tables import keys
-from weaver.server.tenancy import Caller
 from weaver.types import Value
 
 if TYPE_CHECKING:
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
 
 PREFIX = "wv-"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is. An admin sees every project, and creates in its own."""
+
+    project: str
+    admin: bool = False
+    local: bool = False
+    """In this process: may name folders of this machine, and is told them."""
+
+
+OWNER = Caller("default", admin=True, local=True)
+"""Of a service that is not shared."""
 
 
 class KeyInfo(Value):

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from weaver import wire
 from weaver.errors import StorageError, WeaverError
 from weaver.protocol import Operation, Outcome, Submission
-from weaver.server.tenancy import Caller
+from weaver.server.keys import Caller
 from weaver.types import JsonDict, MetricPoint, ModelInfo, TrainingRun
 
 if TYPE_CHECKING:

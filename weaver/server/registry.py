@@ -16,9 +16,9 @@ from weaver.server.sampling import BASE
 
 if TYPE_CHECKING:
     from weaver.protocol import Operation
+    from weaver.server.keys import Caller
     from weaver.server.runs import Run
     from weaver.server.sessions import Session
-    from weaver.server.tenancy import Caller
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from anyio import to_thread
 from weaver.boundary import attempt_async
 from weaver.errors import OperationError, WeaverError
 from weaver.protocol import Outcome, Submission
+from weaver.server.keys import Caller
 from weaver.server.recovery import adopt, forget_files
 from weaver.server.runs import Run
 from weaver.server.sessions import Session, Ticket
-from weaver.server.tenancy import Caller
 from weaver.wire import about_bytes
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from weaver.server.executor import Executor
 from weaver.server.exports import Exports
 from weaver.server.intake import Intake
 from weaver.server.journal import Journal
+from weaver.server.keys import OWNER
 from weaver.server.operations import Operations
 from weaver.server.outcomes import Outcomes
 from weaver.server.recovery import OTHER_HOME, Recovery, release
@@ -28,7 +29,6 @@ from weaver.server.registry import Registry
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.settings import DURABILITY, EMBEDDED, Durability, Limits
-from weaver.server.tenancy import OWNER
 from weaver.server.view import Parts, View
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import anyio
 
 from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
 from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, SessionState
+from weaver.server.keys import OWNER, Caller
 from weaver.server.streams import SampleStream
-from weaver.server.tenancy import OWNER, Caller
 from weaver.wire import about_bytes
 
 if TYPE_CHECKING:

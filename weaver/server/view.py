@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from weaver.server.exports import Exports
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
+    from weaver.server.keys import Caller
     from weaver.server.registry import Registry
     from weaver.server.settings import Limits
     from weaver.server.streams import SampleStream
-    from weaver.server.tenancy import Caller
 
 T = TypeVar("T")
 

@@ -31,9 +31,9 @@ from weaver.protocol import (
 from weaver.server.database import open_database
 from weaver.server.http import gateway
 from weaver.server.journal import Journal
+from weaver.server.keys import Caller as Rights
 from weaver.server.keys import Keys
 from weaver.server.records import SessionRecord
-from weaver.server.tenancy import Caller as Rights
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:

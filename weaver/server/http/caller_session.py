@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from weaver.errors import NotFoundError, ServiceConnectionError
 from weaver.protocol import LONGEST_POLL_S, Operation, Outcome, Result, Submission
 from weaver.server.http.gateway import Gateway, GatewayDep
-from weaver.server.tenancy import Caller
+from weaver.server.keys import Caller
 
 if TYPE_CHECKING:
     from weaver.server.view import View

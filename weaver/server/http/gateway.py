@@ -18,7 +18,7 @@ from fastapi import Depends, Request
 from weaver import errors, protocol, wire
 from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
-from weaver.server.tenancy import Caller
+from weaver.server.keys import Caller, Keys
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
     from weaver.server.http.tracing import Tracing
-    from weaver.server.keys import Keys
     from weaver.server.view import View
 
 T = TypeVar("T")

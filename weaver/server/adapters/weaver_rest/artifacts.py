@@ -22,7 +22,7 @@ from weaver.server.http.caller_session import CallerDep, CallerSession
 from weaver.server.http.gateway import GatewayDep
 
 if TYPE_CHECKING:
-    from weaver.server.tenancy import Caller
+    from weaver.server.keys import Caller
     from weaver.server.view import View
 
 URL_LIFE_S = 900
