@@ -91,6 +91,11 @@ class Manifest(Value):
     last_seqs: Mapping[str, int] = Field(default_factory=dict)
     """Of a snapshot: the last seq of each session that is in it."""
 
+    @property
+    def folder(self) -> Path:
+        """Where it was read from."""
+        return Path(self.checkpoint.folder or "")
+
 
 class Checkpoints:
     """All checkpoints below one folder of a home."""
@@ -229,7 +234,7 @@ class Checkpoints:
                     hint="Give a weaver:// path, or a folder that save_state wrote.",
                 )
             manifest = _read_manifest(folder)
-        folder = Path(manifest.checkpoint.folder or "")
+        folder = manifest.folder
         for name, expected in manifest.sha256.items():
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
@@ -243,11 +248,10 @@ class Checkpoints:
         found = []
         for location in self._locations(run_id):
             try:
-                manifest = self._find(location)
+                if (manifest := self._find(location)) is not None:
+                    found.append(manifest.checkpoint)
             except WeaverError as error:
                 logger.warning("left out of the list: %s", error)
-            else:
-                found += [manifest.checkpoint] if manifest is not None else []
         return sorted(found, key=lambda info: (info.created_at, info.path))
 
     def delete(self, path: str) -> None:
@@ -262,13 +266,10 @@ class Checkpoints:
         """Counts from now; None keeps it for ever."""
         with storage_errors(f"setting the lifetime of {path}"), self._changing:
             manifest = self.manifest(path)
-            lifetime = {
-                "ttl_seconds": ttl_seconds,
-                "expires_at": _expiry(self._now(), ttl_seconds),
-            }
+            expires_at = _expiry(self._now(), ttl_seconds)
+            lifetime = {"ttl_seconds": ttl_seconds, "expires_at": expires_at}
             info = manifest.checkpoint.model_copy(update=lifetime)
-            changed = manifest.model_copy(update={"checkpoint": info})
-            _write_manifest(Path(info.folder or ""), changed)
+            _write_manifest(manifest.folder, manifest.model_copy(update={"checkpoint": info}))
         return info
 
     def sweep(self) -> None:
@@ -306,13 +307,14 @@ class Checkpoints:
                     folder.rename(doomed)  # gone at once, however long the files take
                     shutil.rmtree(doomed, ignore_errors=True)
 
-    def _locations(self, run_id: str | None) -> Iterator[Location]:
+    def _locations(self, run_id: str | None) -> set[Location]:
         run = "*" if run_id is None else check_name(run_id, field="run_id")
-        for folder in self.root.glob(f"{run}/*/*"):
-            group, name = folder.parent.name, folder.name.removeprefix(REPLACED)
-            crashed = name != folder.name and not (folder.parent / name).is_dir()
-            if group in GROUPS and SAFE_NAME.fullmatch(name) and (crashed or name == folder.name):
-                yield Location(folder.parts[-3], group, name)
+        names = ((f, f.name.removeprefix(REPLACED)) for f in self.root.glob(f"{run}/*/*"))
+        return {
+            Location(folder.parts[-3], folder.parts[-2], name)
+            for folder, name in names
+            if folder.parts[-2] in GROUPS and SAFE_NAME.fullmatch(name)
+        }
 
 
 def _replaced(place: Path) -> Path:

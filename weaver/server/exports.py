@@ -59,7 +59,7 @@ class Exports:
         manifest = self._checkpoints.manifest(path)
         if merge and manifest.checkpoint.training_mode == "lora":
             manifest = self._merge(manifest)
-        folder = Path(manifest.checkpoint.folder or "")
+        folder = manifest.folder
         files = tuple(
             ExportedFile(name=name, size_bytes=(folder / name).stat().st_size, sha256=sha256)
             for name, sha256 in manifest.sha256.items()
@@ -78,7 +78,7 @@ class Exports:
             manifest = self._merged.manifest(path)
         if name not in manifest.sha256.keys() - INTERNAL:
             raise NotFoundError(f"{path} has no file {name[:80]!r}.", field="name")
-        with (Path(manifest.checkpoint.folder or "") / name).open("rb") as file:
+        with (manifest.folder / name).open("rb") as file:
             file.seek(offset)
             return file.read(CHUNK_BYTES)
 

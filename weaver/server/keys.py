@@ -13,9 +13,10 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import sqlalchemy as sa
+from pydantic import AfterValidator
 
 from weaver.errors import AuthenticationError, InvalidNameError
 from weaver.server.database import transaction
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 PREFIX = "wv-"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+Utc = Annotated[datetime, AfterValidator(lambda at: at if at.tzinfo else at.replace(tzinfo=UTC))]
+"""SQLite forgets the time zone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,8 @@ class KeyInfo(Value):
     project: str
     name: str
     admin: bool
-    created_at: datetime
-    revoked_at: datetime | None = None
+    created_at: Utc
+    revoked_at: Utc | None = None
 
 
 class Keys:
@@ -90,9 +93,10 @@ class Keys:
 
     def list(self) -> Sequence[KeyInfo]:
         """All keys, revoked ones too, oldest first."""
-        query = sa.select(keys).order_by(keys.c.created_at)
+        told = [keys.c[name] for name in KeyInfo.model_fields]
         with transaction(self._database) as connection:
-            return [_info(row) for row in connection.execute(query)]
+            rows = connection.execute(sa.select(*told).order_by(keys.c.created_at))
+            return [KeyInfo(**row._mapping) for row in rows]
 
     def revoke(self, key_id: str) -> None:
         """Ends a key; takes effect within a second. Does nothing to one that was revoked."""
@@ -120,12 +124,3 @@ class Keys:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _info(row: sa.Row[tuple[object, ...]]) -> KeyInfo:
-    fields = dict(row._mapping)
-    del fields["hash"]
-    for name in ("created_at", "revoked_at"):  # SQLite forgets the time zone
-        if isinstance(fields[name], datetime) and fields[name].tzinfo is None:
-            fields[name] = fields[name].replace(tzinfo=UTC)
-    return KeyInfo(**fields)
