@@ -36,7 +36,7 @@ class Objective:
 
     def active(self, indices: Sequence[int]) -> torch.Tensor:
         """bool [T]: tokens of these datums that the loss depends on."""
-        return torch.from_numpy(self._concatenated(indices) != 0)
+        return self._weight(indices) != 0
 
     def targets(self, indices: Sequence[int]) -> torch.Tensor:
         """int64 [T]"""
@@ -46,7 +46,7 @@ class Objective:
         """The share of these datums in the loss: float64 [D], reduced, differentiable."""
         device = scores.logprobs.device
         lengths = torch.tensor([self.lengths[i] for i in indices])
-        w = torch.from_numpy(self._concatenated(indices)).to(device, torch.float64)
+        w = self._weight(indices).to(device, torch.float64)
         datum = torch.arange(len(indices)).repeat_interleave(lengths).to(device)
         values = self._values(indices, scores, w=w, datum=datum)
         sums = values.new_zeros(len(indices)).index_add(0, datum, values)
@@ -112,8 +112,9 @@ class Objective:
             return 1.0
         return 1 / self.weight_sum if self.weight_sum else 0.0
 
-    def _concatenated(self, indices: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        return np.concatenate([self._weights[i] for i in indices])
+    def _weight(self, indices: Sequence[int]) -> torch.Tensor:
+        """float32 [T]"""
+        return torch.from_numpy(np.concatenate([self._weights[i] for i in indices]))
 
     def _input(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         arrays = [self.job.datums[i].loss_fn_inputs[name].to_numpy() for i in indices]
