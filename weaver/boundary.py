@@ -8,12 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, TypeVarTuple
+
+from anyio import CapacityLimiter, to_thread
 
 from weaver.errors import EngineError, WeaverError
+from weaver.threads import out_at_exit
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 def attempt(work: Callable[[], T]) -> T | WeaverError:
@@ -61,3 +66,14 @@ def or_raise(value: T | WeaverError) -> T:
     if isinstance(value, WeaverError):
         raise value
     return value
+
+
+async def blocking(
+    work: Callable[[*Ts], T], *args: *Ts, limiter: CapacityLimiter | None = None
+) -> T:
+    """What `work` returns or raises, in a worker thread: disks are slow, and merges torch's work.
+
+    A defect in it becomes an `EngineError`.
+    """
+    call = partial(out_at_exit, partial(attempt, lambda: work(*args)))
+    return or_raise(await to_thread.run_sync(call, limiter=limiter))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from anyio import CancelScope, to_thread
 
 from weaver import errors, protocol
-from weaver.boundary import attempt, attempt_async, or_raise
+from weaver.boundary import attempt_async, blocking
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.server.checkpoints import Location, storage_errors
 from weaver.server.runs import Run
-from weaver.threads import out_at_exit
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from weaver.server.sessions import Ticket
     from weaver.server.settings import Limits
     from weaver.types import CheckpointInfo
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +85,7 @@ class Operations:
         run_id, project = f"run-{ticket.token}", ticket.session.caller.project
         mine = [run for run in self.registry.runs.values() if run.project == project]
         self.limits.check_runs(len(mine))
-        model = await blocking(partial(self.engine.get_model, operation.base_model))
+        model = await blocking(self.engine.get_model, operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
             raise errors.UnsupportedError(
@@ -190,7 +187,7 @@ class Operations:
         done = await blocking(partial(disk.written, info, author=author, overwrite=overwrite))
         if done is not None:
             return done
-        await blocking(partial(self._check_stored, ticket.session.caller.project))
+        await blocking(self._check_stored, ticket.session.caller.project)
         save = partial(self.engine.save, info.run_id, include_optimizer=optimizer)
         draft = await filled(disk, Location.parse(info.path), save)
         return await blocking(partial(disk.commit, draft, info, author=author))
@@ -211,7 +208,7 @@ class Operations:
     async def _load(
         self, run: Run, operation: protocol.LoadCheckpoint
     ) -> protocol.CheckpointLoaded:
-        info, folder = await blocking(partial(self.checkpoints.open, operation.path))
+        info, folder = await blocking(self.checkpoints.open, operation.path)
         wrong = run.mismatch(info)
         if wrong is None and operation.include_optimizer and info.kind != "weights_and_optimizer":
             wrong = "it has no optimizer state"
@@ -227,11 +224,6 @@ class Operations:
         return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
 
 
-async def blocking(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, in a worker thread: the disk is slow at times."""
-    return or_raise(await to_thread.run_sync(attempt, partial(out_at_exit, work)))
-
-
 async def filled(
     disk: Checkpoints, location: Location, fill: Callable[[Path], Awaitable[None]]
 ) -> Path:
@@ -240,7 +232,7 @@ async def filled(
     Raises:
         StorageError: the disk is full or not writable; nothing was left behind.
     """
-    draft, done = await blocking(partial(disk.draft, location)), False
+    draft, done = await blocking(disk.draft, location), False
     try:
         with storage_errors(f"saving {location}"):
             await fill(draft)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from anyio import to_thread
 
-from weaver.boundary import attempt, attempt_async, or_raise
+from weaver.boundary import attempt, attempt_async, blocking, or_raise
 from weaver.errors import EngineError, RunNotFoundError, WeaverError
 from weaver.files import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.checkpoints import Location
-from weaver.server.operations import blocking, filled, gradient_job
+from weaver.server.operations import filled, gradient_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -102,8 +102,8 @@ class Recovery:
         await self.hold(run)
         try:
             async with run.committing:
-                remove = partial(self._delete_checkpoints, run.run_id)
-                gone = or_raise(await to_thread.run_sync(attempt, remove)) if checkpoints else []
+                remove = self._delete_checkpoints
+                gone = await blocking(remove, run.run_id) if checkpoints else []
                 await self.store.delete_run(run.run_id)
                 if run.loaded:
                     await self.unload(run)
@@ -190,8 +190,7 @@ class Recovery:
         restored, step = False, 0
         try:
             if record.snapshot:
-                open_it = partial(self.live.open, str(_place(run, record.snapshot)))
-                _, folder = await blocking(open_it)
+                _, folder = await blocking(self.live.open, str(_place(run, record.snapshot)))
                 step = await engine.load(run.run_id, folder, include_optimizer=True)
             run.step = run.snapshot_step = step
             for one in done:
@@ -227,7 +226,7 @@ class Recovery:
                     await engine.clear_gradients(run.run_id)
                 return None
             case LoadCheckpoint(path=path, include_optimizer=optimizer) if done.error is None:
-                _, folder = await blocking(partial(self.checkpoints.open, path))
+                _, folder = await blocking(self.checkpoints.open, path)
                 run.step = await engine.load(run.run_id, folder, include_optimizer=optimizer)
                 return None
         return reason
@@ -242,7 +241,7 @@ async def adopt(store: Journal, live: Checkpoints, run: Run, record: RunRecord) 
     Raises:
         StorageError: the database or the folder cannot be read or written.
     """
-    newest = or_raise(await to_thread.run_sync(attempt, partial(_newest, live, run.run_id)))
+    newest = await blocking(_newest, live, run.run_id)
     number = 0 if newest is None else int(newest.checkpoint.name)
     if newest is None or number <= record.snapshot:
         return record

@@ -17,7 +17,7 @@ import anyio
 from anyio import to_thread
 
 from weaver import errors
-from weaver.boundary import attempt, attempt_async, or_raise
+from weaver.boundary import attempt, attempt_async, blocking
 from weaver.checks import check_tokens
 from weaver.engine.base import SampleJob, WeightsRef
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
@@ -37,7 +37,7 @@ BASE = "base:"
 """What the id of a sampler on base weights begins with."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """Weights that the engine's sampler holds under `weights_id`."""
 
@@ -83,8 +83,7 @@ class Samplers:
         elif path.startswith(SCHEME):
             sampler_id = path
         else:
-            find = partial(attempt, partial(self._source, path, base_model))
-            folder, source = or_raise(await to_thread.run_sync(find))
+            folder, source = await blocking(self._source, path, base_model)
             sampler_id = str(folder)
             self._folders[sampler_id] = source
         loaded = await self._get(sampler_id)
@@ -108,18 +107,11 @@ class Samplers:
         expires_at: datetime | None,
     ) -> None:
         """Makes weights sampleable; samples that run on former ones go on with those."""
-        weights_id = self._weights_id(sampler_id)
+        self._count += 1
+        weights_id = f"{sampler_id}#{self._count}"
         version = await self._engine.publish(weights_id, ref)
-        await self._keep(
-            sampler_id,
-            Loaded(
-                weights_id=weights_id,
-                model=model,
-                version=version,
-                pinned=pinned,
-                expires_at=expires_at,
-            ),
-        )
+        loaded = Loaded(weights_id, model, version, pinned=pinned, expires_at=expires_at)
+        await self._keep(sampler_id, loaded)
 
     def encode(self, operation: Sample) -> Sample:
         """The same with the tokens of its text; in any thread, beside whatever else runs."""
@@ -192,21 +184,10 @@ class Samplers:
         return self._loaded[sampler_id]
 
     async def _load(self, sampler_id: str) -> None:
-        find = partial(attempt, partial(self._find, sampler_id))
-        base_model, folder, expires_at = or_raise(await to_thread.run_sync(find))
-        describe = partial(attempt, partial(self._engine.get_model, base_model))
-        model = or_raise(await to_thread.run_sync(describe))
-        weights_id = self._weights_id(sampler_id)
+        base_model, folder, expires_at = await blocking(self._find, sampler_id)
+        model = await blocking(self._engine.get_model, base_model)
         ref = WeightsRef(base_model=base_model, uri=None if folder is None else folder.as_uri())
-        version = await self._engine.publish(weights_id, ref)
-        loaded = Loaded(
-            weights_id=weights_id,
-            model=model,
-            version=version,
-            pinned=False,
-            expires_at=expires_at,
-        )
-        await self._keep(sampler_id, loaded)
+        await self.publish(sampler_id, ref, model=model, pinned=False, expires_at=expires_at)
 
     def _find(self, sampler_id: str) -> tuple[str, Path | None, datetime | None]:
         """The base model of a sampler, the folder of its weights, and when they expire."""
@@ -243,10 +224,6 @@ class Samplers:
 
     async def _let_go(self, loaded: Loaded) -> None:
         await attempt_async(partial(self._engine.release, loaded.weights_id))
-
-    def _weights_id(self, sampler_id: str) -> str:
-        self._count += 1
-        return f"{sampler_id}#{self._count}"
 
     def _source(self, path: str, base_model: str | None) -> tuple[Path, tuple[str, Path | None]]:
         """A folder; the base model of its weights, and the folder again if it holds an adapter."""

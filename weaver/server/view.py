@@ -10,20 +10,19 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 
 from weaver import types
-from weaver.boundary import attempt, or_raise
+from weaver.boundary import blocking
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
 from weaver.server.records import SessionRecord
 from weaver.server.registry import Access, no_run
 from weaver.server.runs import Run
 from weaver.server.sessions import Session
-from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from weaver.server.streams import SampleStream
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -182,10 +182,10 @@ class View:
         for model in await self.list_models():
             if model.name == base_model:
                 return model
-        return await self._disk(partial(self.parts.engine.get_model, base_model))
+        return await self._disk(self.parts.engine.get_model, base_model)
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return await self._disk(partial(self.parts.engine.tokenizer_files, base_model))
+        return await self._disk(self.parts.engine.tokenizer_files, base_model)
 
     async def list_runs(self) -> Sequence[types.TrainingRun]:
         runs = list(self.parts.registry.runs.values())
@@ -241,17 +241,17 @@ class View:
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[types.CheckpointInfo]:
         if run_id is not None:
             self._access.check_run(run_id)
-        found = await self._disk(partial(self.parts.checkpoints.list, run_id))
+        found = await self._disk(self.parts.checkpoints.list, run_id)
         return [self._shown(info) for info in found if self._access.has_run(info.run_id)]
 
     async def get_checkpoint(self, path: str) -> types.CheckpointInfo:
         self._access.check_path(path)
-        return self._shown(await self._disk(partial(self.parts.checkpoints.get, path)))
+        return self._shown(await self._disk(self.parts.checkpoints.get, path))
 
     async def delete_checkpoint(self, path: str, *, key: str | None = None) -> None:
         async with self._once(key):
             self._access.check_path(path)
-            await self._disk(partial(self.parts.checkpoints.delete, path))
+            await self._disk(self.parts.checkpoints.delete, path)
             self.parts.executor.release([path])
 
     async def set_checkpoint_ttl(
@@ -260,7 +260,7 @@ class View:
         self._access.check_path(path)
         if await self._was_done(key):
             return await self.get_checkpoint(path)
-        info = await self._disk(partial(self.parts.checkpoints.set_ttl, path, ttl_seconds))
+        info = await self._disk(self.parts.checkpoints.set_ttl, path, ttl_seconds)
         self.parts.executor.release([path])  # a sampler knows when its weights expire
         await self._keep(key)
         return self._shown(info)
@@ -272,7 +272,7 @@ class View:
             await self.get_model((await self.get_checkpoint(path)).base_model)
         self._access.check_path(path)
         describe = partial(exports.describe, path, merge=merge)
-        return await self._disk(describe, exports.merging if merge else None)
+        return await self._disk(describe, limiter=exports.merging if merge else None)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
@@ -330,10 +330,11 @@ class View:
             raise no_run(run_id)
         return runs[run_id]
 
-    async def _disk(self, work: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
+    async def _disk(
+        self, work: Callable[[*Ts], T], *args: *Ts, limiter: CapacityLimiter | None = None
+    ) -> T:
         self._check_open()
-        call = partial(out_at_exit, partial(attempt, work))  # a merge is torch's work
-        return or_raise(await to_thread.run_sync(call, limiter=limiter))
+        return await blocking(work, *args, limiter=limiter)
 
     def _shown(self, checkpoint: types.CheckpointInfo) -> types.CheckpointInfo:
         return checkpoint if self._caller.local else _bare(checkpoint)
