@@ -9,44 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
 
 from weaver.errors import NotFoundError
 from weaver.protocol import Export, ExportedFile
-from weaver.server.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import datetime
+    from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.server.checkpoints import Manifest
+    from weaver.server.checkpoints import Checkpoints, Manifest
 
 INTERNAL = frozenset({"weaver_state.json", "optimizer.safetensors"})
 CHUNK_BYTES = 8 * 2**20
 MERGED_KEPT, MERGED_KEPT_S = 8, 24 * 3600
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exports:
-    """Merged models are kept below `home`, each at the place of its checkpoint."""
+    """What `checkpoints` offer, as they are or merged."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        *,
-        home: Path,
-        now: Callable[[], datetime],
-    ) -> None:
-        self.merging = CapacityLimiter(1)
-        """For calls of `describe` with `merge`: a resend finds what the first one made, and those
-        that wait do not hold the threads of others."""
-        self._engine = engine
-        self._checkpoints = checkpoints
-        self._merged = Checkpoints(home, folder="merged", now=now)
+    engine: Engine
+    checkpoints: Checkpoints
+    merged: Checkpoints
+    """Merged models, each at the place of its checkpoint."""
+    merging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """For calls of `describe` with `merge`: a resend finds what the first one made, and those that
+    wait do not hold the threads of others."""
 
     def describe(self, path: str, *, merge: bool) -> Export:
         """Its files.
@@ -56,7 +48,7 @@ class Exports:
             CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError:
                 it cannot be merged.
         """
-        manifest = self._checkpoints.manifest(path)
+        manifest = self.checkpoints.manifest(path)
         if merge and manifest.checkpoint.training_mode == "lora":
             manifest = self._merge(manifest)
         folder = manifest.folder
@@ -73,9 +65,9 @@ class Exports:
         Raises:
             NotFoundError: the export has no such file, or was not described before.
         """
-        manifest = self._checkpoints.manifest(path)
+        manifest = self.checkpoints.manifest(path)
         if merge and manifest.checkpoint.training_mode == "lora":
-            manifest = self._merged.manifest(path)
+            manifest = self.merged.manifest(path)
         if name not in manifest.sha256.keys() - INTERNAL:
             raise NotFoundError(f"{path} has no file {name[:80]!r}.", field="name")
         with (manifest.folder / name).open("rb") as file:
@@ -84,28 +76,28 @@ class Exports:
 
     def sweep(self) -> None:
         """Deletes merged models whose checkpoint is gone, and what a killed merge has left."""
-        self._merged.sweep()
-        merged = self._merged.list()  # before the others: what is made meanwhile is kept
-        kept = {info.path for info in self._checkpoints.list()}
+        self.merged.sweep()
+        merged = self.merged.list()  # before the others: what is made meanwhile is kept
+        kept = {info.path for info in self.checkpoints.list()}
         for info in merged:
             if info.path not in kept:
-                self._merged.delete(info.path)
+                self.merged.delete(info.path)
 
     def _merge(self, manifest: Manifest) -> Manifest:
         info = manifest.checkpoint
 
         def fill(empty: Path) -> None:
-            _, adapter = self._checkpoints.open(info.path)  # with its files verified
-            self._engine.merge_adapter(info.base_model, adapter, empty)
+            _, adapter = self.checkpoints.open(info.path)  # with its files verified
+            self.engine.merge_adapter(info.base_model, adapter, empty)
 
-        others = [other for other in self._merged.list() if other.path != info.path]
+        others = [other for other in self.merged.list() if other.path != info.path]
         for oldest in others[: max(0, len(others) - MERGED_KEPT + 1)]:
-            self._merged.delete(oldest.path)
+            self.merged.delete(oldest.path)
         content = json.dumps(dict(manifest.sha256), sort_keys=True).encode()
-        self._merged.write(
+        self.merged.write(
             info.model_copy(update={"ttl_seconds": MERGED_KEPT_S}),
             fill,
             author=hashlib.sha256(content).hexdigest(),
             overwrite=True,
         )
-        return self._merged.manifest(info.path)
+        return self.merged.manifest(info.path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ class Loaded:
     expires_at: datetime | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Samplers:
     """A sampler's id says where its weights come from, so that it can be loaded whenever needed.
 
@@ -56,24 +57,16 @@ class Samplers:
     could be loaded again are kept, those used last.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        *,
-        kept: Checkpoints | None,
-        max_loaded: int,
-        now: Callable[[], datetime],
-    ) -> None:
-        self._now = now
-        self._engine = engine
-        self._checkpoints = checkpoints
-        self._kept = kept
-        self._max_loaded = max_loaded
-        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
-        self._loading = anyio.Lock()
-        self._folders: dict[str, tuple[str, Path | None]] = {}
-        self._count = 0
+    engine: Engine
+    checkpoints: Checkpoints
+    kept: Checkpoints | None
+    """Samplers without a name, if they outlive this process."""
+    max_loaded: int
+    now: Callable[[], datetime]
+    _loaded: OrderedDict[str, Loaded] = field(default_factory=OrderedDict)
+    _loading: anyio.Lock = field(default_factory=anyio.Lock)
+    _folders: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
+    _count: int = 0
 
     async def open(self, operation: OpenSampler) -> SamplerOpened:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError ..."""
@@ -109,7 +102,7 @@ class Samplers:
         """Makes weights sampleable; samples that run on former ones go on with those."""
         self._count += 1
         weights_id = f"{sampler_id}#{self._count}"
-        version = await self._engine.publish(weights_id, ref)
+        version = await self.engine.publish(weights_id, ref)
         loaded = Loaded(weights_id, model, version, pinned=pinned, expires_at=expires_at)
         await self._keep(sampler_id, loaded)
 
@@ -118,7 +111,7 @@ class Samplers:
         assert not isinstance(operation.prompt, ModelInput)
         ready = self._loaded.get(operation.sampler_id)
         name = ready.model.name if ready else self._find(operation.sampler_id)[0]
-        tokens = ModelInput.from_ints(self._engine.encode(name, operation.prompt))
+        tokens = ModelInput.from_ints(self.engine.encode(name, operation.prompt))
         return operation.model_copy(update={"prompt": tokens})
 
     async def release(self, sampler_id: str) -> None:
@@ -130,8 +123,8 @@ class Samplers:
     async def discard(self, sampler_id: str) -> None:
         """Releases weights, and deletes them where they were kept without a name."""
         await self.release(sampler_id)
-        if self._kept is not None and sampler_id.startswith(SCHEME):
-            await to_thread.run_sync(attempt, partial(self._kept.delete, sampler_id))
+        if self.kept is not None and sampler_id.startswith(SCHEME):
+            await to_thread.run_sync(attempt, partial(self.kept.delete, sampler_id))
 
     async def clear(self) -> None:
         """Forgets all weights."""
@@ -169,12 +162,12 @@ class Samplers:
             stream=operation.stream,
             tenant=project,
         )
-        return self._engine.sample(job, tell)
+        return self.engine.sample(job, tell)
 
     async def _get(self, sampler_id: str) -> Loaded:
         """Nothing is awaited once the weights are found, so that they are there when it ends."""
         ready = self._loaded.get(sampler_id)
-        if ready is not None and ready.expires_at is not None and ready.expires_at <= self._now():
+        if ready is not None and ready.expires_at is not None and ready.expires_at <= self.now():
             await self.release(sampler_id)
         while sampler_id not in self._loaded:
             async with self._loading:
@@ -185,7 +178,7 @@ class Samplers:
 
     async def _load(self, sampler_id: str) -> None:
         base_model, folder, expires_at = await blocking(self._find, sampler_id)
-        model = await blocking(self._engine.get_model, base_model)
+        model = await blocking(self.engine.get_model, base_model)
         ref = WeightsRef(base_model=base_model, uri=None if folder is None else folder.as_uri())
         await self.publish(sampler_id, ref, model=model, pinned=False, expires_at=expires_at)
 
@@ -207,29 +200,29 @@ class Samplers:
     def _open(self, path: str) -> tuple[CheckpointInfo, Path]:
         """A checkpoint, or a sampler without a name that was kept."""
         try:
-            return self._checkpoints.open(path)
+            return self.checkpoints.open(path)
         except errors.CheckpointNotFoundError:
-            if self._kept is None:
+            if self.kept is None:
                 raise
-            return self._kept.open(path)
+            return self.kept.open(path)
 
     async def _keep(self, sampler_id: str, loaded: Loaded) -> None:
         """In place of former weights, and of those that there is no room for any more."""
         former = self._loaded.pop(sampler_id, None)
         self._loaded[sampler_id] = loaded
         spare = [id for id, other in self._loaded.items() if not other.pinned]
-        gone = [self._loaded.pop(id) for id in spare[: -self._max_loaded]]
+        gone = [self._loaded.pop(id) for id in spare[: -self.max_loaded]]
         for one in [former, *gone] if former else gone:
             await self._let_go(one)
 
     async def _let_go(self, loaded: Loaded) -> None:
-        await attempt_async(partial(self._engine.release, loaded.weights_id))
+        await attempt_async(partial(self.engine.release, loaded.weights_id))
 
     def _source(self, path: str, base_model: str | None) -> tuple[Path, tuple[str, Path | None]]:
         """A folder; the base model of its weights, and the folder again if it holds an adapter."""
         folder = Path(path).expanduser().absolute()
         if (folder / MANIFEST).is_file():
-            return folder, (self._checkpoints.open(str(folder))[0].base_model, folder)
+            return folder, (self.checkpoints.open(str(folder))[0].base_model, folder)
         if (folder / "adapter_config.json").is_file():
             config = json.loads((folder / "adapter_config.json").read_text())
             name = base_model or config.get("base_model_name_or_path") or ""

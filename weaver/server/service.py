@@ -79,9 +79,11 @@ class LocalService:
         now: Callable[[], datetime] = now_utc,
     ) -> None:
         store, home, registry = store or Journal(), home.expanduser(), Registry()
-        checkpoints, live = Checkpoints(home, now=now), Checkpoints(home, folder="live", now=now)
+        checkpoints, live, merged = (
+            Checkpoints(home, folder=folder, now=now) for folder in ("runs", "live", "merged")
+        )
         kept = live if store.keeps == "everything" else None
-        samplers = Samplers(engine, checkpoints, kept=kept, max_loaded=loaded_samplers, now=now)
+        samplers = Samplers(engine, checkpoints, kept, max_loaded=loaded_samplers, now=now)
         self._operations = Operations(
             engine=engine,
             checkpoints=checkpoints,
@@ -107,7 +109,7 @@ class LocalService:
             store=store,
             checkpoints=checkpoints,
             live=live,
-            exports=Exports(engine, checkpoints, home=home, now=now),
+            exports=Exports(engine=engine, checkpoints=checkpoints, merged=merged),
             executor=executor,
             intake=intake,
             registry=registry,
