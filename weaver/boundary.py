@@ -21,20 +21,20 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-def attempt(work: Callable[[], T]) -> T | WeaverError:
+def attempt(work: Callable[[*Ts], T], *args: *Ts) -> T | WeaverError:
     """What `work` returns, or why it failed. A defect is logged and becomes an `EngineError`."""
     try:
-        return work()
+        return work(*args)
     except WeaverError as error:
         return error
     except Exception as error:
         return _defect(error)
 
 
-async def attempt_async(work: Callable[[], Awaitable[T]]) -> T | WeaverError:
+async def attempt_async(work: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T | WeaverError:
     """The same, of what has to be awaited."""
     try:
-        return await work()
+        return await work(*args)
     except WeaverError as error:
         return error
     except Exception as error:
@@ -75,5 +75,5 @@ async def blocking(
 
     A defect in it becomes an `EngineError`.
     """
-    call = partial(out_at_exit, partial(attempt, lambda: work(*args)))
+    call = partial(out_at_exit, lambda: attempt(work, *args))
     return or_raise(await to_thread.run_sync(call, limiter=limiter))

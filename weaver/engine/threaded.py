@@ -200,14 +200,14 @@ class ThreadedEngine:
 
     def _add(self, job: SampleJob, told: _Told) -> None:
         self._told[job.job_id] = told
-        refused = attempt(partial(self.sampler.add, job))
+        refused = attempt(self.sampler.add, job)
         if refused is not None:
             self._tell(SampleProgress(job_id=job.job_id, error=refused))
 
     def _cancel(self, told: _Told) -> None:
         if self._told.get(told.job_id) is told:
             del self._told[told.job_id]
-            attempt(partial(self.sampler.cancel, told.job_id))
+            attempt(self.sampler.cancel, told.job_id)
 
     def _tell(self, progress: SampleProgress) -> None:
         told = self._told.get(progress.job_id)
@@ -220,7 +220,7 @@ class ThreadedEngine:
         stepped = attempt(self.sampler.step)
         if isinstance(stepped, WeaverError):  # nobody knows whose fault it was, or what is left
             for job_id in list(self._told):
-                attempt(partial(self.sampler.cancel, job_id))
+                attempt(self.sampler.cancel, job_id)
                 self._tell(SampleProgress(job_id=job_id, error=stepped))
         else:
             for progress in stepped:

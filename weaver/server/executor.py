@@ -313,7 +313,7 @@ class Executor:
                 continue
             begin = partial(self._samplers.begin, project=_project(ticket))
             hear = partial(self._hear, ticket)
-            drop = await attempt_async(partial(begin, ticket.job_id, operation, hear))
+            drop = await attempt_async(begin, ticket.job_id, operation, hear)
             if isinstance(drop, WeaverError):
                 self._end(ticket, drop)
             elif self._was_dropped(ticket):

@@ -116,14 +116,12 @@ class Intake:
 
     async def _encode(self, ticket: Ticket, operation: protocol.Sample) -> WeaverError | None:
         """Beside the engine; answers why it cannot be encoded, or is too large then."""
-        encoded = await to_thread.run_sync(
-            partial(attempt, partial(self.encode, operation)),
-            limiter=self.encoding[ticket.session.caller.project],
-        )
+        limiter = self.encoding[ticket.session.caller.project]
+        encoded = await to_thread.run_sync(attempt, self.encode, operation, limiter=limiter)
         if isinstance(encoded, WeaverError):
             return encoded
         ticket.replace(encoded)
-        return attempt(partial(_check_size, encoded, self.limits))
+        return attempt(_check_size, encoded, self.limits)
 
     def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""
@@ -175,7 +173,7 @@ class Intake:
         """Ends the sessions of clients that are not heard of any more."""
         for session in list(self.registry.sessions.values()):
             if session.silent_for(self.limits.session_timeout_s):
-                await attempt_async(partial(self.close, session.session_id))
+                await attempt_async(self.close, session.session_id)
 
     def _of_project(self, session: Session) -> list[Session]:
         project = session.caller.project
@@ -190,7 +188,7 @@ class Intake:
         ):
             mine = [one for one in list(self.registry.runs.values()) if one.project == run.project]
             unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
-            error = attempt(partial(self.limits.check_journal, unsaved))
+            error = attempt(self.limits.check_journal, unsaved)
             if error is not None:
                 return error
         return refusal(ticket.submission, run, access=access, limits=self.limits)

@@ -54,9 +54,9 @@ class Operations:
             and isinstance(operation := ticket.submission.operation, protocol.ForwardBackward)
         ]
         if gradients:
-            done = await attempt_async(partial(self._forward_backward, gradients))
+            done = await attempt_async(self._forward_backward, gradients)
             return [done] * len(batch) if isinstance(done, errors.WeaverError) else done
-        return [await attempt_async(partial(self._one, *batch[0]))]
+        return [await attempt_async(self._one, *batch[0])]
 
     async def forget_all(self) -> None:
         """Frees what this service holds of the engine."""

@@ -78,7 +78,7 @@ class Recovery:
                     )
                 record = await adopt(self.store, self.live, run, record)
                 done = await self.store.executed(run.run_id, after=record.snapshot)
-                or_raise(await attempt_async(partial(self._restore, run, record, done)))
+                or_raise(await attempt_async(self._restore, run, record, done))
         except WeaverError:
             release(run)
             raise
@@ -86,7 +86,7 @@ class Recovery:
     async def unload(self, run: Run) -> None:
         """Takes it out of the engine; its next operation brings it back."""
         run.loaded = False
-        await attempt_async(partial(self.engine.delete_run, run.run_id))
+        await attempt_async(self.engine.delete_run, run.run_id)
         release(run)
 
     async def delete(self, run: Run, *, checkpoints: bool) -> list[str]:
@@ -148,7 +148,7 @@ class Recovery:
         number, saved_bytes = run.executed, run.unsaved_bytes
         run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
         save = partial(self.engine.save, run.run_id, include_optimizer=True)
-        draft = await attempt_async(partial(filled, self.live, _place(run, number), save))
+        draft = await attempt_async(filled, self.live, _place(run, number), save)
         if isinstance(draft, WeaverError):
             logger.warning("no snapshot of %s: %s", run.run_id, draft)
             return None
@@ -159,14 +159,13 @@ class Recovery:
         info = run.checkpoint(place, "weights_and_optimizer", step=run.snapshot_step)
         write = partial(self.live.commit, draft, info, last_seqs=dict(run.last_seqs))
         async with run.committing:  # one after another: each prunes what the former held
-            done = await to_thread.run_sync(partial(attempt, write), abandon_on_cancel=True)
+            done = await to_thread.run_sync(attempt, write, abandon_on_cancel=True)
             failure = done if isinstance(done, WeaverError) else None
             if failure is None:
-                put = partial(self.store.put_snapshot, run.run_id, number)
-                failure = await attempt_async(put)
+                failure = await attempt_async(self.store.put_snapshot, run.run_id, number)
             if failure is None:
                 run.unsaved_bytes -= saved_bytes
-                await to_thread.run_sync(partial(attempt, partial(self._prune, run, number)))
+                await to_thread.run_sync(attempt, self._prune, run, number)
             else:
                 logger.warning("no snapshot of %s: %s", run.run_id, failure)
 
@@ -199,7 +198,7 @@ class Recovery:
         finally:
             if not restored:
                 with anyio.move_on_after(FORGET_S, shield=True):
-                    await attempt_async(partial(engine.delete_run, run.run_id))
+                    await attempt_async(engine.delete_run, run.run_id)
         run.executed = max([record.executed, *(one.number for one in done)])
         run.lane.discard(run.lane.discard_reason or reason)
         run.loaded = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
@@ -49,7 +48,7 @@ async def restore(store: Journal, live: Checkpoints, registry: Registry) -> list
     if store.keeps != "everything":
         return []
     for run in list(registry.runs.values()):
-        taken = await attempt_async(partial(adopt, store, live, run, records[run.run_id]))
+        taken = await attempt_async(adopt, store, live, run, records[run.run_id])
         if isinstance(taken, WeaverError):
             logger.warning("the snapshots of %s cannot be looked at: %s", run.run_id, taken)
     sessions = {one.session_id: Session.of(one) for one in await store.sessions()}
@@ -90,7 +89,7 @@ async def _finish_deletions(store: Journal, live: Checkpoints, registry: Registr
     folders = await to_thread.run_sync(lambda: list(live.root.glob("*/")))
     for folder in folders:
         deleted = folder.name in registry.owners and folder.name not in registry.runs
-        if deleted and await attempt_async(partial(store.run, folder.name)) is None:  # not damaged
+        if deleted and await attempt_async(store.run, folder.name) is None:  # not damaged
             await to_thread.run_sync(forget_files, folder)
 
 

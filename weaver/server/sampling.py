@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,7 +123,7 @@ class Samplers:
         """Releases weights, and deletes them where they were kept without a name."""
         await self.release(sampler_id)
         if self.kept is not None and sampler_id.startswith(SCHEME):
-            await to_thread.run_sync(attempt, partial(self.kept.delete, sampler_id))
+            await to_thread.run_sync(attempt, self.kept.delete, sampler_id)
 
     async def clear(self) -> None:
         """Forgets all weights."""
@@ -216,7 +215,7 @@ class Samplers:
             await self._let_go(one)
 
     async def _let_go(self, loaded: Loaded) -> None:
-        await attempt_async(partial(self.engine.release, loaded.weights_id))
+        await attempt_async(self.engine.release, loaded.weights_id)
 
     def _source(self, path: str, base_model: str | None) -> tuple[Path, tuple[str, Path | None]]:
         """A folder; the base model of its weights, and the folder again if it holds an adapter."""

@@ -7,7 +7,6 @@ tasks, leaving ends them. It closes neither the engine nor the store; who made t
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -195,8 +194,7 @@ class LocalService:
         parts = self._parts
         while True:
             for disk in (parts.checkpoints, parts.live, parts.exports):
-                swept = partial(attempt, disk.sweep)
-                await to_thread.run_sync(swept, abandon_on_cancel=True)
+                await to_thread.run_sync(attempt, disk.sweep, abandon_on_cancel=True)
             await anyio.sleep(min(self._sweep_every_s, parts.limits.session_timeout_s / 2))
             await parts.intake.close_silent()
             await parts.executor.settle()  # what could not be journaled before

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ class TorchTrainer:
         tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
         groups: dict[tuple[int, bool], list[_Task]] = {}
         for task in tasks:
-            task.error = attempt(partial(check_finite, task.run.named_parameters()))
+            task.error = attempt(check_finite, task.run.named_parameters())
             groups.setdefault((id(task.run.model), task.job.backward), []).append(task)
         for group in groups.values():
             self._compute(group)
