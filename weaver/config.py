@@ -93,9 +93,12 @@ class EngineSettings:
     """What an engine in a user's own process and that of a server have in common."""
 
     home: Path = setting(Path("~/.weaver"), "Where runs, checkpoints and the database are kept.")
-    device: str = setting("cpu", "The torch device: cpu or cuda.")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "Of base weights; what is trained is float32."
+    device: str = setting(
+        "auto",
+        "auto (CUDA where torch has it, else the CPU), cpu, cuda, cuda:N, or mps (untested).",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Of base weights; auto: bfloat16 on CUDA, else float32. What is trained is float32."
     )
     threads: int = setting(0, "Torch threads; 0 chooses by the model's size.", least=0)
     deterministic: bool = setting(False, "No result depends on what else runs.")
@@ -132,7 +135,7 @@ def _value(option: Option, text: str) -> Any:
     elif option.type is bool and text not in ("0", "1"):
         hint = "Use 0 or 1."
     elif get_origin(option.type) is Literal and text not in (known := get_args(option.type)):
-        hint = f"Use {' or '.join(known)}."
+        hint = f"Use {', '.join(known[:-1])} or {known[-1]}."
     elif option.name == "base_url" and not text.startswith(("http://", "https://")):
         hint = "Start it with http:// or https://, or unset it to run embedded."
     if hint is not None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -144,11 +145,53 @@ def test_doctor(saved: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None
 def test_doctor_says_whether_a_model_fits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEAVER_HOME", str(home))
     said = weaver("doctor")
-    assert "needs 4.7 MB of " in said and "1.1 MB weights" in said and "answers:" in said
-    monkeypatch.setattr("weaver.engine.torch.engine.free_bytes", lambda device: 4_700_000)
+    assert "272,096 parameters; needs 4.7 MB of " in said and "1.1 MB weights" in said
+    assert "answers:" in said
+    monkeypatch.setattr("weaver.engine.torch.device.free_bytes", lambda place: 4_700_000)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1 and "DOES NOT FIT" in result.stdout
     assert "answers:" not in result.stdout  # it was not loaded
+
+
+def test_doctor_says_with_what_it_would_compute(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEAVER_HOME", str(home))
+    monkeypatch.setenv("WEAVER_THREADS", "1")
+    said = dict(line.split(maxsplit=1) for line in weaver("doctor").splitlines())
+    assert re.fullmatch(r"cpu \(auto: .*CUDA.*\)", said["device"])
+    assert re.fullmatch(r"float32 \(auto: .*\)", said["dtype"])
+    assert said["threads"] == "1 thread" and said["home"] == f"{home}, which can be written to"
+    assert {"weaver", "python", "torch", "transformers"} <= said.keys()
+    monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
+    assert re.search(r"dtype +bfloat16 \(as set\)", weaver("doctor"))
+
+
+def test_doctor_names_every_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_HOME", "/proc/nowhere")
+    monkeypatch.setenv("WEAVER_DEVICE", "gpu")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1 and "answers:" not in result.stdout
+    assert re.search(r"home +FAILED: .*cannot be written to.*WEAVER_HOME", result.stdout)
+    assert re.search(r"device +FAILED: .*'gpu'.*auto, cpu, cuda", result.stdout)
+    monkeypatch.setenv("WEAVER_DTYPE", "int8")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert re.search(r"settings +FAILED: WEAVER_DTYPE.*'int8'.*auto, float32 or", result.stdout)
+
+
+def test_doctor_says_which_extras_are_not_installed(
+    saved: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package in ("wandb", "torch"):
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr("weaver.cli.doctor.version", version)
+    said = weaver("doctor")  # with a server, none of them is needed here
+    assert re.search(r"torch +not installed", said) and re.search(r"extras +.*server", said)
+    assert 'engine,wandb; if wanted: pip install "weaver-post-training[engine,wandb]"' in said
 
 
 def test_a_server_out_of_reach_is_one_line(

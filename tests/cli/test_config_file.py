@@ -33,7 +33,7 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(
     monkeypatch.setenv("WEAVER_PORT", "5")
     monkeypatch.setenv("WEAVER_THREADS", "6")
     got = options("--config", str(file), "--port", "7")
-    assert (got["port"], got["threads"], got["host"], got["dtype"]) == (7, 6, "::1", "float32")
+    assert (got["port"], got["threads"], got["host"], got["dtype"]) == (7, 6, "::1", "auto")
     assert str(got["home"]) == "~/kept"
     assert got["model"] == ["a=b", "c/d"] and got["auth"] is False
     assert (got["snapshot_every"], got["snapshot_every_steps"]) == (3.0, 4)
@@ -52,7 +52,7 @@ def test_a_flag_beats_a_variable_beats_the_file_beats_the_default(
         ("port = 65536", "port is 65536.*less than or equal to 65535"),
         ("max_runs = -1", "max_runs is -1.*greater than or equal to 0"),
         ("home = 1", "home is 1.*path"),
-        ("dtype = 'int8'", "dtype is 'int8'.*'float32' or 'bfloat16'"),
+        ("dtype = 'int8'", "dtype is 'int8'.*'auto', 'float32' or 'bfloat16'"),
         ("port =", "cannot be read"),
         ("port = 1\nhost = x", "cannot be read.*line 2"),
     ],

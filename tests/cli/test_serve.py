@@ -127,6 +127,7 @@ def test_the_engine_is_closed_however_the_server_ends(
     result = CliRunner().invoke(app, ["serve", "--no-auth", "--host=0.0.0.0", f"--home={home}"])
     assert isinstance(result.exception, ConfigError)
     assert len(closed) == 1
+    assert f"computing with {closed[0].description}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -205,9 +206,15 @@ def test_what_cannot_be_configured_is_said() -> None:
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ConfigError, match="device"):
             TorchEngine(device=device)
-    engine = TorchEngine(threads=3)
-    assert engine.description == f"torch {torch.__version__} on cpu, float32, 3 threads"
-    engine.close()
+
+
+def test_the_engine_says_where_and_how_it_computes() -> None:
+    for device, why in (("cpu", "as set"), ("auto", "auto: .* CUDA.*")):
+        engine = TorchEngine(device=device, threads=3)
+        where = rf"torch {re.escape(torch.__version__)} on cpu \({why}\), float32, 3 threads"
+        assert re.fullmatch(where, engine.description)
+        assert engine.get_model("weaver-nano").dtype == "float32"
+        engine.close()
 
 
 def test_a_closed_engine_holds_no_memory_of_runs_and_samples() -> None:

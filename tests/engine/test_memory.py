@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from weaver.engine.torch.engine import free_bytes, needs_of
+from weaver.engine.torch.device import free_bytes, needs_of
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def test_the_verdict_is_in_words(catalog: Catalog) -> None:
     assert fits and said.endswith("fits") and "adapter and optimizer" in said
     fits, said = needs.against(needs.total)
     assert not fits and "DOES NOT FIT" in said and "WEAVER_DTYPE=bfloat16" in said
+    _, said = needs_of(catalog.facts("llama"), dtype="bfloat16").against(0)
+    assert said.endswith("try a smaller model")
     fits, said = needs.against(None)
     assert fits and "not known" in said
 
 
 def test_free_memory_is_below_that_of_the_machine() -> None:
-    free = free_bytes("cpu")
+    free = free_bytes(torch.device("cpu"))
     if free is None:
         pytest.skip("this system does not tell")
     with open("/proc/meminfo") as file:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import models, runs, serve
+from weaver.cli import doctor, models, runs, serve
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
-app.command("doctor")(models.doctor)
+app.command("doctor")(doctor.doctor)
 app.command("sessions")(runs.sessions)
 app.command("sample")(models.sample)
 app.command("chat")(models.chat)

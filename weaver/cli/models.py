@@ -1,27 +1,19 @@
-"""`weaver models`, `doctor`, `sample` and `chat`: which models there are, what can run here, and a
-model at the prompt of a shell.
-"""
+"""`weaver models`, `sample` and `chat`: which models there are, and one at a shell's prompt."""
 
 from __future__ import annotations
 
-import platform
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from weaver.cli.output import Json, ask, show, show_one
-from weaver.config import Settings, load_settings
-from weaver.errors import WeaverError, requiring
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from weaver.client.sampling import AsyncSamplingClient
 
-PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 app = typer.Typer(help="Base models.", no_args_is_help=True)
 Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a weaver:// path.")]
 MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
@@ -55,58 +47,6 @@ def check(
 ) -> None:
     """Say whether a model can be trained here, without loading its weights."""
     show_one(ask(lambda service: service.get_model(name)), as_json=as_json)
-
-
-def doctor(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="To load and sample.")
-    ] = "weaver-nano",
-) -> None:
-    """Look at the installation: packages, device, server; whether a model fits and answers."""
-    from weaver.types import SamplingParams
-
-    params = SamplingParams(max_tokens=4, temperature=0)
-    settings = load_settings()
-    for name, state in _installation(settings):
-        _say(name, state)
-    began = time.perf_counter()
-    fits = True
-    try:
-        if settings.base_url is None:  # a server has its own memory
-            fits, said = _memory(settings, model)
-            _say("memory", said)
-        if fits:
-            [answer] = ask_model(model, lambda client: client.sample("a", params)).sequences
-            _say(model, f"answers: {answer.text!r} ({time.perf_counter() - began:.1f} s)")
-    except WeaverError as error:
-        _say(model, f"FAILED: {error}")
-        fits = False
-    raise typer.Exit(0 if fits else 1)
-
-
-def _say(name: str, state: str) -> None:
-    print(f"{name:<14} {state}")
-
-
-def _installation(settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for package in PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            yield package, "not installed"
-    yield "home", str(settings.home)
-    yield "service", settings.base_url or f"embedded, {settings.device}, {settings.dtype}"
-    yield "api key", "set" if settings.api_key else "not set"
-
-
-def _memory(settings: Settings, model: str) -> tuple[bool, str]:
-    """Whether it fits, in words; before it is loaded, which might take the machine down."""
-    with requiring("the embedded engine", "engine"):
-        from weaver.engine.torch.catalog import Catalog
-        from weaver.engine.torch.engine import free_bytes, needs_of
-    needs = needs_of(Catalog({}, allow_paths=True).facts(model), dtype=settings.dtype)
-    return needs.against(free_bytes(settings.device))
 
 
 def sample(

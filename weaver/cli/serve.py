@@ -115,6 +115,7 @@ def serve(config: Config = None, **given: Any) -> None:
         deterministic=settings.deterministic,
     )
     with closing(engine):
+        print(f"computing with {engine.description}", file=sys.stderr)
         for name in engine.list_models():
             print(f"serving {name.name} ({name.num_parameters:,} parameters)", file=sys.stderr)
         anyio.run(partial(run_server, engine, settings, started=partial(_tell, settings.auth)))

@@ -163,7 +163,7 @@ class Engine(Trainer, Sampler, Protocol):
 
     @property
     def description(self) -> str:
-        """For the log: `torch 2.13 on cpu, float32, 2 threads`."""
+        """For the log: `torch 2.13 on cpu (as set), float32, 2 threads`."""
 
     def list_models(self) -> Sequence[types.ModelInfo]: ...
 

@@ -220,9 +220,10 @@ class ModelStore:
         try:
             module.to(self.device)
         except torch.OutOfMemoryError as error:
+            halved = dtype == torch.float32 and not trainable
             raise EngineError(
                 f"not enough memory on {self.device} for {facts.info.name}.",
-                hint="Use WEAVER_DTYPE=bfloat16 or a smaller model.",
+                hint=f"Use {'WEAVER_DTYPE=bfloat16 or ' if halved else ''}a smaller model.",
             ) from error
         if weights is not None:
             set_weights(dict(module.named_parameters()), weights)
@@ -240,14 +241,14 @@ class ModelStore:
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
-    @property
-    def threads_text(self) -> str:
-        """For the log."""
-        threads = self.threads or f"1 to {physical_cores()}"
-        return f"{threads} thread{'' if threads == 1 else 's'}"
-
     def close(self) -> None:
         self._models.clear()
+
+
+def threads_text(threads: int) -> str:
+    """The setting in words."""
+    number = threads or f"1 to {physical_cores()}"
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def physical_cores() -> int:

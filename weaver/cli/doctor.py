@@ -1,0 +1,123 @@
+"""`weaver doctor`: what is installed, what would compute here, and what mends each fault."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weaver.cli.models import ask_model
+from weaver.config import Settings, load_settings
+from weaver.errors import EngineError, WeaverError, requiring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WEAVER = "weaver-post-training"
+PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
+
+
+def doctor(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="To load and sample.")
+    ] = "weaver-nano",
+) -> None:
+    """Look at the installation: packages, device, server; whether a model fits and answers."""
+    from weaver.types import SamplingParams
+
+    faults: list[str] = []
+    _say_what_is_installed()
+    with _checking("settings", faults):
+        settings = load_settings()
+        _say("service", settings.base_url or "embedded")
+        _say("api key", "set" if settings.api_key else "not set")
+        if settings.base_url is None:  # a server has a home, a device and memory of its own
+            _check_embedded(settings, model, faults)
+    if not faults:  # what does not fit might take the machine down
+        with _checking(model, faults):
+            began = time.perf_counter()
+            params = SamplingParams(max_tokens=4, temperature=0)
+            [answer] = ask_model(model, lambda client: client.sample("a", params)).sequences
+            _say(model, f"answers: {answer.text!r} ({time.perf_counter() - began:.1f} s)")
+    raise typer.Exit(1 if faults else 0)
+
+
+def _say(name: str, state: str) -> None:
+    print(f"{name:<14} {state}")
+
+
+@contextmanager
+def _checking(name: str, faults: list[str]) -> Iterator[None]:
+    """Says and keeps the fault that is found inside; the command goes on behind it."""
+    try:
+        yield
+    except WeaverError as error:
+        _say(name, f"FAILED: {error}")
+        faults.append(name)
+
+
+def _say_what_is_installed() -> None:
+    versions = {name: _version(name) for name in (WEAVER, *PACKAGES)}
+    _say("weaver", versions.pop(WEAVER) or "not installed, run from its source")
+    _say("python", f"{platform.python_version()} on {platform.platform()}")
+    for name, found in versions.items():
+        _say(name, found or "not installed")
+    extras = _extras()
+    _say("extras", ", ".join(name for name, whole in extras.items() if whole) or "none")
+    if missing := ",".join(name for name, whole in extras.items() if not whole):
+        _say("other extras", f'{missing}; if wanted: pip install "{WEAVER}[{missing}]"')
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _extras() -> dict[str, bool]:
+    """Whether all that an extra of this package asks for is installed."""
+    try:
+        lines = requires(WEAVER) or []
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, bool] = {}
+    for line in lines:  # such as: psycopg[binary]>=3.2; extra == 'server'
+        extra = re.search(r"extra == ['\"]([\w-]+)", line)
+        package = re.match(r"[\w.-]+", line)
+        if extra and package and extra[1] not in ("all", "dev"):
+            whole = _version(package[0]) is not None
+            found[extra[1]] = found.get(extra[1], True) and whole
+    return found
+
+
+def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
+    """What an engine in this process would have; the model is not loaded yet."""
+    with _checking("home", faults):
+        with requiring("the embedded engine", "engine"):
+            from weaver.server.database import open_database
+        open_database(settings.home, file="embedded.db").dispose()
+        _say("home", f"{settings.home}, which can be written to")
+    with _checking("device", faults):
+        with requiring("the embedded engine", "engine"):
+            from weaver.engine.torch import device as devices
+            from weaver.engine.torch.catalog import Catalog
+            from weaver.engine.torch.models import threads_text
+        device = devices.choose_device(settings.device, settings.dtype)
+        free = devices.free_bytes(device.place)
+        _say("device", f"{device.place} ({device.why})")
+        _say("dtype", f"{device.dtype} ({device.dtype_why})")
+        _say("threads", threads_text(settings.threads))
+        _say("free memory", "not known" if free is None else devices.size_text(free))
+        with _checking(model, faults):
+            facts = Catalog({}, allow_paths=True).facts(model)
+            fits, said = devices.needs_of(facts, dtype=device.dtype).against(free)
+            said = f"{facts.info.num_parameters:,} parameters; {said}"
+            if not fits:
+                raise EngineError(said)
+            _say(model, said)

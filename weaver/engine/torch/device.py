@@ -1,0 +1,180 @@
+"""`Device`: where the engine computes and in which dtype; what is free there, what a model needs.
+
+`TorchEngine` chooses one when it is made; `weaver doctor` asks before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from weaver.engine.torch.lora import roles
+from weaver.errors import ConfigError
+from weaver.types import LoraConfig
+
+if TYPE_CHECKING:
+    from weaver.engine.torch.catalog import ModelFacts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAM_COPIES = 4
+"""Of each trained value, in float32: itself, its gradient and two moments."""
+CACHED_TOKENS = 4096
+USABLE = 0.9
+"""The rest is for activations of small batches and for everything else."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """As it was chosen."""
+
+    place: torch.device
+    why: str
+    """In a few words: `auto: torch finds no CUDA device`."""
+    dtype: str
+    """Of frozen base weights, a key of `DTYPES`."""
+    dtype_why: str
+
+
+def choose_device(device: str, dtype: str) -> Device:
+    """What these settings mean on this machine; `auto` is CUDA in bfloat16, else CPU in float32.
+
+    Raises:
+        ConfigError: one of them is unknown or cannot be used here; says what to do.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"is {dtype!r}.", field="dtype", hint="Use auto, float32 or bfloat16.")
+    place, why = _find() if device == "auto" else _named(device)
+    if place.type == "cuda":
+        try:
+            free_bytes(place)  # the first call that the driver may refuse
+        except RuntimeError as error:
+            raise ConfigError(
+                f"is {device!r}, but {place} cannot be used: {str(error).splitlines()[0]}",
+                field="device",
+                hint="See what `nvidia-smi` says of it, or use WEAVER_DEVICE=cpu.",
+            ) from error
+    if dtype != "auto":
+        return Device(place=place, why=why, dtype=dtype, dtype_why="as set")
+    if place.type == "cuda":
+        return Device(place=place, why=why, dtype="bfloat16", dtype_why="auto: on CUDA")
+    return Device(place=place, why=why, dtype="float32", dtype_why="auto: on all but CUDA")
+
+
+def _find() -> tuple[torch.device, str]:
+    """The device of `auto`, and why that."""
+    if lack := _lack_of_cuda():
+        return torch.device("cpu"), f"auto: {lack[0]}"
+    return torch.device("cuda", 0), "auto: the first CUDA device that torch finds"
+
+
+def _named(name: str) -> tuple[torch.device, str]:
+    kind, _, index = name.partition(":")
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d*))?", name):
+        hint = "Use auto, cpu, cuda, cuda:N for the device of number N, or mps."
+        raise ConfigError(f"is {name!r}.", field="device", hint=hint)
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            hint = "It needs macOS on Apple silicon; use auto or cpu."
+            raise ConfigError("is 'mps', which torch does not find.", field="device", hint=hint)
+        return torch.device(name), "as set; untested"
+    if kind == "cuda":
+        if lack := _lack_of_cuda():
+            hint = f"{lack[1]}; or use auto or cpu."
+            raise ConfigError(f"is {name!r}, but {lack[0]}.", field="device", hint=hint)
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            there = ", ".join(f"cuda:{i}" for i in range(count))
+            hint = f"There is {there}; CUDA_VISIBLE_DEVICES may hide others."
+            raise ConfigError(f"is {name!r}, which is not there.", field="device", hint=hint)
+        return torch.device("cuda", int(index or 0)), "as set"
+    return torch.device(name), "as set"
+
+
+def _lack_of_cuda() -> tuple[str, str] | None:
+    """Why torch has no CUDA device, and what to do about it; None where it has one."""
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            "this torch is built without CUDA",
+            "Install one that has it, see https://pytorch.org/get-started/locally",
+        )
+    return (
+        "torch finds no CUDA device",
+        "See whether `nvidia-smi` lists one and CUDA_VISIBLE_DEVICES does not hide it",
+    )
+
+
+def free_bytes(place: torch.device) -> int | None:
+    """Of the device, or of this machine (or its container) for the CPU; None where not told."""
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    if place.type != "cpu":
+        return None
+    known = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        limit = int((CGROUP / "memory.max").read_text())
+        known.append(limit - int((CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or a container without a limit
+        pass
+    return min(known, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """In bytes."""
+
+    dtype: str
+    """Of `weights` and `cache`."""
+    weights: int
+    adapter: int
+    """A LoRA adapter of the default rank in training."""
+    cache: int
+    """Keys and values of one sequence of `cached_tokens`."""
+    cached_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.cache
+
+    def against(self, free: int | None) -> tuple[bool, str]:
+        """Whether it fits, as far as is known, and the sum in words."""
+        parts = (
+            f"{size_text(self.weights)} weights, {size_text(self.adapter)} adapter and optimizer, "
+            f"{size_text(self.cache)} cache of {self.cached_tokens:,} tokens"
+        )
+        total = size_text(self.total)
+        if free is None:
+            return True, f"needs {total} ({parts}); what is free is not known here"
+        fits = self.total <= USABLE * free
+        smaller = "WEAVER_DTYPE=bfloat16 or " if self.dtype == "float32" else ""
+        verdict = "fits" if fits else f"DOES NOT FIT; try {smaller}a smaller model"
+        return fits, f"needs {total} of {size_text(free)} free ({parts}): {verdict}"
+
+
+def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
+    """Without activations, which grow with the tokens of a pass."""
+    lora = LoraConfig()
+    chosen = roles(lora)
+    sides = (t.in_features + t.out_features for t in facts.targets.values() if chosen[t.role])
+    tokens = min(CACHED_TOKENS, facts.info.context_length)
+    values = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * tokens
+    size = DTYPES[dtype].itemsize
+    return Needs(
+        dtype=dtype,
+        weights=facts.info.num_parameters * size,
+        adapter=ADAM_COPIES * torch.float32.itemsize * lora.rank * sum(sides),
+        cache=values * size,
+        cached_tokens=tokens,
+    )
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
