@@ -70,7 +70,7 @@ class Intake:
             sizes = {one.id: size for one, (_, size) in zip(submissions, weighed, strict=True)}
             with CancelScope(shield=True):  # journaled means accepted, also if the caller is gone
                 try:
-                    mine = self._of_project(session)
+                    mine = self.registry.sessions_of(session.caller.project)
                     pending = sum(one.unfinished for one in mine)
                     self.limits.check_pending(pending, new=len(fresh))
                     held, new = sum(s.held_bytes for s in mine), sum(sizes[s.id] for s in fresh)
@@ -175,10 +175,6 @@ class Intake:
             if session.silent_for(self.limits.session_timeout_s):
                 await attempt_async(self.close, session.session_id)
 
-    def _of_project(self, session: Session) -> list[Session]:
-        project = session.caller.project
-        return [s for s in self.registry.sessions.values() if s.caller.project == project]
-
     def _refusal(self, ticket: Ticket, run: Run | None, *, access: Access) -> WeaverError | None:
         operation = ticket.submission.operation
         if (
@@ -186,7 +182,7 @@ class Intake:
             and isinstance(operation, protocol.ForwardBackward)
             and operation.backward
         ):
-            mine = [one for one in list(self.registry.runs.values()) if one.project == run.project]
+            mine = self.registry.runs_of(run.project)
             unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
             error = attempt(self.limits.check_journal, unsaved)
             if error is not None:

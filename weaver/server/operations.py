@@ -83,8 +83,7 @@ class Operations:
         self, operation: protocol.CreateModel, ticket: Ticket
     ) -> protocol.ModelCreated:
         run_id, project = f"run-{ticket.token}", ticket.session.caller.project
-        mine = [run for run in self.registry.runs.values() if run.project == project]
-        self.limits.check_runs(len(mine))
+        self.limits.check_runs(len(self.registry.runs_of(project)))
         model = await blocking(self.engine.get_model, operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
         if mode not in model.training_modes:
@@ -197,12 +196,11 @@ class Operations:
         if self.limits.stored_bytes is None:
             return
         stored = 0
-        for run_id in [
-            run_id for run_id, owner in list(self.registry.owners.items()) if owner == project
-        ]:
-            unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
-            kept = [info for info in unnamed if info.kind == "sampler"]
-            stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
+        for run_id, owner in list(self.registry.owners.items()):
+            if owner == project:
+                unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
+                kept = [info for info in unnamed if info.kind == "sampler"]
+                stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
         self.limits.check_stored(stored)
 
     async def _load(

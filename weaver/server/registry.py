@@ -29,6 +29,13 @@ class Registry:
     sessions: dict[str, Session] = field(default_factory=dict)
     """The open ones."""
 
+    def sessions_of(self, project: str) -> list[Session]:
+        return [one for one in self.sessions.values() if one.caller.project == project]
+
+    def runs_of(self, project: str) -> list[Run]:
+        """May be asked in any thread."""
+        return [one for one in list(self.runs.values()) if one.project == project]
+
 
 def no_run(run_id: str | None) -> RunNotFoundError:
     name = (run_id or "")[:80]

@@ -110,9 +110,8 @@ class View:
         sessions = parts.registry.sessions
         async with parts.opening:
             if record.session_id not in sessions and not await self._was_done(key):
-                project = self._caller.project
-                mine = [s for s in sessions.values() if s.caller.project == project]
                 if not lasting:
+                    mine = parts.registry.sessions_of(self._caller.project)
                     parts.limits.check_sessions(sum(not one.lasting for one in mine))
                 await parts.store.open_session(record)
                 sessions[record.session_id] = Session.of(record)
