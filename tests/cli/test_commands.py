@@ -190,6 +190,7 @@ def test_doctor_says_which_extras_are_not_installed(
 
     monkeypatch.setattr("weaver.cli.doctor.version", version)
     said = weaver("doctor")  # with a server, none of them is needed here
+    assert re.search(r"home +/.*, which can be written to", said)
     assert re.search(r"torch +not installed", said) and re.search(r"extras +.*server", said)
     assert 'engine,wandb; if wanted: pip install "weaver-post-training[engine,wandb]"' in said
 

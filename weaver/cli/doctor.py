@@ -7,16 +7,18 @@ import re
 import time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weaver.cli.models import ask_model
 from weaver.config import Settings, load_settings
-from weaver.errors import EngineError, WeaverError, requiring
+from weaver.errors import ConfigError, EngineError, WeaverError, requiring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 WEAVER = "weaver-post-training"
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
@@ -36,7 +38,9 @@ def doctor(
         settings = load_settings()
         _say("service", settings.base_url or "embedded")
         _say("api key", "set" if settings.api_key else "not set")
-        if settings.base_url is None:  # a server has a home, a device and memory of its own
+        with _checking("home", faults):  # a server's client keeps tokenizers there
+            _check_home(settings.home)
+        if settings.base_url is None:  # a server has a device and memory of its own
             _check_embedded(settings, model, faults)
     if not faults:  # what does not fit might take the machine down
         with _checking(model, faults):
@@ -96,13 +100,21 @@ def _extras() -> dict[str, bool]:
     return found
 
 
+def _check_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{home} cannot be written to: {error.strerror}.",
+            field="home",
+            hint="Choose a folder of yours with WEAVER_HOME.",
+        ) from None
+    _say("home", f"{home}, which can be written to")
+
+
 def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
     """What an engine in this process would have; the model is not loaded yet."""
-    with _checking("home", faults):
-        with requiring("the embedded engine", "engine"):
-            from weaver.server.database import open_database
-        open_database(settings.home, file="embedded.db").dispose()
-        _say("home", f"{settings.home}, which can be written to")
     with _checking("device", faults):
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
