@@ -96,13 +96,10 @@ class LocalService:
             engine=engine, store=store, checkpoints=checkpoints, live=live, durability=durability
         )
         activity = Activity(registry)
-        merge_tokens = 0 if deterministic else merge_tokens
         outcomes = Outcomes(recovery, runs=registry.runs, activity=activity)
-        executor = Executor(
-            self._operations, recovery, outcomes=outcomes, merge_tokens=merge_tokens
-        )
-        encode = samplers.encode
-        intake = Intake(executor, store, registry, limits, gap_timeout_s, now=now, encode=encode)
+        tokens = 0 if deterministic else merge_tokens
+        executor = Executor(self._operations, recovery, outcomes=outcomes, merge_tokens=tokens)
+        intake = Intake(executor, store, registry, limits, gap_timeout_s, now, samplers.encode)
         self._parts = Parts(
             engine=engine,
             store=store,
