@@ -37,12 +37,12 @@ class Flags:
     """Tasks that are only evaluated."""
     steps: int = 60
     max_tokens: int = 12
-    """Of a reply."""
+    """Tokens of a reply, at most."""
     learning_rate: float | None = None
-    """Of AdamW, gradients clipped at a norm of 1; none: by the model's size, 1e-3 for weaver-nano,
+    """AdamW's, gradients clipped at a norm of 1; none: by the model's size, 1e-3 for weaver-nano,
     4e-5 to 1e-5 for billions of parameters."""
     rank: int = 8
-    """Of the LoRA adapter; its alpha is four times that."""
+    """The LoRA adapter's; its alpha is four times that."""
     seed: int = 0
     out: Path | None = None
     """The run's folder; none: a new one under runs/."""

@@ -51,7 +51,7 @@ HELD_OUT = ("coffee table", "blue sky", "strong wind", "under water", "chess pla
 class Flags:
     base_model: str = "weaver-nano"
     steps: int = 60
-    """Of fine-tuning."""
+    """Steps of fine-tuning."""
     rl_steps: int = 40
     batch_size: int = 24
     learning_rate: float | None = None

@@ -57,9 +57,9 @@ class Flags(_run.Flags):
     too_long: rl.TooLong = "refuse"
     """What is done with longer ones; cut and dropped ones are counted."""
     max_tokens: int = 40
-    """Of an answer in the evaluation."""
+    """Tokens of an answer in the evaluation, at most."""
     learning_rate: float | None = None
-    """Of AdamW; none: 2e-3 for weaver-nano, else by the model's size."""
+    """AdamW's; none: 2e-3 for weaver-nano, else by the model's size."""
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -98,7 +98,8 @@ async def train(flags: Flags) -> Mapping[str, float]:
 
 
 def example_of(row: rl.Task) -> rl.Task:
-    """Of a prompt with its answer, with a space or as messages; other rows are examples."""
+    """The example of a prompt and its answer, with a space or as messages; other rows are
+    examples."""
     prompt, answer = row.get("prompt"), row.get("answer")
     if prompt is None or answer is None:
         return row

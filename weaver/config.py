@@ -51,7 +51,7 @@ class Option:
     """A setting as users know it."""
 
     name: str
-    """Of a flag; with `_` for `-`, as in the file it may be, too."""
+    """The name of a flag; with `_` for `-`, as in the file it may be, too."""
     type: Any
     default: Any
     help: str

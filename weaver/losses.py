@@ -151,7 +151,7 @@ class Surrogate(Loss):
 
 
 class RatioLoss(Loss):
-    """Of what was sampled from q; metrics say how far the policy has left it."""
+    """A loss of what was sampled from q; metrics say how far the policy has left it."""
 
     inputs = ("logprobs", "advantages")
     reads_entropy = True

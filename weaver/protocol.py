@@ -33,7 +33,7 @@ class CreateModel(types.Value):
     training_mode: types.TrainingMode = "lora"
     lora_config: types.LoraConfig | None = None
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    """Of the adapter's initial values, where `lora_config.seed` is None."""
+    """Seeds the adapter's initial values, where `lora_config.seed` is None."""
     user_metadata: fields.JsonDict = Field(default_factory=dict)
 
 
@@ -46,7 +46,7 @@ class ForwardBackward(types.Value):
     loss_fn_config: fields.Options = Field(default_factory=dict)
     backward: bool = True
     labels: tuple[fields.ShortText, ...] = ()
-    """Of the submitter, for its datums: the result brings them back."""
+    """The submitter's own, for its datums: the result brings them back."""
 
 
 class OptimStep(types.Value):
@@ -224,7 +224,7 @@ class Submission(types.Value):
     """Set in the tombstone of a gradient pass, without which the run's batch lacks a part: the next
     `optim_step` fails with `GradientsDiscardedError`, as after a pass that was refused."""
     note: Annotated[str, Field(strict=True, max_length=1024)] | None = None
-    """Of the submitter, for itself: the outcome brings it back, also after a restart."""
+    """The submitter's own: the outcome brings it back, also after a restart."""
 
 
 class Outcome(types.Value):

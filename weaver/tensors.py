@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES: tuple[str, ...] = ("int64", "float32")
 MAX_DIMENSIONS = 8
-"""Of an array that comes in a message; no operation has more."""
+"""What an array that comes in a message may have; no operation has more."""
 
 
 class Numbers:

@@ -281,9 +281,10 @@ class SampledSequence(Value):
     text: str
     """The decoded tokens, without special tokens and without the stop string."""
     logprobs: fields.Floats
-    """Of the policy: untempered, unfiltered."""
+    """Log-probabilities under the policy: untempered, unfiltered."""
     sampling_logprobs: fields.Floats
-    """Of the distribution that was drawn from: after penalty, temperature, top-k, top-p, min-p."""
+    """Log-probabilities in the distribution that was drawn from: after penalty, temperature, top-k,
+    top-p, min-p."""
     stop_reason: StopReason
     weights_version: int = 0
     """The optimizer step of the weights that sampled it; 0 for a base model."""
@@ -320,7 +321,7 @@ class ModelInfo(Value):
     num_parameters: int
     training_modes: tuple[TrainingMode, ...] = ("lora", "full_ft")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights that are sampled from; what is trained is float32."""
+    """That of the weights that are sampled from; what is trained is float32."""
 
 
 class CheckpointInfo(Value):

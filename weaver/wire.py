@@ -202,7 +202,7 @@ async def beside(
 
 
 def _pack_files(message: object, arrays: bytearray) -> Any:
-    """Of a mapping of bytes; None of anything else."""
+    """The tree of a mapping of bytes; None of anything else."""
     if not isinstance(message, Mapping) or {type(value) for value in message.values()} != {bytes}:
         return None
     return {

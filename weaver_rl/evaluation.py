@@ -25,7 +25,7 @@ from weaver_rl.types import Group, Task
 __all__ = ["Evaluate", "Evaluation", "evaluate", "evaluator"]
 
 Evaluate = Callable[["AsyncSamplingClient"], Awaitable[Mapping[str, float]]]
-"""Of the weights that the sampler has, at some step of a loop."""
+"""Measures the weights that the sampler has, at some step of a loop."""
 Floats = npt.NDArray[np.float64]
 Z = 1.959964
 """The 97.5% quantile of the standard normal distribution."""
@@ -50,13 +50,13 @@ class Evaluation:
     """What `evaluate` found. `print(evaluation.mean)` shows `0.900 [0.744, 0.965]`."""
 
     mean: Estimate | None
-    """Of the tasks' mean rewards; None where every rollout failed."""
+    """The standard error of the tasks' mean rewards; None where every rollout failed."""
     pass_at: Mapping[int, Estimate]
     """By k: the chance that at least one of k samples passes."""
     failed: int
     """Rollouts without a reward; they are in no other number."""
     truncated_fraction: float
-    """Of rollouts cut off by max_tokens."""
+    """The share of rollouts that max_tokens cut off."""
     groups: tuple[Group, ...] = field(repr=False)
 
     @property

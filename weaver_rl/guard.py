@@ -126,7 +126,8 @@ def is_async(function: object) -> bool:
 
 
 def name_of(function: object) -> str:
-    """Of a function, a partial, an object that is called, or one of several replies, for people."""
+    """The name of a function, a partial, an object that is called, or one of several replies, for
+    people."""
     if isinstance(function, partial):
         return name_of(function.func)
     return str(getattr(function, "__name__", type(function).__name__))

@@ -117,7 +117,7 @@ class Behaviour:
     tempered: bool
     """q is `sampling_logprobs`; else `logprobs`, which are untempered."""
     temperature: float
-    """Of the policy that is trained."""
+    """Those under the policy that is trained."""
 
     @property
     def known(self) -> bool:

@@ -68,9 +68,9 @@ def check_gap(
 
 
 ZeroVariance = Literal["keep", "drop", "resample"]
-"""Of groups whose samples all earned the same, and so teach nothing. keep: they count in the
-denominator; drop: they do not; resample: others take their place. The latter two are the dynamic
-sampling of DAPO (Yu et al., arXiv:2503.14476, section 3.2)."""
+"""What becomes of groups whose samples all earned the same, and so teach nothing. keep: they count
+in the denominator; drop: they do not; resample: others take their place. The latter two are the
+dynamic sampling of DAPO (Yu et al., arXiv:2503.14476, section 3.2)."""
 Schedule = Callable[[int], float]
 """Step, from 0, to learning rate: `lambda step: schedules.cosine(1e-3, step, steps=60)`."""
 
@@ -88,7 +88,7 @@ class Steps:
     """What the optimizer does at each step of a loop, and what is done between steps."""
 
     learning_rate: float | Schedule | None = None
-    """Of AdamW, or a function of the step, from 0; None: by the model's size, that of
+    """AdamW's, or a function of the step, from 0; None: by the model's size, that of
     `schedules.for_model`."""
     adam: AdamParams = field(default_factory=lambda: AdamParams(grad_clip_norm=1.0))
     """Its learning rate is replaced by `learning_rate`. Gradients are clipped at a norm of 1."""

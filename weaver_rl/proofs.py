@@ -260,7 +260,7 @@ async def _held_out(sampler: AsyncSamplingClient, *, samples: int = 1) -> float:
 
 
 async def _logprobs(trainer: AsyncTrainingClient) -> FloatPG:
-    """Of every token of a held-out prompt and its answer."""
+    """Log-probabilities of every token of a held-out prompt and its answer."""
     sampler = await trainer.save_weights_and_get_sampling_client()
     tokenizer = await trainer.get_tokenizer()
     tokens = tokenizer.encode(HELD_OUT[0]["prompt"] + HELD_OUT[0]["answer"])

@@ -28,7 +28,7 @@ from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
 __all__ = ["write_report"]
 
 MAX_POINTS = 1000
-"""Of a curve; more are thinned out evenly."""
+"""A curve has at most so many; more are thinned out evenly."""
 MAX_STEPS = 60
 """Whose samples are in the page; more are thinned out evenly."""
 PLACES = (("Best group", 0), ("Worst group", -1), ("Second best", 1), ("Second worst", -2))
@@ -144,7 +144,8 @@ def _groups(records: Sequence[Row]) -> list[Row]:
 
 
 def _mean(group: Sequence[Row]) -> float:
-    """Of the rewards; below all others where there is none, which the page gets as null."""
+    """The mean of the rewards; below all others where there is none, which the page gets as
+    null."""
     rewards = [record["reward"] for record in group if record["reward"] is not None]
     return sum(rewards) / len(rewards) if rewards else float("-inf")
 

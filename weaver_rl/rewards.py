@@ -44,7 +44,7 @@ GroupFunction = Callable[[Task, Sequence[Reply]], Sequence[Value] | Awaitable[Se
 Scorer = Callable[[Task, Sequence[Reply]], Awaitable[list[Score | Failure]]]
 T = TypeVar("T")
 LARGEST = float(np.finfo(np.float32).max)
-"""Of rewards: what is trained on has 32 bits."""
+"""Rewards are at most so large: what is trained on has 32 bits."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 

@@ -37,7 +37,7 @@ OLD = {f"task_set.{name}": "tasks, in their order" for name in ("count", "sha256
 """What a digest in a config stands for."""
 OTHER_FOLDER = "Wait for it or end it, or choose another folder."
 _locks: dict[tuple[int, Path], int] = {}
-"""Of the folders that this process has opened, by its number: a fork has opened none."""
+"""The locks of folders that this process has opened, by its number: a fork has opened none."""
 
 
 @dataclass(frozen=True, slots=True)

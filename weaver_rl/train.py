@@ -35,7 +35,7 @@ class Trained:
     """What `train` ends with."""
 
     metrics: Mapping[str, float]
-    """Of the last step, and `eval/...` of the held-out tasks."""
+    """Those of the last step, and `eval/...` of the held-out tasks."""
     weights: str
     """`weaver://...` of the final weights: for `create_sampling_client`, or to train on."""
     report: Path | None

@@ -70,9 +70,9 @@ class Reply:
     tokens: tuple[int, ...]
     """As sampled, with those that completed a stop."""
     logprobs: tuple[float, ...]
-    """Of the policy, untempered; one for each token."""
+    """Log-probabilities under the policy, untempered; one for each token."""
     sampling_logprobs: tuple[float, ...]
-    """Of the distribution that was drawn from; one for each token."""
+    """Log-probabilities in the distribution that was drawn from; one for each token."""
     stop_reason: StopReason
     """`stop`, or `length` where max_tokens cut it off."""
     weights_version: int = 0
@@ -96,9 +96,9 @@ class Segment:
     mask: tuple[int, ...]
     """1 where the model sampled the token, 0 where it only read it."""
     logprobs: tuple[float, ...]
-    """Of the policy, untempered; 0 where mask is 0."""
+    """Log-probabilities under the policy, untempered; 0 where mask is 0."""
     sampling_logprobs: tuple[float, ...]
-    """Of the distribution drawn from; 0 where mask is 0."""
+    """Log-probabilities in the distribution drawn from; 0 where mask is 0."""
     versions: tuple[int, ...]
     """Optimizer step of the weights that sampled the token; -1 where mask is 0."""
 
@@ -111,7 +111,7 @@ class Trajectory:
     messages: tuple[Mapping[str, str], ...] = ()
     """For people: `({"role": "user", "content": "rev:abc="}, {"role": "assistant", ...})`."""
     stop_reason: StopReason = "stop"
-    """Of the last reply."""
+    """That of the last reply."""
     turns: int = 0
     """Replies sampled."""
 
@@ -151,7 +151,7 @@ class Group:
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """Of the rollouts that did not fail."""
+        """The mean over the rollouts that did not fail."""
         return tuple(r.reward for r in self.rollouts if r.failure is None)
 
     @property

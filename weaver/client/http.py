@@ -388,5 +388,5 @@ def _json(body: types.JsonDict) -> bytes:
 
 
 def _path(*segments: str) -> str:
-    """Of these segments, whatever they hold."""
+    """A path of these segments, whatever they hold."""
     return "/".join(quote(segment, safe="") for segment in segments)

@@ -109,7 +109,7 @@ class ThreadedEngine:
         the next two."""
         self._told: dict[str, _Told] = {}
         self._snapshots: dict[str, tuple[str, WeightSnapshot]] = {}
-        """Of each run the newest, by its uri."""
+        """By run, the newest and its uri."""
         self._count = 0
 
     # --- training -------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from weaver.server.sessions import Ticket
 
 KEPT_OPERATIONS = 30
-"""Of a run, among those that have ended."""
+"""So many of a run's operations that have ended are kept."""
 KEPT_RUNS = 256
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -52,7 +52,7 @@ class OperationInfo(Value):
 
 @dataclass(slots=True, eq=False)
 class Activity:
-    """Of the sessions and runs of one service."""
+    """What the sessions and runs of one service do."""
 
     registry: Registry
     trained_tokens: int = 0

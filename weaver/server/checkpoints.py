@@ -85,11 +85,11 @@ class Manifest(Value):
 
     checkpoint: CheckpointInfo
     sha256: Mapping[str, str]
-    """Of its files, by name."""
+    """Those of its files, by name."""
     author: str = ""
     """Whose submission wrote it."""
     last_seqs: Mapping[str, int] = Field(default_factory=dict)
-    """Of a snapshot: the last seq of each session that is in it."""
+    """The last seq of each session that is in a snapshot."""
 
     @property
     def folder(self) -> Path:
@@ -107,7 +107,7 @@ class Checkpoints:
         self._now = now
         self._changing = threading.RLock()
         self._drafts: dict[Path, int] = {}
-        """Of this process, with their locks."""
+        """Those of this process, with their locks."""
 
     def write(
         self,

@@ -37,7 +37,7 @@ ONCE: Rows = [{}]
 """The rows of a statement that has no parameters."""
 NOT_WRITTEN = errors.StorageError("the database was not written, through a defect.")
 VERSION = 6
-"""Of the tables; any change of them makes it one more."""
+"""That of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are made."""
 SERVING = 0x57454157

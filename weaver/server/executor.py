@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """Of one lane of the engine: carries out one operation at a time."""
+    """Carries out the operations of one lane of the engine, one at a time."""
 
     turn: anyio.Lock = field(default_factory=partial(anyio.Lock, fast_acquire=True))
     """Held from the choice of an operation to its end."""
@@ -67,7 +67,7 @@ class Executor:
         self._workers: dict[str, Worker] = {}
         """By the engine's lane."""
         self._beginning: dict[str, deque[Ticket | None]] = {}
-        """Of each sampler what is to begin, in that order: samples, and requests to release it,
+        """By sampler, what is to begin, in that order: samples, and requests to release it,
         which are nobody's where its checkpoint or session went."""
         self._samples: dict[Ticket, Callable[[], None] | None] = {}
         """Those that have not ended, and what drops them once the engine has them."""

@@ -54,7 +54,7 @@ class Intake:
     encoding: defaultdict[str, CapacityLimiter] = field(
         default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
     )
-    """Of each project: one text at a time."""
+    """By project: one text at a time."""
 
     async def take(self, session: Session, submissions: Sequence[protocol.Submission]) -> None:
         """Journals what is new and puts it in its place; a refused operation gets its outcome.

@@ -58,7 +58,7 @@ class Journal:
         self.writer = Writer(database or in_memory())
         self._acknowledged: Rows = []
         self._last: dict[str, dict[str, Any]] = {}
-        """Of each session the last that was acknowledged, which keeps the session's cursor."""
+        """By session, the last that was acknowledged, which keeps the session's cursor."""
         self._submissions: dict[tuple[str, str], Submission] = {}
         """Where only runs are kept: what changes them and is pending, by its session and id."""
         self._batches: defaultdict[str, list[tuple[Submission, Settled]]] = defaultdict(list)

@@ -43,7 +43,7 @@ class Caller:
 
 
 OWNER = Caller("default", admin=True, local=True)
-"""Of a service that is not shared."""
+"""Who asks where a service is not shared."""
 
 
 class KeyInfo(Value):

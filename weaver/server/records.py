@@ -74,7 +74,7 @@ class RunRecord:
     executed: int
     """The number of the last operation that was executed."""
     unsaved_bytes: int = 0
-    """Of what was executed behind the snapshot, in the journal."""
+    """What the journal holds of operations that were executed behind the snapshot."""
 
     @classmethod
     def of(cls, row: sa.Row[Any]) -> Self:
@@ -159,7 +159,7 @@ class Entry:
     submission: Submission | WeaverError | None
     """What is pending, or why it cannot be read; None once it has an outcome."""
     cursor: int
-    """Of its outcome; 0: it has none."""
+    """That of its outcome; 0: it has none."""
     outcome: Outcome | WeaverError | None
     """None once its client has it, too. An error: why it cannot be read."""
     executed: bool
@@ -219,7 +219,7 @@ def fingerprint(submission: Submission) -> bytes:
 
 
 def submission_row(session_id: str, submission: Submission) -> dict[str, Any]:
-    """Of one that is pending."""
+    """The row of a submission that is pending."""
     return {
         "session_id": session_id,
         "submission_id": submission.id,

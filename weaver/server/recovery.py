@@ -265,7 +265,7 @@ def _newest(live: Checkpoints, run_id: str) -> Manifest | None:
 
 
 def forget_files(folder: Path) -> None:
-    """Of a deleted run; samplers without a name stay with their sessions."""
+    """Removes those of a deleted run; samplers without a name stay with their sessions."""
     shutil.rmtree(folder / "weights", ignore_errors=True)
     (folder / "lock").unlink(missing_ok=True)
     with suppress(OSError):

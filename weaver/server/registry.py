@@ -91,7 +91,7 @@ class Access:
             )
 
     def check_operation(self, operation: Operation | None) -> None:
-        """Of what it names beside its run; raises NotFoundError."""
+        """Looks at what it names beside its run; raises NotFoundError."""
         match operation:
             case LoadCheckpoint(path=path) | OpenSampler(model_path=str(path)):
                 self.check_path(path)

@@ -147,9 +147,9 @@ def _tickets(
 def _lost(entries: Sequence[Entry]) -> set[int]:
     """Those entries, by index, for want of which a batch that is not stepped yet lacks a part."""
     seqs: dict[tuple[str, str | None], int] = {}
-    """Of the last step of each session and run."""
+    """That of the last step, by session and run."""
     steps: dict[str | None, list[tuple[int, str]]] = defaultdict(list)
-    """Of each run: the index and the session of each step."""
+    """By run: the index and the session of each step."""
     for i, entry in enumerate(entries):
         if entry.ended_batch:
             place = entry.session_id, entry.run_id

@@ -41,7 +41,7 @@ class Run:
     executed: int = 0
     """The number of the last operation that was executed."""
     last_seqs: dict[str, int] = field(default_factory=dict)
-    """Of each session, the last seq that was executed."""
+    """By session, the last seq that was executed."""
     unsaved_bytes: int = 0
     """About, of its gradient passes that no snapshot holds, so that the journal does."""
     metric_counts: Counter[str] | None = None

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 10
 MAX_HEAD_BYTES = 2**16
-"""Of the request line and header fields, and as much between two pieces of a body. What is read at
-once, at most 256 KiB, may be above it."""
+"""What the request line and header fields may have, and as much between two pieces of a body. What
+is read at once, at most 256 KiB, may be above it."""
 REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"connection: close\r\ncontent-length: 0\r\n\r\n"

@@ -62,7 +62,7 @@ class Ticket:
     behind_gap: bool = False
     """It failed because an earlier operation never came."""
     context: Context = field(default_factory=copy_context, repr=False)
-    """Of the request that brought it, for traces."""
+    """The context of the request that brought it, for traces."""
 
     @property
     def job_id(self) -> str:
@@ -135,7 +135,7 @@ class Session:
     _prints: dict[str, tuple[bytes, Place | None]] = field(default_factory=dict)
     _places: dict[Place, str] = field(default_factory=dict)
     _passed: dict[str, int] = field(default_factory=dict)
-    """Of each run the last seq whose place is not in `_places` any more."""
+    """By run, the last seq whose place is not in `_places` any more."""
     _acknowledged: deque[tuple[float, str]] = field(default_factory=deque)
     """The ids that will be forgotten, and since when no request should bring them."""
     _outcomes: deque[Outcome] = field(default_factory=deque)

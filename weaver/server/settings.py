@@ -31,7 +31,7 @@ class Limits:
     )
     """Those of JSON have smaller limits of their own beside it."""
     submissions: int = 1024
-    """Of one request."""
+    """Bytes of one request."""
     operation_tokens: int | None = setting(
         2**22,
         "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw.",
@@ -39,7 +39,7 @@ class Limits:
         least=1,
     )
     metadata_bytes: int | None = 2**16
-    """Of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
+    """Bytes of a session's or run's `user_metadata` as JSON: lists of them hold it all."""
     pending_operations: int | None = setting(
         2**14,
         "Operations of a project whose outcome its client has not collected.",
@@ -61,7 +61,7 @@ class Limits:
         10**6, "Logged numbers of a run.", name="max_metric_points", least=1
     )
     metric_names: int | None = 10_000
-    """Of a run."""
+    """Names of a run's logged numbers."""
     runs: int | None = setting(None, "Runs of a project.", name="max_runs", least=0)
     stored_bytes: int | None = setting(
         None,
@@ -157,7 +157,7 @@ def _check(
 
 
 SERVED = Limits(session_timeout_s=600.0)
-"""Of a server. A client rides out five minutes without it, and is heard of each minute."""
+"""Those of a server. A client rides out five minutes without it, and is heard of each minute."""
 EMBEDDED = Limits(
     operation_tokens=None,
     metadata_bytes=None,
@@ -167,7 +167,7 @@ EMBEDDED = Limits(
     metric_points=None,
     metric_names=None,
 )
-"""Of the engine in a user's own process."""
+"""Those of the engine in a user's own process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,7 @@ DURABILITY = Durability()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings(EngineSettings):
-    """Of `weaver serve`."""
+    """The settings of `weaver serve`."""
 
     host: str = setting("127.0.0.1", "The address to listen on.")
     port: int = setting(8000, "The port to listen on; 0 takes a free one.", least=0, most=2**16 - 1)

@@ -36,7 +36,7 @@ from weaver_rl.types import Filtered, Group, Task
 __all__ = ["off_policy", "on_policy"]
 
 MAX_ROUNDS = 5
-"""Of resampling, the first included; after these a step makes do with what it has."""
+"""So many rounds of sampling, the first included; after these a step makes do with what it has."""
 PENDING: TypeAdapter[dict[int, Filtered]] = TypeAdapter(dict[int, Filtered])
 
 

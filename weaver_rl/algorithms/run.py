@@ -31,7 +31,7 @@ __all__ = ["Result", "Run", "open_run"]
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = ("steps", "evaluate_every", "max_failure_rate", "max_logprob_gap")
-"""Of a config, in a run that goes on: they change no step that is done."""
+"""Options that may differ in a run that goes on: they change no step that is done."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,13 +126,13 @@ class Result:
     """What a loop ends with."""
 
     sampler: AsyncSamplingClient
-    """Of the final weights."""
+    """Those of the final weights."""
     steps: int
-    """Of the loop, all of them; those before a resume included."""
+    """All that the loop took; those before a resume included."""
     version: int
     """Optimizer steps of the weights."""
     metrics: Mapping[str, float]
-    """Of the last step, and of the final evaluation."""
+    """Those of the last step, and of the final evaluation."""
 
 
 @contextmanager

@@ -33,8 +33,9 @@ Handles = tuple[OperationHandle[ForwardBackwardResult], OperationHandle[OptimSte
 log = logging.getLogger(__name__)
 
 TooLong = Literal["refuse", "cut", "drop"]
-"""Of an example longer than `max_length`. refuse: an error that names it; cut: its first tokens are
-learned, and one of which nothing is left to learn is dropped; drop: it is left out."""
+"""What becomes of an example longer than `max_length`. refuse: an error that names it; cut: its
+first tokens are learned, and one of which nothing is left to learn is dropped; drop: it is left
+out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class SupervisedPlan(Steps):
     batch_tokens: int = 4096
     """At most so many tokens a step; a longer example is a batch of its own."""
     roles: tuple[str, ...] = ("assistant",)
-    """Of messages that are learned."""
+    """The messages that are learned."""
     max_length: int | None = None
     """Tokens of the longest example; None, and at most: what the model's context holds."""
     too_long: TooLong = "refuse"

@@ -10,7 +10,7 @@ from weaver.errors import requiring
 from weaver_rl.types import Reply, Task
 
 MAX_CHARACTERS = 20_000
-"""Of a reply's end that is read: parsing grows faster than the text."""
+"""So much of a reply's end is read: parsing grows faster than the text."""
 
 
 def math_answer(task: Task, reply: Reply) -> float:

@@ -321,7 +321,7 @@ def refusing(what: str, *, hint: str) -> AbstractContextManager[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of this machine or of the device."""
+    """What this machine or the device has."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in str(error)
     )

@@ -38,7 +38,7 @@ OPTIMIZER = "optimizer.safetensors"
 ADAM_STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BESIDE = {".json", ".jinja", ".txt", ".model"}
-"""Of the files that an export copies: the tokenizer and the generation settings."""
+"""What the files are called that an export copies: the tokenizer and the generation settings."""
 
 
 class State(Value):
@@ -48,7 +48,7 @@ class State(Value):
     architecture: str
     vocab_size: int
     num_parameters: int
-    """Of the base model."""
+    """That of the base model."""
     training_mode: TrainingMode
     lora_config: LoraConfig | None
     step: int

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAM_COPIES = 4
-"""Of each trained value, in float32: itself, its gradient and two moments."""
+"""What each trained value takes, in float32: itself, its gradient and two moments."""
 CACHED_TOKENS = 4096
 USABLE = 0.9
 """The rest is for activations of small batches and for everything else."""
@@ -36,7 +36,7 @@ class Device:
     why: str
     """In a few words: `auto: torch finds no CUDA device`."""
     dtype: str
-    """Of frozen base weights, a key of `DTYPES`."""
+    """The dtype of frozen base weights, a key of `DTYPES`."""
     dtype_why: str
 
 
@@ -111,7 +111,7 @@ def _lack_of_cuda() -> tuple[str, str] | None:
 
 
 def free_bytes(place: torch.device) -> int | None:
-    """Of the device, or of this machine (or its container) for the CPU; None where not told."""
+    """What the device has, or this machine (or its container) for the CPU; None where not told."""
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[0]
     if place.type != "cpu":
@@ -132,7 +132,7 @@ class Needs:
     """In bytes."""
 
     dtype: str
-    """Of `weights` and `cache`."""
+    """The sum of `weights` and `cache`."""
     weights: int
     adapter: int
     """A LoRA adapter of the default rank in training."""

@@ -360,7 +360,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def corrupt(path: Path, what: str) -> errors.CheckpointCorruptError:
-    """Of a file of a checkpoint."""
+    """Those of a file of a checkpoint."""
     return errors.CheckpointCorruptError(
         f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )

@@ -55,7 +55,7 @@ class Routing:
             self._segments, self._rows = previous
 
     def parts(self, path: str, rows: int) -> tuple[list[Part], list[torch.Tensor]]:
-        """Of one layer: each segment, and its A and B."""
+        """Each segment of one layer, and its A and B."""
         if rows != self._rows:
             raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
         parts: list[Part] = []

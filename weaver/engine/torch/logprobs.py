@@ -34,7 +34,7 @@ CHUNK_ELEMENTS = 2**23
 KEPT_ELEMENTS = 2**21
 """Logits of a whole pass that are kept for the backward pass: 8 MiB in float32."""
 CACHED_ELEMENTS = 2**17
-"""Of one core: half a MiB in float32."""
+"""What one core holds at once: half a MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,7 +275,7 @@ class _Scored(torch.autograd.Function):
 
 
 scored: Callable[..., Pair] = _Scored.apply
-"""Of (logits, targets, temperature, entropy), as in `token_scores`."""
+"""A function of (logits, targets, temperature, entropy), as in `token_scores`."""
 
 
 def _shift(logits: torch.Tensor, temperature: torch.Tensor | None, rows: slice) -> torch.Tensor:

@@ -17,7 +17,7 @@ from weaver.types import LoraConfig
 
 Role = Literal["attn", "mlp", "unembed"]
 PREFIX = "base_model.model."
-"""Of PEFT's tensor names."""
+"""PEFT's tensor names begin so."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,7 +33,8 @@ SMALL_MODEL = 20_000_000
 LENGTHS = (16, 12)
 """Tokens of the sequences; six passes of a few rows take about as long as reading the weights."""
 PIECES = ((9, 4), (5, 6), (1, 1), (1, 1))
-"""Of each sequence in each of two prefill passes, and then of two steps of decoding."""
+"""So many of each sequence are read in each of two prefill passes, and then decoded in two
+steps."""
 READ = [14, 10]
 """Tokens that prefill reads."""
 WINDOW = 4
@@ -50,7 +51,7 @@ class Head:
 
     linear: FrozenLinear | torch.nn.Linear
     path: str
-    """Of the projection in the model: `lm_head`."""
+    """That of the projection in the model: `lm_head`."""
     scale: float
     """Granite divides its logits by `logits_scaling`, Cohere multiplies by `logit_scale`."""
     softcap: float | None
@@ -331,7 +332,7 @@ def _logits(
 
 
 def _random_adapter(model: LoadedModel) -> Adapter:
-    """Of every layer that can be adapted, with values that change the logits."""
+    """An adapter of every layer that can have one, with values that change the logits."""
     config = LoraConfig(rank=1, alpha=1.0)
     targets = list(model.facts.targets.values())
     adapter = new_adapter(targets, config, seed=0, device=model.device)

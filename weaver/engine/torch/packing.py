@@ -63,7 +63,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     """Rows of each sequence; they sum to T."""
     adapters: tuple[Adapter | None, ...]
-    """Of each sequence; None is the base model."""
+    """One for each sequence; None is the base model."""
     cache: AttentionCache | None = None
     masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """Sliding-window masks by (length, window), shared by the layers of one call."""

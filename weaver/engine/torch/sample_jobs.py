@@ -69,7 +69,7 @@ class RunningJob:
 
     @property
     def held_tokens(self) -> int:
-        """Of cache that is kept for it, once it is admitted."""
+        """The cache that is kept for it, once it is admitted."""
         prompt = len(self.prompt) if self.pending or self.unread else 0
         return prompt + self.places * self.row_tokens
 
@@ -134,7 +134,7 @@ class Row(CachedRow):
     job: RunningJob
     draft: Draft
     key: int
-    """Of its stream of random numbers."""
+    """That of its stream of random numbers."""
     seen: torch.Tensor | None = None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
 

@@ -28,7 +28,8 @@ from weaver.errors import NotFoundError
 MAX_ROWS = 64
 KV_TOKENS = 2**15
 PREFILL_TOKENS = 512
-"""Of one pass: enough rows to keep the matrix products busy, few enough for others to go on."""
+"""One pass has so many: enough rows to keep the matrix products busy, few enough for others to go
+on."""
 SCORED_ROWS = 64
 """Prompt rows that go through the head at once, so that a [T, V] array never exists."""
 

@@ -23,7 +23,7 @@ from weaver.server.http.streaming import EventStream
 
 PREFIX = "/v1"
 MOST_POINTS = 10_000
-"""Of a run's metrics in one answer."""
+"""So many of a run's metrics are in one answer."""
 SUBMISSIONS = TypeAdapter(Annotated[tuple[protocol.Submission, ...], Field(fail_fast=True)])
 BINARY: dict[str, Any] = {
     "content": {protocol.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}

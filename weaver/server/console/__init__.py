@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from weaver.server.records import Answer
 
 POINTS = 400
-"""Of a curve: more than a chart has pixels to tell apart."""
+"""A curve has at most so many: more than a chart has pixels to tell apart."""
 PENDING = 100
 """Operations that a page lists."""
 HEADERS = {
@@ -76,7 +76,7 @@ class TenantLoad(types.Value):
     waiting: int = 0
     running: int = 0
     stored_bytes: int = 0
-    """Of its checkpoints."""
+    """What its checkpoints take."""
 
 
 class ServerLoad(types.Value):
@@ -85,7 +85,7 @@ class ServerLoad(types.Value):
     waiting: int
     running: int
     longest_wait_s: float
-    """Of the operations that wait now."""
+    """How long the operations that wait now have waited."""
     trained_tokens: int
     """Since the server started, as is the next."""
     sampled_tokens: int
@@ -142,7 +142,7 @@ async def read_curves(
 
 @router.get("/load")
 async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
-    """Of the whole server, by project: for administrators, who see all projects."""
+    """The load of the whole server, by project: for administrators, who see all projects."""
     admin = request.state.caller
     if not admin.admin:
         raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")

@@ -60,7 +60,7 @@ class CallerSession:
     def __init__(self, service: View, gateway: Gateway) -> None:
         self.service = service
         self.turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
-        """Of each run: held from before a request is read until it is submitted, so that requests
+        """By run: held from before a request is read until it is submitted, so that requests
         keep the order in which they began to arrive, however long their bodies are."""
         self._gateway = gateway
         self._session_id: str | None = None
@@ -70,7 +70,7 @@ class CallerSession:
         self._entries: dict[str, Entry] = {}
         self._by_key: dict[str | None, Entry] = {}
         self._done: deque[Entry] = deque()
-        """Of `_entries`, those with an outcome, in the order of their cursors."""
+        """Those of `_entries` that have an outcome, in the order of their cursors."""
         self._paused: set[str] = set()
 
     async def submit(self, operation: Operation, note: Note, *, run_id: str | None = None) -> Entry:
@@ -207,7 +207,7 @@ class CallerSession:
 
 
 class CallerSessions(dict[Caller, CallerSession]):
-    """Of each caller its one session."""
+    """Each caller's one session."""
 
 
 async def session_of(request: Request, gateway: GatewayDep) -> CallerSession:

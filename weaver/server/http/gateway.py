@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BODY_LIMITS: Mapping[str, int | None] = {protocol.MEDIA_TYPE: None, "": 4 * 2**20}
-"""Of the native protocol; see `Adapter`."""
+"""Those of the native protocol; see `Adapter`."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
 """A key that was good is not looked up again for so long: two queries an operation, each a tenth of

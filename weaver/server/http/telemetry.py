@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # --- logs: each line with its request's id; as text, or as JSON for collectors --------------------
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""Of the request in whose course a log line is written."""
+"""The request in whose course a log line is written."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 

@@ -40,7 +40,7 @@ class MetricsBody(Body):
 
 TtlSeconds = Annotated[int | None, Field(ge=1, le=2**31)]
 SAMPLER_TTL_S = 3600
-"""Of an exported sampler whose request names none, as the client's own default."""
+"""That of an exported sampler whose request names none, as the client's own default."""
 MERGED = "export-merged-"
 """How the names of checkpoints begin that were made to be downloaded as whole models."""
 LOSSES = {"forward_logprob": "cross_entropy", "ppo_clip": "ppo"}
