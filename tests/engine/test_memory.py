@@ -1,13 +1,17 @@
-"""The estimate of `weaver doctor` against what the engine really holds."""
+"""The estimate of `weaver doctor` against what the engine really holds, and what loading takes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from tests.engine.conftest import SIZES, save_tiny
 from weaver.engine.torch.device import free_bytes, needs_of
 from weaver.types import LoraConfig
 
@@ -53,3 +57,38 @@ def test_free_memory_is_below_that_of_the_machine() -> None:
     with open("/proc/meminfo") as file:
         total = 1024 * int(file.readline().split()[1])
     assert 0 < free < total
+
+
+LOADING = """
+import sys, torch
+from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.models import ModelStore
+
+def most_bytes():
+    with open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+
+store = ModelStore(
+    Catalog({}, allow_paths=True), device=torch.device("cpu"), dtype=torch.float32, threads=1
+)
+store.base(sys.argv[1])  # what is imported, and the libraries' own
+before = most_bytes()
+store.base(sys.argv[2])
+print(most_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_is_in_memory_once_while_it_is_loaded(tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4}
+    save_tiny(transformers.Qwen3Config(**SIZES), tmp_path / "small")
+    save_tiny(transformers.Qwen3Config(**sizes), tmp_path / "large")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 100e6
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, tmp_path / "small", tmp_path / "large"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.8 * size < int(done.stdout) < 1.3 * size, (int(done.stdout), size)

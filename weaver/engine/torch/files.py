@@ -6,9 +6,12 @@ adapters that PEFT itself wrote. R rank; A [R, in], B [out, R].
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
-from collections.abc import Iterator, Mapping
+import mmap
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,13 +100,40 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
         layer = layers.get(unknown.rpartition(".")[0])
         if layer is not None and any(True for _ in layer.parameters(recurse=False)):
             raise _damaged(name, f"have {unknown}, which config.json does not.")
-    for parameter in module.parameters():  # else a view of the file, which may be overwritten
-        parameter.data = parameter.data.clone()
+    take_from_files(module.parameters())
     try:
         check_finite(dict(module.named_parameters()))
     except errors.NonFiniteError as error:
         raise _damaged(name, f"are broken: {error.message}") from error
     return module
+
+
+def take_from_files(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Makes copies of what are views of a file, which may be overwritten.
+
+    On Linux each gives its pages back once it is copied: they would count as memory of the process
+    for as long as the last view of the file is there, so that a model were in memory twice.
+    """
+    mapped = _mapped_files()
+    for parameter in parameters:
+        view = parameter.data
+        first, behind = view.data_ptr(), view.data_ptr() + view.nbytes
+        of_file = any(start < behind and first < stop for start, stop in mapped)
+        if of_file or not mapped:
+            parameter.data = view.clone()
+        start, stop = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, behind & -mmap.PAGESIZE
+        if of_file and view.is_contiguous() and start < stop:
+            address, size = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """First address, and the one behind the last; nothing where the system does not tell."""
+    if sys.platform != "linux":
+        return []
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [fields[0].split("-") for fields in lines if fields[4] != "0"]
+    return [(int(start, 16), int(stop, 16)) for start, stop in spans]
 
 
 def _damaged(name: str, how: str) -> errors.UnsupportedError:

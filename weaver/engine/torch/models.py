@@ -138,11 +138,12 @@ class LoadedModel:
             return self.head.logits(hidden)
 
     def _freeze(self) -> None:
-        for path, layer in list(self.module.named_modules()):
-            if type(layer) is torch.nn.Linear:
-                parent, _, name = path.rpartition(".")
-                frozen = FrozenLinear(layer, path=path, routing=self.routing)
-                setattr(self.module.get_submodule(parent), name, frozen)
+        modules = self.module.named_modules()
+        for path in [path for path, layer in modules if type(layer) is torch.nn.Linear]:
+            parent, _, name = path.rpartition(".")
+            layer = self.module.get_submodule(path)  # not held: its weight is freed once packed
+            frozen = FrozenLinear(layer, path=path, routing=self.routing)
+            setattr(self.module.get_submodule(parent), name, frozen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
