@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,13 @@ from tests.fake_engine.model import tokenizer_files
 from tests.zoo import TOKENIZERS
 from weaver.engine.torch.catalog import Catalog
 from weaver.errors import InvalidNameError, InvalidRequestError
-from weaver.tokenizers import encode_text, end_tokens, load_tokenizer, render_chat
+from weaver.tokenizers import (
+    copy_tokenizer,
+    encode_text,
+    end_tokens,
+    load_tokenizer,
+    render_chat,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +65,35 @@ def test_a_client_s_tokenizer_is_the_model_s(zoo: Zoo, tmp_path: Path, name: str
     for text in ("What is it?", " Yes.\n", "é 😀  a", *end_tokens(own)):
         assert tokenizer.encode(text) == own.encode(text)
         assert tokenizer.decode(own.encode(text)) == own.decode(own.encode(text))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_copy_is_the_same_until_one_is_changed(zoo: Zoo, name: str) -> None:
+    own = zoo.tokenizer(name)
+    tokenizer, texts = copy_tokenizer(own), ("What is it?", " Yes.\n", "é 😀  a", *end_tokens(own))
+    assert tokenizer.chat_template == own.chat_template
+    assert end_tokens(tokenizer) == end_tokens(own)
+    assert tokenizer.get_added_vocab() == own.get_added_vocab()
+    for text in texts:
+        assert tokenizer.encode(text) == own.encode(text)
+        assert tokenizer.decode(own.encode(text)) == own.decode(own.encode(text))
+    before, length = own.encode("a <|mine|>"), len(own)
+    tokenizer.add_tokens(["<|mine|>"])
+    tokenizer.chat_template, tokenizer.pad_token = "mine", end_tokens(own).popitem()[0]
+    tokenizer(list(texts), padding="max_length", max_length=50)
+    assert len(tokenizer.encode("a <|mine|>", add_special_tokens=False)) < len(before)
+    assert (own.encode("a <|mine|>"), len(own)) == (before, length)
+    assert own.chat_template != "mine" and own.backend_tokenizer.padding is None
+
+
+def test_a_copy_keeps_the_numbers_of_added_tokens_with_gaps(tmp_path: Path) -> None:
+    own = TOKENIZERS["qwen"]()
+    backend = json.loads(own.backend_tokenizer.to_str())
+    backend["added_tokens"].append(backend["added_tokens"][-1] | {"id": 5000, "content": "<gap>"})
+    own.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    own = load_tokenizer({f.name: f.read_bytes() for f in tmp_path.iterdir()}, tmp_path / "cache")
+    assert copy_tokenizer(own).encode("<gap> a") == own.encode("<gap> a")
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

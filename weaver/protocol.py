@@ -14,7 +14,7 @@ answer; the same (session, run, seq) or id with another body is a `ConflictError
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -333,6 +333,9 @@ class Service(Protocol):
     async def list_models(self) -> Sequence[types.ModelInfo]: ...
 
     async def get_model(self, base_model: str) -> types.ModelInfo: ...
+
+    async def tokenizer(self, base_model: str) -> Any | None:
+        """The engine's transformers tokenizer, not to be changed; None where it is elsewhere."""
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         """File names and contents from which transformers can load the tokenizer."""

@@ -6,6 +6,7 @@ text begins with and where a reply ends is decided here, for sampling and for tr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import shutil
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 
 PreTrainedTokenizer: TypeAlias = "PreTrainedTokenizerBase"
 FILE_NAME = re.compile(r"\w[\w.-]*")
+LARGE = 10_000
+"""Entries of a table that makes a tokenizer's copy slow."""
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What a chat template raises, beside jinja2's own errors, on messages that it was not made for."""
 
 
 class TokenizerCache:
-    """The tokenizers of one client, each fetched and loaded once."""
+    """The tokenizers of one client, each loaded once: by the engine, if it is in this process."""
 
     def __init__(self, service: Service, folder: Path) -> None:
         self._service = service
@@ -46,10 +49,39 @@ class TokenizerCache:
         """Raises UnknownModelError, or MissingDependencyError without transformers."""
         async with self._lock:
             if base_model not in self._loaded:
-                files = await self._service.tokenizer_files(base_model)
-                load = partial(load_tokenizer, files, self._folder)
+                shared = await self._service.tokenizer(base_model)
+                if shared is None:
+                    files = await self._service.tokenizer_files(base_model)
+                    load = partial(load_tokenizer, files, self._folder)
+                else:
+                    load = partial(copy_tokenizer, shared)
                 self._loaded[base_model] = await to_thread.run_sync(out_at_exit, load)
             return self._loaded[base_model]
+
+
+def copy_tokenizer(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
+    """One with settings of its own, such as padding and added tokens, and the same vocabulary.
+
+    Whoever changes one of them leaves the other as it was; the tables, which nobody changes, are in
+    memory once.
+    """
+    kept = {
+        id(value): value
+        for value in vars(tokenizer).values()
+        if isinstance(value, (dict, list)) and len(value) >= LARGE
+    }
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        own = type(fast)(fast.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if (value := getattr(fast, part)) is not None:
+                setattr(own, part, copy.deepcopy(value))
+        own.encode_special_tokens = fast.encode_special_tokens
+        added = fast.get_added_tokens_decoder()
+        own.add_tokens([token for _, token in sorted(added.items())])
+        if own.get_added_tokens_decoder() == added:  # else it has gaps, which a whole copy keeps
+            kept[id(fast)] = own
+    return copy.deepcopy(tokenizer, kept)
 
 
 def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> PreTrainedTokenizer:

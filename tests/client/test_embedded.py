@@ -75,6 +75,27 @@ def test_a_state_goes_on_where_it_was_saved(service: ServiceClient) -> None:
     assert train(other, 2) == straight
 
 
+def test_engine_and_client_read_a_tokenizer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    read, load = [], AutoTokenizer.from_pretrained
+
+    def counted(source: object, **options: Any) -> Any:
+        read.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    with ServiceClient(home=tmp_path) as service:
+        client = service.create_sampling_client(base_model="weaver-nano")
+        client.sample("Hi", sampling_params={"max_tokens": 1}, num_samples=1)
+        tokenizer = client.get_tokenizer()
+        assert tokenizer.decode(tokenizer.encode("Hi", add_special_tokens=False)) == "Hi"
+        service.create_sampling_client(base_model="weaver-nano").get_tokenizer()
+    assert len(read) == 1
+
+
 def test_a_merged_export_answers_as_the_run_does(service: ServiceClient, tmp_path: Path) -> None:
     import torch
     import transformers

@@ -77,6 +77,9 @@ class FakeEngine(ThreadedEngine):
             prompt = f"{turns}assistant: "
         return list(prompt.encode())
 
+    def tokenizer(self, base_model: str) -> None:
+        """It has files alone."""
+
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         self.get_model(base_model)
         return tokenizer_files()

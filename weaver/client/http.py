@@ -173,6 +173,9 @@ class HttpService:
         reply = await self._call("GET", "models", "info", params={"name": base_model})
         return self._read(reply, MODEL)
 
+    async def tokenizer(self, base_model: str) -> None:
+        """The server has its own."""
+
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         reply = await self._call("GET", "models", "tokenizer", params={"name": base_model})
         return await self._decode(reply, FILES)

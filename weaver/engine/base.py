@@ -10,7 +10,7 @@ parts that block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -183,6 +183,9 @@ class Engine(Trainer, Sampler, Protocol):
             UnsupportedError: messages, and the tokenizer has no chat template.
             InvalidRequestError: the template or the tokenizer refuses it, with its words.
         """
+
+    def tokenizer(self, base_model: str) -> Any | None:
+        """The transformers tokenizer that it works with, if it does; not to be changed."""
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]: ...
 

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CapacityLimiter
@@ -182,6 +182,9 @@ class View:
             if model.name == base_model:
                 return model
         return await self._disk(self.parts.engine.get_model, base_model)
+
+    async def tokenizer(self, base_model: str) -> Any | None:
+        return await self._disk(partial(self.parts.engine.tokenizer, base_model))
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return await self._disk(self.parts.engine.tokenizer_files, base_model)

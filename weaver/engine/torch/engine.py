@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,6 +78,9 @@ class TorchEngine(ThreadedEngine):
         facts = self._catalog.facts(base_model)
         facts.check_text(prompt)
         return encode_prompt(facts.tokenizer, prompt, name=base_model)
+
+    def tokenizer(self, base_model: str) -> Any:
+        return self._catalog.facts(base_model).tokenizer
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return self._catalog.facts(base_model).tokenizer_files()
