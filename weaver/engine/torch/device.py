@@ -1,11 +1,15 @@
 """`Device`: where the engine computes and in which dtype; what is free there, what a model needs.
 
-`TorchEngine` chooses one when it is made; `weaver doctor` asks before anything is loaded.
+`TorchEngine` chooses one when it is made; `weaver doctor` asks before anything is loaded. Weights
+get there from the files that they are read from.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +21,11 @@ from weaver.errors import ConfigError
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from weaver.engine.torch.catalog import ModelFacts
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAM_COPIES = 4
 """What each trained value takes, in float32: itself, its gradient and two moments."""
@@ -178,3 +185,31 @@ def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
 
 def size_text(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def take_from_files(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
+    """Copies to the device, or here, what are views of a file, which may be overwritten.
+
+    On Linux each gives its pages back once it is copied: they would count as memory of the process
+    for as long as the last view of the file is there, so that a model were in memory twice.
+    """
+    mapped = _mapped_files()
+    for parameter in parameters:
+        view = parameter.data
+        first, behind = view.data_ptr(), view.data_ptr() + view.nbytes
+        of_file = any(start < behind and first < stop for start, stop in mapped)
+        if of_file or not mapped or device != CPU:
+            parameter.data = view.to(device, copy=True)
+        start, stop = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, behind & -mmap.PAGESIZE
+        if of_file and view.is_contiguous() and start < stop:
+            address, size = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """First address, and the one behind the last; nothing where the system does not tell."""
+    if sys.platform != "linux":
+        return []
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [fields[0].split("-") for fields in lines if fields[4] != "0"]
+    return [(int(start, 16), int(stop, 16)) for start, stop in spans]

@@ -6,12 +6,9 @@ adapters that PEFT itself wrote. R rank; A [R, in], B [out, R].
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import mmap
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from transformers.utils import cached_file, logging
 
 from weaver import errors
 from weaver.engine.torch.catalog import ModelFacts, only_here, refusing
+from weaver.engine.torch.device import CPU, take_from_files
 from weaver.engine.torch.lora import PREFIX
 from weaver.engine.torch.packing import ATTENTION
 from weaver.types import LoraConfig
@@ -63,11 +61,19 @@ NEUTRAL: tuple[object, ...] = (None, False, [], {})
 """The values of every other setting under which it changes nothing, and PEFT's defaults of them."""
 
 
-def read_module(source: str | Path, *, name: str, config: Any | None, dtype: torch.dtype) -> Any:
+def read_module(
+    source: str | Path,
+    *,
+    name: str,
+    config: Any | None,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> Any:
     """transformers' model of a folder or cached id, complete and from safetensors.
 
     Raises:
         UnsupportedError: its weights cannot be read; speaks of it as `name`.
+        torch.OutOfMemoryError: the device has not enough.
     """
     reading = refusing(
         f"the weights of {name} cannot be read",
@@ -100,40 +106,13 @@ def read_module(source: str | Path, *, name: str, config: Any | None, dtype: tor
         layer = layers.get(unknown.rpartition(".")[0])
         if layer is not None and any(True for _ in layer.parameters(recurse=False)):
             raise _damaged(name, f"have {unknown}, which config.json does not.")
-    take_from_files(module.parameters())
+    take_from_files(module.parameters(), device)
+    module.to(device)  # its buffers
     try:
         check_finite(dict(module.named_parameters()))
     except errors.NonFiniteError as error:
         raise _damaged(name, f"are broken: {error.message}") from error
     return module
-
-
-def take_from_files(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Makes copies of what are views of a file, which may be overwritten.
-
-    On Linux each gives its pages back once it is copied: they would count as memory of the process
-    for as long as the last view of the file is there, so that a model were in memory twice.
-    """
-    mapped = _mapped_files()
-    for parameter in parameters:
-        view = parameter.data
-        first, behind = view.data_ptr(), view.data_ptr() + view.nbytes
-        of_file = any(start < behind and first < stop for start, stop in mapped)
-        if of_file or not mapped:
-            parameter.data = view.clone()
-        start, stop = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, behind & -mmap.PAGESIZE
-        if of_file and view.is_contiguous() and start < stop:
-            address, size = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
-            ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """First address, and the one behind the last; nothing where the system does not tell."""
-    if sys.platform != "linux":
-        return []
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    spans = [fields[0].split("-") for fields in lines if fields[4] != "0"]
-    return [(int(start, 16), int(stop, 16)) for start, stop in spans]
 
 
 def _damaged(name: str, how: str) -> errors.UnsupportedError:

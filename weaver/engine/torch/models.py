@@ -218,9 +218,14 @@ class ModelStore:
             CheckpointMismatchError: `weights` do not fit.
             EngineError: the device has not enough memory.
         """
-        module = read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
         try:
-            module.to(self.device)
+            module = read_module(
+                facts.source,
+                name=facts.info.name,
+                config=facts.config,
+                dtype=dtype,
+                device=self.device,
+            )
         except torch.OutOfMemoryError as error:
             halved = dtype == torch.float32 and not trainable
             raise EngineError(
