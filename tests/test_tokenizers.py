@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.fake_engine.model import tokenizer_files
 from tests.zoo import TOKENIZERS
@@ -84,6 +87,20 @@ def test_a_copy_is_the_same_until_one_is_changed(zoo: Zoo, name: str) -> None:
     assert len(tokenizer.encode("a <|mine|>", add_special_tokens=False)) < len(before)
     assert (own.encode("a <|mine|>"), len(own)) == (before, length)
     assert own.chat_template != "mine" and own.backend_tokenizer.padding is None
+
+
+def test_threads_that_ask_at_once_get_one(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = Catalog({}, allow_paths=True).facts(str(zoo.model("llama", "qwen")))
+    load = AutoTokenizer.from_pretrained
+
+    def slow(source: object, **options: Any) -> Any:
+        time.sleep(0.1)
+        return load(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", slow)
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(lambda _: facts.tokenizer, range(3))
+    assert all(other is first for other in others)
 
 
 def test_a_copy_keeps_the_numbers_of_added_tokens_with_gaps(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,20 @@ class ModelFacts:
     head_dim: int
     targets: Mapping[str, Target]
     fused_experts: bool
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The model's transformers tokenizer.
+        """The model's transformers tokenizer, read once, whichever threads ask for it meanwhile.
 
         Raises:
             UnsupportedError: the model has none that can be read.
         """
+        with self._reading:
+            return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         name, folder = self.info.name, Path(self.source)
         if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
             raise _no_tokenizer(name, f"{folder} has none of {', '.join(TOKENIZER_FILES)}")
