@@ -44,53 +44,67 @@ def sample(tokens: int, *, stream: bool = False) -> Sample:
     )
 
 
-async def waits(other: Caller, flood: Caller, *, stream: bool) -> float:
-    """Seconds of the other's sample at the median, beside the flood."""
+async def flood(address: str, key: str, stream: bool) -> None:
+    """Sends a thousand samples, reads every piece of them if they are streams, and says so."""
+    async with HttpService(address, api_key=key) as service:
+        caller = await Caller.open(service)
+        ids = await caller.send(*(caller.stamp(sample(64, stream=stream)) for _ in range(FLOOD)))
+
+        async def read(submission_id: str) -> None:
+            async for _ in service.stream(caller.session_id, submission_id):
+                pass
+
+        async with anyio.create_task_group() as tasks:
+            if stream:
+                for submission_id in ids:
+                    tasks.start_soon(read, submission_id)
+            print("sent", flush=True)
+            await anyio.to_thread.run_sync(sys.stdin.readline)
+            tasks.cancel_scope.cancel()
+        await service.cancel(caller.session_id, ids)
+
+
+async def waits(other: Caller) -> float:
+    """Seconds of a sample of the other's at the median."""
     spent: list[float] = []
-    pieces = 0
-
-    async def read(submission_id: str) -> None:
-        nonlocal pieces
-        async for _ in flood.service.stream(flood.session_id, submission_id):
-            pieces += 1
-
-    async with anyio.create_task_group() as tasks:
-        ids = await flood.send(*(flood.stamp(sample(64, stream=stream)) for _ in range(FLOOD)))
-        if stream:
-            for submission_id in ids:
-                tasks.start_soon(read, submission_id)
-        await anyio.sleep(0.5)
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            await other.result(await other.start(sample(8)))
-            spent.append(time.perf_counter() - start)
-        tasks.cancel_scope.cancel()
-    await flood.service.cancel(flood.session_id, ids)
-    assert bool(pieces) == stream
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        await other.result(await other.start(sample(8)))
+        spent.append(time.perf_counter() - start)
     return statistics.median(spent)
 
 
+async def beside(other: Caller, address: str, key: str, *, stream: bool) -> float:
+    """The same beside the flood, whose client is a process of its own."""
+    command = [sys.executable, __file__, address, key, "stream" * stream]
+    pipe = subprocess.PIPE
+    process = await anyio.open_process(command, stdin=pipe, stdout=pipe, stderr=None)
+    async with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert (await process.stdout.receive()).startswith(b"sent")
+        await anyio.sleep(0.5)
+        median = await waits(other)
+        await process.stdin.send(b"\n")
+        await process.wait()
+    return median
+
+
 async def measure(address: str, keys: list[str]) -> None:
-    services = [HttpService(address, api_key=key) for key in keys]
-    async with services[0], services[1]:
-        flood, other = [await Caller.open(service) for service in services]
-        alone_s = statistics.median([await _spent(other) for _ in range(ROUNDS)])
+    async with HttpService(address, api_key=keys[1]) as service:
+        other = await Caller.open(service)
+        alone_s = await waits(other)
         ratios = []
         for _ in range(3):
-            plain_s = await waits(other, flood, stream=False)
-            streamed_s = await waits(other, flood, stream=True)
+            plain_s, streamed_s = [
+                await beside(other, address, keys[0], stream=stream) for stream in (False, True)
+            ]
             ratios.append(streamed_s / plain_s)
             print(
                 f"a sample of 8 tokens: {1000 * alone_s:.0f} ms alone, {1000 * plain_s:.0f} ms "
                 f"beside {FLOOD} samples, {1000 * streamed_s:.0f} ms beside {FLOOD} streams"
             )
     print(f"streams against plain samples: {statistics.median(ratios):.2f} times as long")
-
-
-async def _spent(other: Caller) -> float:
-    start = time.perf_counter()
-    await other.result(await other.start(sample(8)))
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -108,4 +122,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        anyio.run(flood, sys.argv[1], sys.argv[2], bool(sys.argv[3]))
+    else:
+        main()

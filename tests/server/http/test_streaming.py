@@ -12,7 +12,8 @@ import pytest
 
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError, OperationError
-from weaver.server.http.streaming import EventStream
+from weaver.server.http import streaming
+from weaver.server.http.streaming import CHUNK_S, EventStream, Turns
 from weaver.server.streams import SampleStream
 from weaver.types import SampleDelta
 
@@ -32,11 +33,12 @@ def piece(token: int) -> SampleDelta:
 class Reader:
     """The far end of one response; `slow_s` is how long it takes for a chunk."""
 
-    def __init__(self, *, slow_s: float = 0.0) -> None:
+    def __init__(self, turns: Turns | None = None, *, slow_s: float = 0.0) -> None:
         self.chunks: list[str] = []
         self.status = 0
         self.heard = anyio.Event()
         self._slow_s = slow_s
+        self._turns = turns or Turns()
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -47,7 +49,7 @@ class Reader:
         self.heard.set()
 
     async def read(self, stream: SampleStream, *, after: int = 0) -> None:
-        await EventStream(stream, after=after)(SCOPE, anyio.sleep_forever, self.send)
+        await EventStream(stream, self._turns, after=after)(SCOPE, anyio.sleep_forever, self.send)
 
     @property
     def numbers(self) -> list[int]:
@@ -93,9 +95,9 @@ async def test_a_slow_reader_gets_all_in_order() -> None:
     assert len(reader.chunks) < 50
 
 
-async def test_many_streams_are_sent_less_often_each() -> None:
-    streams = [SampleStream() for _ in range(500)]
-    readers = [Reader() for _ in streams]
+async def test_many_streams_send_in_turn() -> None:
+    streams, turns = [SampleStream() for _ in range(100)], Turns()
+    readers = [Reader(turns) for _ in streams]
     began = time.monotonic()
     async with anyio.create_task_group() as tasks:
         for stream, reader in zip(streams, readers, strict=True):
@@ -103,12 +105,25 @@ async def test_many_streams_are_sent_less_often_each() -> None:
         for number in range(40):
             for stream in streams:
                 stream.push([piece(number)])
-            await anyio.sleep(0.002)
+            await anyio.sleep(0.01)
         for stream in streams:
             stream.finish(None)
     assert all(reader.numbers == list(range(1, 41)) for reader in readers)
-    pauses = (time.monotonic() - began) / 0.5
-    assert sum(len(reader.chunks) for reader in readers) <= 500 * (2 + pauses)
+    chunks = sum(len(reader.chunks) for reader in readers)
+    assert len(streams) <= chunks <= 1 + (time.monotonic() - began) / CHUNK_S
+
+
+async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "KEEPALIVE_S", 0.01)
+    stream, reader = SampleStream(), Reader()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(reader.read, stream)
+        with anyio.fail_after(5):
+            await reader.heard.wait()
+        stream.push([piece(1)])
+        stream.finish(None)
+    assert reader.chunks[0] == ": waiting\n"
+    assert reader.numbers == [1]
 
 
 SEPARATORS = "a\x85b\u2028c\u2029d\x0be\x1cf\u00e9"

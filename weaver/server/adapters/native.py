@@ -19,7 +19,7 @@ from starlette.routing import request_response
 from weaver import errors, fields, protocol, types, wire
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
-from weaver.server.http.streaming import EventStream
+from weaver.server.http.streaming import EventStream, Turns
 
 PREFIX = "/v1"
 MOST_POINTS = 10_000
@@ -189,9 +189,11 @@ async def stream(
     session_id: str,
     submission_id: str,
     service: ServiceDep,
+    gateway: GatewayDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
 ) -> Response:
-    return EventStream(service.sample_stream(session_id, submission_id), after=last_event_id)
+    pieces = service.sample_stream(session_id, submission_id)
+    return EventStream(pieces, gateway.own(Turns), after=last_event_id)
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.responses import Response
@@ -19,9 +19,22 @@ if TYPE_CHECKING:
 
 KEEPALIVE_S = 15.0
 """A comment is sent after this much silence, so that no proxy takes the stream for dead."""
-PAUSE_S = 0.001
-"""Between two chunks of a stream, for each stream that is open: all together get at most a thousand
-chunks a second, however many they are. A choice, not a measurement."""
+CHUNK_S = 0.004
+"""Between two chunks, of whichever streams: all together send at most 250 a second. Measured: from
+1 to 16 ms it makes no difference to how long others' samples take."""
+
+
+class Turns:
+    """When the streams of a server send: one after another, however many have something to send."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    async def take(self) -> None:
+        now = anyio.current_time()
+        mine = max(now, self._next)
+        self._next = mine + CHUNK_S
+        await anyio.sleep(mine - now)
 
 
 class EventStream(Response):
@@ -32,28 +45,21 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
-    _open: ClassVar[int] = 0
 
-    def __init__(self, stream: SampleStream, *, after: int = 0) -> None:
+    def __init__(self, stream: SampleStream, turns: Turns, *, after: int = 0) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]
         self._stream = stream
+        self._turns = turns
         self._after = after
-        self._sending = anyio.Lock(fast_acquire=True)
-        self._sent_at = 0.0
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal: WeaverError | None = None
-        EventStream._open += 1
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._keep_alive, send)
-                tasks.start_soon(_until_gone, receive, tasks.cancel_scope)
-                refusal = await self._send_pieces(send)
-                tasks.cancel_scope.cancel()
-        finally:
-            EventStream._open -= 1
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_until_gone, receive, tasks.cancel_scope)
+            refusal = await self._send_pieces(send)
+            tasks.cancel_scope.cancel()
         if refusal is not None:
             await error_response(refusal, scope)(scope, receive, send)
 
@@ -61,7 +67,12 @@ class EventStream(Response):
         """Answers why there is no such stream, as long as nothing was sent."""
         stream, sent, over = self._stream, self._after, False
         while not over:
-            await stream.grown(sent)
+            with anyio.move_on_after(KEEPALIVE_S) as silence:
+                await stream.grown(sent)
+            if silence.cancelled_caught:
+                await self._send(send, ": waiting\n")
+                continue
+            await self._turns.take()
             over, error = stream.finished.is_set(), stream.error
             pieces = stream.pieces[sent:]
             if isinstance(error, NotFoundError) and not (pieces or self._started):
@@ -77,31 +88,15 @@ class EventStream(Response):
                 text += "event: end\ndata: {}\n\n"
             sent += len(pieces)
             await self._send(send, text, more=not over)
-            if not over:
-                with anyio.move_on_after(PAUSE_S * EventStream._open):
-                    await stream.finished.wait()
         stream.read = True
         return None
 
-    async def _keep_alive(self, send: Send) -> None:
-        while True:
-            await anyio.sleep(KEEPALIVE_S)
-            if anyio.current_time() - self._sent_at >= KEEPALIVE_S:
-                await self._send(send, ": waiting\n")
-
     async def _send(self, send: Send, text: str, *, more: bool = True) -> None:
-        async with self._sending:
-            self._sent_at = anyio.current_time()
-            if not self._started:
-                self._started = True
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": self.status_code,
-                        "headers": self.raw_headers,
-                    }
-                )
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        if not self._started:
+            self._started = True
+            status, headers = self.status_code, self.raw_headers
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
