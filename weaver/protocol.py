@@ -226,6 +226,11 @@ class Submission(types.Value):
     note: Annotated[str, Field(strict=True, max_length=1024)] | None = None
     """The submitter's own: the outcome brings it back, also after a restart."""
 
+    @property
+    def kind(self) -> str:
+        """That of its operation, or `withdrawn`."""
+        return self.operation.kind if self.operation else "withdrawn"
+
 
 class Outcome(types.Value):
     """What became of a submission: a result or an error, never both.

@@ -115,7 +115,7 @@ def _told(
     elif outcome is not None:
         state = "done"
     return OperationInfo(
-        kind=_kind(ticket.submission.operation),
+        kind=_kind(ticket.submission),
         state=state,
         session_id=ticket.session.session_id,
         seq=ticket.submission.seq,
@@ -155,11 +155,11 @@ def answer_of(ticket: Ticket, outcome: protocol.Outcome, *, step: int | None) ->
     run_id, metrics = ticket.submission.run_id, numbers(outcome)
     if run_id is None or step is None or not metrics:
         return None
-    kind = _kind(ticket.submission.operation)
+    kind = _kind(ticket.submission)
     return Answer(run_id=run_id, kind=kind, step=step, metrics=metrics)
 
 
-def _kind(operation: protocol.Operation | None) -> str:
-    if isinstance(operation, protocol.ForwardBackward) and not operation.backward:
-        return "forward"
-    return operation.kind if operation else "withdrawn"
+def _kind(submission: protocol.Submission) -> str:
+    operation = submission.operation
+    only_forward = isinstance(operation, protocol.ForwardBackward) and not operation.backward
+    return "forward" if only_forward else submission.kind

@@ -183,14 +183,13 @@ def _log(ticket: Ticket, outcome: Outcome) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
     submission = ticket.submission
-    kind = submission.operation.kind if submission.operation else "withdrawn"
     how = outcome.error.code if outcome.error else "done"
     fields = {
         "operation_id": submission.id,
-        "operation": kind,
+        "operation": submission.kind,
         "outcome": how,
         "session_id": ticket.session.session_id,
         "run_id": submission.run_id,
         "seq": submission.seq,
     }
-    logger.info("%s %s: %s", kind, submission.id, how, extra={"fields": fields})
+    logger.info("%s %s: %s", submission.kind, submission.id, how, extra={"fields": fields})

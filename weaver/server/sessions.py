@@ -184,7 +184,7 @@ class Session:
             before = prints.get(submission.id) or self._prints.get(submission.id)
             if before is not None and before[0] != body:
                 raise ConflictError(
-                    f"submission {submission.id} ({_what(submission)}) came with another body.",
+                    f"submission {submission.id} ({submission.kind}) came with another body.",
                     field="submissions",
                     hint="Give each operation an id of its own.",
                 )
@@ -199,7 +199,7 @@ class Session:
             if holder is not None:
                 raise ConflictError(
                     f"seq {place[1]} of run {place[0]} belongs to submission {holder}, "
-                    f"not to {submission.id} ({_what(submission)}).",
+                    f"not to {submission.id} ({submission.kind}).",
                     field="submissions",
                     hint="Count seq once per operation of a session and run.",
                 )
@@ -393,7 +393,3 @@ class Session:
 
 def _place(one: Submission | Entry) -> Place | None:
     return None if one.run_id is None or one.seq is None else (one.run_id, one.seq)
-
-
-def _what(submission: Submission) -> str:
-    return submission.operation.kind if submission.operation else "withdrawn operation"

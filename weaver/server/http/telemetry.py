@@ -107,8 +107,7 @@ class ServerMetrics(registry.Collector):
 
     def submitted(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
-            kind = submission.operation.kind if submission.operation else "withdrawn"
-            self._submissions.labels(kind).inc()
+            self._submissions.labels(submission.kind).inc()
 
     def collected(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

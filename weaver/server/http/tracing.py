@@ -6,6 +6,7 @@ the global one of an application in the same process. Spans have ids, never data
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.errors import ConfigError, MissingDependencyError
@@ -74,9 +75,9 @@ class Tracing:
             "weaver.run_id": submission.run_id or "",
             "weaver.waited_s": ticket.waited_s,
         }
-        kind = submission.operation.kind if submission.operation else "withdrawn"
         start = int(ticket.submitted_at * 1e9)
-        span = ticket.context.run(self._tracer.start_span, kind, attributes=ids, start_time=start)
+        begin = partial(self._tracer.start_span, submission.kind, attributes=ids, start_time=start)
+        span = ticket.context.run(begin)
         if outcome.error is not None:
             span.set_status(Status(StatusCode.ERROR, outcome.error.code))
         span.end()
