@@ -391,12 +391,12 @@ async def test_a_service_can_be_cancelled_while_it_opens(home: Path) -> None:
 
 
 async def test_a_cancelled_body_ends_the_service(home: Path) -> None:
-    engine = FakeEngine()
+    stepped = threading.Event()
+    engine = FakeEngine(hook=lambda name, argument: stepped.set() if name == "step" else None)
     with anyio.CancelScope() as scope:
         async with LocalService(engine, home=home) as service:
             await (await Caller.open(service)).start(LONG)
-            while not engine.sampler.busy:
-                await anyio.sleep(0.001)
+            assert await anyio.to_thread.run_sync(stepped.wait, 20)
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught and not engine.sampler.busy
