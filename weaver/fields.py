@@ -17,7 +17,7 @@ from weaver.tensors import Numbers
 T = TypeVar("T")
 
 MAX_NAMES = 64
-"""So many fields or options are looked at of one value; none has as many."""
+"""At most so many fields or options of one value; none has as many."""
 ShortText = Annotated[str, Field(strict=True, max_length=256)]
 """Names and roles. `strict` is without bytes, which pydantic would read as text."""
 StopText = Annotated[str, Field(strict=True, max_length=1024)]

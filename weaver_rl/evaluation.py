@@ -50,7 +50,7 @@ class Evaluation:
     """What `evaluate` found. `print(evaluation.mean)` shows `0.900 [0.744, 0.965]`."""
 
     mean: Estimate | None
-    """The standard error of the tasks' mean rewards; None where every rollout failed."""
+    """That of the tasks' mean rewards; None where every rollout failed."""
     pass_at: Mapping[int, Estimate]
     """By k: the chance that at least one of k samples passes."""
     failed: int

@@ -117,7 +117,7 @@ class Behaviour:
     tempered: bool
     """q is `sampling_logprobs`; else `logprobs`, which are untempered."""
     temperature: float
-    """Those under the policy that is trained."""
+    """That of the policy that is trained."""
 
     @property
     def known(self) -> bool:

@@ -31,7 +31,7 @@ class Limits:
     )
     """Those of JSON have smaller limits of their own beside it."""
     submissions: int = 1024
-    """Bytes of one request."""
+    """One request has at most so many."""
     operation_tokens: int | None = setting(
         2**22,
         "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw.",

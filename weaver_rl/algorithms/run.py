@@ -126,7 +126,7 @@ class Result:
     """What a loop ends with."""
 
     sampler: AsyncSamplingClient
-    """Those of the final weights."""
+    """It samples with the final weights."""
     steps: int
     """All that the loop took; those before a resume included."""
     version: int

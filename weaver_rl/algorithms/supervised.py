@@ -57,7 +57,7 @@ class SupervisedPlan(Steps):
     batch_tokens: int = 4096
     """At most so many tokens a step; a longer example is a batch of its own."""
     roles: tuple[str, ...] = ("assistant",)
-    """The messages that are learned."""
+    """Messages of these are learned."""
     max_length: int | None = None
     """Tokens of the longest example; None, and at most: what the model's context holds."""
     too_long: TooLong = "refuse"

@@ -328,7 +328,7 @@ def refusing(what: str, *, hint: str) -> AbstractContextManager[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """What this machine or the device has."""
+    """Whether this machine, or the device, has no memory left for what was asked."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in str(error)
     )

@@ -38,7 +38,7 @@ OPTIMIZER = "optimizer.safetensors"
 ADAM_STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BESIDE = {".json", ".jinja", ".txt", ".model"}
-"""What the files are called that an export copies: the tokenizer and the generation settings."""
+"""Suffixes of the files that an export copies: the tokenizer and the generation settings."""
 
 
 class State(Value):

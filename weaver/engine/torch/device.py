@@ -139,7 +139,7 @@ class Needs:
     """In bytes."""
 
     dtype: str
-    """The sum of `weights` and `cache`."""
+    """That of `weights` and `cache`."""
     weights: int
     adapter: int
     """A LoRA adapter of the default rank in training."""

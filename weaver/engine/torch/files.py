@@ -369,7 +369,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def corrupt(path: Path, what: str) -> errors.CheckpointCorruptError:
-    """Those of a file of a checkpoint."""
+    """The error for a damaged file of a checkpoint."""
     return errors.CheckpointCorruptError(
         f"{path.name} in {path.parent.name} {what}.", field="path", hint="Use another checkpoint."
     )

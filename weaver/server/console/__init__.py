@@ -85,7 +85,7 @@ class ServerLoad(types.Value):
     waiting: int
     running: int
     longest_wait_s: float
-    """How long the operations that wait now have waited."""
+    """The longest that an operation which waits now has waited."""
     trained_tokens: int
     """Since the server started, as is the next."""
     sampled_tokens: int
