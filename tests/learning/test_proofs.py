@@ -48,11 +48,16 @@ def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
     ("advantage", "low", "high"), [("group_centred", 0.7, 1), (flipped, 0, 0.1)]
 )
 def test_reinforcement_in_bfloat16(
-    advantage: str | AdvantageFn, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+    advantage: str | AdvantageFn,
+    low: float,
+    high: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Learns as in float32, within the gap that is the default there; of flipped advantages not."""
     monkeypatch.setenv("WEAVER_THREADS", "1")
     monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
+    monkeypatch.setenv("WEAVER_HOME", str(tmp_path))
     monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
     trained = rl.train(
         "weaver-nano",

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from weaver.errors import ConflictError
 from weaver.server import database as module
 from weaver.server.database import SERVING, Writer, in_memory, open_database, transaction
-from weaver.server.tables import owners
+from weaver.server.tables import owners, schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,24 @@ def lose_connection(writer: Writer) -> None:
     """As a network does: the database ends the session that holds the lock."""
     with writer.database.begin() as connection:
         assert connection.exec_driver_sql(HOLDERS).all()
+
+
+@pytest.mark.parametrize("on", ["sqlite", "postgresql"])
+def test_tables_of_version_5_are_brought_up_to_date(
+    on: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("url") if on == "postgresql" else None
+    database = open_database(tmp_path, url)
+    write(Writer(database), "run-1")
+    with database.begin() as connection:
+        connection.execute(owners.update().values(run_id="run/run-1"))
+        connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN run_id TO resource")
+        connection.execute(schema.update().values(version=5))
+    database.dispose()
+    for _ in range(2):
+        database = open_database(tmp_path, url)
+        assert written(Writer(database)) == {"run-1"}
+        database.dispose()
 
 
 def test_a_second_server_is_refused_until_the_first_has_ended(

@@ -685,7 +685,7 @@ async def test_two_processes_do_not_share_a_run(home: Path) -> None:
 # --- the database -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [5, 99])
+@pytest.mark.parametrize("version", [4, 99])
 def test_tables_of_another_version_are_refused(home: Path, version: int) -> None:
     database = open_database(home)
     assert set(sa.inspect(database).get_table_names()) == set(tables.metadata.tables)

@@ -255,6 +255,8 @@ def transaction(
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
     """Connects, and makes the tables where there are none. The SQLite file is its owner's alone.
 
+    Those of the version before are brought up to date.
+
     Raises:
         ConfigError: it cannot be reached, or another version of this program has made its tables.
     """
@@ -324,6 +326,11 @@ def _make_tables(connection: sa.Connection) -> int:
     if version is None:
         metadata.create_all(connection)
         connection.execute(schema.insert().values(version=VERSION))
+    elif version == 5:  # whose owners were kinds of things, of which runs had remained
+        connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN resource TO run_id")
+        connection.exec_driver_sql("UPDATE owners SET run_id = substr(run_id, 5)")  # behind run/
+        connection.execute(schema.update().values(version=VERSION))
+        return VERSION
     return version or VERSION
 
 
