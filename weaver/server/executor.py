@@ -228,10 +228,8 @@ class Executor:
         for i, (run, ticket) in enumerate(batch):
             if run is None or not _empties(ticket, results[i]):
                 continue
-            result = results[i]
-            if run.loaded and self._recovery.due(
-                run, at_once=isinstance(result, protocol.CheckpointLoaded)
-            ):
+            at_once = isinstance(results[i], protocol.CheckpointLoaded)
+            if run.loaded and self._recovery.due(run, at_once=at_once):
                 rest = await self._recovery.snapshot(run)
                 if rest is not None:
                     self.beside(rest)
@@ -261,11 +259,8 @@ class Executor:
         """An unnamed sampler lives as long as its session, or until many newer ones came."""
         info, mine = saved.checkpoint, ticket.session.unnamed_samplers
         operation = ticket.submission.operation
-        if (
-            info.kind != "sampler"
-            or not isinstance(operation, protocol.SaveCheckpoint)
-            or operation.name
-        ):
+        assert isinstance(operation, protocol.SaveCheckpoint)
+        if info.kind != "sampler" or operation.name:
             return
         mine.append(info.path)
         keep = 0 if ticket.session.closed else self._operations.limits.unnamed_samplers
@@ -309,23 +304,19 @@ class Executor:
                 if ticket is not None:
                     await self.settle((ticket, protocol.SamplerReleased()))
                 continue
-            if self._was_dropped(ticket):
+            if ticket not in self._samples:  # it was cancelled; its outcome may be on its way
                 continue
             begin = partial(self._samplers.begin, project=_project(ticket))
             hear = partial(self._hear, ticket)
             drop = await attempt_async(begin, ticket.job_id, operation, hear)
             if isinstance(drop, WeaverError):
                 self._end(ticket, drop)
-            elif self._was_dropped(ticket):
+            elif ticket not in self._samples:
                 drop()
             else:
                 ticket.begin()
                 self._samples[ticket] = drop
         del self._beginning[sampler_id]
-
-    def _was_dropped(self, ticket: Ticket) -> bool:
-        """Whether a sample was cancelled; its outcome may be on its way."""
-        return ticket.settled or ticket not in self._samples
 
     def _drop(self, *tickets: Ticket) -> None:
         for ticket in tickets:
@@ -358,10 +349,11 @@ class Executor:
 
 
 def _empties(ticket: Ticket, result: protocol.Result | WeaverError) -> bool:
-    """Whether no gradient is left after it, so that a snapshot holds all."""
-    stepped = isinstance(
-        ticket.submission.operation, protocol.OptimStep
-    )  # or cleared, if that failed
+    """Whether no gradient is left after it, so that a snapshot holds all.
+
+    A step that failed has cleared it, too.
+    """
+    stepped = isinstance(ticket.submission.operation, protocol.OptimStep)
     return stepped or isinstance(result, protocol.CheckpointLoaded)
 
 
