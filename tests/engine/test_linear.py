@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from weaver.engine.torch import linear as linear_module
-from weaver.engine.torch.linear import PREPACK_MIN_SIZE, FrozenLinear, Routing, prepackable
+from weaver.engine.torch import kernels
+from weaver.engine.torch.kernels import PREPACK_MIN_SIZE, Prepacked, prepackable
+from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter, LoraPair
 from weaver.errors import EngineError
 
@@ -67,7 +68,7 @@ def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
     plain, frozen, _ = make(LARGE, bias=False)
     assert plain.weight.numel() >= PREPACK_MIN_SIZE
     assert torch.equal(frozen.weight, plain.weight)
-    assert (frozen._weight is None) == prepackable(torch.float32)
+    assert isinstance(frozen.kernel, Prepacked) == prepackable(torch.float32)
     small_plain, small, _ = make(SMALL, bias=False)
     assert small.weight.data_ptr() == small_plain.weight.data_ptr()
 
@@ -83,7 +84,7 @@ def test_bfloat16_weights_are_as_close_as_their_precision(
     monkeypatch: pytest.MonkeyPatch, capable: bool
 ) -> None:
     if not capable:
-        monkeypatch.setattr(linear_module, "prepackable", lambda dtype: False)
+        monkeypatch.setattr(kernels, "prepackable", lambda dtype: False)
     plain, frozen, _ = make(LARGE, bias=True, dtype=torch.bfloat16)
     x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).bfloat16()
     weight, bias = plain.weight.detach().double(), plain.bias.detach().double()

@@ -22,6 +22,7 @@ from tests.engine.conftest import (
     sequences,
 )
 from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.kernels import Prepacked
 from weaver.engine.torch.linear import FrozenLinear
 from weaver.engine.torch.models import ModelStore
 from weaver.engine.torch.packing import pack
@@ -85,7 +86,7 @@ def test_a_model_of_prepacked_layers_equals_transformers_and_peft(tmp_path: Path
     catalog = Catalog({"qwen3": folder}, allow_paths=False)
     store = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1)
     frozen = [m for m in store.base("qwen3").module.modules() if isinstance(m, FrozenLinear)]
-    assert sum(layer._packed is not None for layer in frozen) == 2 * 5 + 1  # not k, v
+    assert sum(isinstance(layer.kernel, Prepacked) for layer in frozen) == 2 * 5 + 1  # not k, v
     assert_equals_peft(TorchTrainer(store), folder)
 
 

@@ -2,32 +2,21 @@
 
 `FrozenLinear` replaces the linear layers of a frozen base model, and finds the adapters of its rows
 in the model's `Routing`. N rows, R rank; x [N, in], weight [out, in], A [R, in], B [out, R].
-
-The path is chosen by a fixed rule, not by a stopwatch, so that two processes on one machine always
-compute the same bits: on a CPU whose oneDNN prepacks the dtype, weights of at least
-`PREPACK_MIN_SIZE` elements are kept in its blocked layout; everything else is `F.linear`. Measured
-on two-core AMD machines in fp32, it is 1.2 to 2.4 times as fast at training sizes and 1.7 to 3
-times at 1 to 32 rows; below the threshold the call's overhead of about 15 us eats the gain.
-
-Memory of a prepacked weight: the blocked copy replaces the original (a tied embedding keeps its
-own), and the first backward pass adds a blocked transpose: 1x for sampling, 2x for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from weaver.engine.torch.kernels import kernel_of
 from weaver.engine.torch.lora import Adapter
 from weaver.errors import EngineError
 
-PREPACK_MIN_SIZE = 2**17
-PACKING_ROWS = 512
 Segment = tuple[int, int, Adapter]
 """First row, row behind the last, the adapter of these rows."""
 Part = tuple[int, int, float]
@@ -92,48 +81,33 @@ class FrozenLinear(torch.nn.Module):
         self.path = path
         self.routing = routing
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self._weight: torch.Tensor | None = linear.weight.detach()
-        self._packed: torch.Tensor | None = None
-        self._packed_transpose: torch.Tensor | None = None
-        if _prepacks(self._weight):
-            self._packed, self._weight = _prepack(self._weight), None
+        self.kernel = kernel_of(linear.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; the leading axes flatten to the rows of the current routing."""
         rows = x.reshape(-1, self.in_features)
         parts, tensors = self.routing.parts(self.path, rows.shape[0])
-        if self._weight is not None and len(parts) == 1 and parts[0][:2] == (0, rows.shape[0]):
+        if self.kernel.differentiable and len(parts) == 1 and parts[0][:2] == (0, rows.shape[0]):
             a, b = (t.to(rows.dtype) for t in tensors)
             # torch's own operators: a Python backward costs small models 8% of a step
             low = functional.linear(rows, a) * parts[0][2]
-            y = torch.addmm(functional.linear(rows, self._weight, self.bias), low, b.t())
+            y = torch.addmm(self.project(rows), low, b.t())
         else:
             y = _routed(rows, self, parts, *tensors)
         return y.view(*x.shape[:-1], self.out_features)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + bias: [N, in] -> [N, out], a new tensor, without gradient."""
-        if self._packed is not None:
-            return _packed_linear(x, self._packed, self.bias)
-        assert self._weight is not None
-        return functional.linear(x, self._weight, self.bias)
+        """x W^T + bias: [N, in] -> [N, out]"""
+        return self.kernel.project(x, self.bias)
 
     def project_back(self, y: torch.Tensor) -> torch.Tensor:
-        """y W: [N, out] -> [N, in], a new tensor, without gradient."""
-        if self._packed is not None:
-            if self._packed_transpose is None:
-                self._packed_transpose = _prepack(self.weight.t().contiguous())
-            return _packed_linear(y, self._packed_transpose, None)
-        assert self._weight is not None
-        return y @ self._weight
+        """y W: [N, out] -> [N, in]"""
+        return self.kernel.project_back(y)
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in]; unpacked anew where it is kept packed."""
-        if self._weight is not None:
-            return self._weight
-        assert self._packed is not None
-        return self._packed.to_dense()
+        """[out, in]; made anew where the kernel keeps it otherwise."""
+        return self.kernel.dense()
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -177,39 +151,3 @@ class _RoutedLinear(torch.autograd.Function):
 
 
 _routed: Callable[..., torch.Tensor] = _RoutedLinear.apply
-
-
-def _prepacks(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.numel() >= PREPACK_MIN_SIZE
-        and prepackable(weight.dtype)
-    )
-
-
-@cache
-def prepackable(dtype: torch.dtype) -> bool:
-    """Whether this processor's oneDNN prepacks weights of a dtype, found by trying a small one.
-
-    For bfloat16 it needs AVX-512 or avx_ne_convert, and there is no function that tells.
-    """
-    ones = torch.ones(64, 64, dtype=dtype)
-    try:
-        _packed_linear(ones[:1], _prepack(ones), None)
-    except (RuntimeError, AttributeError):  # AttributeError: a torch without oneDNN
-        return False
-    return True
-
-
-def _prepack(weight: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS)
-    return packed
-
-
-def _packed_linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), packed, bias, "none", [], ""
-    )
-    return y
