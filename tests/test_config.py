@@ -33,12 +33,13 @@ def test_all_variables() -> None:
             "WEAVER_DEVICE": "cuda",
             "WEAVER_DTYPE": "bfloat16",
             "WEAVER_THREADS": "2",
+            "WEAVER_MEMORY_GB": "1.5",
             "WEAVER_DETERMINISTIC": "1",
         }
     )
     assert settings.base_url == "http://localhost:8000"
     assert (settings.home, settings.device, settings.dtype) == (Path("/data"), "cuda", "bfloat16")
-    assert (settings.threads, settings.deterministic) == (2, True)
+    assert (settings.threads, settings.memory_gb, settings.deterministic) == (2, 1.5, True)
     assert "secret" not in repr(settings)
 
 
@@ -48,6 +49,8 @@ def test_all_variables() -> None:
         ("WEAVER_BASE_URL", "localhost:8000"),
         ("WEAVER_DTYPE", "int8"),
         ("WEAVER_THREADS", "many"),
+        ("WEAVER_MEMORY_GB", "-1"),
+        ("WEAVER_MEMORY_GB", "nan"),
         ("WEAVER_DETERMINISTIC", "yes"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -101,6 +102,11 @@ class EngineSettings:
         "auto", "Of base weights; auto: bfloat16 on CUDA, else float32. What is trained is float32."
     )
     threads: int = setting(0, "Torch threads; 0 chooses by the model's size.", least=0)
+    memory_gb: float = setting(
+        0.0,
+        "Gigabytes of the device that the engine may use; 0 takes what is free as it begins.",
+        least=0,
+    )
     deterministic: bool = setting(False, "No result depends on what else runs.")
 
 
@@ -132,6 +138,8 @@ def _value(option: Option, text: str) -> Any:
     hint = None
     if option.type is int and not text.isdecimal():
         hint = f"Use a whole number. {option.help}"
+    elif option.type is float and not re.fullmatch(r"\d+(\.\d+)?", text):
+        hint = f"Use a number. {option.help}"
     elif option.type is bool and text not in ("0", "1"):
         hint = "Use 0 or 1."
     elif get_origin(option.type) is Literal and text not in (known := get_args(option.type)):
@@ -142,6 +150,8 @@ def _value(option: Option, text: str) -> Any:
         raise ConfigError(f"is {text!r}.", field=option.variables[0], hint=hint)
     if option.type in (int, bool):
         return option.type(int(text))
+    if option.type is float:
+        return float(text)
     return Path(text) if option.type is Path else text
 
 

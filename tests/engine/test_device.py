@@ -20,6 +20,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, devices: int, refusal: str = "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 10**9)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_with_cuda(
     assert made.why.startswith("auto: the first CUDA" if device == "auto" else "as set")
     assert made.dtype_why.startswith("auto: on" if dtype == "auto" else "as set")
     if made.place.type == "cuda":
-        assert free_bytes(made.place) == 5 * 10**9
+        assert free_bytes(made.place) == 6 * 10**9
 
 
 def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.engine.conftest import SIZES, save_tiny
 from weaver.engine.torch.device import free_bytes, needs_of
+from weaver.engine.torch.memory import shares
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -57,6 +58,24 @@ def test_free_memory_is_below_that_of_the_machine() -> None:
     with open("/proc/meminfo") as file:
         total = 1024 * int(file.readline().split()[1])
     assert 0 < free < total
+
+
+def test_in_a_container_what_files_fill_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nactive_file 300000\ninactive_file 700000\n")
+    monkeypatch.setattr("weaver.engine.torch.device.CGROUP", tmp_path)
+    assert free_bytes(torch.device("cpu")) == 2_000_000
+
+
+def test_what_is_left_beside_the_weights_is_shared(catalog: Catalog) -> None:
+    facts = catalog.facts("llama")
+    needs = needs_of(facts, dtype="float32")
+    passes, cache = shares(facts, free=10**8, dtype="float32")
+    assert passes == cache == (9 * 10**7 - needs.weights - needs.adapter) // 2
+    assert shares(facts, free=needs.weights, dtype="float32") == (0, 0)
 
 
 LOADING = """

@@ -112,6 +112,7 @@ def serve(config: Config = None, **given: Any) -> None:
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
+        memory_gb=settings.memory_gb,
         deterministic=settings.deterministic,
     )
     with closing(engine):

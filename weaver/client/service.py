@@ -297,6 +297,7 @@ def _torch_engine(settings: Settings) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
+        memory_gb=settings.memory_gb,
         deterministic=settings.deterministic,
     )
 

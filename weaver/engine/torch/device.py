@@ -118,9 +118,13 @@ def _lack_of_cuda() -> tuple[str, str] | None:
 
 
 def free_bytes(place: torch.device) -> int | None:
-    """What the device has, or this machine (or its container) for the CPU; None where not told."""
+    """What the device has, or this machine (or its container) for the CPU; None where not told.
+
+    What torch holds and does not use, and copies of files that can be read again, are free.
+    """
     if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
+        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return torch.cuda.mem_get_info(place)[0] + held
     if place.type != "cpu":
         return None
     known = []
@@ -128,8 +132,11 @@ def free_bytes(place: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         known += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
         limit = int((CGROUP / "memory.max").read_text())
-        known.append(limit - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # another system, or a container without a limit
+        used = int((CGROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = int(parts["active_file"]) + int(parts["inactive_file"])
+        known.append(limit - used + files)
+    except (OSError, ValueError, KeyError):  # another system, or a container without a limit
         pass
     return min(known, default=None)
 

@@ -14,7 +14,7 @@ import torch
 from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.checkpoints import merge_adapter
-from weaver.engine.torch.device import DTYPES, choose_device
+from weaver.engine.torch.device import DTYPES, choose_device, free_bytes
 from weaver.engine.torch.models import ModelStore, threads_text
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
@@ -32,6 +32,7 @@ class TorchEngine(ThreadedEngine):
         dtype: of frozen base weights, `float32`, `bfloat16` or `auto` (bfloat16 on CUDA, else
             float32); what is trained is float32.
         threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
+        memory_gb: gigabytes that it may use on the device; 0 takes what is free there now.
         deterministic: no result depends on what else runs.
 
     Raises:
@@ -46,6 +47,7 @@ class TorchEngine(ThreadedEngine):
         device: str = "auto",
         dtype: str = "auto",
         threads: int = 0,
+        memory_gb: float = 0,
         deterministic: bool = False,
     ) -> None:
         self._device = choose_device(device, dtype)
@@ -55,6 +57,7 @@ class TorchEngine(ThreadedEngine):
             device=self._device.place,
             dtype=DTYPES[self._device.dtype],
             threads=threads,
+            memory=int(memory_gb * 1e9) or free_bytes(self._device.place),
         )
         self._trainer = TorchTrainer(self._store, deterministic=deterministic)
         self._sampler = TorchSampler(self._store, deterministic=deterministic)

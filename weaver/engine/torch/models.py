@@ -157,15 +157,25 @@ class PublishedWeights:
 
 
 class ModelStore:
-    """Frozen models by name, on one device in one dtype."""
+    """Frozen models by name, on one device in one dtype.
+
+    `memory` are the bytes that were free on the device when the engine began; None is not known.
+    """
 
     def __init__(
-        self, catalog: Catalog, *, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        catalog: Catalog,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        memory: int | None = None,
     ) -> None:
         self.catalog = catalog
         self.device = device
         self.dtype = dtype
         self.threads = threads
+        self.memory = memory
         self._models: dict[str, LoadedModel] = {}
         self._checked: set[tuple[str, bool]] = set()
         """Names, and whether trainable, of what is known to run here."""
