@@ -236,7 +236,7 @@ def test_one_key_head_for_all_queries_is_right(tmp_path: Path) -> None:
         vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, multi_query=True
     )
     save_tiny(config, tmp_path)
-    assert store_of(tmp_path).base("base").cache_shape.num_kv_heads == 1
+    assert store_of(tmp_path).base("base").facts.num_kv_heads == 1
 
 
 def test_latent_attention_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -1,242 +1,80 @@
-"""Keys and values of earlier tokens: of prompts while they are read, of rows while they grow.
+"""What a KV cache is: the `KVCache` protocol, between `TorchSampler` and how tokens are kept.
 
-`TorchSampler` fills a `PromptCache` in one `PrefillPass` or several, copies it into as many rows of
-a `RowCache` as there are samples, and grows all of them by one token in each `DecodePass`. A row
-lies in the smallest arena that holds it and moves to the next when that is full: it never occupies
-more than twice its length, and short rows are not padded to the longest.
-
-Axes: L layers, Hq query heads, Hkv key heads, D head size, N slots, T tokens of a pass, B rows.
+`LoadedModel.new_cache` makes one; `arenas.py` is the one for a CPU. A prompt is read in one pass or
+several, then any number of rows begin behind it, and each grows by a token in every pass of its
+rows. A batch of a pass is handed what `read` or `decode` answered, and the tokens of the pass count
+as there once the pass is over, see `AttentionCache`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
+from weaver.engine.torch.packing import AttentionCache
 
-from weaver.engine.torch.packing import Heads, attend, visible
+if TYPE_CHECKING:
+    import torch
 
-SMALLEST_ARENA = 64
-"""Tokens of a row, a power of two; arenas double from there."""
+    from weaver.engine.torch.catalog import ModelFacts
+
+
+class Cached(Protocol):
+    """The tokens of one sequence; only its cache changes it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that are there."""
+
+
+P = TypeVar("P", bound=Cached)
+"""What a kind of cache has for a prompt."""
+P_contra = TypeVar("P_contra", bound=Cached, contravariant=True)
+"""The same, of what only takes it."""
+R = TypeVar("R", bound=Cached)
+"""What it has for a row."""
+
+
+class KVCache(Protocol[P, R]):
+    """Keys and values of one model's earlier tokens."""
+
+    def prompt(self, tokens: int) -> P:
+        """Room for a prompt of so many tokens, none of which is there yet."""
+
+    def read(self, parts: Sequence[tuple[P, int]]) -> AttentionCache:
+        """The pass over the next tokens of several prompts, laid end to end: so many of each."""
+
+    def rows(self) -> CachedRows[P, R]:
+        """None yet."""
+
+    def end(self, prompt: P) -> None:
+        """No row begins behind this prompt any more; rows that have begun go on."""
+
+
+class CachedRows(Protocol[P_contra, R]):
+    """Rows that step together."""
+
+    def add(self, prompt: P_contra, count: int) -> Sequence[R]:
+        """So many new rows, each behind the tokens of the prompt."""
+
+    def remove(self, row: R) -> None: ...
+
+    def decode(self, rows: Sequence[R]) -> AttentionCache:
+        """The pass that adds a token to each: all of the rows, in the order of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
+    """What a model's keys and values are like."""
+
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
 
-    def allocate(self, *sizes: int) -> torch.Tensor:
-        """Zeros [2, L, *sizes, D]: keys and values. Never uninitialised, since 0 · NaN is NaN."""
-        shape = (2, self.num_layers, *sizes, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-
-class PromptCache:
-    """One prompt's keys and values [2, L, Hkv, tokens, D], of which `filled` tokens are there."""
-
-    def __init__(self, shape: CacheShape, *, length: int) -> None:
-        self.kv = shape.allocate(shape.num_kv_heads, length)
-        self.filled = 0
-
-
-class PrefillPass:
-    """The attention cache of a pass over the next tokens of several prompts, laid end to end."""
-
-    def __init__(self, parts: Sequence[tuple[PromptCache, int]]) -> None:
-        """`parts`: each prompt and how many of its tokens are in the pass."""
-        self._parts = parts
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
-
-    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
-        """-> [1, T, Hq, D]"""
-        q, k, v, scaling, window = heads
-        outputs: list[torch.Tensor] = []
-        row = 0
-        for part, (prompt, n) in enumerate(self._parts):
-            first, end = prompt.filled, prompt.filled + n
-            prompt.kv[0, layer, :, first:end] = k[0, :, row : row + n]
-            prompt.kv[1, layer, :, first:end] = v[0, :, row : row + n]
-            begin = 0 if window is None else max(0, first - window + 1)
-            causal = first == 0 and (window is None or window >= end)
-            mask = None if causal else self._mask(part, begin, window=window)
-            some, (keys, values) = q[:, :, row : row + n], prompt.kv[:, layer, None, :, begin:end]
-            outputs.append(attend(some, keys, values, mask=mask, scaling=scaling))
-            row += n
-        return torch.cat(outputs, dim=2).transpose(1, 2)
-
-    def finish(self) -> None:
-        """See `AttentionCache`."""
-        for prompt, n in self._parts:
-            prompt.filled += n
-
-    def _mask(self, part: int, begin: int, *, window: int | None) -> torch.Tensor:
-        """bool [n, keys from `begin`]; the same for all layers of one window."""
-        if (part, window) not in self._masks:
-            prompt, n = self._parts[part]
-            end = prompt.filled + n
-            at = torch.arange(prompt.filled, end, device=prompt.kv.device)[:, None]
-            seen = torch.arange(begin, end, device=prompt.kv.device)
-            self._masks[part, window] = visible(seen, at, window)
-        return self._masks[part, window]
-
-
-@dataclass(slots=True, eq=False)
-class CachedRow:
-    """A running row's place, from `RowCache.add` on; only its cache changes it."""
-
-    arena: _Arena = field(init=False)
-    slot: int = field(init=False)
-    length: int = field(init=False)
-
-
-class RowCache:
-    """The running rows of one model."""
-
-    def __init__(self, shape: CacheShape) -> None:
-        self._shape = shape
-        self._arenas: dict[int, _Arena] = {}
-
-    def add(self, rows: Sequence[CachedRow], prompt: PromptCache) -> None:
-        """Takes in rows that begin with a copy of the prompt."""
-        self._arena(prompt.filled + 1).put(rows, prompt.kv)
-
-    def remove(self, row: CachedRow) -> None:
-        row.arena.drop(row)
-        if not row.arena.rows:
-            del self._arenas[row.arena.capacity]
-
-    def decode(self, rows: Sequence[CachedRow]) -> DecodePass:
-        """The pass that adds a token to each of `rows`: all of the cache, in the batch's order."""
-        for row in rows:
-            if row.length == row.arena.capacity:
-                kv = row.arena.kv[:, :, row.slot].clone()
-                self.remove(row)
-                self._arena(row.length + 1).put([row], kv)
-        return DecodePass(list(self._arenas.values()), rows)
-
-    def _arena(self, length: int) -> _Arena:
-        """The one for rows of `length` tokens."""
-        capacity = max(SMALLEST_ARENA, 2 ** (length - 1).bit_length())
-        if capacity not in self._arenas:
-            self._arenas[capacity] = _Arena(self._shape, capacity=capacity)
-        return self._arenas[capacity]
-
-
-class _Arena:
-    """Rows of one capacity, in slots without gaps: kv [2, L, N, Hkv, capacity, D].
-
-    Behind a row's tokens its slot is finite, whoever had it before.
-    """
-
-    def __init__(self, shape: CacheShape, *, capacity: int) -> None:
-        self.capacity = capacity
-        self.rows: list[CachedRow] = []
-        self._shape = shape
-        self.kv = shape.allocate(0, shape.num_kv_heads, capacity)
-
-    def put(self, rows: Sequence[CachedRow], kv: torch.Tensor) -> None:
-        """Gives each row a slot with the tokens of kv [2, L, Hkv, length, D]."""
-        first, length = len(self.rows), kv.shape[3]
-        slots = slice(first, first + len(rows))
-        self._grow(slots.stop)
-        self.kv[:, :, slots, :, :length] = kv[:, :, None]
-        self.kv[:, :, slots, :, length:] = 0
-        for slot, row in enumerate(rows, first):
-            row.arena, row.slot, row.length = self, slot, length
-        self.rows += rows
-
-    def drop(self, row: CachedRow) -> None:
-        last = self.rows.pop()
-        if last is not row:
-            self.kv[:, :, row.slot] = self.kv[:, :, last.slot]
-            self.rows[row.slot] = last
-            last.slot = row.slot
-
-    def _grow(self, slots: int) -> None:
-        have = self.kv.shape[2]
-        if slots > have:
-            more = max(slots, have + have // 2)
-            kv = self._shape.allocate(more, self._shape.num_kv_heads, self.capacity)
-            kv[:, :, :have] = self.kv
-            self.kv = kv
-
-
-class DecodePass:
-    """The attention cache of a pass with one token for each row."""
-
-    def __init__(self, arenas: Sequence[_Arena], rows: Sequence[CachedRow]) -> None:
-        self._rows = rows
-        order = {id(row): index for index, row in enumerate(rows)}
-        self._parts = [
-            _ArenaPass(arena, [order[id(row)] for row in arena.rows]) for arena in arenas
-        ]
-
-    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
-        """-> [1, B, Hq, D]; every row is a sequence of one token."""
-        q, k, v = (x[0].transpose(0, 1) for x in heads[:3])
-        if len(self._parts) == 1 and self._parts[0].in_order:
-            return self._parts[0].attend(layer, Heads(q, k, v, *heads[3:]))[None]
-        output = torch.empty_like(q)
-        for part in self._parts:
-            rows = part.batch_rows
-            output[rows] = part.attend(layer, Heads(q[rows], k[rows], v[rows], *heads[3:]))
-        return output[None]
-
-    def finish(self) -> None:
-        """See `AttentionCache`: every row is one token longer."""
-        for row in self._rows:
-            row.length += 1
-
-
-class _ArenaPass:
-    """One arena's share of a pass; its rows are in the order of their slots."""
-
-    def __init__(self, arena: _Arena, batch_rows: list[int]) -> None:
-        self._kv = arena.kv
-        device = arena.kv.device
-        lengths = [row.length for row in arena.rows]
-        self._shortest, self._width = min(lengths), max(lengths) + 1
-        self._at = torch.tensor(lengths, device=device)
-        heads = arena.kv.shape[3]
-        slots = torch.arange(len(lengths) * heads, device=device) * arena.capacity
-        self._write = slots + self._at.repeat_interleave(heads)
-        self._masks: dict[int | None, torch.Tensor] = {}
-        self.in_order = batch_rows == list(range(len(batch_rows)))
-        self.batch_rows = torch.tensor(batch_rows, device=device)
-
-    def attend(self, layer: int, heads: Heads) -> torch.Tensor:
-        """q [n, Hq, D], k and v [n, Hkv, D] -> [n, Hq, D].
-
-        The query heads of one key head are the rows of one product. In fp32 on a CPU two batched
-        products take 0.6 of the time of `scaled_dot_product_attention`.
-        """
-        q, k, v, scaling, window = heads
-        n, kv_heads, size = k.shape
-        for cached, new in zip(self._kv[:, layer], (k, v), strict=True):
-            cached.view(-1, size).index_copy_(0, self._write, new.reshape(-1, size))
-        begin = 0 if window is None else max(0, self._shortest - window + 1)
-        keys, values = self._kv[:, layer, :n].flatten(1, 2)[:, :, begin : self._width]
-        groups = q.reshape(n * kv_heads, -1, size)
-        mask = self._mask(begin, kv_heads=kv_heads, window=window)
-        if q.dtype == torch.float32 and q.device.type == "cpu":
-            scores = torch.baddbmm(mask, groups, keys.transpose(1, 2), alpha=scaling)
-            output = torch.bmm(scores.softmax(-1), values)
-        else:
-            output = scaled_dot_product_attention(
-                groups, keys, values, attn_mask=mask, scale=scaling
-            )
-        return output.view(q.shape)
-
-    def _mask(self, begin: int, *, kv_heads: int, window: int | None) -> torch.Tensor:
-        """[n * Hkv, 1, keys from `begin`]: 0 where visible, else -inf."""
-        if window not in self._masks:
-            seen = torch.arange(begin, self._width, device=self._kv.device)
-            never = ~visible(seen, self._at[:, None], window)
-            mask = torch.zeros_like(never, dtype=self._kv.dtype).masked_fill_(never, -torch.inf)
-            self._masks[window] = mask.repeat_interleave(kv_heads, 0)[:, None]
-        return self._masks[window]
+    @classmethod
+    def of(cls, facts: ModelFacts, *, dtype: torch.dtype, device: torch.device) -> CacheShape:
+        layers, heads, size = facts.num_layers, facts.num_kv_heads, facts.head_dim
+        return cls(num_layers=layers, num_kv_heads=heads, head_dim=size, dtype=dtype, device=device)

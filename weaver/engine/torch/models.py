@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from weaver.engine.blocking import WeightSnapshot
+from weaver.engine.torch.arenas import ArenaCache
 from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, refusing
 from weaver.engine.torch.files import check_finite, read_module, set_weights
-from weaver.engine.torch.kv_cache import CachedRow, CacheShape, PrefillPass, PromptCache, RowCache
+from weaver.engine.torch.kv_cache import CacheShape, KVCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter, adapter_from_tensors, new_adapter
 from weaver.engine.torch.packing import AttentionCache, PackedBatch, pack
@@ -95,13 +96,6 @@ class LoadedModel:
         self.dtype: torch.dtype = module.dtype
         self.trainable = trainable
         self.routing = Routing()
-        self.cache_shape = CacheShape(
-            num_layers=facts.num_layers,
-            num_kv_heads=facts.num_kv_heads,
-            head_dim=facts.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
         module.requires_grad_(trainable).eval()
         linear = module.get_output_embeddings()
         path = next(name for name, m in module.named_modules() if m is linear)
@@ -117,6 +111,10 @@ class LoadedModel:
             if eos is not None:
                 return frozenset([eos] if isinstance(eos, int) else eos)
         return frozenset()
+
+    def new_cache(self) -> KVCache[Any, Any]:
+        """An empty one, of the kind for the model's device."""
+        return ArenaCache(CacheShape.of(self.facts, dtype=self.dtype, device=self.device))
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, H] after the final norm; differentiable in the adapters or the model's parameters."""
@@ -315,21 +313,20 @@ def _cached(
     model: LoadedModel, rows: Sequence[list[int]], adapters: Sequence[Adapter | None]
 ) -> torch.Tensor:
     """float32 [T of all, V] through prefill and decoding, as in sampling."""
-    prompts = [PromptCache(model.cache_shape, length=length) for length in READ]
-    places, decoding = [CachedRow() for _ in rows], RowCache(model.cache_shape)
+    cache = model.new_cache()
+    prompts, decoding = [cache.prompt(tokens) for tokens in READ], cache.rows()
+    places: list[Any] = []
     read, pieces = [0] * len(rows), []
     for sizes in PIECES:
-        cache: AttentionCache
-        if max(sizes) > 1:
-            cache = PrefillPass(list(zip(prompts, sizes, strict=True)))
+        if places:
+            used = decoding.decode(places)
         else:
-            cache = decoding.decode(places)
+            used = cache.read(list(zip(prompts, sizes, strict=True)))
         new = [row[at : at + n] for row, at, n in zip(rows, read, sizes, strict=True)]
-        pieces.append(_logits(model, new, adapters, starts=read, cache=cache))
+        pieces.append(_logits(model, new, adapters, starts=read, cache=used))
         read = [at + n for at, n in zip(read, sizes, strict=True)]
         if read == READ:
-            for place, prompt in zip(places, prompts, strict=True):
-                decoding.add([place], prompt)
+            places = [place for prompt in prompts for place in decoding.add(prompt, 1)]
     return torch.cat([piece for row in zip(*pieces, strict=True) for piece in row])
 
 

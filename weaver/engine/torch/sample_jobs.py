@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from weaver.checks import check_length
 from weaver.engine.base import SampleJob
-from weaver.engine.torch.kv_cache import CachedRow, PromptCache
+from weaver.engine.torch.kv_cache import Cached
 from weaver.engine.torch.models import PublishedWeights
 from weaver.engine.torch.sampling import stream_keys
 from weaver.engine.torch.text import Draft, Stops
@@ -36,7 +36,7 @@ class RunningJob:
         """The most tokens of a sample."""
         self.read = 0
         """Tokens of the prompt that the model has seen."""
-        self.cache: PromptCache | None = None
+        self.cache: Cached | None = None
         """The prompt's keys and values, while it is read or samples are yet to begin."""
         self.logits: torch.Tensor | None = None
         """float32 [1, V] behind the prompt, while samples are yet to begin."""
@@ -128,13 +128,15 @@ class RunningJob:
 
 
 @dataclass(slots=True, eq=False)
-class Row(CachedRow):
-    """One sample while it runs; it has a place in the cache from its first token on."""
+class Row:
+    """One sample while it runs."""
 
     job: RunningJob
     draft: Draft
     key: int
     """That of its stream of random numbers."""
+    place: Cached = field(init=False)
+    """In the cache, from its first token on."""
     seen: torch.Tensor | None = None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
 

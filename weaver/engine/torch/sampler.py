@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from weaver.engine.base import SampleJob, SampleProgress
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission
 from weaver.engine.torch.checkpoints import read_snapshot
-from weaver.engine.torch.kv_cache import PrefillPass, PromptCache, RowCache
+from weaver.engine.torch.kv_cache import Cached, CachedRows, KVCache
 from weaver.engine.torch.logprobs import token_scores
 from weaver.engine.torch.models import LoadedModel, ModelStore, PublishedWeights
 from weaver.engine.torch.packing import pack
@@ -59,6 +61,7 @@ class TorchSampler:
         self._admission = Admission(
             self._jobs, max_rows=max_rows, kv_tokens=kv_tokens, in_waves=deterministic
         )
+        self._caches: WeakKeyDictionary[LoadedModel, KVCache[Any, Any]] = WeakKeyDictionary()
         self._groups: dict[object, _Group] = {}
         """In the order of their turns."""
         self._just_read = False
@@ -151,11 +154,11 @@ class TorchSampler:
         self, model: LoadedModel, parts: Sequence[tuple[RunningJob, int]]
     ) -> torch.Tensor:
         """[T, H] of the next tokens of each job."""
-        caches: list[tuple[PromptCache, int]] = []
+        cache, read = self._cache(model), []
         for job, size in parts:
             if job.cache is None:
-                job.cache = PromptCache(model.cache_shape, length=len(job.prompt))
-            caches.append((job.cache, size))
+                job.cache = cache.prompt(len(job.prompt))
+            read.append((job.cache, size))
         self._store.use_threads(model)
         return model.hidden_states(
             pack(
@@ -163,9 +166,14 @@ class TorchSampler:
                 adapters=[job.weights.adapter for job, _ in parts],
                 device=model.device,
                 starts=[job.read for job, _ in parts],
-                cache=PrefillPass(caches),
+                cache=cache.read(read),
             )
         )
+
+    def _cache(self, model: LoadedModel) -> KVCache[Any, Any]:
+        if model not in self._caches:
+            self._caches[model] = model.new_cache()
+        return self._caches[model]
 
     def _score(self, job: RunningJob, hidden: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
@@ -196,9 +204,11 @@ class TorchSampler:
                 going = [row for row in rows if row.job is job and not row.draft.ended]
                 if going and job.error is None and job.cache is not None:
                     key = job if self._deterministic else model
-                    self._groups.setdefault(key, _Group(model)).add(going, job.cache)
+                    if key not in self._groups:
+                        self._groups[key] = _Group(model, self._cache(model).rows())
+                    self._groups[key].add(going, job.cache)
                 if not job.pending:
-                    job.cache = job.logits = None
+                    self._end_prompt(job)
 
     def _decode(self) -> None:
         """Adds one token to each row of the group whose turn it is."""
@@ -222,7 +232,13 @@ class TorchSampler:
             return None
         return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=result, error=job.error)
 
+    def _end_prompt(self, job: RunningJob) -> None:
+        if job.cache is not None:
+            self._cache(job.weights.model).end(job.cache)
+        job.cache = job.logits = None
+
     def _drop(self, job: RunningJob) -> None:
+        self._end_prompt(job)
         for key, group in list(self._groups.items()):
             group.remove([row for row in group.rows if row.job is job])
             if not group.rows:
@@ -232,14 +248,15 @@ class TorchSampler:
 class _Group:
     """Rows that step together, rows of one adapter side by side."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, cache: CachedRows[Any, Any]) -> None:
         self.model = model
         self.rows: list[Row] = []
-        self._cache = RowCache(model.cache_shape)
+        self._cache = cache
         self._params: RowParams | None = None
 
-    def add(self, rows: Sequence[Row], prompt: PromptCache) -> None:
-        self._cache.add(rows, prompt)
+    def add(self, rows: Sequence[Row], prompt: Cached) -> None:
+        for row, place in zip(rows, self._cache.add(prompt, len(rows)), strict=True):
+            row.place = place
         self.rows = sorted([*self.rows, *rows], key=lambda row: id(row.job.weights))
         self._params = None
 
@@ -247,7 +264,7 @@ class _Group:
         if not rows:
             return
         for row in rows:
-            self._cache.remove(row)
+            self._cache.remove(row.place)
         gone = set(rows)
         self.rows = [row for row in self.rows if row not in gone]
         self._params = None
@@ -267,8 +284,8 @@ class _Group:
                 [row.draft.tokens[-1:] for row in self.rows],
                 adapters=adapters,
                 device=model.device,
-                starts=[row.length for row in self.rows],
-                cache=self._cache.decode(self.rows),
+                starts=[row.place.length for row in self.rows],
+                cache=self._cache.decode([row.place for row in self.rows]),
             )
         )
         return model.logits(hidden, adapters)

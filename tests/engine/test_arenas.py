@@ -1,4 +1,4 @@
-"""The caches against plain attention over whole sequences, and their bookkeeping."""
+"""The CPU's cache against plain attention over whole sequences, and their bookkeeping."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from weaver.engine.torch.kv_cache import (
-    SMALLEST_ARENA,
-    CachedRow,
-    CacheShape,
-    PrefillPass,
-    PromptCache,
-)
-from weaver.engine.torch.kv_cache import RowCache as Rows
+from weaver.engine.torch.arenas import SMALLEST_ARENA, ArenaCache, ArenaRow
+from weaver.engine.torch.kv_cache import CacheShape
 from weaver.engine.torch.packing import Heads
 
 LAYERS, HQ, HKV, D = 2, 4, 2, 8
@@ -66,50 +60,53 @@ def feed(cache: object, spans: list[tuple[Sequence, int, int]]) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_prompts_are_read_together_and_in_pieces(chunk: int) -> None:
     sequences = [Sequence(i, length) for i, length in enumerate((17, 4, 9))]
-    prompts = [PromptCache(SHAPE, length=s.kv.shape[3]) for s in sequences]
-    while any(p.filled < p.kv.shape[3] for p in prompts):
-        left = [(s, p) for s, p in zip(sequences, prompts, strict=True) if p.filled < p.kv.shape[3]]
-        sizes = [min(chunk, p.kv.shape[3] - p.filled) for _, p in left]
-        spans = [(s, p.filled, p.filled + n) for (s, p), n in zip(left, sizes, strict=True)]
-        feed(PrefillPass([(p, n) for (_, p), n in zip(left, sizes, strict=True)]), spans)
+    cache = ArenaCache(SHAPE)
+    prompts = [cache.prompt(s.kv.shape[3]) for s in sequences]
+    while any(p.length < p.kv.shape[3] for p in prompts):
+        left = [(s, p) for s, p in zip(sequences, prompts, strict=True) if p.length < p.kv.shape[3]]
+        sizes = [min(chunk, p.kv.shape[3] - p.length) for _, p in left]
+        spans = [(s, p.length, p.length + n) for (s, p), n in zip(left, sizes, strict=True)]
+        feed(cache.read([(p, n) for (_, p), n in zip(left, sizes, strict=True)]), spans)
 
 
 def test_rows_join_leave_and_grow_through_arenas() -> None:
     """Rows of every length in random order; some prompts are shared, one row is poisoned by NaN."""
     rng = random.Random(0)
-    cache = Rows(SHAPE)
-    running: list[tuple[Sequence, CachedRow]] = []
+    cache = ArenaCache(SHAPE)
+    together = cache.rows()
+    running: list[tuple[Sequence, ArenaRow]] = []
     for step in range(140):
         if step % 7 == 0 and len(running) < 9:
             length = rng.choice([1, 3, 60, 63, 64, 126])
             sequence = Sequence(step, length + 140)
-            prompt = PromptCache(SHAPE, length=length)
-            feed(PrefillPass([(prompt, length)]), [(sequence, 0, length)])
-            rows = [CachedRow() for _ in range(rng.choice([1, 3]))]
-            cache.add(rows, prompt)
+            prompt = cache.prompt(length)
+            feed(cache.read([(prompt, length)]), [(sequence, 0, length)])
+            rows = together.add(prompt, rng.choice([1, 3]))
+            cache.end(prompt)
             running += [(sequence, row) for row in rows]
         if running and rng.random() < 0.12:
             _, row = running.pop(rng.randrange(len(running)))
             row.arena.kv[:, :, row.slot] = torch.nan
-            cache.remove(row)
+            together.remove(row)
         rng.shuffle(running)
         if running:
-            decode = cache.decode([row for _, row in running])
+            decode = together.decode([row for _, row in running])
             feed(decode, [(s, row.length, row.length + 1) for s, row in running])
-        assert sum(len(arena.rows) for arena in cache._arenas.values()) == len(running)
+        assert sum(len(arena.rows) for arena in together._arenas.values()) == len(running)
     for _, row in running:
-        cache.remove(row)
-    assert not cache._arenas
+        together.remove(row)
+    assert not together._arenas
 
 
 def test_a_row_occupies_at_most_twice_its_length() -> None:
-    cache = Rows(SHAPE)
+    cache = ArenaCache(SHAPE)
+    together = cache.rows()
     token_bytes = 2 * LAYERS * HKV * D * 4
-    prompt = PromptCache(SHAPE, length=3 * SMALLEST_ARENA)
-    prompt.filled = 3 * SMALLEST_ARENA
-    cache.add([CachedRow() for _ in range(10)], prompt)
-    size_bytes = sum(arena.kv.nbytes for arena in cache._arenas.values())
-    assert 0 < size_bytes <= 2 * 10 * prompt.filled * token_bytes
+    prompt = cache.prompt(3 * SMALLEST_ARENA)
+    prompt.length = 3 * SMALLEST_ARENA
+    together.add(prompt, 10)
+    size_bytes = sum(arena.kv.nbytes for arena in together._arenas.values())
+    assert 0 < size_bytes <= 2 * 10 * prompt.length * token_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -118,13 +115,12 @@ def test_other_dtypes_take_the_fused_attention(dtype: torch.dtype) -> None:
         num_layers=1, num_kv_heads=HKV, head_dim=D, dtype=dtype, device=torch.device("cpu")
     )
     sequence = Sequence(1, 9)
-    prompt = PromptCache(shape, length=8)
+    cache = ArenaCache(shape)
+    prompt = cache.prompt(8)
     prompt.kv[:, 0] = sequence.kv[:, 0, :, :8].to(dtype)
-    prompt.filled = 8
-    cache = Rows(shape)
-    row = CachedRow()
-    cache.add([row], prompt)
-    step = cache.decode([row])
+    prompt.length = 8
+    together = cache.rows()
+    step = together.decode(together.add(prompt, 1))
     k, v = sequence.kv[:, 0, None, :, 8:].to(dtype)
     q = sequence.q[0, None, :, 8:].to(dtype)
     output = step.attend(0, Heads(q, k, v, SCALING, None))
