@@ -119,12 +119,11 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
             from weaver.engine.torch.catalog import Catalog
-            from weaver.engine.torch.models import threads_text
         device = devices.choose_device(settings.device, settings.dtype)
         free = devices.free_bytes(device.place)
         _say("device", f"{device.place} ({device.why})")
         _say("dtype", f"{device.dtype} ({device.dtype_why})")
-        _say("threads", threads_text(settings.threads))
+        _say("threads", devices.threads_text(settings.threads))
         _say("free memory", "not known" if free is None else devices.size_text(free))
         with _checking(model, faults):
             facts = Catalog({}, allow_paths=True).facts(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -188,6 +189,22 @@ def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
         cache=values * size,
         cached_tokens=tokens,
     )
+
+
+def threads_text(threads: int) -> str:
+    """The setting in words."""
+    number = threads or f"1 to {physical_cores()}"
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, counting the two threads of one core once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    siblings: set[str] = set()
+    for cpu in usable:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    return len(siblings) or os.cpu_count() or 1
 
 
 def size_text(count: int) -> str:

@@ -14,8 +14,8 @@ import torch
 from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.checkpoints import merge_adapter
-from weaver.engine.torch.device import DTYPES, choose_device, free_bytes
-from weaver.engine.torch.models import ModelStore, threads_text
+from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
+from weaver.engine.torch.models import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer

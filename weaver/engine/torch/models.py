@@ -8,12 +8,10 @@ own eager forward. T rows of a packed batch, N rows of hidden states, H hidden s
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +19,13 @@ import torch
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.arenas import ArenaCache
 from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, refusing
+from weaver.engine.torch.device import physical_cores
 from weaver.engine.torch.files import check_finite, read_module, set_weights
 from weaver.engine.torch.kv_cache import CacheShape, KVCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter, adapter_from_tensors, new_adapter
 from weaver.engine.torch.packing import AttentionCache, PackedBatch, pack
+from weaver.engine.torch.recompute import prepare_layers, recomputed
 from weaver.errors import EngineError, UnsupportedError
 from weaver.types import LoraConfig
 
@@ -101,6 +101,7 @@ class LoadedModel:
         path = next(name for name, m in module.named_modules() if m is linear)
         if not trainable:
             self._freeze()
+        self._layers = prepare_layers(module.base_model, facts.num_layers)
         self.head = Head.of(module.get_submodule(path), path, facts.config)
 
     @property
@@ -116,9 +117,17 @@ class LoadedModel:
         """An empty one, of the kind for the model's device."""
         return ArenaCache(CacheShape.of(self.facts, dtype=self.dtype, device=self.device))
 
-    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """[T, H] after the final norm; differentiable in the adapters or the model's parameters."""
-        with self.routing.of(batch.lengths, batch.adapters):
+    def hidden_states(self, batch: PackedBatch, *, recompute: int = 0) -> torch.Tensor:
+        """[T, H] after the final norm; differentiable in the adapters or the model's parameters.
+
+        The first `recompute` layers keep no activations, and compute them again when they are
+        needed. These are the first, as by then what the others keep is gone.
+        """
+
+        def set_up() -> AbstractContextManager[None]:
+            return self.routing.of(batch.lengths, batch.adapters)
+
+        with set_up(), recomputed(self._layers[:recompute], set_up):
             output = self.module.base_model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
@@ -258,22 +267,6 @@ class ModelStore:
 
     def close(self) -> None:
         self._models.clear()
-
-
-def threads_text(threads: int) -> str:
-    """The setting in words."""
-    number = threads or f"1 to {physical_cores()}"
-    return f"{number} thread{'' if number == 1 else 's'}"
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, counting the two threads of one core once."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
-    siblings: set[str] = set()
-    for cpu in usable:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.exists() else str(cpu))
-    return len(siblings) or os.cpu_count() or 1
 
 
 @torch.no_grad()
