@@ -14,9 +14,11 @@ RIGHT = [
     "beam",  # two layers of one name, one of them fused for PEFT
     "bert-generation",  # a tied bias
     "cohere2",
+    "gemma2",  # scores that are capped
     "gemma3_text",
     "gpt2",  # no linear layers but the head
     "gpt_bigcode",  # one key head
+    "gpt_oss",  # attention sinks
     "gpt_neox",  # files with names of their own
     "llama",
     "ministral3",  # queries that are scaled by position
@@ -29,11 +31,10 @@ REFUSED = {
     "deepseek_v3": "latent attention",
     "diffllama": "read piece by piece would differ",  # two attention calls a layer
     "doge": "packed logits would differ",  # what the mask holds is learned
-    "gemma2": "caps its attention logits",
     "gemma3": "more than a text decoder",
     "gemma4_text": "per-layer attribute",  # head sizes by layer
-    "gpt_oss": "attention sinks",
     "mamba": "linear_attention",
+    "mimo_v2_flash": "differ in their key heads",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 

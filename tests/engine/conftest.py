@@ -34,10 +34,10 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = {
+    **WINDOW,
     "head_dim": 8,
-    "sliding_window": 5,
-    "layer_types": ["sliding_attention", "full_attention"],
     "final_logit_softcapping": 20.0,
 }
 LORA = LoraConfig(rank=4, alpha=8.0, seed=3)
@@ -48,6 +48,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **MOE),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, **GEMMA),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=2.0),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, **WINDOW}
+    ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
 }
@@ -104,7 +108,7 @@ def reference_model(path: Path) -> Any:
 
 def lora_config(architecture: str) -> LoraConfig:
     """Everything that can be adapted; Qwen3-MoE's experts cannot."""
-    return LORA.model_copy(update={"train_mlp": architecture != "qwen3_moe"})
+    return LORA.model_copy(update={"train_mlp": architecture not in ("qwen3_moe", "gpt_oss")})
 
 
 def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from weaver.engine.torch.arenas import SMALLEST_ARENA, ArenaCache, ArenaRow
+from weaver.engine.torch.attention import Heads
 from weaver.engine.torch.kv_cache import CacheShape
-from weaver.engine.torch.packing import Heads
 
 LAYERS, HQ, HKV, D = 2, 4, 2, 8
 SHAPE = CacheShape(

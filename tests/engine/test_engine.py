@@ -95,10 +95,9 @@ def test_folders_are_unknown_where_paths_are_not_allowed(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (lambda: transformers.Gemma2Config(**SIZES, head_dim=8), "caps its attention"),
         (lambda: transformers.T5Config(), "not a causal language model"),
         (lambda: transformers.Gemma3Config(), "more than a text decoder"),
-        (lambda: transformers.GptOssConfig(num_hidden_layers=1), "attention sinks"),
+        (lambda: transformers.MiMoV2FlashConfig(num_hidden_layers=6), "differ in their key heads"),
         (lambda: transformers.MambaConfig(num_hidden_layers=1), "linear_attention"),
         (lambda: transformers.Qwen3NextConfig(num_hidden_layers=4), "linear_attention"),
         (

@@ -1,4 +1,4 @@
-"""Packed logits and LoRA gradients against transformers and PEFT, over eight architectures."""
+"""Packed logits and LoRA gradients against transformers and PEFT, over ten architectures."""
 
 from __future__ import annotations
 

@@ -45,13 +45,17 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 8}),
     "gemma2": (
         "gemma2",
-        {"head_dim": 8, "attn_logit_softcapping": None, "query_pre_attn_scalar": 8, **WINDOW},
+        {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, **WINDOW},
     ),
     "gemma3": ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 20.0, **WINDOW}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "phi3": ("phi3", {}),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW},
+    ),
     "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
     "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW}),
     "starcoder2": ("starcoder2", {"sliding_window": 7}),
@@ -61,7 +65,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """transformers' `model_type` and what differs from `SIZES`. `wide` has a large vocabulary, and
 logits that spread as those of real models do."""
-NO_MLP = {"qwen3_moe", "mixtral", "opt"}
+NO_MLP = {"qwen3_moe", "mixtral", "gpt_oss", "opt"}
 """Families whose feed-forward layers an adapter is refused for."""
 
 

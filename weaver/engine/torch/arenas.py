@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from weaver.engine.torch.attention import Heads, attend, plain_attention, visible
 from weaver.engine.torch.kv_cache import CacheShape
-from weaver.engine.torch.packing import Heads, attend, visible
 
 SMALLEST_ARENA = 64
 """Tokens of a row, a power of two; arenas double from there."""
@@ -55,22 +55,18 @@ class PrefillPass:
     def __init__(self, parts: Sequence[tuple[ArenaPrompt, int]]) -> None:
         """`parts`: each prompt and how many of its tokens are in the pass."""
         self._parts = parts
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(self, layer: int, heads: Heads) -> torch.Tensor:
         """-> [1, T, Hq, D]"""
-        q, k, v, scaling, window = heads
+        q, k, v, *_ = heads
         outputs: list[torch.Tensor] = []
         row = 0
-        for part, (prompt, n) in enumerate(self._parts):
+        for prompt, n in self._parts:
             first, end = prompt.length, prompt.length + n
             prompt.kv[0, layer, :, first:end] = k[0, :, row : row + n]
             prompt.kv[1, layer, :, first:end] = v[0, :, row : row + n]
-            begin = 0 if window is None else max(0, first - window + 1)
-            causal = first == 0 and (window is None or window >= end)
-            mask = None if causal else self._mask(part, begin, window=window)
-            some, (keys, values) = q[:, :, row : row + n], prompt.kv[:, layer, None, :, begin:end]
-            outputs.append(attend(some, keys, values, mask=mask, scaling=scaling))
+            keys, values = prompt.kv[:, layer, None, :, :end]
+            outputs.append(attend(heads._replace(q=q[:, :, row : row + n], k=keys, v=values)))
             row += n
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -78,16 +74,6 @@ class PrefillPass:
         """See `AttentionCache`."""
         for prompt, n in self._parts:
             prompt.length += n
-
-    def _mask(self, part: int, begin: int, *, window: int | None) -> torch.Tensor:
-        """bool [n, keys from `begin`]; the same for all layers of one window."""
-        if (part, window) not in self._masks:
-            prompt, n = self._parts[part]
-            end = prompt.length + n
-            at = torch.arange(prompt.length, end, device=prompt.kv.device)[:, None]
-            seen = torch.arange(begin, end, device=prompt.kv.device)
-            self._masks[part, window] = visible(seen, at, window)
-        return self._masks[part, window]
 
 
 @dataclass(slots=True, eq=False)
@@ -192,11 +178,11 @@ class DecodePass:
         """-> [1, B, Hq, D]; every row is a sequence of one token."""
         q, k, v = (x[0].transpose(0, 1) for x in heads[:3])
         if len(self._parts) == 1 and self._parts[0].in_order:
-            return self._parts[0].attend(layer, Heads(q, k, v, *heads[3:]))[None]
+            return self._parts[0].attend(layer, heads._replace(q=q, k=k, v=v))[None]
         output = torch.empty_like(q)
         for part in self._parts:
             rows = part.batch_rows
-            output[rows] = part.attend(layer, Heads(q[rows], k[rows], v[rows], *heads[3:]))
+            output[rows] = part.attend(layer, heads._replace(q=q[rows], k=k[rows], v=v[rows]))
         return output[None]
 
     def finish(self) -> None:
@@ -227,7 +213,7 @@ class _ArenaPass:
         The query heads of one key head are the rows of one product. In fp32 on a CPU two batched
         products take 0.6 of the time of `scaled_dot_product_attention`.
         """
-        q, k, v, scaling, window = heads
+        q, k, v, scaling, window, *_ = heads
         n, kv_heads, size = k.shape
         for cached, new in zip(self._kv[:, layer], (k, v), strict=True):
             cached.view(-1, size).index_copy_(0, self._write, new.reshape(-1, size))
@@ -235,6 +221,10 @@ class _ArenaPass:
         keys, values = self._kv[:, layer, :n].flatten(1, 2)[:, :, begin : self._width]
         groups = q.reshape(n * kv_heads, -1, size)
         mask = self._mask(begin, kv_heads=kv_heads, window=window)
+        if heads.plain:
+            seen = mask.view(n, kv_heads, 1, -1)[:, :1] == 0
+            keys, values = (x.view(n, kv_heads, -1, size) for x in (keys, values))
+            return plain_attention(heads._replace(q=q[:, :, None], k=keys, v=values), seen)[:, :, 0]
         if q.dtype == torch.float32 and q.device.type == "cpu":
             scores = torch.baddbmm(mask, groups, keys.transpose(1, 2), alpha=scaling)
             output = torch.bmm(scores.softmax(-1), values)

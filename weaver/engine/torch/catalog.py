@@ -183,11 +183,12 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if not model._supports_attention_backend:
         raise _unsupported(name, "its attention cannot be replaced by packed attention.")
-    if any(path.endswith("sinks") for path, _ in model.named_parameters()):
-        raise _unsupported(name, "it has attention sinks.")
     head, heads = model.get_output_embeddings(), config.num_attention_heads
     if not isinstance(head, torch.nn.Linear):
         raise _unsupported(name, "its output embedding is not a linear layer.")
+    targets = find_targets(model, head)
+    if len({t.out_features for path, t in targets.items() if path.endswith(".k_proj")}) > 1:
+        raise _unsupported(name, "its layers differ in their key heads.")
     info = ModelInfo(
         name=name,
         architecture=type(model).__name__,
@@ -205,7 +206,7 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
         if getattr(config, "multi_query", False)
         else getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        targets=find_targets(model, head),
+        targets=targets,
         fused_experts=has_fused_experts(model),
     )
 
@@ -221,8 +222,6 @@ def _check_config(name: str, config: Any) -> None:
         raise _unsupported(name, f"{config.model_type} is more than a text decoder.")
     if getattr(config, "kv_lora_rank", None):
         raise _unsupported(name, "it has latent attention.")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise _unsupported(name, "it caps its attention logits.")
     if getattr(config, "use_bidirectional_attention", None):
         raise _unsupported(name, "its attention is not causal.")
     foreign = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS

@@ -1,4 +1,4 @@
-"""`PackedBatch`: sequences laid end to end, the one form in which rows enter a model; attention.
+"""`PackedBatch`: sequences laid end to end, the one form in which rows enter a model.
 
 The trainer, as `plan_passes` says, and the sampler build it; `LoadedModel.hidden_states` takes it,
 and it travels as the keyword `packed_batch` of the model call to the attention that is registered
@@ -9,33 +9,20 @@ implementation that registers none, so none is registered. T is the rows of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from weaver.engine.torch.attention import Heads, packed_attention
 from weaver.engine.torch.lora import Adapter
 from weaver.errors import UnsupportedError
 
 ATTENTION = "weaver_packed"
 """Its name with transformers."""
-
-
-class Heads(NamedTuple):
-    """What a layer attends with, after rotary embedding."""
-
-    q: torch.Tensor
-    """[1, Hq, T, D]"""
-    k: torch.Tensor
-    """[1, Hkv, T, D]"""
-    v: torch.Tensor
-    scaling: float
-    window: int | None
-    """w lets position i see (i - w, i]; None sees [0, i]."""
 
 
 class AttentionCache(Protocol):
@@ -65,8 +52,6 @@ class PackedBatch:
     adapters: tuple[Adapter | None, ...]
     """One for each sequence; None is the base model."""
     cache: AttentionCache | None = None
-    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    """Sliding-window masks by (length, window), shared by the layers of one call."""
 
 
 def pack(
@@ -145,12 +130,6 @@ def _attention(
 
     `unused` are keywords that other implementations read, such as `dropout` (0 in eval mode).
     """
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__} caps its attention logits or has attention sinks.",
-            field="base_model",
-            hint="Choose a model with plain softmax attention.",
-        )
     if packed_batch is None:
         raise UnsupportedError(
             f"{type(module).__name__} is not handed the keywords of the model call.",
@@ -158,51 +137,12 @@ def _attention(
             hint="Choose another model.",
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    heads = Heads(query, key, value, scaling, sliding_window)
+    heads = Heads(query, key, value, scaling, sliding_window, softcap, s_aux)
     if packed_batch.cache is None:
-        output = packed_attention(heads, packed_batch)
+        output = packed_attention(heads, packed_batch.lengths)
     else:
         output = packed_batch.cache.attend(int(module.layer_idx), heads)
     return output.contiguous(), None  # models take views of it
-
-
-def packed_attention(heads: Heads, batch: PackedBatch) -> torch.Tensor:
-    """Causal attention within each sequence: -> [1, T, Hq, D]. No row sees another's.
-
-    Neighbouring sequences of one length are one batched call.
-    """
-    q, k, v, scaling, window = heads
-    groups = [(length, len(list(same))) for length, same in groupby(batch.lengths)]
-    rows = [length * n for length, n in groups]
-    outputs: list[torch.Tensor] = []
-    pieces = zip(*(torch.split(x[0], rows, dim=1) for x in (q, k, v)), strict=True)
-    for (length, n), piece in zip(groups, pieces, strict=True):
-        mask = None
-        if window is not None and window < length:
-            if (length, window) not in batch.masks:
-                at = torch.arange(length, device=q.device)
-                batch.masks[length, window] = visible(at, at[:, None], window)
-            mask = batch.masks[length, window]
-        q_n, k_n, v_n = (x.reshape(x.shape[0], n, length, -1).transpose(0, 1) for x in piece)
-        o = attend(q_n, k_n, v_n, mask=mask, scaling=scaling)
-        outputs.append(o.transpose(1, 2).reshape(1, n * length, o.shape[1], o.shape[3]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """q [N, Hq, n, D], k and v [N, Hkv, m, D] -> [N, Hq, n, D]; causal where there is no mask."""
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-    )
-
-
-def visible(seen: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Whether position `at` sees position `seen`: (at - window, at], or all up to `at`."""
-    before = seen <= at
-    return before if window is None else before & (seen > at - window)
 
 
 AttentionInterface.register(ATTENTION, _attention)
