@@ -34,12 +34,15 @@ def test_all_variables() -> None:
             "WEAVER_DTYPE": "bfloat16",
             "WEAVER_THREADS": "2",
             "WEAVER_MEMORY_GB": "1.5",
+            "WEAVER_KV_CACHE_GB": "0.5",
+            "WEAVER_SAMPLE_ROWS": "7",
             "WEAVER_DETERMINISTIC": "1",
         }
     )
     assert settings.base_url == "http://localhost:8000"
     assert (settings.home, settings.device, settings.dtype) == (Path("/data"), "cuda", "bfloat16")
     assert (settings.threads, settings.memory_gb, settings.deterministic) == (2, 1.5, True)
+    assert (settings.kv_cache_gb, settings.sample_rows) == (0.5, 7)
     assert "secret" not in repr(settings)
 
 

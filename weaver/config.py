@@ -107,6 +107,14 @@ class EngineSettings:
         "Gigabytes of the device that the engine may use; 0 takes what is free as it begins.",
         least=0,
     )
+    kv_cache_gb: float = setting(
+        0.0,
+        "Gigabytes for keys and values of samples; 0: half of what the model leaves.",
+        least=0,
+    )
+    sample_rows: int = setting(
+        0, "Samples that are drawn at once; 0: 64 on a CPU, else 256.", least=0
+    )
     deterministic: bool = setting(False, "No result depends on what else runs.")
 
 

@@ -162,6 +162,7 @@ def test_doctor_says_with_what_it_would_compute(
     assert re.fullmatch(r"cpu \(auto: .*CUDA.*\)", said["device"])
     assert re.fullmatch(r"float32 \(auto: .*\)", said["dtype"])
     assert said["threads"] == "1 thread" and said["home"] == f"{home}, which can be written to"
+    assert re.fullmatch(r"64 at once, .* GB of keys and values \(.* tokens\)", said["samples"])
     assert {"weaver", "python", "torch", "transformers"} <= said.keys()
     monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
     assert re.search(r"dtype +bfloat16 \(as set\)", weaver("doctor"))

@@ -48,6 +48,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 CONTEXT = 256
 """Of the tiny models."""
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+"""Of keys and values, 2 layers, 2 heads of 8 numbers."""
+LARGEST_ARENA = 256
+"""Tokens that a row of up to 90 + 70 takes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -243,20 +247,20 @@ ACTIONS = st.lists(
 @given(
     actions=ACTIONS,
     max_rows=st.integers(1, 6),
-    kv_tokens=st.integers(1, 500),
+    cache_tokens=st.integers(1, 500),
     deterministic=st.booleans(),
 )
 def test_any_interleaving_ends_every_job_once_and_leaks_nothing(
     store: ModelStore,
     actions: list[tuple[Any, ...]],
     max_rows: int,
-    kv_tokens: int,
+    cache_tokens: int,
     deterministic: bool,
 ) -> None:
     sampler = TorchSampler(
         store,
         max_rows=max_rows,
-        kv_tokens=kv_tokens,
+        cache_bytes=cache_tokens * TOKEN_BYTES,
         prefill_tokens=24,
         deterministic=deterministic,
     )
@@ -271,7 +275,8 @@ def test_any_interleaving_ends_every_job_once_and_leaks_nothing(
                 assert len(progress.result.sequences) == open_jobs.pop(progress.job_id)
         held = sampler._admission
         assert 0 <= held.rows <= max_rows
-        assert 0 <= held.tokens <= max(kv_tokens, 90 + (90 + 70) * max_rows)
+        alone = 90 + LARGEST_ARENA * max_rows
+        assert 0 <= held.held_bytes <= max(cache_tokens, alone) * TOKEN_BYTES
         assert sum(len(g.rows) for g in sampler._groups.values()) <= held.rows
 
     for number, (action, *values) in enumerate(actions):

@@ -169,7 +169,7 @@ def test_an_answer_does_not_depend_on_what_shares_the_batch(
     together = finish(sampler, jobs)
     assert_same(alone, together, exactly=deterministic)
     short = TorchSampler(
-        store, prefill_tokens=32, deterministic=deterministic, max_rows=5, kv_tokens=400
+        store, prefill_tokens=32, deterministic=deterministic, max_rows=5, cache_bytes=400 * 256
     )
     crowd(trainer, short)
     scarce = {name: r for j in jobs for name, r in finish(short, [j]).items()}

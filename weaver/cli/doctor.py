@@ -118,6 +118,7 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
     with _checking("device", faults):
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
+            from weaver.engine.torch.budget import Budget
             from weaver.engine.torch.catalog import Catalog
         device = devices.choose_device(settings.device, settings.dtype)
         free = devices.free_bytes(device.place)
@@ -132,3 +133,13 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
             if not fits:
                 raise EngineError(said)
             _say(model, said)
+            memory = int(settings.memory_gb * 1e9) or free
+            budget = Budget(
+                device=device.place,
+                dtype=devices.DTYPES[device.dtype],
+                memory=memory,
+                set_rows=settings.sample_rows,
+                set_bytes=int(settings.kv_cache_gb * 1e9),
+                deterministic=settings.deterministic,
+            )
+            _say("samples", budget.text(facts))

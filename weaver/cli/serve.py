@@ -113,6 +113,8 @@ def serve(config: Config = None, **given: Any) -> None:
         dtype=settings.dtype,
         threads=settings.threads,
         memory_gb=settings.memory_gb,
+        kv_cache_gb=settings.kv_cache_gb,
+        sample_rows=settings.sample_rows,
         deterministic=settings.deterministic,
     )
     with closing(engine):

@@ -298,6 +298,8 @@ def _torch_engine(settings: Settings) -> Engine:
         dtype=settings.dtype,
         threads=settings.threads,
         memory_gb=settings.memory_gb,
+        kv_cache_gb=settings.kv_cache_gb,
+        sample_rows=settings.sample_rows,
         deterministic=settings.deterministic,
     )
 

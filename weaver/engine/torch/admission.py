@@ -18,19 +18,27 @@ T = TypeVar("T")
 
 
 class Admission:
-    """Shares out the budget. A job that exceeds it by itself runs alone.
+    """Shares out rows and the cache's bytes. A job that exceeds them by itself runs alone.
 
     With `in_waves` a job gets all places that it will ever have at once, and as many as it would
     get alone, so that its batches do not depend on other jobs.
     """
 
     def __init__(
-        self, jobs: Mapping[str, RunningJob], *, max_rows: int, kv_tokens: int, in_waves: bool
+        self,
+        jobs: Mapping[str, RunningJob],
+        *,
+        max_rows: int,
+        limit_bytes: Callable[[RunningJob], int],
+        in_waves: bool,
     ) -> None:
-        """`jobs`: all that have not ended, as the sampler adds and drops them."""
+        """`jobs`: all that have not ended, as the sampler adds and drops them.
+
+        `limit_bytes`: what all jobs may hold together, as one of them asks.
+        """
         self._jobs = jobs
         self._max_rows = max_rows
-        self._kv_tokens = kv_tokens
+        self._limit_bytes = limit_bytes
         self._in_waves = in_waves
 
     @property
@@ -38,36 +46,34 @@ class Admission:
         return sum(job.places for job in self._jobs.values())
 
     @property
-    def tokens(self) -> int:
-        return sum(job.held_tokens for job in self._jobs.values() if job.admitted)
+    def held_bytes(self) -> int:
+        return sum(job.held_bytes for job in self._jobs.values() if job.admitted)
 
     def claim(self) -> None:
         """Gives places to jobs in turn, up to the first that must wait for some."""
-        rows, tokens = self.rows, self.tokens
+        rows, held = self.rows, self.held_bytes
         jobs = in_turn(self._jobs.values(), lambda j: j.job.tenant, held=lambda j: j.places)
         for job in jobs:
             wanted = job.pending + job.running - job.places
             if job.admitted and (wanted <= 0 or self._in_waves):
                 continue
-            prompt = 0 if job.admitted else len(job.prompt)
-            count = min(wanted, self._fitting(job, self._max_rows - rows, prompt + tokens))
+            prompt = 0 if job.admitted else job.prompt_bytes
+            limit = self._limit_bytes(job)
+            count = min(wanted, self._max_rows - rows, (limit - prompt - held) // job.row_bytes)
+            count = max(0, count)
             if not job.admitted:
-                alone = self._fitting(job, self._max_rows, prompt)
+                alone = min(wanted, self._max_rows, (limit - prompt) // job.row_bytes)
                 least = min(wanted, max(alone, 1)) if self._in_waves else min(wanted, 1)
-                if tokens == 0:
+                if held == 0:
                     count = max(count, least)
-                elif count < least or prompt + tokens > self._kv_tokens:
+                elif count < least or prompt + held > limit:
                     return
                 job.admitted = True
             job.places += count
             rows += count
-            tokens += prompt + count * job.row_tokens
+            held += prompt + count * job.row_bytes
             if count < wanted and not self._in_waves:
                 return
-
-    def _fitting(self, job: RunningJob, rows: int, used_tokens: int) -> int:
-        """Places of the job for which there is room."""
-        return max(0, min(rows, (self._kv_tokens - used_tokens) // job.row_tokens))
 
 
 def in_turn(

@@ -1,8 +1,8 @@
 """`ArenaCache`: the KV cache for a CPU, where attention is fastest over keys without gaps.
 
 See `KVCache` for who uses it. A prompt's keys and values are one tensor, and each row has a copy of
-them. A row lies in the smallest arena that holds it and moves to the next when that is full: it
-never occupies more than twice its length, and short rows are not padded to the longest.
+them. A row lies in the smallest arena that holds it and moves to the next when that is full, so
+that short rows are not padded to the longest. Arenas are at most twice the size of their rows.
 
 Axes: L layers, Hq query heads, Hkv key heads, D head size, N slots, T tokens of a pass, B rows.
 """
@@ -20,13 +20,23 @@ from weaver.engine.torch.kv_cache import CacheShape
 
 SMALLEST_ARENA = 64
 """Tokens of a row, a power of two; arenas double from there."""
+ARENA_STEP = 1024
+"""Tokens, a power of two, by which arenas that are as large or larger grow."""
 
 
 class ArenaCache:
     """See `KVCache`."""
 
+    rows_hold_prompts = False
+
     def __init__(self, shape: CacheShape) -> None:
         self._shape = shape
+
+    def prompt_bytes(self, tokens: int) -> int:
+        return tokens * self._shape.token_bytes
+
+    def row_bytes(self, prompt: int, new: int) -> int:
+        return _capacity(prompt + new) * self._shape.token_bytes
 
     def prompt(self, tokens: int) -> ArenaPrompt:
         return ArenaPrompt(self._shape, tokens)
@@ -113,7 +123,7 @@ class ArenaRows:
 
     def _arena(self, length: int) -> _Arena:
         """The one for rows of `length` tokens."""
-        capacity = max(SMALLEST_ARENA, 2 ** (length - 1).bit_length())
+        capacity = _capacity(length)
         if capacity not in self._arenas:
             self._arenas[capacity] = _Arena(self._shape, capacity=capacity)
         return self._arenas[capacity]
@@ -122,20 +132,21 @@ class ArenaRows:
 class _Arena:
     """Rows of one capacity, in slots without gaps: kv [2, L, N, Hkv, capacity, D].
 
-    Behind a row's tokens its slot is finite, whoever had it before.
+    Behind a row's tokens its slot is zero, whoever had it before, since 0 · NaN is NaN.
     """
 
     def __init__(self, shape: CacheShape, *, capacity: int) -> None:
         self.capacity = capacity
         self.rows: list[ArenaRow] = []
-        self._shape = shape
         self.kv = _allocate(shape, 0, shape.num_kv_heads, capacity)
 
     def put(self, rows: Sequence[ArenaRow], kv: torch.Tensor) -> None:
         """Gives each row a slot with the tokens of kv [2, L, Hkv, length, D]."""
         first, length = len(self.rows), kv.shape[3]
         slots = slice(first, first + len(rows))
-        self._grow(slots.stop)
+        have = self.kv.shape[2]
+        if slots.stop > have:
+            self._resize(max(slots.stop, have + have // 2))
         self.kv[:, :, slots, :, :length] = kv[:, :, None]
         self.kv[:, :, slots, :, length:] = 0
         for slot, row in enumerate(rows, first):
@@ -148,20 +159,27 @@ class _Arena:
             self.kv[:, :, row.slot] = self.kv[:, :, last.slot]
             self.rows[row.slot] = last
             last.slot = row.slot
+        if 2 * len(self.rows) < self.kv.shape[2]:
+            self._resize(len(self.rows) + len(self.rows) // 2)
 
-    def _grow(self, slots: int) -> None:
-        have = self.kv.shape[2]
-        if slots > have:
-            more = max(slots, have + have // 2)
-            kv = _allocate(self._shape, more, self._shape.num_kv_heads, self.capacity)
-            kv[:, :, :have] = self.kv
-            self.kv = kv
+    def _resize(self, slots: int) -> None:
+        shape = (*self.kv.shape[:2], slots, *self.kv.shape[3:])
+        kv, kept = self.kv.new_empty(shape), min(slots, self.kv.shape[2])
+        kv[:, :, :kept] = self.kv[:, :, :kept]
+        self.kv = kv
+
+
+def _capacity(tokens: int) -> int:
+    """Of the arena for a row of so many tokens."""
+    if tokens > ARENA_STEP:
+        return -(-tokens // ARENA_STEP) * ARENA_STEP
+    return max(SMALLEST_ARENA, 1 << (tokens - 1).bit_length())
 
 
 def _allocate(shape: CacheShape, *sizes: int) -> torch.Tensor:
-    """Zeros [2, L, *sizes, D]: keys and values. Never uninitialised, since 0 · NaN is NaN."""
+    """Keys and values [2, L, *sizes, D], which take no memory before they are written."""
     full = (2, shape.num_layers, *sizes, shape.head_dim)
-    return torch.zeros(full, dtype=shape.dtype, device=shape.device)
+    return torch.empty(full, dtype=shape.dtype, device=shape.device)
 
 
 class DecodePass:

@@ -33,6 +33,8 @@ class TorchEngine(ThreadedEngine):
             float32); what is trained is float32.
         threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
         memory_gb: gigabytes that it may use on the device; 0 takes what is free there now.
+        kv_cache_gb: gigabytes for keys and values of samples; 0 is half of what the model leaves.
+        sample_rows: samples that are drawn at once; 0 is 64 on a CPU, else 256.
         deterministic: no result depends on what else runs.
 
     Raises:
@@ -48,6 +50,8 @@ class TorchEngine(ThreadedEngine):
         dtype: str = "auto",
         threads: int = 0,
         memory_gb: float = 0,
+        kv_cache_gb: float = 0,
+        sample_rows: int = 0,
         deterministic: bool = False,
     ) -> None:
         self._device = choose_device(device, dtype)
@@ -60,7 +64,12 @@ class TorchEngine(ThreadedEngine):
             memory=int(memory_gb * 1e9) or free_bytes(self._device.place),
         )
         self._trainer = TorchTrainer(self._store, deterministic=deterministic)
-        self._sampler = TorchSampler(self._store, deterministic=deterministic)
+        self._sampler = TorchSampler(
+            self._store,
+            max_rows=sample_rows,
+            cache_bytes=int(kv_cache_gb * 1e9),
+            deterministic=deterministic,
+        )
         super().__init__(self._trainer, self._sampler)
 
     @property

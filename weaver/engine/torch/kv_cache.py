@@ -39,6 +39,16 @@ R = TypeVar("R", bound=Cached)
 class KVCache(Protocol[P, R]):
     """Keys and values of one model's earlier tokens."""
 
+    @property
+    def rows_hold_prompts(self) -> bool:
+        """Whether what a prompt takes is kept until the rows behind it are gone, too."""
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """What a prompt of so many tokens takes."""
+
+    def row_bytes(self, prompt: int, new: int) -> int:
+        """What a row of up to `new` tokens behind a prompt of so many takes beside that."""
+
     def prompt(self, tokens: int) -> P:
         """Room for a prompt of so many tokens, none of which is there yet."""
 
@@ -73,6 +83,11 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @classmethod
     def of(cls, facts: ModelFacts, *, dtype: torch.dtype, device: torch.device) -> CacheShape:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from weaver.checks import check_length
 from weaver.engine.base import SampleJob
-from weaver.engine.torch.kv_cache import Cached
+from weaver.engine.torch.kv_cache import Cached, KVCache
 from weaver.engine.torch.models import PublishedWeights
 from weaver.engine.torch.sampling import stream_keys
 from weaver.engine.torch.text import Draft, Stops
@@ -26,7 +27,7 @@ class RunningJob:
         UnsupportedError: the model has no tokenizer to make text with.
     """
 
-    def __init__(self, job: SampleJob, weights: PublishedWeights) -> None:
+    def __init__(self, job: SampleJob, weights: PublishedWeights, cache: KVCache[Any, Any]) -> None:
         length, context = len(job.prompt), weights.model.info.context_length
         check_length(length, context, field="prompt", max_new_tokens=int(job.num_samples > 0))
         self.job = job
@@ -36,7 +37,9 @@ class RunningJob:
         """The most tokens of a sample."""
         self.read = 0
         """Tokens of the prompt that the model has seen."""
-        self.cache: Cached | None = None
+        self.cache = cache
+        """That of the model."""
+        self.cached: Cached | None = None
         """The prompt's keys and values, while it is read or samples are yet to begin."""
         self.logits: torch.Tensor | None = None
         """float32 [1, V] behind the prompt, while samples are yet to begin."""
@@ -63,15 +66,20 @@ class RunningJob:
         ).tolist()
 
     @property
-    def row_tokens(self) -> int:
-        """The most tokens of one row in the cache."""
-        return len(self.prompt) + self.length
+    def prompt_bytes(self) -> int:
+        """What the prompt takes of the cache."""
+        return self.cache.prompt_bytes(len(self.prompt))
 
     @property
-    def held_tokens(self) -> int:
-        """The cache that is kept for it, once it is admitted."""
-        prompt = len(self.prompt) if self.pending or self.unread else 0
-        return prompt + self.places * self.row_tokens
+    def row_bytes(self) -> int:
+        """The most that one row takes of the cache beside it."""
+        return self.cache.row_bytes(len(self.prompt), self.length)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept of the cache for it, once it is admitted."""
+        held = self.pending or self.unread or self.cache.rows_hold_prompts
+        return (self.prompt_bytes if held else 0) + self.places * self.row_bytes
 
     @property
     def pending(self) -> int:

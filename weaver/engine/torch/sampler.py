@@ -18,6 +18,7 @@ import torch
 from weaver.engine.base import SampleJob, SampleProgress
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission
+from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import Cached, CachedRows, KVCache
 from weaver.engine.torch.logprobs import token_scores
@@ -27,8 +28,6 @@ from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
 from weaver.errors import NotFoundError
 
-MAX_ROWS = 64
-KV_TOKENS = 2**15
 PREFILL_TOKENS = 512
 """One pass has so many: enough rows to keep the matrix products busy, few enough for others to go
 on."""
@@ -37,29 +36,42 @@ SCORED_ROWS = 64
 
 
 class TorchSampler:
-    """Samples of at most `max_rows` rows and about `kv_tokens` tokens of cache at once.
+    """Samples of at most `max_rows` rows and about `cache_bytes` of keys and values at once.
 
-    The tokens are reserved for the longest that each sample may become; memory follows what they
-    are, and is at most twice that. With `deterministic` the rows of each job step alone, so that no
-    result depends on what else runs.
+    `Budget` chooses them where they are 0. The bytes are reserved for the longest that each sample
+    may become. With `deterministic` the rows of each job step alone, so that no result depends on
+    what else runs.
     """
 
     def __init__(
         self,
         store: ModelStore,
         *,
-        max_rows: int = MAX_ROWS,
-        kv_tokens: int = KV_TOKENS,
+        max_rows: int = 0,
+        cache_bytes: int = 0,
         prefill_tokens: int = PREFILL_TOKENS,
         deterministic: bool = False,
     ) -> None:
         self._store = store
+        self._budget = Budget(
+            device=store.device,
+            dtype=store.dtype,
+            memory=store.memory,
+            set_rows=max_rows,
+            set_bytes=cache_bytes,
+            deterministic=deterministic,
+        )
+        self._limits: dict[LoadedModel, int] = {}
+        """Bytes of keys and values, as the budget has it beside the other models."""
         self._prefill_tokens = prefill_tokens
         self._deterministic = deterministic
         self._weights: dict[str, PublishedWeights] = {}
         self._jobs: dict[str, RunningJob] = {}
         self._admission = Admission(
-            self._jobs, max_rows=max_rows, kv_tokens=kv_tokens, in_waves=deterministic
+            self._jobs,
+            max_rows=self._budget.rows,
+            limit_bytes=self._limit_bytes,
+            in_waves=deterministic,
         )
         self._caches: WeakKeyDictionary[LoadedModel, KVCache[Any, Any]] = WeakKeyDictionary()
         self._groups: dict[object, _Group] = {}
@@ -67,11 +79,12 @@ class TorchSampler:
         self._just_read = False
 
     def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
-        self._weights[weights_id] = self._store.publish(snapshot)
+        self._hold(weights_id, self._store.publish(snapshot))
 
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
         if folder is None:
-            self._weights[weights_id] = PublishedWeights(self._store.base(base_model), None, 0)
+            base = PublishedWeights(self._store.base(base_model), None, 0)
+            self._hold(weights_id, base)
         else:
             facts = self._store.catalog.facts(base_model)
             self.publish(weights_id, read_snapshot(folder, facts=facts))
@@ -79,6 +92,20 @@ class TorchSampler:
 
     def release(self, weights_id: str) -> None:
         self._weights.pop(weights_id, None)
+        self._limits.clear()
+
+    def _hold(self, weights_id: str, weights: PublishedWeights) -> None:
+        self._weights[weights_id] = weights
+        self._limits.clear()
+
+    def _limit_bytes(self, job: RunningJob) -> int:
+        """Of the cache: what is left beside all models that are sampled from."""
+        model = job.weights.model
+        if model not in self._limits:
+            models = {each.model for each in self._weights.values()} - {model}
+            beside = [other.facts for other in models]
+            self._limits[model] = self._budget.cache_bytes(model.facts, beside)
+        return self._limits[model]
 
     def add(self, job: SampleJob) -> None:
         """See the protocol.
@@ -93,7 +120,8 @@ class TorchSampler:
                 field="weights_id",
                 hint="Publish or load them first.",
             )
-        self._jobs[job.job_id] = RunningJob(job, self._weights[job.weights_id])
+        weights = self._weights[job.weights_id]
+        self._jobs[job.job_id] = RunningJob(job, weights, self._cache(weights.model))
 
     def cancel(self, job_id: str) -> None:
         job = self._jobs.pop(job_id, None)
@@ -104,6 +132,7 @@ class TorchSampler:
     def close(self) -> None:
         """Forgets all weights and jobs, and the memory of their rows."""
         self._weights.clear()
+        self._limits.clear()
         for job_id in list(self._jobs):
             self.cancel(job_id)
 
@@ -156,9 +185,9 @@ class TorchSampler:
         """[T, H] of the next tokens of each job."""
         cache, read = self._cache(model), []
         for job, size in parts:
-            if job.cache is None:
-                job.cache = cache.prompt(len(job.prompt))
-            read.append((job.cache, size))
+            if job.cached is None:
+                job.cached = cache.prompt(len(job.prompt))
+            read.append((job.cached, size))
         self._store.use_threads(model)
         return model.hidden_states(
             pack(
@@ -202,11 +231,11 @@ class TorchSampler:
             _draw(rows, torch.cat([logits for _, logits in begun]), _row_params(rows, model))
             for job in dict.fromkeys(row.job for row in rows):
                 going = [row for row in rows if row.job is job and not row.draft.ended]
-                if going and job.error is None and job.cache is not None:
+                if going and job.error is None and job.cached is not None:
                     key = job if self._deterministic else model
                     if key not in self._groups:
-                        self._groups[key] = _Group(model, self._cache(model).rows())
-                    self._groups[key].add(going, job.cache)
+                        self._groups[key] = _Group(model, job.cache.rows())
+                    self._groups[key].add(going, job.cached)
                 if not job.pending:
                     self._end_prompt(job)
 
@@ -233,9 +262,9 @@ class TorchSampler:
         return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=result, error=job.error)
 
     def _end_prompt(self, job: RunningJob) -> None:
-        if job.cache is not None:
-            self._cache(job.weights.model).end(job.cache)
-        job.cache = job.logits = None
+        if job.cached is not None:
+            job.cache.end(job.cached)
+        job.cached = job.logits = None
 
     def _drop(self, job: RunningJob) -> None:
         self._end_prompt(job)
