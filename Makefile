@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format lock test test-slow test-clients bench clean
+.PHONY: help install demo check format lock proto test test-slow test-clients bench clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the proofs that take minutes"
 	@echo "make test-clients  the published clients of other projects at our server"
+	@echo "make proto      compile tinker.proto, after it was changed"
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make lock       resolve all dependencies anew into constraints.txt"
 	@echo "make format     mend what can be mended by a tool"
@@ -69,11 +70,28 @@ test-slow: .venv/.installed-dev
 		-c constraints.txt nex-weaver==1.19.2
 	@touch $@
 
-test-clients: .venv/.installed-dev .venv-clients/.installed
+# Older releases lie beside the newest, whose dependencies are theirs.
+.venv-tinker/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-tinker
+	.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt tinker==0.38.0 torch
+	for release in 0.24.1 0.25.0 0.30.0 0.38.0; do \
+		.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target .venv-tinker/$$release tinker==$$release || exit 1; done
+	@touch $@
+
+# With grpcio-tools, in an environment of its own.
+proto:
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools
+	cd weaver/server/adapters/tinker && $(CURDIR)/.venv-proto/bin/python -m grpc_tools.protoc \
+		-I. --descriptor_set_out=tinker.binpb tinker.proto
+
+test-clients: .venv/.installed-dev .venv-clients/.installed .venv-tinker/.installed
 	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv .venv-clients .venv-lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -229,6 +229,8 @@ class SamplingParams(Value):
     """
     stop_token_ids: TokenIds = ()
     """Tokens that end a sequence, beside the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Whether the model's own end-of-sequence tokens end nothing."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Makes the samples reproducible, whatever else runs beside them."""
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from weaver.errors import ConflictError
 from weaver.server import database as module
 from weaver.server.database import SERVING, Writer, in_memory, open_database, transaction
-from weaver.server.tables import owners, schema
+from weaver.server.tables import names, owners, schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,21 +60,26 @@ def lose_connection(writer: Writer) -> None:
         assert connection.exec_driver_sql(HOLDERS).all()
 
 
+@pytest.mark.parametrize("version", [5, 6])
 @pytest.mark.parametrize("on", ["sqlite", "postgresql"])
-def test_tables_of_version_5_are_brought_up_to_date(
-    on: str, tmp_path: Path, request: pytest.FixtureRequest
+def test_tables_of_earlier_versions_are_brought_up_to_date(
+    on: str, version: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = request.getfixturevalue("url") if on == "postgresql" else None
     database = open_database(tmp_path, url)
     write(Writer(database), "run-1")
     with database.begin() as connection:
-        connection.execute(owners.update().values(run_id="run/run-1"))
-        connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN run_id TO resource")
-        connection.execute(schema.update().values(version=5))
+        names.drop(connection)
+        if version == 5:
+            connection.execute(owners.update().values(run_id="run/run-1"))
+            connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN run_id TO resource")
+        connection.execute(schema.update().values(version=version))
     database.dispose()
     for _ in range(2):
         database = open_database(tmp_path, url)
         assert written(Writer(database)) == {"run-1"}
+        with database.begin() as connection:
+            assert not connection.execute(names.select()).all()
         database.dispose()
 
 

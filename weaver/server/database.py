@@ -36,7 +36,7 @@ Statements = list[tuple[sa.Executable, Rows]]
 ONCE: Rows = [{}]
 """The rows of a statement that has no parameters."""
 NOT_WRITTEN = errors.StorageError("the database was not written, through a defect.")
-VERSION = 6
+VERSION = 7
 """That of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are made."""
@@ -255,7 +255,7 @@ def transaction(
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
     """Connects, and makes the tables where there are none. The SQLite file is its owner's alone.
 
-    Those of the version before are brought up to date.
+    Those of the two versions before are brought up to date.
 
     Raises:
         ConfigError: it cannot be reached, or another version of this program has made its tables.
@@ -326,9 +326,11 @@ def _make_tables(connection: sa.Connection) -> int:
     if version is None:
         metadata.create_all(connection)
         connection.execute(schema.insert().values(version=VERSION))
-    elif version == 5:  # whose owners were kinds of things, of which runs had remained
-        connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN resource TO run_id")
-        connection.exec_driver_sql("UPDATE owners SET run_id = substr(run_id, 5)")  # behind run/
+    elif version in (5, 6):
+        if version == 5:  # whose owners were kinds of things, of which runs had remained
+            connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN resource TO run_id")
+            connection.exec_driver_sql("UPDATE owners SET run_id = substr(run_id, 5)")  # of run/
+        metadata.create_all(connection)
         connection.execute(schema.update().values(version=VERSION))
         return VERSION
     return version or VERSION

@@ -80,7 +80,19 @@ class Journal:
                 sa.or_(columns.number.is_(None), columns.body.is_(None)),
             )
             closed = tables.sessions.update().where(tables.sessions.c.session_id == session_id)
-            await self.writer.change(closed.values(closed=True), unneeded, tables.FORGET)
+            names = tables.names.delete().where(tables.names.c.session_id == session_id)
+            await self.writer.change(closed.values(closed=True), unneeded, names, tables.FORGET)
+
+    async def name(self, session_id: str, name: str, value: str) -> None:
+        """Writes down a name that is new to the session."""
+        if self.keeps == "everything":
+            row = {"session_id": session_id, "name": name, "value": value}
+            await self.writer.write(lambda: [(tables.names.insert(), [row])])
+
+    async def names(self) -> Sequence[tuple[str, str, str]]:
+        """Session, name and value of all."""
+        rows = await self.writer.read(sa.select(tables.names))
+        return [(row.session_id, row.name, row.value) for row in rows]
 
     async def sessions(self) -> Sequence[records.SessionRecord]:
         """The open ones, and those with pending work."""

@@ -32,6 +32,12 @@ RUN, MODEL = TypeAdapter(TrainingRun), TypeAdapter(ModelInfo)
 METADATA = TypeAdapter(JsonDict)
 
 
+def token_of(session_id: str, submission_id: str) -> str:
+    """That of a submission's ticket; a run's id is made of it."""
+    name = f"{session_id}/{submission_id}"
+    return hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
     session_id: str

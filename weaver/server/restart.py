@@ -53,6 +53,9 @@ async def restore(store: Journal, live: Checkpoints, registry: Registry) -> list
             logger.warning("the snapshots of %s cannot be looked at: %s", run.run_id, taken)
     sessions = {one.session_id: Session.of(one) for one in await store.sessions()}
     registry.sessions.update({id: one for id, one in sessions.items() if not one.closed})
+    for session_id, name, value in await store.names():
+        if session_id in registry.sessions:
+            registry.sessions[session_id].names[name] = value
     entries = await store.entries()
     by_session: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in entries:

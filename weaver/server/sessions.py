@@ -6,7 +6,6 @@ submission's id and place are remembered with a fingerprint of its body.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from contextvars import Context, copy_context
@@ -19,6 +18,7 @@ import anyio
 from weaver.errors import ClosedError, ConflictError, NotFoundError, WeaverError
 from weaver.protocol import ErrorInfo, ForwardBackward, Outcome, Sample, SessionState
 from weaver.server.keys import OWNER, Caller
+from weaver.server.records import token_of
 from weaver.server.streams import SampleStream
 from weaver.wire import about_bytes
 
@@ -72,7 +72,7 @@ class Ticket:
     @property
     def token(self) -> str:
         """For names that come out the same if this is carried out again after a crash."""
-        return hashlib.blake2b(self.job_id.encode(), digest_size=6).hexdigest()
+        return token_of(self.session.session_id, self.submission.id)
 
     @property
     def running(self) -> bool:
@@ -126,6 +126,8 @@ class Session:
     """Those without an outcome, by submission id."""
     streams: dict[str, SampleStream] = field(default_factory=dict)
     unnamed_samplers: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    """What a wire format's clients call things by, and what the service does."""
     closed: bool = False
     held_bytes: int = 0
     """About, of submissions without an outcome and of outcomes that are kept."""

@@ -58,6 +58,15 @@ sessions = sa.Table(
 )
 """The open ones, and closed ones with pending work; with their callers' rights."""
 
+names = sa.Table(
+    "names",
+    metadata,
+    sa.Column("session_id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+"""What clients of a wire format call things of their session by."""
+
 operations = sa.Table(
     "operations",
     metadata,

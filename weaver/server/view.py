@@ -156,6 +156,21 @@ class View:
         """See `Session.follow`. Folders of this machine are in the outcomes, whoever asks."""
         return self._session(session_id).follow(follower)
 
+    def hear(self, session_id: str) -> Mapping[str, str]:
+        """Notes that the session's client lives; answers the names that were given in it.
+
+        Raises:
+            NotFoundError, ClosedError: it has ended.
+        """
+        return self._session(session_id).names
+
+    async def name(self, session_id: str, name: str, value: str) -> None:
+        """Gives a name, durably, that the session knows from then on; the first value stays."""
+        session = self._session(session_id)
+        if name not in session.names:
+            session.names[name] = value
+            await self.parts.store.name(session_id, name, value)
+
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
         self.parts.executor.hold(self._session(session_id), sampler_id, hold=hold)
 

@@ -73,11 +73,14 @@ async def broken() -> None:
     raise RuntimeError("a secret")
 
 
-@router.get("/sessions")
+@router.get("/sampling-sessions/x/samples")
 @router.get("/models")
 async def shared() -> str:
     """Weaver REST only posts to the first, and has the second too."""
     return "shared"
+
+
+SHARED = "/api/v1/sampling-sessions/x/samples"
 
 
 def failed(refusal: Refusal) -> JSONResponse:
@@ -181,7 +184,7 @@ async def test_weaver_rest_answers_as_if_it_were_alone(
 async def test_nobody_else_is_let_in_with_either(home: Path) -> None:
     async with beside(home, LAST, auth=True) as (server, http):
         assert (await http.get("/api/v1/ping")).json() == "pong"
-        for path in ("/api/v1/lost", "/api/v1/sessions", "/api/v1/count/1"):
+        for path in ("/api/v1/lost", SHARED, "/api/v1/count/1"):
             reply = await http.get(path)
             assert (reply.status_code, reply.json()) == (401, {"failed": "unauthenticated"})
         for path in ("/api/v1/models", "/api/v1/nowhere", "/api/v1/ping/x", "/api/v1/pin"):
@@ -234,10 +237,10 @@ async def test_the_other_has_its_own_envelope_and_limits(home: Path) -> None:
 async def test_what_both_have_belongs_to_the_first(home: Path) -> None:
     async with beside(home, LAST) as (_, http):
         assert (await http.get("/api/v1/models")).json()["items"] == []
-        assert (await http.get("/api/v1/sessions")).json() == "shared"
+        assert (await http.get(SHARED)).json() == "shared"
         assert (await http.post("/api/v1/sessions", json={})).status_code == 201
         assert (await http.get("/api/v1/nowhere")).json()["error"] == "not_found"
-        assert 'route="/api/v1/sessions"' in (await http.get("/metrics")).text
+        assert f'route="{SHARED}"' in (await http.get("/metrics")).text
     async with beside(home, FIRST) as (_, http):
         assert (await http.get("/api/v1/models")).json() == "shared"
         assert (await http.get("/api/v1/models/x")).json()["error"] == "run_not_found"

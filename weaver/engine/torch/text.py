@@ -42,7 +42,8 @@ class Stops:
         """`ends` are the model's own end-of-sequence tokens."""
         marked = tuple(string for string in params.stop if _has_special(tokenizer, string))
         strings = tuple(string for string in params.stop if string not in marked)
-        return cls(strings, marked, ends.union(params.stop_token_ids))
+        own = frozenset() if params.ignore_eos else ends
+        return cls(strings, marked, own.union(params.stop_token_ids))
 
 
 def _has_special(tokenizer: Tokenizer, text: str) -> bool:

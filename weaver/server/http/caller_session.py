@@ -115,8 +115,7 @@ class CallerSession:
 
     async def wait(self, entry: Entry, timeout_s: float) -> None:
         """Until the entry has an outcome, at most `timeout_s`."""
-        with self._gateway.until_it_stops(), anyio.move_on_after(timeout_s):
-            await entry.ended.wait()
+        await self._gateway.wait(entry.ended, timeout_s)
 
     def find(self, operation_id: str) -> Entry:
         """Raises NotFoundError."""

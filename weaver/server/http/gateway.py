@@ -16,9 +16,11 @@ import anyio
 from fastapi import Depends, Request
 
 from weaver import errors, protocol, wire
+from weaver.config import is_loopback
 from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.keys import Caller, Keys
+from weaver.tokenizers import store_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BODY_LIMITS: Mapping[str, int | None] = {protocol.MEDIA_TYPE: None, "": 4 * 2**20}
 """Those of the native protocol; see `Adapter`."""
+TINKER_KEY = "tml-"
+"""Clients of Tinker's send no key that does not begin so."""
 MESSAGE_HEADER_BYTES = 16 * 2**20
 KEY_S = 1.0
 """A key that was good is not looked up again for so long: two queries an operation, each a tenth of
@@ -148,12 +152,31 @@ class Gateway:
             finally:
                 self._waits.discard(scope)
 
+    async def wait(self, event: anyio.Event, timeout_s: float) -> None:
+        """Until it is set, at most so long."""
+        with self.until_it_stops(), anyio.move_on_after(timeout_s):
+            await event.wait()
+
+    async def tokenizer_path(self, service: View, base_model: str, *, client: str) -> str | None:
+        """A folder from which a client on this machine loads the tokenizer; None for any other.
+
+        Those take it from where `base_model` says, or the native client fetches it.
+        """
+        if self.folder is None or not is_loopback(client):
+            return None
+        try:
+            files = await service.tokenizer_files(base_model)
+        except errors.UnsupportedError:  # it has none
+            return None
+        folder = self.folder / "tokenizers"
+        return str(await anyio.to_thread.run_sync(store_tokenizer, files, folder))
+
     def alone(self, key: str) -> anyio.Lock:
         """To be held while a request is answered: a resend waits for what becomes of it."""
         return self._resends.setdefault(key, anyio.Lock())
 
     async def authenticate(self, headers: Mapping[str, str]) -> Caller:
-        """Who asks, by `Authorization: Bearer` or `X-WEAVER-API-KEY`.
+        """Who asks, by `Authorization: Bearer`, `X-WEAVER-API-KEY` or `X-API-Key`.
 
         Raises:
             AuthenticationError: no key, or one that is unknown or revoked.
@@ -163,6 +186,7 @@ class Gateway:
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         secret = token.strip() if scheme.lower() == "bearer" else ""
         secret = secret or headers.get("X-WEAVER-API-KEY", "")
+        secret = secret or headers.get("X-API-Key", "").removeprefix(TINKER_KEY)
         if not secret:
             raise errors.AuthenticationError(
                 "the request has no API key.",

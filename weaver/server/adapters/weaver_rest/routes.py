@@ -18,11 +18,9 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from weaver import errors, protocol, wire
-from weaver.config import is_loopback
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry
 from weaver.server.sampling import BASE
-from weaver.tokenizers import store_tokenizer
 from weaver.types import JsonDict, MetricPoint
 
 PREFIX = "/api/v1"
@@ -275,18 +273,9 @@ async def _base_model(caller: CallerDep, sampler_id: str) -> str:
 
 
 async def tokenizer_path(request: Request, base_model: str) -> str | None:
-    """A folder from which a client on this machine loads the tokenizer; None for any other.
-
-    Those take it from where `base_model` says, or the native client fetches it.
-    """
-    gateway, service = request.state.gateway, request.state.service
-    if gateway.folder is None or request.client is None or not is_loopback(request.client.host):
-        return None
-    try:
-        files = await service.tokenizer_files(base_model)
-    except errors.UnsupportedError:  # it has none
-        return None
-    return str(await to_thread.run_sync(store_tokenizer, files, gateway.folder / "tokenizers"))
+    gateway, where = request.state.gateway, request.client.host if request.client else ""
+    path: str | None = await gateway.tokenizer_path(request.state.service, base_model, client=where)
+    return path
 
 
 def _page(items: list[JsonDict], limit: int, offset: int) -> JsonDict:

@@ -1,0 +1,125 @@
+"""A program for the published `tinker` package, as its users write them; run by test_tinker.py."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import tinker
+from tinker import types
+
+MODEL = "weaver-nano"
+TOKENS, TARGETS = [5, 6, 7, 8], [6, 7, 8, 9]
+PROMPT = types.ModelInput.from_ints(TOKENS[:3])
+RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
+
+
+def datum(**inputs: list[float]) -> types.Datum:
+    given = {"target_tokens": TARGETS, **inputs}
+    return types.Datum(model_input=types.ModelInput.from_ints(TOKENS), loss_fn_inputs=given)
+
+
+def now(future):  # type: ignore[no-untyped-def]
+    """Some methods answered results where later releases answer futures."""
+    return future.result() if hasattr(future, "result") else future
+
+
+def main() -> None:
+    service = tinker.ServiceClient(
+        base_url=os.environ["TINKER_BASE_URL"], api_key=os.environ["TINKER_API_KEY"]
+    )
+    trainer = now(service.create_lora_training_client(base_model=MODEL, rank=8, seed=1))
+    info = now(trainer.get_info())
+    assert (info.model_data.model_name, info.lora_rank) == (MODEL, 8)
+    supervised = [datum(weights=[0.0, 1.0, 1.0, 1.0])] * 3
+
+    losses = []
+    for _ in range(6):
+        passed = trainer.forward_backward(supervised, "cross_entropy")
+        stepped = trainer.optim_step(types.AdamParams(learning_rate=3e-3))
+        losses.append(passed.result().metrics["loss:sum"])
+        assert stepped.result().metrics["grad_norm"] > 0
+    assert losses[-1] < 0.7 * losses[0], losses
+    output = trainer.forward(supervised, "cross_entropy").result()
+    lp = output.loss_fn_outputs[0]["logprobs"].to_numpy()
+    assert math.isclose(output.metrics["loss:sum"], -3 * float(lp[1:].sum()), rel_tol=1e-4)
+
+    q, advantages = (lp - 0.1).tolist(), [0.0, 1.0, -1.0, 1.0]
+    ratio = math.exp(0.1)
+    for loss_fn in RATIO_LOSSES:
+        inputs = {"logprobs": q, "advantages": advantages}
+        try:
+            if loss_fn == "gspo":
+                inputs["sequence_ratio_mask"] = [0.0, 1.0, 1.0, 1.0]
+            given = [datum(**inputs)]
+        except KeyError:
+            continue  # a release that has no such loss
+        metrics = trainer.forward_backward(given, loss_fn).result().metrics
+        if loss_fn in ("importance_sampling", "ppo"):
+            assert math.isclose(metrics["loss:sum"], -ratio, rel_tol=1e-3), metrics
+        assert math.isfinite(metrics["loss:sum"])
+    trainer.optim_step(types.AdamParams(learning_rate=0.0)).result()
+
+    def own(_, logprobs):  # type: ignore[no-untyped-def]
+        loss = -sum(one.sum() for one in logprobs)
+        return loss, {"mine": float(loss)}
+
+    custom = now(trainer.forward_backward_custom(supervised, own)).metrics
+    assert math.isclose(custom["mine"], -3 * float(lp.sum()), rel_tol=1e-3), custom
+    trainer.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+
+    state = now(trainer.save_state("first")).path
+    named = now(trainer.save_weights_for_sampler("first")).path
+    parameters = inspect.signature(trainer.save_weights_and_get_sampling_client).parameters
+    sampler = now(
+        trainer.save_weights_and_get_sampling_client(*(["x"] if "name" in parameters else []))
+    )
+    params = types.SamplingParams(max_tokens=8, seed=1, temperature=1.0)
+    reply = sampler.sample(PROMPT, num_samples=2, sampling_params=params).result()
+    again = sampler.sample(PROMPT, num_samples=2, sampling_params=params).result()
+    assert [s.tokens for s in reply.sequences] == [s.tokens for s in again.sequences]
+    for sequence in reply.sequences:
+        assert len(sequence.tokens) == len(sequence.logprobs)
+    scored = sampler.compute_logprobs(types.ModelInput.from_ints([*TOKENS, 9])).result()
+    now_lp = trainer.forward(supervised, "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
+    assert scored[0] is None
+    assert np.allclose(scored[1:], now_lp.to_numpy(), atol=1e-4), (scored, now_lp)
+    other = now(service.create_sampling_client(model_path=named))
+    same = other.sample(PROMPT, num_samples=2, sampling_params=params).result()
+    assert [s.tokens for s in same.sequences] == [s.tokens for s in reply.sequences]
+    base = now(service.create_sampling_client(base_model=MODEL))
+    assert base.compute_logprobs(PROMPT).result()[1:] != scored[1:3]
+
+    resumed = now(service.create_training_client_from_state(state))
+    loss = resumed.forward(supervised, "cross_entropy").result().metrics["loss:sum"]
+    before = trainer.forward(supervised, "cross_entropy").result().metrics["loss:sum"]
+    assert math.isclose(loss, before, rel_tol=1e-5)
+    if hasattr(service, "create_training_client_from_state_with_optimizer"):
+        resumed = now(service.create_training_client_from_state_with_optimizer(state))
+        resumed.forward_backward(supervised, "cross_entropy").result()
+        assert resumed.optim_step(types.AdamParams()).result().metrics["step"] == 9.0
+
+    rest = service.create_rest_client()
+    runs = now(rest.list_training_runs()).training_runs
+    assert trainer.model_id in {run.training_run_id for run in runs}
+    kept = now(rest.list_checkpoints(trainer.model_id)).checkpoints
+    assert {one.tinker_path for one in kept} == {state, named}
+    assert now(rest.get_weights_info_by_tinker_path(state)).lora_rank == 8
+
+    for wrong in (lambda: now(service.create_lora_training_client(base_model="none")).get_info(),):
+        try:
+            wrong()
+        except Exception as error:
+            assert "none" in str(error), error
+        else:
+            raise AssertionError("a model that is not there was made")
+    told = {"version": tinker.__version__, "model_id": trainer.model_id, "losses": losses}
+    sys.stdout.write(f"{json.dumps(told)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Tinker's protocol over a fake engine: what requests become, and what is answered."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import numpy as np
+import pytest
+
+from tests.fake_engine import FakeEngine
+from tests.server.adapters.tinker import PROMPT, Tinker, passing, tinker
+from weaver import protocol, types
+from weaver.server.adapters.tinker import answers, bodies, messages, passes
+from weaver.server.adapters.tinker.session import Future, Note
+from weaver.tensors import TensorData
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Tinker]:
+    async with tinker(tmp_path) as client:
+        yield client
+
+
+def of(result: protocol.Result) -> Future:
+    outcome = protocol.Outcome(submission_id="s", cursor=1, result=result)
+    return Future("s", Note(), outcome)
+
+
+# --- bytes, as the published client writes and reads them -----------------------------------------
+
+SAMPLED = "0a14120805000000020000001a08000000bf000080bf"
+PASSED = (
+    "0a0b41727261795265636f726412470a0b41727261795265636f726412360a086c6f6770726f6273122a0a0c000000bf"
+    "000080bf000000c01218000000000000000008000000000000000c00000000000000180118021a130a086c6f73733a"
+    "73756d11000000000000f83f"
+)
+REQUESTED = (
+    "0a09733a747261696e3a3010011a540a0c0a0a0a08050000000600000012280a0d7461726765745f746f6b656e7312"
+    "170a10060000000000000002000000000000001802220102121a0a077765696768747312"
+    "0f0a08000000000000803f1801220102220d63726f73735f656e74726f7079"
+)
+
+
+def test_a_sample_is_written_as_the_client_reads_it() -> None:
+    sequence = types.SampledSequence(
+        tokens=(5, 2),
+        text="",
+        logprobs=(-0.5, -1.0),
+        sampling_logprobs=(-0.5, -1.0),
+        stop_reason="stop",
+    )
+    sampled = protocol.Sampled(output=types.SampleResult(sequences=(sequence,)))
+    answer = answers.future_answer(of(sampled), binary=True)
+    assert bytes(answer.body).hex() == SAMPLED
+    assert answer.headers["Content-Type"] == messages.MEDIA_TYPE
+
+
+def test_a_pass_is_written_as_the_client_reads_it() -> None:
+    outputs = [{"logprobs": TensorData([-0.5, -1.0])}, {"logprobs": TensorData([-2.0])}]
+    output = types.ForwardBackwardResult(
+        loss_fn_outputs=tuple(outputs), metrics={"loss": 0.5, "loss_sum": 1.5}
+    )
+    answer = answers.future_answer(of(protocol.GradientsDone(output=output)), binary=True)
+    assert bytes(answer.body).hex() == PASSED
+
+
+def test_a_pass_is_read_as_the_client_writes_it() -> None:
+    given = passes._proto_pass(bytes.fromhex(REQUESTED))
+    assert (given.model_id, given.seq_id, given.loss_fn) == ("s:train:0", 1, "cross_entropy")
+    (datum,) = given.operation.datums
+    assert datum.model_input.to_ints() == [5, 6]
+    assert datum.loss_fn_inputs["target_tokens"].tolist() == [6, 2]
+    assert datum.loss_fn_inputs["weights"].tolist() == [0, 1]
+    assert given.operation.loss_fn_config == {"reduction": "sum"}
+
+
+def test_the_description_is_that_of_the_source() -> None:
+    """Nobody forgets `make proto`."""
+    source = Path(messages.__file__).with_name("tinker.proto").read_text()
+    written: set[tuple[str, str, int]] = set()
+    message = ""
+    for line in source.splitlines():
+        opened = re.match(r"(message|enum) (\w+)", line)
+        message = opened[2] if opened else message
+        field = re.match(r"\s+[\w<>, ]*?(\w+) = (\d+);", line)
+        if field is not None:
+            written.add((message, field[1], int(field[2])))
+    compiled: set[tuple[str, str, int]] = set()
+    for file in messages._FILES.file:
+        for one in file.message_type:
+            compiled |= {(one.name, field.name, field.number) for field in one.field}
+        for one in file.enum_type:
+            compiled |= {(one.name, value.name, value.number) for value in one.value}
+    assert written == compiled
+
+
+# --- a model's life -------------------------------------------------------------------------------
+
+
+async def test_a_model_is_trained_saved_sampled_and_resumed(api: Tinker) -> None:
+    model_id = await api.model()
+    session_id = model_id.partition(":")[0]
+    assert model_id == f"{session_id}:train:0"
+    info = await api.call("get_info", {"model_id": model_id})
+    assert (info["model_name"], info["is_lora"], info["lora_rank"]) == ("fake", True, 2)
+
+    passed = await api.binary(await api.backward(model_id, 1, datums=2))
+    message = messages.ForwardBackwardOutput.FromString(passed)
+    (record,) = message.loss_fn_outputs
+    assert record.num_datums == 2
+    assert len(np.frombuffer(record.fields["logprobs"].data, "<f4")) == 6
+    assert np.frombuffer(record.fields["logprobs"].offsets, "<i8").tolist() == [0, 12, 24]
+    assert "loss:sum" in message.metrics
+    assert all(name.count(":") == 1 for name in message.metrics)
+    stepped = await api.result(await api.step(model_id, 2))
+    assert stepped["metrics"]["step"] == 1
+
+    body = {"model_id": model_id, "path": "a", "seq_id": 3}
+    saved = await api.result(await api.call("save_weights", body))
+    assert saved == {"path": f"tinker://{model_id}/weights/a", "type": "save_weights"}
+    ephemeral = {"model_id": model_id, "sampling_session_seq_id": 0, "seq_id": 4}
+    opened = await api.result(await api.call("save_weights_for_sampler", ephemeral))
+    assert opened["sampling_session_id"] == f"{session_id}:sample:0"
+    named = {"model_id": model_id, "path": "b", "seq_id": 5}
+    kept = await api.result(await api.call("save_weights_for_sampler", named))
+    assert kept["path"] == f"tinker://{model_id}/sampler_weights/b"
+
+    future = await api.sample(opened["sampling_session_id"], num_samples=2, prompt_logprobs=True)
+    assert future["sample_sequence_ids"] == [f"{session_id}:sample:0:0:{i}" for i in (0, 1)]
+    sampled = messages.SampleResponse.FromString(await api.binary(future))
+    assert len(sampled.sequences) == 2
+    for sequence in sampled.sequences:
+        assert len(sequence.tokens) == len(sequence.logprobs) > 0
+    prompt = np.frombuffer(sampled.prompt_logprobs, "<f4")
+    assert len(prompt) == 3 and np.isnan(prompt[0]) and np.isfinite(prompt[1:]).all()
+
+    opening = {"session_id": session_id, "sampling_session_seq_id": 7, "model_path": kept["path"]}
+    assert await api.call("create_sampling_session", opening) == {
+        "sampling_session_id": f"{session_id}:sample:7",
+        "type": "create_sampling_session",
+    }
+    sampler = await api.get(f"samplers/{session_id}:sample:7")
+    assert (sampler["base_model"], sampler["model_path"]) == ("fake", kept["path"])
+
+    loading = {
+        "session_id": session_id,
+        "model_seq_id": 1,
+        "path": saved["path"],
+        "optimizer": True,
+    }
+    loaded = await api.result(await api.call("load_weights", loading))
+    assert loaded["model_id"] == f"{session_id}:train:1"
+    again = await api.result(await api.backward(loaded["model_id"], 1))
+    assert "loss:sum" in again["metrics"]
+    assert (await api.result(await api.step(loaded["model_id"], 2)))["metrics"]["step"] == 2
+
+    runs = await api.get("training_runs")
+    assert {run["training_run_id"] for run in runs["training_runs"]} == {
+        f"{session_id}:train:0",
+        f"{session_id}:train:1",
+    }
+    run = await api.get(f"training_runs/{model_id}")
+    assert run["last_checkpoint"]["tinker_path"] == saved["path"]
+    assert run["last_sampler_checkpoint"]["checkpoint_id"] == "sampler_weights/b"
+    shown = await api.get(f"sessions/{session_id}")
+    assert shown["sampler_ids"] == [f"{session_id}:sample:0", f"{session_id}:sample:7"]
+    assert shown["user_metadata"] == {"who": "me"}
+    weights = await api.call("weights_info", {"tinker_path": saved["path"]})
+    assert (weights["base_model"], weights["lora_rank"]) == ("fake", 2)
+
+
+async def test_checkpoints_are_listed_limited_and_deleted(api: Tinker) -> None:
+    model_id = await api.model()
+    for seq_id, name in enumerate(("a", "b"), start=1):
+        body = {"model_id": model_id, "path": name, "seq_id": seq_id, "ttl_seconds": 3600}
+        await api.result(await api.call("save_weights", body))
+    of_run = f"training_runs/{model_id}/checkpoints"
+    assert len((await api.get(of_run))["checkpoints"]) == 2
+    assert (await api.get("checkpoints?limit=1"))["cursor"] == {
+        "offset": 0,
+        "limit": 1,
+        "total_count": 2,
+    }
+    await api.call(f"{of_run}/weights/a/ttl", {"ttl_seconds": None}, method="PUT", status=204)
+    await api.call(f"{of_run}/weights/b", method="DELETE", status=204)
+    (left,) = (await api.get(of_run))["checkpoints"]
+    assert (left["checkpoint_id"], left["expires_at"]) == ("weights/a", None)
+    taken = {"model_id": model_id, "path": "a", "seq_id": 3}
+    refused = await api.result(await api.call("save_weights", taken))
+    assert refused["category"] == "user" and "a" in refused["error"]
+
+
+# --- order, resends, failures ---------------------------------------------------------------------
+
+
+async def test_requests_run_by_their_number_however_they_come(api: Tinker) -> None:
+    model_id = await api.model()
+    step = await api.step(model_id, 3)
+    second = await api.backward(model_id, 2)
+    first = await api.backward(model_id, 1)
+    for future in (first, second):
+        assert "loss:sum" in (await api.result(future))["metrics"]
+    assert (await api.result(step))["metrics"]["step"] == 1
+
+
+async def test_a_resend_gets_the_first_answer_and_another_body_is_refused(api: Tinker) -> None:
+    model_id = await api.model()
+    first = await api.backward(model_id, 1)
+    assert await api.backward(model_id, 1) == first
+    assert (await api.result(first)) == (await api.result(first))
+    wrong = await api.backward(model_id, 1, tokens=[3, 2, 1], status=400)
+    assert "another body" in wrong["detail"]
+    assert (await api.result(await api.step(model_id, 2)))["metrics"]["step"] == 1
+    session_id = model_id.partition(":")[0]
+    assert await api.model(session_id) == model_id
+
+
+async def test_a_failed_request_takes_its_place_and_the_model_goes_on(api: Tinker) -> None:
+    model_id = await api.model()
+    failed = await api.result(await api.backward(model_id, 1, loss_fn="ppo"))
+    assert failed["category"] == "user" and "logprobs" in failed["error"]
+    await api.result(await api.step(model_id, 2))  # its batch lacks a part
+    await api.result(await api.backward(model_id, 3))
+    assert (await api.result(await api.step(model_id, 4)))["metrics"]["step"] == 1
+    skipped = await api.result(await api.step(model_id, 5))
+    assert skipped["metrics"] == {"skipped:sum": 1.0}
+
+
+async def test_a_future_is_held_and_then_answers_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LONGEST_POLL_S", 0.05)
+    async with tinker(tmp_path) as api:
+        model_id = await api.model()
+        waiting = await api.step(model_id, 2)  # the first never comes
+        held = await api.call("retrieve_future", {"request_id": waiting["request_id"]}, status=408)
+        assert held == {"queue_state": "active"}
+
+
+async def test_a_sampling_session_is_polled_as_a_whole(api: Tinker) -> None:
+    session_id = await api.session()
+    called = f"{session_id}:sample:0"
+    body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "fake"}
+    await api.call("create_sampling_session", body)
+    futures = [await api.sample(called, seq_id) for seq_id in range(3)]
+    bad = await api.sample(called, 3, sampling_params={"max_tokens": 10**6})
+    cursor, states = 0, {}
+    with anyio.fail_after(10):
+        while len(states) < 4:
+            asked = {"target": {"sampling_session_id": called}, "prev_cursor": cursor}
+            answer = await api.call("retrieve_futures", asked)
+            cursor = answer["cursor"]
+            states |= {one["request_id"]: one["state"] for one in answer["completions"]}
+    assert states == {
+        **{one["request_id"]: "finished" for one in futures},
+        bad["request_id"]: "failed",
+    }
+
+
+async def test_outcomes_are_forgotten_once_they_were_answered(
+    api: Tinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_id = await api.model()
+    first = await api.backward(model_id, 1)
+    monkeypatch.setattr("weaver.server.adapters.tinker.session.KEPT_S", -1.0)
+    await api.result(first)
+    await api.call("retrieve_future", {"request_id": first["request_id"]}, status=404)
+
+
+# --- what the protocol means by it ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "native", "config"),
+    [
+        ("importance_sampling", "importance_sampling", {}),
+        ("gspo", "gspo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
+        ("stable_reinforce", "importance_sampling", {"ratio_cap": 1.0, "kl_coef": 0.1}),
+    ],
+)
+def test_losses_have_the_options_of_this_protocol(
+    loss_fn: str, native: str, config: dict[str, float]
+) -> None:
+    options = {"kl_coeff": 0.1} if loss_fn == "stable_reinforce" else {}
+    inputs = {"logprobs": [-1.0] * 3, "advantages": [1.0] * 3}
+    if loss_fn == "gspo":
+        inputs["sequence_ratio_mask"] = [0.0, 1.0, 1.0]
+    given = passes._proto_pass(passing("m", 1, loss_fn=loss_fn, inputs=inputs, **options))
+    assert given.operation.loss_fn == native
+    assert given.operation.loss_fn_config == {**config, "reduction": "sum"}
+    (datum,) = given.operation.datums
+    assert ("weights" in datum.loss_fn_inputs) == (loss_fn == "gspo")
+
+
+@pytest.mark.parametrize(
+    ("stop", "strings", "ids", "ignored"),
+    [
+        (None, (), (), False),
+        ([], (), (), True),
+        ("end", ("end",), (), True),
+        (["a", "b"], ("a", "b"), (), True),
+        ([3, 4], (), (3, 4), True),
+    ],
+)
+def test_stops_replace_the_models_own(
+    stop: Any, strings: tuple[str, ...], ids: tuple[int, ...], ignored: bool
+) -> None:
+    params = bodies.Params(stop=stop).native(room=9)
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == (strings, ids, ignored)
+    assert params.max_tokens == 9
+
+
+async def test_clients_before_protobuf_send_and_read_json(api: Tinker) -> None:
+    model_id = await api.model()
+    targets = {"data": [2, 3, 4], "dtype": "int64", "shape": [3]}
+    datum = {"model_input": PROMPT, "loss_fn_inputs": {"target_tokens": targets}}
+    given = {"data": [datum], "loss_fn": "cross_entropy"}
+    body = {"model_id": model_id, "seq_id": 1, "forward_backward_input": given}
+    passed = await api.result(await api.call("forward_backward", body))
+    assert passed["loss_fn_outputs"][0]["logprobs"]["shape"] == [3]
+    body = {"model_id": model_id, "seq_id": 2, "forward_input": given}
+    assert (await api.result(await api.call("forward", body)))["metrics"]["num_tokens:sum"] == 3
+
+
+async def test_a_pass_without_gradient_changes_nothing(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with tinker(tmp_path, engine) as api:
+        model_id = await api.model()
+        await api.result(await api.backward(model_id, 1, forward_only=True))
+        skipped = await api.result(await api.step(model_id, 2))
+        assert skipped["metrics"] == {"skipped:sum": 1.0}

@@ -1,0 +1,240 @@
+"""What Tinker's protocol says: of outcomes, runs and checkpoints, and of refusals.
+
+| there                                 | here                              |
+|---------------------------------------|-----------------------------------|
+| tinker://<model>/weights/<name>       | weaver://<run>/weights/<name>     |
+| tinker://<model>/sampler_weights/<..> | weaver://<run>/sampler/<name>     |
+
+A model's id says of which run it is (`session.run_of`), and a run's metadata what its model is
+called; a run that another protocol made is called by its own id.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi.responses import JSONResponse, Response
+
+from weaver import errors, protocol, types
+from weaver.server.adapters.tinker import messages
+from weaver.server.adapters.tinker.session import run_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weaver.server.adapters.tinker.session import Future
+    from weaver.server.http.errors import Refusal
+    from weaver.tensors import TensorData
+
+SCHEME = "tinker://"
+GROUPS = {"weights": "weights", "sampler_weights": "sampler"}
+KINDS = {"weights": "training", "weights_and_optimizer": "training", "sampler": "sampler"}
+SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
+STATUSES = {409: 400, 500: 400, 503: 408, 504: 408, 507: 400}
+"""Clients send a request that got another status again for minutes, some without a pause."""
+OURS = ("engine_error", "storage_error", "connection_failed", "timeout")
+"""Codes of failures that are no mistake of the client."""
+SUFFIXES = {
+    "loss_sum": "loss:sum",
+    "weight_sum": "weight:sum",
+    "num_tokens": "num_tokens:sum",
+    "ratio_min": "ratio:min",
+    "ratio_max": "ratio:max",
+}
+"""A client reduces the metrics of several requests by what is behind the colon."""
+
+
+def refused(refusal: Refusal) -> JSONResponse:
+    """The status says whether the client tries again; `detail` is what its user reads."""
+    error = refusal.error
+    content = {"detail": str(error), "code": error.code, "request_id": refusal.request_id}
+    answer = refusal.answer(content)
+    answer.status_code = STATUSES.get(refusal.status, refusal.status)
+    return answer
+
+
+def failed(error: errors.WeaverError) -> types.JsonDict:
+    """What a future says that has failed: a status of its own would be tried again without end."""
+    return {"error": str(error), "category": "server" if error.code in OURS else "user"}
+
+
+def future_answer(future: Future, *, binary: bool) -> Response:
+    """Of one that has ended; may be slow. `binary`: the client reads protobuf."""
+    outcome, note = future.outcome, future.note
+    assert outcome is not None
+    if outcome.error is not None:
+        if outcome.error.code == "no_gradients":  # legal there: nothing is stepped
+            return JSONResponse({"metrics": {"skipped:sum": 1.0}, "type": "optim_step"})
+        return JSONResponse(failed(outcome.error.to_error()))
+    match outcome.result:
+        case protocol.GradientsDone(output=output):
+            metrics = _pass_metrics(output.metrics, loss_fn=note.loss_fn)
+            logprobs = [one["logprobs"] for one in output.loss_fn_outputs]
+            if not binary:
+                return JSONResponse(_pass_json(logprobs, metrics))
+            return _message(_pass_message(logprobs, metrics))
+        case protocol.Sampled(output=sampled):
+            if not binary:
+                return JSONResponse(_sample_json(sampled, tempered=note.tempered))
+            return _message(_sample_message(sampled, tempered=note.tempered))
+        case protocol.ModelCreated():
+            return JSONResponse({"model_id": note.model_id, "type": "create_model"})
+        case protocol.StepDone(output=step):
+            return JSONResponse({"metrics": dict(step.metrics), "type": "optim_step"})
+        case protocol.CheckpointLoaded(checkpoint=info):
+            path = info.path if "://" in info.path else f"{SCHEME}{info.path}"
+            return JSONResponse(
+                {"path": tinker_path(path, {}), "model_id": note.model_id, "type": "load_weights"}
+            )
+        case protocol.CheckpointSaved() if note.sampling_session:
+            return JSONResponse(
+                {"sampling_session_id": note.sampling_session, "type": "save_weights_for_sampler"}
+            )
+        case protocol.CheckpointSaved(checkpoint=info):
+            names = {info.run_id: note.model_id}
+            kind = "save_weights_for_sampler" if info.kind == "sampler" else "save_weights"
+            return JSONResponse({"path": tinker_path(info.path, names), "type": kind})
+    raise AssertionError(future.id)
+
+
+def _message(message: Any) -> Response:
+    return Response(message.SerializeToString(deterministic=True), media_type=messages.MEDIA_TYPE)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _pass_metrics(metrics: Mapping[str, float], *, loss_fn: str) -> dict[str, float]:
+    named = {SUFFIXES.get(n, f"{n}:mean"): v for n, v in metrics.items() if n != "loss"}
+    if (
+        loss_fn == "stable_reinforce"
+    ):  # whose formula is not published: ours, as docs/tinker.md has it
+        named["stable_reinforce_is_truncated_importance_sampling:max"] = 1.0
+    return named
+
+
+def _pass_json(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) -> types.JsonDict:
+    outputs = [
+        {"logprobs": {"data": one.tolist(), "dtype": "float32", "shape": [len(one)]}}
+        for one in logprobs
+    ]
+    return {
+        "loss_fn_output_type": "ArrayRecord",
+        "loss_fn_outputs": outputs,
+        "metrics": dict(metrics),
+    }
+
+
+def _pass_message(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) -> Any:
+    arrays = [np.ascontiguousarray(one.to_numpy(), "<f4") for one in logprobs]
+    message = messages.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
+    record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(arrays))
+    batch = record.fields["logprobs"]
+    batch.data = b"".join(array.tobytes() for array in arrays)
+    batch.offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype="<i8").tobytes()
+    batch.dtype = messages.FLOAT32
+    message.metrics.update(metrics)
+    return message
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def _logprobs(sequence: types.SampledSequence, *, tempered: bool) -> Sequence[float]:
+    return sequence.sampling_logprobs if tempered else sequence.logprobs
+
+
+def _sample_json(output: types.SampleResult, *, tempered: bool) -> types.JsonDict:
+    return {
+        "type": "sample",
+        "sequences": [
+            {
+                "tokens": list(one.tokens),
+                "logprobs": list(_logprobs(one, tempered=tempered)),
+                "stop_reason": one.stop_reason,
+            }
+            for one in output.sequences
+        ],
+        "prompt_logprobs": output.prompt_logprobs and list(output.prompt_logprobs),
+    }
+
+
+def _sample_message(output: types.SampleResult, *, tempered: bool) -> Any:
+    message = messages.SampleResponse()
+    for one in output.sequences:
+        reason = messages.STOP if one.stop_reason == "stop" else messages.LENGTH
+        message.sequences.add(
+            stop_reason=reason,
+            tokens=np.asarray(one.tokens, "<i4").tobytes(),
+            logprobs=np.asarray(_logprobs(one, tempered=tempered), "<f4").tobytes(),
+        )
+    if output.prompt_logprobs is not None:
+        floats = [np.nan if one is None else one for one in output.prompt_logprobs]
+        message.prompt_logprobs = np.asarray(floats, "<f4").tobytes()
+    return message
+
+
+# --- runs and checkpoints -------------------------------------------------------------------------
+
+
+def model_of(run: types.TrainingRun) -> str:
+    """What its clients call it."""
+    given = run.user_metadata.get("tinker")
+    return str(given["model_id"]) if isinstance(given, dict) and "model_id" in given else run.run_id
+
+
+def metadata_of(run: types.TrainingRun) -> dict[str, str]:
+    """Its user's, with texts for values."""
+    return {name: str(value) for name, value in run.user_metadata.items() if name != "tinker"}
+
+
+def tinker_path(path: str, names: Mapping[str, str]) -> str:
+    """`names`: what runs are called."""
+    run_id, group, name = path.partition("://")[2].split("/")
+    segment = "sampler_weights" if group == "sampler" else "weights"
+    return f"{SCHEME}{names.get(run_id) or run_id}/{segment}/{name}"
+
+
+def native_path(path: str) -> str:
+    """Raises InvalidRequestError."""
+    parts = path.removeprefix(SCHEME).split("/")
+    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in GROUPS:
+        raise errors.InvalidRequestError(
+            f"is {path[:200]!r}.",
+            field="path",
+            hint="Such as tinker://<model>/weights/<name> or tinker://<model>/sampler_weights/<name>.",
+        )
+    return f"weaver://{run_of(parts[0])}/{GROUPS[parts[1]]}/{parts[2]}"
+
+
+def run_json(
+    run: types.TrainingRun, checkpoints: Sequence[types.CheckpointInfo], *, owner: str
+) -> types.JsonDict:
+    names = {run.run_id: model_of(run)}
+    newest: dict[str, types.JsonDict] = {}
+    for info in sorted(checkpoints, key=lambda one: one.created_at):
+        newest[KINDS[info.kind]] = checkpoint_json(info, names)
+    return {
+        "training_run_id": model_of(run),
+        "base_model": run.base_model,
+        "model_owner": owner,
+        "is_lora": run.training_mode == "lora",
+        "lora_rank": run.lora_config and run.lora_config.rank,
+        "last_request_time": run.last_request_at.isoformat(),
+        "last_checkpoint": newest.get("training"),
+        "last_sampler_checkpoint": newest.get("sampler"),
+        "user_metadata": metadata_of(run),
+    }
+
+
+def checkpoint_json(info: types.CheckpointInfo, names: Mapping[str, str]) -> types.JsonDict:
+    kind = KINDS[info.kind]
+    return {
+        "checkpoint_id": f"{SEGMENTS[kind]}/{info.name}",
+        "checkpoint_type": kind,
+        "time": info.created_at.isoformat(),
+        "tinker_path": tinker_path(info.path, names),
+        "size_bytes": info.size_bytes,
+        "expires_at": info.expires_at and info.expires_at.isoformat(),
+    }

@@ -1,0 +1,283 @@
+"""What requests of Tinker's protocol bring, and the operations that are made of it.
+
+They are JSON, but for training passes: `passes.py` reads those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic_core import from_json
+
+from weaver import errors, protocol, types, wire
+from weaver.fields import validate
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from weaver.server.http.gateway import Gateway
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+Seq = Annotated[int, Field(ge=0, lt=2**62)]
+Ttl = Annotated[int | None, Field(ge=1, le=2**31)]
+
+
+class Body(BaseModel):
+    """Part of a request; fields that it does not name are ignored, as clients may be newer."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        """Raises InvalidRequestError, TooLargeError: with the field at fault."""
+        gateway: Gateway = request.state.gateway
+        data = await request.body()
+        async with gateway.read(len(data), partial(parse, data, cls)) as body:
+            assert isinstance(body, cls)
+            return body
+
+
+def parse(data: bytes, kind: type[BaseModel]) -> Any:
+    wire.check_json(data)
+    try:
+        content = from_json(data or b"{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
+    return validate(content, kind.model_validate, name="body")
+
+
+# --- sessions and models --------------------------------------------------------------------------
+
+
+class SessionBody(Body):
+    user_metadata: types.JsonDict | None = None
+    display_name: str | None = Field(None, max_length=1024)
+    tags: tuple[str, ...] = ()
+
+
+class OfSession(Body):
+    session_id: Name
+
+
+class Lora(Body):
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class ModelBody(OfSession):
+    model_seq_id: Seq
+    base_model: str
+    user_metadata: types.JsonDict | None = None
+    lora_config: Lora = Lora()
+    optimizer_config: Mapping[str, Any] = Field(default_factory=dict)
+
+    def operation(self, model_id: str) -> protocol.CreateModel:
+        if self.optimizer_config.get("type", "adamw") != "adamw":
+            raise errors.UnsupportedError(
+                "is not AdamW.", field="optimizer_config", hint="Leave it out."
+            )
+        return protocol.CreateModel(
+            base_model=self.base_model,
+            lora_config=types.LoraConfig(**self.lora_config.model_dump()),
+            user_metadata={**(self.user_metadata or {}), "tinker": {"model_id": model_id}},
+        )
+
+
+class OfModel(Body):
+    model_id: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class InTurn(OfModel):
+    seq_id: Seq
+
+
+class Adam(Body):
+    type: str = "adamw"
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class StepBody(InTurn):
+    params: Adam = Field(
+        Adam(), validation_alias=AliasChoices("adam_params", "optimizer_params", "optim_params")
+    )
+
+    def operation(self) -> protocol.OptimStep:
+        if self.params.type not in ("adamw", "adam"):
+            raise errors.UnsupportedError(
+                f"has the type {self.params.type[:80]!r}.",
+                field="optimizer_params",
+                hint="Use AdamParams.",
+            )
+        return protocol.OptimStep(
+            params=types.AdamParams(**self.params.model_dump(exclude={"type"}))
+        )
+
+
+class SaveBody(InTurn):
+    path: Name
+    ttl_seconds: Ttl = None
+    overwrite: bool = False
+
+    def operation(self) -> protocol.SaveCheckpoint:
+        return protocol.SaveCheckpoint(
+            purpose="state",
+            name=self.path,
+            ttl_seconds=self.ttl_seconds,
+            overwrite=self.overwrite,
+        )
+
+
+class SamplerBody(InTurn):
+    path: Name | None = None
+    sampling_session_seq_id: Seq | None = None
+    ttl_seconds: Ttl = None
+
+    def operation(self) -> protocol.SaveCheckpoint:
+        if (self.path is None) == (self.sampling_session_seq_id is None):
+            raise errors.InvalidRequestError(
+                "needs either path or sampling_session_seq_id.", field="body"
+            )
+        return protocol.SaveCheckpoint(
+            purpose="sampler", name=self.path, ttl_seconds=self.ttl_seconds
+        )
+
+
+class LoadBody(Body):
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: Seq | None = None
+    session_id: str | None = None
+    model_seq_id: Seq | None = None
+    user_metadata: types.JsonDict | None = None
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+class Chunk(Body):
+    type: str = "encoded_text"
+    tokens: Any = ()
+
+
+class Prompt(Body):
+    chunks: Annotated[tuple[Chunk, ...], Field(fail_fast=True)] = ()
+
+    def to_ints(self) -> list[int]:
+        if any(chunk.type != "encoded_text" for chunk in self.chunks):
+            raise no_images()
+        chunks = [types.EncodedTextChunk(tokens=chunk.tokens) for chunk in self.chunks]
+        return types.ModelInput(chunks=tuple(chunks)).to_ints()
+
+
+def no_images() -> errors.UnsupportedError:
+    return errors.UnsupportedError(
+        "has a chunk that is not text.", field="model_input", hint="Send tokens alone."
+    )
+
+
+class SamplingSessionBody(OfSession):
+    sampling_session_seq_id: Seq
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class Params(Body):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] | tuple[int, ...] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def native(self, *, room: int) -> types.SamplingParams:
+        """`room` is the most tokens for which there is place behind the prompt."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        strings = tuple(s for s in stop if isinstance(s, str))
+        return types.SamplingParams(
+            max_tokens=self.max_tokens or max(room, 1),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=strings,
+            stop_token_ids=tuple(s for s in stop if isinstance(s, int)),
+            ignore_eos=self.stop is not None,
+        )
+
+
+class SampleBody(Body):
+    sampling_session_id: Name | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    seq_id: Seq = 0
+    num_samples: int = Field(1, ge=1, le=4096)
+    prompt: Prompt
+    sampling_params: Params = Params()
+    prompt_logprobs: bool | None = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    prompt_alt_tokens_k: int = 0
+    target_prompt_logprobs: Any = None
+
+    def operation(self, *, sampler_id: str, context: int) -> protocol.Sample:
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+            if getattr(self, name):
+                raise _not_yet(name)
+        if self.target_prompt_logprobs is not None:
+            raise _not_yet("target_prompt_logprobs")
+        tokens = self.prompt.to_ints()
+        return protocol.Sample(
+            sampler_id=sampler_id,
+            prompt=types.ModelInput.from_ints(tokens),
+            params=self.sampling_params.native(room=context - len(tokens)),
+            num_samples=self.num_samples,
+            include_prompt_logprobs=bool(self.prompt_logprobs),
+        )
+
+
+def _not_yet(name: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError("is not computed yet.", field=name, hint="Leave it out.")
+
+
+# --- futures and checkpoints ----------------------------------------------------------------------
+
+
+class FutureBody(Body):
+    request_id: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Target(Body):
+    sampling_session_id: Name
+    cloned_sampler_id: int | None = None
+
+
+class FuturesBody(Body):
+    target: Target
+    prev_cursor: int | None = None
+    timeout: float | None = None
+
+
+class PathBody(Body):
+    tinker_path: str
+
+
+class TtlBody(Body):
+    ttl_seconds: Ttl = None
+
+
+Kind = Literal["weights", "sampler_weights"]

@@ -1,0 +1,252 @@
+"""How a training pass of Tinker's protocol is read, and the operation that is made of it.
+
+It is a protobuf message, or JSON from clients before 0.25. A message is counted before it is
+parsed, so that none becomes many times its size in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from weaver import errors, protocol, types
+from weaver.server.adapters.tinker import messages
+from weaver.server.adapters.tinker.bodies import Body, InTurn, Prompt, Seq, no_images, parse
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from weaver.server.http.gateway import Gateway
+
+MOST_FIELDS = 100_000
+"""Messages within a protobuf message; a client sends 1,024 datums of some ten at once."""
+DTYPES = {messages.FLOAT32: "<f4", messages.INT64: "<i8"}
+OPTIONS = {
+    "gspo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    "stable_reinforce": {"ratio_cap": 1.0},
+}
+"""Where this protocol's defaults are others than ours."""
+LOSSES = {"stable_reinforce": "importance_sampling"}
+RENAMED = {"kl_coeff": "kl_coef"}
+WEIGHTS = {"gspo": {"sequence_ratio_mask": "weights"}}
+"""An input that says which tokens count, by the loss."""
+
+
+class Pass(BaseModel):
+    """A training pass, from either form of its request."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+
+    model_id: str
+    seq_id: Seq
+    loss_fn: str
+    options: Mapping[str, float | str]
+    forward_only: bool
+    operation: protocol.ForwardBackward
+
+
+class JsonDatum(Body):
+    model_input: Prompt
+    loss_fn_inputs: Mapping[str, types.JsonDict]
+
+
+class JsonInput(Body):
+    data: tuple[JsonDatum, ...]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str] | None = None
+
+
+class PassBody(InTurn):
+    given: JsonInput = Field(
+        validation_alias=AliasChoices("forward_backward_input", "forward_input")
+    )
+
+
+async def read_pass(request: Request, *, forward_only: bool) -> Pass:
+    """Raises InvalidRequestError, UnsupportedError, TooLargeError: with the field at fault."""
+    gateway: Gateway = request.state.gateway
+    data = await request.body()
+    media_type = request.headers.get("Content-Type", "")
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise errors.UnsupportedError(
+            "is compressed.", field="Content-Encoding", hint="Leave proto_compress_fwdbwd off."
+        )
+    work: Any = partial(_json_pass, data, forward_only)
+    if media_type.startswith(messages.MEDIA_TYPE):
+        work = partial(_proto_pass, data)
+    async with gateway.read(4 * len(data), work) as given:
+        assert isinstance(given, Pass)
+        return given
+
+
+def _json_pass(data: bytes, forward_only: bool) -> Pass:
+    body: PassBody = parse(data, PassBody)
+    datums = [
+        (
+            datum.model_input.to_ints(),
+            {n: _json_array(n, v) for n, v in datum.loss_fn_inputs.items()},
+        )
+        for datum in body.given.data
+    ]
+    return _pass(
+        body.model_id,
+        body.seq_id,
+        body.given.loss_fn,
+        body.given.loss_fn_config or {},
+        datums,
+        forward_only=forward_only,
+    )
+
+
+def _json_array(name: str, value: types.JsonDict) -> Any:
+    if len(value.get("shape") or [1]) != 1 or "sparse_crow_indices" in value:
+        raise _two_dimensional(name)
+    return value.get("data")
+
+
+def _proto_pass(data: bytes) -> Pass:
+    _check_count(data)
+    try:
+        given = messages.ForwardBackwardRequest.FromString(data)
+    except DecodeError as error:
+        raise errors.InvalidRequestError(
+            f"is no ForwardBackwardRequest: {str(error)[:200]}.", field="body"
+        ) from None
+    options: dict[str, float | str] = dict(given.loss_fn_config)
+    for name, value in given.loss_fn_config_v2.items():
+        options[name] = value.text if value.WhichOneof("value") == "text" else value.number
+    datums = [
+        (
+            np.concatenate([_tokens(chunk) for chunk in datum.model_input] or [np.zeros(0, "<i4")]),
+            {name: _array(name, tensor) for name, tensor in datum.loss_fn_inputs.items()},
+        )
+        for datum in given.data
+    ]
+    return _pass(
+        given.model_id,
+        given.seq_id,
+        given.loss_fn,
+        options,
+        datums,
+        forward_only=given.forward_only,
+    )
+
+
+def _check_count(data: bytes) -> None:
+    """Looks at the datums and their parts, before the library makes objects of them.
+
+    Raises:
+        TooLargeError, InvalidRequestError
+    """
+    count, spans = 0, [(0, len(data), True)]
+    while spans:
+        at, end, outermost = spans.pop()
+        while at < end:
+            tag, at = _varint(data, at, end)
+            count += 1
+            if count > MOST_FIELDS:
+                raise errors.TooLargeError(
+                    f"has more than {MOST_FIELDS} fields.", field="body", hint="Send fewer datums."
+                )
+            kind = tag & 7
+            if kind == 0:
+                _, at = _varint(data, at, end)
+            elif kind in (1, 5):
+                at += 8 if kind == 1 else 4
+            elif kind == 2:
+                size, at = _varint(data, at, end)
+                if outermost and tag >> 3 == 3:
+                    spans.append((at, min(at + size, end), False))
+                at += size
+            else:
+                raise errors.InvalidRequestError("is no protobuf message.", field="body")
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            break
+        byte = data[at]
+        value, at = value | (byte & 127) << shift, at + 1
+        if byte < 128:
+            return value, at
+    raise errors.InvalidRequestError("is no protobuf message.", field="body")
+
+
+def _tokens(chunk: Any) -> Any:
+    if chunk.WhichOneof("chunk") != "text":
+        raise no_images()
+    return _numbers(chunk.text.tokens, "<i4", field="model_input")
+
+
+def _array(name: str, tensor: Any) -> Any:
+    if tensor.WhichOneof("encoding") == "sparse_csr" or len(tensor.shape) > 1:
+        raise _two_dimensional(name)
+    if tensor.dtype not in DTYPES:
+        raise errors.InvalidDatumError(
+            "is neither float32 nor int64.", field=f"loss_fn_inputs[{name[:80]!r}]"
+        )
+    array = _numbers(tensor.dense, DTYPES[tensor.dtype], field=f"loss_fn_inputs[{name[:80]!r}]")
+    if list(tensor.shape) not in ([], [len(array)]):
+        raise errors.InvalidDatumError(
+            f"has {len(array)} values for the shape {list(tensor.shape)}.",
+            field=f"loss_fn_inputs[{name[:80]!r}]",
+        )
+    return array
+
+
+def _numbers(data: bytes, dtype: str, *, field: str) -> Any:
+    if len(data) % np.dtype(dtype).itemsize:
+        raise errors.InvalidDatumError(f"has {len(data)} bytes of {dtype} values.", field=field)
+    return np.frombuffer(data, dtype)
+
+
+def _pass(
+    model_id: str,
+    seq_id: int,
+    loss_fn: str,
+    options: Mapping[str, float | str],
+    datums: Sequence[tuple[Any, Mapping[str, Any]]],
+    *,
+    forward_only: bool,
+) -> Pass:
+    renamed = WEIGHTS.get(loss_fn, {})
+    given = [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(tokens),
+            loss_fn_inputs={renamed.get(name, name): value for name, value in inputs.items()},
+        )
+        for tokens, inputs in datums
+    ]
+    config = {
+        **OPTIONS.get(loss_fn, {}),
+        **{RENAMED.get(name, name): value for name, value in options.items()},
+    }
+    operation = protocol.ForwardBackward(
+        datums=tuple(given),
+        loss_fn=LOSSES.get(loss_fn, loss_fn),
+        loss_fn_config={**config, "reduction": "sum"},
+        backward=not forward_only,
+    )
+    return Pass(
+        model_id=model_id,
+        seq_id=seq_id,
+        loss_fn=loss_fn,
+        options=options,
+        forward_only=forward_only,
+        operation=operation,
+    )
+
+
+def _two_dimensional(name: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
+        "has two dimensions or is sparse, which is not computed yet.",
+        field=f"loss_fn_inputs[{name[:80]!r}]",
+        hint="Send one target for each position.",
+    )
