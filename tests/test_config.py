@@ -53,6 +53,7 @@ def test_all_variables() -> None:
         ("WEAVER_DTYPE", "int8"),
         ("WEAVER_THREADS", "many"),
         ("WEAVER_MEMORY_GB", "-1"),
+        ("WEAVER_RECOMPUTE", "some"),
         ("WEAVER_MEMORY_GB", "nan"),
         ("WEAVER_DETERMINISTIC", "yes"),
     ],

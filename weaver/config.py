@@ -115,6 +115,14 @@ class EngineSettings:
     sample_rows: int = setting(
         0, "Samples that are drawn at once; 0: 64 on a CPU, else 256.", least=0
     )
+    tokens_per_pass: int = setting(
+        0, "Tokens that go through the model at once in training; 0 chooses by memory.", least=0
+    )
+    recompute: Literal["auto", "off", "all"] = setting(
+        "auto",
+        "Layers that compute their activations again in training, to save memory; auto: as few as "
+        "need be.",
+    )
     deterministic: bool = setting(False, "No result depends on what else runs.")
 
 

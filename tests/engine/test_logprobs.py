@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.engine.conftest import VOCAB, sequences
-from weaver.engine.torch import logprobs
 from weaver.engine.torch.logprobs import Queries, target_scores
 from weaver.engine.torch.lora import Adapter, LoraPair
+from weaver.engine.torch.memory import CHUNK_ELEMENTS
 from weaver.engine.torch.packing import pack
 
 if TYPE_CHECKING:
@@ -36,16 +36,12 @@ def head_adapter(head: Head, seed: int) -> Adapter:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_values_and_gradients_equal_the_whole_array(
     store: ModelStore,
-    monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     trained: tuple[bool, ...],
     entropy_gradient: bool,
     masked: bool,
     chunked: bool,
 ) -> None:
-    if chunked:
-        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 16 * VOCAB)
-        monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", 0)
     model = store.base(architecture)
     adapters = [head_adapter(model.head, i) if on else None for i, on in enumerate(trained)]
     batch = pack(sequences(20, 7, 25), adapters=adapters, device=CPU)
@@ -62,6 +58,7 @@ def test_values_and_gradients_equal_the_whole_array(
         hidden,
         batch,
         queries=queries,
+        chunk=16 * VOCAB if chunked else CHUNK_ELEMENTS,
         entropy=True,
         entropy_gradient=entropy_gradient,
     )
@@ -109,6 +106,8 @@ def test_without_gradients_nothing_is_kept(store: ModelStore) -> None:
     )
     with torch.no_grad():
         hidden = model.hidden_states(batch)
-        scores = target_scores(model, hidden, batch, queries=queries, entropy=False)
+        scores = target_scores(
+            model, hidden, batch, queries=queries, chunk=CHUNK_ELEMENTS, entropy=False
+        )
     assert not scores.logprobs.requires_grad
     assert scores.entropy is None

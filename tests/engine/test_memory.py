@@ -73,9 +73,11 @@ def test_in_a_container_what_files_fill_is_free(
 def test_what_is_left_beside_the_weights_is_shared(catalog: Catalog) -> None:
     facts = catalog.facts("llama")
     needs = needs_of(facts, dtype="float32")
-    passes, cache = shares(facts, free=10**8, dtype="float32")
+    passes, cache = shares(facts, free=10**8, dtype=torch.float32, device=torch.device("cuda"))
     assert passes == cache == (9 * 10**7 - needs.weights - needs.adapter) // 2
-    assert shares(facts, free=needs.weights, dtype="float32") == (0, 0)
+    full, _ = shares(facts, free=10**8, dtype=torch.float32, training_mode="full_ft")
+    assert full == (9 * 10**7 - 5 * needs.weights) // 2
+    assert shares(facts, free=needs.weights, dtype=torch.float32) == (0, 0)
 
 
 LOADING = """

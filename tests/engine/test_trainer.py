@@ -372,7 +372,7 @@ def test_running_out_of_memory_is_an_engine_error(
 ) -> None:
     run_id = new_run(trainer)
 
-    def exhausted(*_: Any) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes")
 
     with monkeypatch.context() as patch:

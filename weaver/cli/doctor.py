@@ -118,28 +118,23 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
     with _checking("device", faults):
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
-            from weaver.engine.torch.budget import Budget
-            from weaver.engine.torch.catalog import Catalog
-        device = devices.choose_device(settings.device, settings.dtype)
-        free = devices.free_bytes(device.place)
+            from weaver.engine.torch.engine import TorchEngine
+            from weaver.engine.torch.memory import full_training_bytes
+        engine = TorchEngine.of(settings)
+        device, free, as_set = engine.device, engine.memory, " (as set)" * bool(settings.memory_gb)
         _say("device", f"{device.place} ({device.why})")
         _say("dtype", f"{device.dtype} ({device.dtype_why})")
         _say("threads", devices.threads_text(settings.threads))
-        _say("free memory", "not known" if free is None else devices.size_text(free))
+        _say("free memory", "not known" if free is None else devices.size_text(free) + as_set)
         with _checking(model, faults):
-            facts = Catalog({}, allow_paths=True).facts(model)
+            facts = engine.facts(model)
             fits, said = devices.needs_of(facts, dtype=device.dtype).against(free)
             said = f"{facts.info.num_parameters:,} parameters; {said}"
             if not fits:
                 raise EngineError(said)
             _say(model, said)
-            memory = int(settings.memory_gb * 1e9) or free
-            budget = Budget(
-                device=device.place,
-                dtype=devices.DTYPES[device.dtype],
-                memory=memory,
-                set_rows=settings.sample_rows,
-                set_bytes=int(settings.kv_cache_gb * 1e9),
-                deterministic=settings.deterministic,
-            )
-            _say("samples", budget.text(facts))
+            _say("samples", engine.budget.text(facts))
+            _say("training", engine.plan(model, "lora").describe())
+            whole = devices.size_text(full_training_bytes(facts))
+            said = engine.plan(model, "full_ft").describe()
+            _say("full tuning", f"{whole} for weights, gradient and two moments; {said}")

@@ -106,17 +106,8 @@ def serve(config: Config = None, **given: Any) -> None:
         from weaver.server.serve import run_server
     settings = changed(DEFAULTS, given)
     configure_logs(as_json=settings.log_json)
-    engine = TorchEngine(
-        parse_models(settings.models or []),
-        allow_paths=False,
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        memory_gb=settings.memory_gb,
-        kv_cache_gb=settings.kv_cache_gb,
-        sample_rows=settings.sample_rows,
-        deterministic=settings.deterministic,
-    )
+    models = parse_models(settings.models or [])
+    engine = TorchEngine.of(settings, models, allow_paths=False)
     with closing(engine):
         print(f"computing with {engine.description}", file=sys.stderr)
         for name in engine.list_models():

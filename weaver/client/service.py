@@ -293,15 +293,7 @@ async def _embedded(settings: Settings) -> AsyncIterator[protocol.Service]:
 def _torch_engine(settings: Settings) -> Engine:
     with errors.requiring("the embedded engine", "engine"):
         from weaver.engine.torch.engine import TorchEngine
-    return TorchEngine(
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        memory_gb=settings.memory_gb,
-        kv_cache_gb=settings.kv_cache_gb,
-        sample_rows=settings.sample_rows,
-        deterministic=settings.deterministic,
-    )
+    return TorchEngine.of(settings)
 
 
 def _check_model_name(base_model: object) -> None:

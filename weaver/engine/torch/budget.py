@@ -58,7 +58,7 @@ class Budget:
             return FIXED_TOKENS * self._shape(facts).token_bytes
         others = sum(other.info.num_parameters for other in beside) * self.dtype.itemsize
         free = max(0, self.memory - others)
-        return shares(facts, free=free, dtype=str(self.dtype).removeprefix("torch.")).cache
+        return shares(facts, free=free, dtype=self.dtype, device=self.device).cache
 
     def text(self, facts: ModelFacts) -> str:
         """In words, as if the model were alone."""

@@ -59,6 +59,9 @@ class ModelFacts:
     head_dim: int
     targets: Mapping[str, Target]
     fused_experts: bool
+    projected: int
+    """Values a token that all projections but the head take and give; of a mixture's experts,
+    those of as many as a token goes to."""
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -208,7 +211,20 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         targets=targets,
         fused_experts=has_fused_experts(model),
+        projected=_projected(model, head, chosen=getattr(config, "num_experts_per_tok", None) or 1),
     )
+
+
+def _projected(model: torch.nn.Module, head: torch.nn.Module, *, chosen: int) -> int:
+    """See `ModelFacts`. Fused experts are tensors [experts, out, in]."""
+    weights = [
+        parameter
+        for module in model.modules()
+        if module is not head and not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim in (2, 3)
+    ]
+    return sum(sum(w.shape[-2:]) * (chosen if w.ndim == 3 else 1) for w in weights)
 
 
 def _check_config(name: str, config: Any) -> None:

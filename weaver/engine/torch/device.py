@@ -176,19 +176,24 @@ class Needs:
 
 def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
     """Without activations, which grow with the tokens of a pass."""
-    lora = LoraConfig()
-    chosen = roles(lora)
-    sides = (t.in_features + t.out_features for t in facts.targets.values() if chosen[t.role])
     tokens = min(CACHED_TOKENS, facts.info.context_length)
     values = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * tokens
     size = DTYPES[dtype].itemsize
     return Needs(
         dtype=dtype,
         weights=facts.info.num_parameters * size,
-        adapter=ADAM_COPIES * torch.float32.itemsize * lora.rank * sum(sides),
+        adapter=adapter_bytes(facts),
         cache=values * size,
         cached_tokens=tokens,
     )
+
+
+def adapter_bytes(facts: ModelFacts) -> int:
+    """A LoRA adapter of the default rank in training."""
+    lora = LoraConfig()
+    chosen = roles(lora)
+    sides = (t.in_features + t.out_features for t in facts.targets.values() if chosen[t.role])
+    return ADAM_COPIES * torch.float32.itemsize * lora.rank * sum(sides)
 
 
 def threads_text(threads: int) -> str:

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+from weaver.config import EngineSettings
 from weaver.engine.threaded import ThreadedEngine
-from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.budget import Budget
+from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
+from weaver.engine.torch.memory import Plan, Recompute
 from weaver.engine.torch.models import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.types import Message, ModelInfo
+from weaver.types import Message, ModelInfo, TrainingMode
 
 
 class TorchEngine(ThreadedEngine):
@@ -35,6 +38,8 @@ class TorchEngine(ThreadedEngine):
         memory_gb: gigabytes that it may use on the device; 0 takes what is free there now.
         kv_cache_gb: gigabytes for keys and values of samples; 0 is half of what the model leaves.
         sample_rows: samples that are drawn at once; 0 is 64 on a CPU, else 256.
+        tokens_per_pass: in training; 0 chooses by memory.
+        recompute: layers that compute their activations again, `off`, `all`, or as few as need be.
         deterministic: no result depends on what else runs.
 
     Raises:
@@ -52,18 +57,27 @@ class TorchEngine(ThreadedEngine):
         memory_gb: float = 0,
         kv_cache_gb: float = 0,
         sample_rows: int = 0,
+        tokens_per_pass: int = 0,
+        recompute: Recompute = "auto",
         deterministic: bool = False,
     ) -> None:
-        self._device = choose_device(device, dtype)
+        self.device = choose_device(device, dtype)
+        self.memory = int(memory_gb * 1e9) or free_bytes(self.device.place)
+        """Bytes; None is not known."""
         self._catalog = Catalog(models or {}, allow_paths=allow_paths)
         self._store = ModelStore(
             self._catalog,
-            device=self._device.place,
-            dtype=DTYPES[self._device.dtype],
+            device=self.device.place,
+            dtype=DTYPES[self.device.dtype],
             threads=threads,
-            memory=int(memory_gb * 1e9) or free_bytes(self._device.place),
+            memory=self.memory,
         )
-        self._trainer = TorchTrainer(self._store, deterministic=deterministic)
+        self._trainer = TorchTrainer(
+            self._store,
+            deterministic=deterministic,
+            tokens_per_pass=tokens_per_pass,
+            recompute=recompute,
+        )
         self._sampler = TorchSampler(
             self._store,
             max_rows=sample_rows,
@@ -72,9 +86,32 @@ class TorchEngine(ThreadedEngine):
         )
         super().__init__(self._trainer, self._sampler)
 
+    @classmethod
+    def of(
+        cls,
+        settings: EngineSettings,
+        models: Mapping[str, str | Path] | None = None,
+        *,
+        allow_paths: bool = True,
+    ) -> TorchEngine:
+        """One as the user has set it."""
+        return cls(
+            models,
+            allow_paths=allow_paths,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            memory_gb=settings.memory_gb,
+            kv_cache_gb=settings.kv_cache_gb,
+            sample_rows=settings.sample_rows,
+            tokens_per_pass=settings.tokens_per_pass,
+            recompute=settings.recompute,
+            deterministic=settings.deterministic,
+        )
+
     @property
     def description(self) -> str:
-        device, threads = self._device, threads_text(self._store.threads)
+        device, threads = self.device, threads_text(self._store.threads)
         where = f"{device.place} ({device.why}), {device.dtype}"
         return f"torch {torch.__version__} on {where}, {threads}"
 
@@ -83,22 +120,35 @@ class TorchEngine(ThreadedEngine):
         return [self.get_model(name) for name in self._catalog.names()]
 
     def get_model(self, base_model: str) -> ModelInfo:
-        info = self._catalog.facts(base_model).info
-        return info.model_copy(update={"dtype": self._device.dtype})
+        info = self.facts(base_model).info
+        return info.model_copy(update={"dtype": self.device.dtype})
+
+    def facts(self, base_model: str) -> ModelFacts:
+        """Errors: see `get_model`."""
+        return self._catalog.facts(base_model)
+
+    @property
+    def budget(self) -> Budget:
+        """What is sampled at once."""
+        return self._sampler.budget
+
+    def plan(self, base_model: str, training_mode: TrainingMode) -> Plan:
+        """How training passes are laid out. Errors: see `get_model`."""
+        return self._trainer.plan(base_model, training_mode)
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
-        facts = self._catalog.facts(base_model)
+        facts = self.facts(base_model)
         facts.check_text(prompt)
         return encode_prompt(facts.tokenizer, prompt, name=base_model)
 
     def tokenizer(self, base_model: str) -> Any:
-        return self._catalog.facts(base_model).tokenizer
+        return self.facts(base_model).tokenizer
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return self._catalog.facts(base_model).tokenizer_files()
+        return self.facts(base_model).tokenizer_files()
 
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
-        merge_adapter(self._catalog.facts(base_model), adapter, folder)
+        merge_adapter(self.facts(base_model), adapter, folder)
 
     def _forget(self) -> None:
         super()._forget()

@@ -24,15 +24,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from weaver.engine.torch.linear import FrozenLinear
+from weaver.engine.torch.memory import LEAST_ROWS
 from weaver.engine.torch.models import Head, LoadedModel
 from weaver.engine.torch.packing import PackedBatch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Log-probabilities and entropies, float32 [N] each, in nats."""
-CHUNK_ELEMENTS = 2**23
-"""C·V of a chunk: 32 MiB in float32."""
-KEPT_ELEMENTS = 2**21
-"""Logits of a whole pass that are kept for the backward pass: 8 MiB in float32."""
 CACHED_ELEMENTS = 2**17
 """What one core holds at once: half a MiB in float32."""
 
@@ -77,12 +74,14 @@ def target_scores(
     batch: PackedBatch,
     *,
     queries: Queries,
+    chunk: int,
     entropy: bool,
     entropy_gradient: bool = False,
 ) -> Scores:
     """Log-probabilities of the targets under `hidden` [T, H]; differentiable on active rows.
 
-    Without `entropy_gradient` the entropy is a constant.
+    Without `entropy_gradient` the entropy is a constant. At most `chunk` logits are there at once,
+    or those of `LEAST_ROWS`.
     """
     head = model.head
     trained = torch.tensor(
@@ -103,10 +102,11 @@ def target_scores(
         asked = queries.take(rows.to(hidden.device)) if some else queries
         with torch.set_grad_enabled(with_gradient):
             if in_general:
-                pieces.append(_general(model, h, sequence[rows], batch, asked, entropy=entropy))
+                of = sequence[rows]
+                pieces.append(_general(model, h, of, batch, asked, chunk=chunk, entropy=entropy))
             else:
                 assert isinstance(head.linear, FrozenLinear)
-                pieces.append(_frozen(h, head, asked, entropy))
+                pieces.append(_frozen(h, head, asked, chunk, entropy))
     logprobs, entropies = _joined(pieces)
     if len(order) > 1:
         back = torch.argsort(torch.cat(order)).to(hidden.device)
@@ -123,12 +123,13 @@ def _general(
     batch: PackedBatch,
     queries: Queries,
     *,
+    chunk: int,
     entropy: bool,
 ) -> Pair:
     """For a trained head: chunks, each computed again in the backward pass instead of kept.
 
-    What fits `KEPT_ELEMENTS` is kept after all: there the time counts, not the memory. `sequence`
-    int64 [N] says of which sequence of the batch each row is.
+    What fits a quarter of a chunk is kept after all: there the time counts, not the memory.
+    `sequence` int64 [N] says of which sequence of the batch each row is.
     """
 
     def score(h: torch.Tensor, of: torch.Tensor, asked: Queries) -> Pair:
@@ -137,10 +138,10 @@ def _general(
             logits = model.head.logits(h)
         return scored(logits, asked.targets, asked.divisor, entropy)
 
-    if len(hidden) * model.info.vocab_size <= KEPT_ELEMENTS:
+    if len(hidden) * model.info.vocab_size <= chunk // 4:
         return score(hidden, sequence, queries)
     pieces: list[Pair] = []
-    for rows in _chunks(len(hidden), model.info.vocab_size):
+    for rows in _chunks(len(hidden), model.info.vocab_size, chunk):
         some = hidden[rows], sequence[rows], queries.take(rows)
         pieces.append(checkpoint(score, *some, use_reentrant=False, preserve_rng_state=False))
     return _joined(pieces)
@@ -160,14 +161,14 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Head, queries: Queries, entropy: bool
+        ctx: Any, hidden: torch.Tensor, head: Head, queries: Queries, chunk: int, entropy: bool
     ) -> Pair:
         linear = head.linear
         assert isinstance(linear, FrozenLinear)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropies = torch.zeros_like(logprobs)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(hidden), linear.out_features):
+        for rows in _chunks(len(hidden), linear.out_features, chunk):
             logits = head.finish(linear.project(hidden[rows]).float())
             asked = queries.take(rows)
             targets, temperature = asked.targets, asked.divisor
@@ -188,14 +189,14 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_logprobs: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None
+        return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None, None
 
 
 _frozen: Callable[..., Pair] = _FrozenHead.apply
 
 
-def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    size = max(CHUNK_ELEMENTS // vocab_size, 16)
+def _chunks(rows: int, vocab_size: int, chunk: int) -> Iterator[slice]:
+    size = max(chunk // vocab_size, LEAST_ROWS)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 

@@ -1,17 +1,45 @@
-"""How the memory beside a model's weights is divided between trainer and sampler.
+"""`Plan`: what a training pass of a model may hold, reckoned from its configuration.
 
-Nothing here asks the device: what was free when the engine began is given, so that a process plans
-the same from its first pass to its last.
+Trainer, sampler and `weaver doctor` ask for it before anything is loaded. Nothing here asks the
+device: what was free when the engine began is given, so that a process plans the same from its
+first pass to its last. With `deterministic` the layout of passes, which decides their last bits,
+does not depend on memory at all; how many layers compute again does, and changes no bit.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from weaver.engine.torch.device import USABLE, needs_of
+import torch
+
+from weaver.engine.torch.device import ADAM_COPIES, CPU, USABLE, adapter_bytes, size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weaver.engine.torch.catalog import ModelFacts
+    from weaver.types import TrainingMode
+
+Recompute = Literal["auto", "off", "all"]
+TOKENS_PER_PASS = 4096
+"""Enough rows to keep a CPU's matrix products busy."""
+MOST_TOKENS = 2**14
+"""Of a pass on another device, where memory is plenty."""
+FEWEST_TOKENS = 1024
+"""With fewer rows the products get slower; then layers compute again instead."""
+CHUNK_ELEMENTS = 2**23
+"""Logits that the head makes at once on a CPU: 32 MiB in float32."""
+MOST_CHUNK_ELEMENTS = 2**27
+"""The same on another device, where memory is plenty: each chunk waits for the device."""
+LEAST_ROWS = 16
+"""Rows that a chunk of the head has at least, however large the vocabulary."""
+LOGIT_BYTES = 20
+"""For each logit of a chunk: five arrays of float32 at most."""
+SPREAD = 1.5
+"""What a layer keeps, over what its projections take and give: 0.85 to 1.46 where measured."""
 
 
 class Shares(NamedTuple):
@@ -23,11 +51,163 @@ class Shares(NamedTuple):
     """For keys and values of all rows that are sampled."""
 
 
-def shares(facts: ModelFacts, *, free: int, dtype: str) -> Shares:
-    """Halves of what is left of `free` beside the base weights and one adapter in training.
+def shares(
+    facts: ModelFacts,
+    *,
+    free: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    training_mode: TrainingMode = "lora",
+) -> Shares:
+    """Halves of what is left of `free` beside the weights and what trains them.
 
     Both are at least 0, and as if the model were alone on the device.
     """
-    needs = needs_of(facts, dtype=dtype)
-    rest = max(0, int(USABLE * free) - needs.weights - needs.adapter)
+    copies = 2 if device.type == "cpu" else 1  # a second layout for the way back
+    held = copies * facts.info.num_parameters * dtype.itemsize + adapter_bytes(facts)
+    if training_mode == "full_ft":  # and the gradient of a pass, until it is added to the run's
+        held = full_training_bytes(facts) * (ADAM_COPIES + 1) // ADAM_COPIES
+    rest = max(0, int(USABLE * free) - held)
     return Shares(passes=rest // 2, cache=rest // 2)
+
+
+def full_training_bytes(facts: ModelFacts) -> int:
+    """Weights, a gradient and two moments of full fine-tuning, in float32."""
+    return ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a pass of one model holds, in bytes, rather more than less."""
+
+    layers: int
+    activations: int
+    """Of one token in one layer."""
+    inputs: int
+    """Of one token in one layer that keeps its input alone."""
+    ends: int
+    """Of one token outside of the layers: embedding, last norm, the head's gradient, the loss."""
+    pair: int
+    """Of two tokens of a sequence in one layer, in a mask of its window."""
+    window: int | None
+    windowed: float
+    """The share of the layers that have one."""
+    vocab_size: int
+    chunk: int
+    """Logits that the head makes at once."""
+
+    @classmethod
+    def of(cls, facts: ModelFacts, *, itemsize: int, chunk: int) -> Footprint:
+        """For activations of so many bytes a value."""
+        config, layers = facts.config, facts.num_layers
+        hidden = config.hidden_size
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+        return cls(
+            layers=layers,
+            activations=int(SPREAD * itemsize * facts.projected / layers),
+            inputs=itemsize * hidden,
+            ends=(3 * itemsize + 12) * hidden + 512,
+            pair=itemsize,
+            window=window,
+            windowed=kinds.count("sliding_attention") / layers if window else 0.0,
+            vocab_size=facts.info.vocab_size,
+            chunk=max(chunk, LEAST_ROWS * facts.info.vocab_size),
+        )
+
+    def size(self, lengths: Sequence[int], *, recompute: int) -> int:
+        """Of a pass of these sequences where so many layers compute again, at its largest.
+
+        One layer counts twice: for gradients on the way back, or for what it computes again.
+        """
+        tokens, kept = sum(lengths), self.layers - recompute
+        masked = [n for n in set(lengths) if self.window is not None and n > self.window]
+        layer = tokens * self.activations + self.windowed * self.pair * sum(n * n for n in masked)
+        logits = LOGIT_BYTES * min(self.chunk, tokens * self.vocab_size)
+        return int((kept + 1) * layer) + tokens * (recompute * self.inputs + self.ends) + logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How the training passes of a model are laid out in this process."""
+
+    footprint: Footprint
+    budget: int | None
+    """Bytes of a pass; None where memory is not known."""
+    recompute: Recompute
+    tokens: int
+    """Of a pass; a longer sequence rides alone."""
+    longest: int | None
+    """Tokens of the longest sequence that can be trained; None without a limit."""
+
+    def layers_recomputed(self, lengths: Sequence[int]) -> int:
+        """As few as let a pass of these sequences fit."""
+        layers = self.footprint.layers
+        if self.recompute == "off" or (self.recompute == "auto" and self.budget is None):
+            return 0
+        if self.recompute == "all" or self.budget is None:
+            return layers
+        for count in range(layers):
+            if self.footprint.size(lengths, recompute=count) <= self.budget:
+                return count
+        return layers
+
+    def describe(self) -> str:
+        """In words, with the numbers that are reckoned with."""
+        if self.budget is None:
+            return f"passes of {self.tokens:,} tokens; what is free is not known here"
+        if not self.longest:
+            return "DOES NOT FIT: no memory is left for a pass"
+        layers = self.footprint.layers
+        usual, most = (self.layers_recomputed([n]) for n in (self.tokens, self.longest))
+        return (
+            f"passes of {self.tokens:,} tokens in {size_text(self.budget)}, {usual} of {layers} "
+            f"layers recomputed; sequences of up to {self.longest:,} tokens, {most} recomputed"
+        )
+
+
+def make_plan(
+    facts: ModelFacts,
+    *,
+    passes: int | None,
+    itemsize: int,
+    device: torch.device,
+    tokens: int = 0,
+    recompute: Recompute = "auto",
+    deterministic: bool = False,
+) -> Plan:
+    """The plan for `passes` bytes and activations of `itemsize` bytes; None is plenty.
+
+    `tokens` of a pass are chosen where 0: as many, in a power of two, as fit without a layer that
+    computes again, but no fewer than `FEWEST_TOKENS` for that.
+    """
+    known = passes is not None and device.type != "cpu" and not deterministic
+    most, chunk = (MOST_TOKENS, MOST_CHUNK_ELEMENTS) if known else (TOKENS_PER_PASS, CHUNK_ELEMENTS)
+    if passes is not None and not deterministic:
+        while LOGIT_BYTES * chunk > passes // 8 and chunk > LEAST_ROWS * facts.info.vocab_size:
+            chunk //= 2
+    footprint = Footprint.of(facts, itemsize=itemsize, chunk=chunk)
+    longest = None
+    if passes is not None:
+        longest = _fitting(footprint, passes, facts.info.context_length, recompute)
+    if not tokens:
+        tokens = most
+        if passes is not None and not deterministic:
+            again = footprint.layers if recompute == "all" else 0
+            while tokens > FEWEST_TOKENS and footprint.size([tokens], recompute=again) > passes:
+                tokens //= 2
+            tokens = max(1, _fitting(footprint, passes, tokens, recompute))
+    return Plan(
+        footprint=footprint,
+        budget=passes,
+        recompute=recompute,
+        tokens=tokens,
+        longest=longest,
+    )
+
+
+def _fitting(footprint: Footprint, budget: int, most: int, recompute: Recompute) -> int:
+    """The longest sequence of at most so many tokens whose pass fits; 0 where none does."""
+    again = 0 if recompute == "off" else footprint.layers
+    size = partial(footprint.size, recompute=again)
+    return bisect_right(range(1, most + 1), budget, key=lambda n: size([n]))

@@ -53,7 +53,7 @@ class TorchSampler:
         deterministic: bool = False,
     ) -> None:
         self._store = store
-        self._budget = Budget(
+        self.budget = Budget(
             device=store.device,
             dtype=store.dtype,
             memory=store.memory,
@@ -69,7 +69,7 @@ class TorchSampler:
         self._jobs: dict[str, RunningJob] = {}
         self._admission = Admission(
             self._jobs,
-            max_rows=self._budget.rows,
+            max_rows=self.budget.rows,
             limit_bytes=self._limit_bytes,
             in_waves=deterministic,
         )
@@ -104,7 +104,7 @@ class TorchSampler:
         if model not in self._limits:
             models = {each.model for each in self._weights.values()} - {model}
             beside = [other.facts for other in models]
-            self._limits[model] = self._budget.cache_bytes(model.facts, beside)
+            self._limits[model] = self.budget.cache_bytes(model.facts, beside)
         return self._limits[model]
 
     def add(self, job: SampleJob) -> None:

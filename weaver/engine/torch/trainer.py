@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,32 @@ from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
 from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
+from weaver.engine.torch.memory import Plan, Recompute, make_plan, shares
 from weaver.engine.torch.models import LoadedModel, ModelStore
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import Share, pack, plan_passes
 from weaver.tensors import TensorData
 
-TOKENS_PER_PASS = 4096
-"""Enough rows to keep the matrix products busy; a 60M model needs about 2 GB for them."""
-
 
 class TorchTrainer:
-    """With `deterministic` a pass holds one job, so that no result depends on the other jobs."""
+    """With `deterministic` a pass holds one job, so that no result depends on the other jobs.
+
+    `tokens_per_pass` and `recompute` are chosen by `make_plan` where 0 and `auto`.
+    """
 
     def __init__(
         self,
         store: ModelStore,
         *,
         deterministic: bool = False,
-        tokens_per_pass: int = TOKENS_PER_PASS,
+        tokens_per_pass: int = 0,
+        recompute: Recompute = "auto",
     ) -> None:
         self._store = store
         self._deterministic = deterministic
         self._tokens_per_pass = tokens_per_pass
+        self._recompute: Recompute = recompute
+        self._plans: dict[tuple[str, types.TrainingMode], Plan] = {}
         self._runs: dict[str, Run] = {}
 
     def create_run(
@@ -74,6 +79,29 @@ class TorchTrainer:
         seed = seed if config.seed is None else config.seed
         adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
         self._runs[run_id] = Run(self._store.base(base_model), config, adapter)
+
+    def plan(self, base_model: str, training_mode: types.TrainingMode) -> Plan:
+        """How passes of such runs are laid out; the model need not be loaded, and no call runs.
+
+        Raises:
+            UnknownModelError, UnsupportedError: see `Catalog.facts`.
+        """
+        key, store = (base_model, training_mode), self._store
+        if key not in self._plans:
+            facts = store.catalog.facts(base_model)
+            dtype = store.dtype if training_mode == "lora" else torch.float32
+            share = partial(shares, facts, dtype=dtype, device=store.device)
+            self._plans[key] = make_plan(
+                facts,
+                passes=store.memory
+                and share(free=store.memory, training_mode=training_mode).passes,
+                itemsize=dtype.itemsize,
+                device=store.device,
+                tokens=self._tokens_per_pass,
+                recompute=self._recompute,
+                deterministic=self._deterministic,
+            )
+        return self._plans[key]
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]
@@ -182,21 +210,23 @@ class TorchTrainer:
 
     def _compute(self, tasks: list[_Task]) -> None:
         """Runs all passes of jobs that share a model and `backward`."""
-        self._store.use_threads(tasks[0].run.model)
+        run = tasks[0].run
+        self._store.use_threads(run.model)
+        plan = self.plan(run.model.info.name, run.training_mode)
         lengths = [task.objective.lengths for task in tasks]
-        plan = plan_passes(lengths, budget=self._tokens_per_pass, merge=not self._deterministic)
+        passes = plan_passes(lengths, budget=plan.tokens, merge=not self._deterministic)
         try:
-            for shares in plan:
-                alive = [(tasks[s.job], s) for s in shares if tasks[s.job].error is None]
+            for shares_ in passes:
+                alive = [(tasks[s.job], s) for s in shares_ if tasks[s.job].error is None]
                 if alive:
                     with torch.set_grad_enabled(tasks[0].job.backward):
-                        _run_pass(alive, device=self._store.device)
+                        _run_pass(alive, device=self._store.device, plan=plan)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             for task in tasks:
                 task.error = errors.EngineError(
-                    f"not enough memory for a pass of {self._tokens_per_pass} tokens.",
+                    f"not enough memory for a pass of {plan.tokens} tokens.",
                     hint="Shorten the sequences or use a smaller model.",
                 )
 
@@ -215,6 +245,10 @@ class Run:
     gradient: list[torch.Tensor] | None = None
     """Accumulated over calls, one for each parameter; None before the first."""
     optimizer: torch.optim.AdamW = field(init=False)
+
+    @property
+    def training_mode(self) -> types.TrainingMode:
+        return "full_ft" if self.adapter is None else "lora"
 
     def __post_init__(self) -> None:
         self.reset_optimizer()
@@ -285,7 +319,7 @@ class _Task:
         )
 
 
-def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> None:
+def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device, plan: Plan) -> None:
     """One pass of the model over the shares of several tasks, which have not failed so far."""
     model = alive[0][0].run.model
     inputs = [(task, i) for task, share in alive for i in share.datums]
@@ -305,9 +339,10 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device) -> 
     )
     scores = target_scores(
         model,
-        model.hidden_states(batch),
+        model.hidden_states(batch, recompute=plan.layers_recomputed(batch.lengths)),
         batch,
         queries=queries,
+        chunk=plan.footprint.chunk,
         entropy=any(o.loss.reads_entropy for o, _ in objectives),
         entropy_gradient=any(o.loss.trains_entropy for o, _ in objectives),
     )
