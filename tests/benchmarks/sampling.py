@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 from tests.benchmarks.training import QWEN3_60M, TARGETS, THREADS, paired_medians
 from weaver.engine.base import SampleJob
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.types import LoraConfig, SamplingParams

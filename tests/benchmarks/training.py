@@ -21,7 +21,7 @@ import transformers
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.types import AdamParams, Datum, LoraConfig, ModelInput
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.torch.catalog import Catalog
-    from weaver.engine.torch.models import ModelStore
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.engine.torch.trainer import TorchTrainer
 
 pytestmark = [

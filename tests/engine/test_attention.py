@@ -10,6 +10,7 @@ import torch
 
 from weaver.engine.torch import attention
 from weaver.engine.torch.attention import Heads, attend, packed_attention
+from weaver.engine.torch.attention_choice import Sequences
 
 LENGTHS = (7, 7, 1, 12, 3)
 HQ, HKV, D = 4, 2, 8
@@ -71,7 +72,7 @@ def test_packed_attention_is_as_defined_with_its_gradients(
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK_ROWS", rows)
     heads = heads_of(window, softcap, sinks)
-    assert_equal(packed_attention(heads, LENGTHS), heads, LENGTHS)
+    assert_equal(packed_attention(heads, Sequences(lengths=LENGTHS)), heads, LENGTHS)
 
 
 @pytest.mark.parametrize(("window", "softcap", "sinks"), KINDS)
@@ -99,7 +100,7 @@ def test_scores_in_memory_are_bounded_however_long_the_sequence(
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        output = packed_attention(heads, (64,))
+        output = packed_attention(heads, Sequences(lengths=(64,)))
     assert max(sizes, default=0) <= 64 * HQ * D
     assert_equal(output, heads, (64,))
 
@@ -109,7 +110,7 @@ def test_half_precision_scores_are_normalised_in_float32() -> None:
     half = heads._replace(
         q=heads.q.bfloat16(), k=heads.k.bfloat16(), v=heads.v.bfloat16(), sinks=heads.sinks
     )
-    output = packed_attention(half, LENGTHS)
+    output = packed_attention(half, Sequences(lengths=LENGTHS))
     assert output.dtype == torch.bfloat16
     right = by_definition(heads, LENGTHS).float()
     torch.testing.assert_close(output.float(), right, rtol=0, atol=0.03)

@@ -15,7 +15,7 @@ from weaver.engine.torch.arenas import ArenaCache, ArenaRow, ArenaRows
 from weaver.engine.torch.budget import CPU_ROWS, FIXED_TOKENS, MAX_ROWS, Budget
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.kv_cache import CacheShape
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 
 if TYPE_CHECKING:

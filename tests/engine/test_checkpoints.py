@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from weaver.engine.torch.models import ModelStore
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.types import TrainingMode
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1)

@@ -26,6 +26,7 @@ from tests.engine.conftest import (
     sequences,
 )
 from tests.engine.sampler_kit import finish, sample_job
+from weaver.engine.torch.attention_choice import Attention
 from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
 from weaver.types import AdamParams, LoraConfig, Message
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.zoo import Zoo
-    from weaver.engine.torch.packing import Heads, PackedBatch
+    from weaver.engine.torch.attention import Heads, Layout
 
 
 BOTH_WAYS: dict[str, Any] = {**SIZES, **GEMMA, "use_bidirectional_attention": True}
@@ -160,12 +161,14 @@ def test_a_head_that_is_scaled_is_exact(tmp_path: Path) -> None:
 def test_a_model_whose_tokens_see_other_sequences_is_refused(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leak(heads: Heads, batch: PackedBatch) -> torch.Tensor:
+    def leak(heads: Heads, layout: Layout) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             *heads[:3], is_causal=True, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setattr("weaver.engine.torch.packing.packed_attention", leak)
+    leaking = Attention("blocks", leak)
+    monkeypatch.setattr("weaver.engine.torch.model_check.BLOCKS", leaking)
+    monkeypatch.setattr("weaver.engine.torch.model_check.by_rule", lambda *_, **__: [leaking])
     engine = TorchEngine({"tiny": model_folder("llama")})
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
         engine.trainer.create_run("run", "tiny", training_mode="lora", lora_config=LORA, seed=0)
@@ -240,14 +243,14 @@ def test_small_models_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr("weaver.engine.torch.models.physical_cores", lambda: 7)
+    monkeypatch.setattr("weaver.engine.torch.model_store.physical_cores", lambda: 7)
     for threads in (0, 3):
         engine = TorchEngine(threads=threads)
         engine.trainer.create_run(
             "run", "weaver-nano", training_mode="lora", lora_config=LORA, seed=0
         )
         result_of(engine.trainer, job("run", [datum([3, 4, 5])], backward=False))
-        monkeypatch.setattr("weaver.engine.torch.models.SMALL_MODEL", 0)
+        monkeypatch.setattr("weaver.engine.torch.model_store.SMALL_MODEL", 0)
     assert asked == [1, 1, 3, 3]  # to check the model, then to compute
 
 

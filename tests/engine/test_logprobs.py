@@ -14,7 +14,8 @@ from weaver.engine.torch.memory import CHUNK_ELEMENTS
 from weaver.engine.torch.packing import pack
 
 if TYPE_CHECKING:
-    from weaver.engine.torch.models import Head, ModelStore
+    from weaver.engine.torch.model_store import ModelStore
+    from weaver.engine.torch.models import Head
     from weaver.engine.torch.packing import PackedBatch
 
 CPU = torch.device("cpu")

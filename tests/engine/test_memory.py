@@ -83,7 +83,7 @@ def test_what_is_left_beside_the_weights_is_shared(catalog: Catalog) -> None:
 LOADING = """
 import sys, torch
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 
 def most_bytes():
     with open("/proc/self/status") as file:

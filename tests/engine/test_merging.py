@@ -25,7 +25,7 @@ from tests.engine.conftest import (
 from weaver.engine.torch.catalog import NANO, Catalog
 from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.engine import TorchEngine
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import CheckpointCorruptError, StorageError
 

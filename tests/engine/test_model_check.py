@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import LORA, SIZES, save_tiny
-from weaver.engine.torch import models
+from weaver.engine.torch import model_check
 from weaver.engine.torch.catalog import Catalog
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import CheckpointCorruptError, UnsupportedError
 
@@ -124,7 +124,7 @@ def test_want_of_memory_is_no_fault_of_the_model(
 def test_a_model_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[bool] = []
     monkeypatch.setattr(
-        "weaver.engine.torch.models.check_model", lambda m: checks.append(m.trainable)
+        "weaver.engine.torch.model_check.check_model", lambda m: checks.append(m.trainable)
     )
     store = store_of(llama(tmp_path))
     for _ in range(2):
@@ -138,11 +138,11 @@ def test_the_other_attempts_are_for_rounding_only(
 ) -> None:
     model = store_of(llama(tmp_path)).base("base")
     answers = iter(["packed logits would differ", ""])
-    monkeypatch.setattr(models, "_difference", lambda *_, **__: next(answers))
-    models.check_model(model)
-    monkeypatch.setattr(models, "_difference", lambda *_, **__: "packed logits would differ")
+    monkeypatch.setattr(model_check, "_difference", lambda *_, **__: next(answers))
+    model_check.check_model(model)
+    monkeypatch.setattr(model_check, "_difference", lambda *_, **__: "packed logits would differ")
     with pytest.raises(UnsupportedError, match="packed logits would differ"):
-        models.check_model(model)
+        model_check.check_model(model)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.engine.conftest import (
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.kernels import Prepacked
 from weaver.engine.torch.linear import FrozenLinear
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import UnknownModelError

@@ -23,7 +23,7 @@ from weaver.engine.torch.memory import (
     Footprint,
     make_plan,
 )
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.types import LoraConfig

@@ -17,7 +17,8 @@ from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
     from weaver.engine.torch.lora import Adapter
-    from weaver.engine.torch.models import LoadedModel, ModelStore
+    from weaver.engine.torch.model_store import ModelStore
+    from weaver.engine.torch.models import LoadedModel
 
 LENGTHS = (17, 9, 9, 30)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import SampleProgress
-    from weaver.engine.torch.models import ModelStore
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.engine.torch.trainer import TorchTrainer
     from weaver.errors import WeaverError
     from weaver.types import TrainingMode

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import SampleJob
-    from weaver.engine.torch.models import ModelStore
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.engine.torch.trainer import TorchTrainer
     from weaver.types import SampledSequence, SampleResult
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import GradientJob
-    from weaver.engine.torch.models import ModelStore
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.types import Datum, TrainingMode
 
 ADAM = AdamParams(learning_rate=1e-2)

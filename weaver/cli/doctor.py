@@ -118,6 +118,7 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
     with _checking("device", faults):
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
+            from weaver.engine.torch.attention_choice import by_rule
             from weaver.engine.torch.engine import TorchEngine
             from weaver.engine.torch.memory import full_training_bytes
         engine = TorchEngine.of(settings)
@@ -128,6 +129,8 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
         _say("free memory", "not known" if free is None else devices.size_text(free) + as_set)
         with _checking(model, faults):
             facts = engine.facts(model)
+            place, dtype = device.place, devices.DTYPES[device.dtype]
+            _say("attention", by_rule(facts, place=place, dtype=dtype)[0].name)
             fits, said = devices.needs_of(facts, dtype=device.dtype).against(free)
             said = f"{facts.info.num_parameters:,} parameters; {said}"
             if not fits:

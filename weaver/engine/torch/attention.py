@@ -1,7 +1,8 @@
 """Softmax attention of a layer: `packed_attention` of whole sequences, `attend` of their last rows.
 
-`PackedBatch` and the caches of `kv_cache.py` call it. Torch's fused attention computes it where it
-can; `plain_attention` does where a model caps its scores (Gemma 2) or has sinks (gpt-oss).
+Models call the first, unless they were loaded with another, see `attention_choice.py`; KV caches
+the second. Torch's fused attention computes it where it can; `plain_attention` does where a model
+caps its scores (Gemma 2) or has sinks (gpt-oss).
 
 Axes: N sequences of one length, Hq query heads, Hkv key heads, n query rows, m keys, D head size,
 T rows of a pass.
@@ -9,9 +10,8 @@ T rows of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,12 +46,31 @@ class Heads(NamedTuple):
         return self.softcap is not None or self.sinks is not None
 
 
-def packed_attention(heads: Heads, lengths: Sequence[int]) -> torch.Tensor:
+class Layout(Protocol):
+    """How sequences lie end to end in a pass; `PackedBatch` is one."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence."""
+
+    @property
+    def made(self) -> dict[object, Any]:
+        """What a layer made of the lengths for those behind it."""
+
+
+class PackedAttention(Protocol):
+    """What computes the attention of passes without a cache."""
+
+    def __call__(self, heads: Heads, layout: Layout, /) -> torch.Tensor:
+        """-> [1, T, Hq, D]"""
+
+
+def packed_attention(heads: Heads, layout: Layout) -> torch.Tensor:
     """Causal attention within each sequence: -> [1, T, Hq, D]. No row sees another's.
 
     Neighbouring sequences of one length are one batched call.
     """
-    groups = [(length, len(list(same))) for length, same in groupby(lengths)]
+    groups = [(length, len(list(same))) for length, same in groupby(layout.lengths)]
     rows = [length * n for length, n in groups]
     outputs: list[torch.Tensor] = []
     pieces = zip(*(torch.split(x[0], rows, dim=1) for x in heads[:3]), strict=True)
@@ -86,7 +105,9 @@ def attend(heads: Heads) -> torch.Tensor:
         part = heads._replace(q=heads.q[:, :, first:stop], k=k, v=v)
         attention = plain_attention if heads.plain else fused_attention
         if heads.plain and rows < n and torch.is_grad_enabled():
-            output = checkpoint(attention, part, mask, use_reentrant=False)
+            output = checkpoint(
+                attention, part, mask, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             output = attention(part, mask)
         outputs.append(output)

@@ -55,8 +55,12 @@ class ModelFacts:
     config: Any
     """A transformers `PreTrainedConfig`."""
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
+    softcap: float | None
+    """Of attention scores, see `Heads`."""
+    sinks: bool
     targets: Mapping[str, Target]
     fused_experts: bool
     projected: int
@@ -205,10 +209,13 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
         public_name=public_name,
         config=config,
         num_layers=config.num_hidden_layers,
+        num_heads=heads,
         num_kv_heads=1
         if getattr(config, "multi_query", False)
         else getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        sinks=any(path.endswith(".sinks") for path, _ in model.named_parameters()),
         targets=targets,
         fused_experts=has_fused_experts(model),
         projected=_projected(model, head, chosen=getattr(config, "num_experts_per_tok", None) or 1),

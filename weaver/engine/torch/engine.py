@@ -18,7 +18,7 @@ from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
 from weaver.engine.torch.memory import Plan, Recompute
-from weaver.engine.torch.models import ModelStore
+from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer

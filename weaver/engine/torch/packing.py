@@ -1,15 +1,16 @@
 """`PackedBatch`: sequences laid end to end, the one form in which rows enter a model.
 
 The trainer, as `plan_passes` says, and the sampler build it; `LoadedModel.hidden_states` takes it,
-and it travels as the keyword `packed_batch` of the model call to the attention that is registered
-with transformers here, with which every model is loaded. transformers builds no mask for an
-implementation that registers none, so none is registered. T is the rows of the whole batch.
+and it travels as the keyword `packed_batch` of the model call, beside `packed_attention`, to the
+attention that is registered with transformers here, with which every model is loaded. transformers
+builds no mask for an implementation that registers none, so none is registered. T is the rows of
+the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from weaver.engine.torch.attention import Heads, packed_attention
+from weaver.engine.torch.attention import Heads, PackedAttention, packed_attention
 from weaver.engine.torch.lora import Adapter
 from weaver.errors import UnsupportedError
 
@@ -52,6 +53,8 @@ class PackedBatch:
     adapters: tuple[Adapter | None, ...]
     """One for each sequence; None is the base model."""
     cache: AttentionCache | None = None
+    made: dict[object, Any] = field(default_factory=dict)
+    """See `Layout`."""
 
 
 def pack(
@@ -120,6 +123,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     packed_batch: PackedBatch | None = None,
+    packed_attention: PackedAttention = packed_attention,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -139,7 +143,7 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = Heads(query, key, value, scaling, sliding_window, softcap, s_aux)
     if packed_batch.cache is None:
-        output = packed_attention(heads, packed_batch.lengths)
+        output = packed_attention(heads, packed_batch)
     else:
         output = packed_batch.cache.attend(int(module.layer_idx), heads)
     return output.contiguous(), None  # models take views of it

@@ -22,7 +22,8 @@ from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import Cached, CachedRows, KVCache
 from weaver.engine.torch.logprobs import token_scores
-from weaver.engine.torch.models import LoadedModel, ModelStore, PublishedWeights
+from weaver.engine.torch.model_store import ModelStore
+from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample

@@ -27,7 +27,8 @@ from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
 from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
 from weaver.engine.torch.memory import Plan, Recompute, make_plan, shares
-from weaver.engine.torch.models import LoadedModel, ModelStore
+from weaver.engine.torch.model_store import ModelStore
+from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import Share, pack, plan_passes
 from weaver.tensors import TensorData
