@@ -74,7 +74,7 @@ test-slow: .venv/.installed-dev
 .venv-tinker/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-tinker
 	.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt tinker==0.38.0 torch
+		-c constraints.txt tinker==0.38.0 torch openai==3.57.0
 	for release in 0.24.1 0.25.0 0.30.0 0.38.0; do \
 		.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 			--target .venv-tinker/$$release tinker==$$release || exit 1; done

@@ -83,7 +83,7 @@ def test_a_server_starts_answers_and_leaves(home: Path) -> None:
     )
     secret = made.stdout.strip()
     with serve(home, "--log-json", WEAVER_THREADS="1") as server:
-        assert httpx.get(f"{server.address}/v1/models").status_code == 401
+        assert httpx.get(f"{server.address}/v1/base-models").status_code == 401
 
         async def use() -> None:
             async with HttpService(server.address, api_key=secret) as service:
@@ -112,7 +112,7 @@ def test_a_server_starts_answers_and_leaves(home: Path) -> None:
     log = "".join(server.log)
     assert secret not in log and "Traceback" not in log
     lines = [json.loads(line) for line in server.log if line.startswith("{")]
-    asked = [line for line in lines if line.get("path") in ("/v1/models", "/v1/sessions")]
+    asked = [line for line in lines if line.get("path") in ("/v1/base-models", "/v1/sessions")]
     assert [line["status"] for line in asked] == [401, 201]  # what only reads is not told of
     assert all(len(line["request_id"]) == 32 for line in asked)
 

@@ -167,17 +167,17 @@ class HttpService:
                 await outage.pause(error)
 
     async def list_models(self) -> Sequence[types.ModelInfo]:
-        return self._read(await self._call("GET", "models"), MODELS)
+        return self._read(await self._call("GET", "base-models"), MODELS)
 
     async def get_model(self, base_model: str) -> types.ModelInfo:
-        reply = await self._call("GET", "models", "info", params={"name": base_model})
+        reply = await self._call("GET", "base-models", "info", params={"name": base_model})
         return self._read(reply, MODEL)
 
     async def tokenizer(self, base_model: str) -> None:
         """The server has its own."""
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        reply = await self._call("GET", "models", "tokenizer", params={"name": base_model})
+        reply = await self._call("GET", "base-models", "tokenizer", params={"name": base_model})
         return await self._decode(reply, FILES)
 
     async def list_runs(self) -> Sequence[types.TrainingRun]:

@@ -107,7 +107,7 @@ async def test_without_a_valid_key_nothing_is_answered(server: Server) -> None:
         {"X-WEAVER-API-KEY": "x"},
     ):
         async with server.http() as http:
-            for path in ("/v1/models", "/v1/runs", "/metrics", "/v1/nowhere"):
+            for path in ("/v1/base-models", "/v1/runs", "/metrics", "/v1/nowhere"):
                 reply = await http.get(path, headers=headers)
                 assert reply.status_code == 401
                 assert reply.json()["error"]["code"] == "unauthenticated"

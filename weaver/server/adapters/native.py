@@ -199,17 +199,17 @@ async def stream(
 # --- models -------------------------------------------------------------------------------------
 
 
-@router.get("/models")
+@router.get("/base-models")
 async def list_models(service: ServiceDep) -> Sequence[types.ModelInfo]:
     return await service.list_models()
 
 
-@router.get("/models/info")
+@router.get("/base-models/info")
 async def get_model(name: Name, service: ServiceDep) -> types.ModelInfo:
     return await service.get_model(name)
 
 
-@router.get("/models/tokenizer", response_class=Response, responses={200: BINARY})
+@router.get("/base-models/tokenizer", response_class=Response, responses={200: BINARY})
 async def tokenizer_files(name: Name, service: ServiceDep) -> Response:
     files = await service.tokenizer_files(name)
     return Response(await to_thread.run_sync(wire.encode, files), media_type=protocol.MEDIA_TYPE)

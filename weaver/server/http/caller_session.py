@@ -24,6 +24,7 @@ from weaver.server.http.gateway import Gateway, GatewayDep
 from weaver.server.keys import Caller
 
 if TYPE_CHECKING:
+    from weaver.server.streams import SampleStream
     from weaver.server.view import View
 
 KEPT_S = 600.0
@@ -116,6 +117,16 @@ class CallerSession:
     async def wait(self, entry: Entry, timeout_s: float) -> None:
         """Until the entry has an outcome, at most `timeout_s`."""
         await self._gateway.wait(entry.ended, timeout_s)
+
+    def stream(self, entry: Entry) -> SampleStream:
+        """Of a sample that was submitted with `stream=True`."""
+        assert self._session_id is not None
+        return self.service.sample_stream(self._session_id, entry.id)
+
+    async def cancel(self, entry: Entry) -> None:
+        """Asks: a sample that runs ends as `cancelled`."""
+        if self._session_id is not None:
+            await self.service.cancel(self._session_id, [entry.id])
 
     def find(self, operation_id: str) -> Entry:
         """Raises NotFoundError."""

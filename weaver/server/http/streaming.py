@@ -12,10 +12,13 @@ from weaver.protocol import ErrorInfo
 from weaver.server.http.errors import error_response
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.types import Receive, Scope, Send
 
     from weaver.errors import WeaverError
     from weaver.server.streams import SampleStream
+    from weaver.types import SampleDelta
 
 KEEPALIVE_S = 15.0
 """A comment is sent after this much silence, so that no proxy takes the stream for dead."""
@@ -57,11 +60,25 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal: WeaverError | None = None
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_until_gone, receive, tasks.cancel_scope)
+            tasks.start_soon(until_gone, receive, tasks.cancel_scope)
             refusal = await self._send_pieces(send)
             tasks.cancel_scope.cancel()
         if refusal is not None:
             await error_response(refusal, scope)(scope, receive, send)
+
+    def events(self, pieces: Sequence[SampleDelta], *, first: int) -> str:
+        """The pieces from number `first` on, as they are sent."""
+        return "".join(
+            f"id: {i}\ndata: {piece.model_dump_json(ensure_ascii=True)}\n\n"
+            for i, piece in enumerate(pieces, start=first)
+        )
+
+    def ending(self, error: WeaverError | None) -> str:
+        """What follows the last piece."""
+        if error is None:
+            return "event: end\ndata: {}\n\n"
+        info = ErrorInfo.of(error).model_dump_json(ensure_ascii=True)
+        return f"event: error\ndata: {info}\n\n"
 
     async def _send_pieces(self, send: Send) -> WeaverError | None:
         """Answers why there is no such stream, as long as nothing was sent."""
@@ -77,15 +94,8 @@ class EventStream(Response):
             pieces = stream.pieces[sent:]
             if isinstance(error, NotFoundError) and not (pieces or self._started):
                 return error
-            text = "".join(
-                f"id: {i}\ndata: {piece.model_dump_json(ensure_ascii=True)}\n\n"
-                for i, piece in enumerate(pieces, start=sent + 1)
-            )
-            if error is not None:
-                info = ErrorInfo.of(error).model_dump_json(ensure_ascii=True)
-                text += f"event: error\ndata: {info}\n\n"
-            elif over:
-                text += "event: end\ndata: {}\n\n"
+            text = self.events(pieces, first=sent + 1)
+            text += self.ending(error) if over else ""
             sent += len(pieces)
             await self._send(send, text, more=not over)
         stream.read = True
@@ -99,7 +109,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
-async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+async def until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    """Cancels the scope when the client of a request has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()

@@ -1,0 +1,284 @@
+"""OpenAI's protocol over a fake engine, whose tokens are bytes: answers, streams, refusals."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from tests.fake_engine import FakeEngine
+from tests.server.http.helpers import running
+from weaver.protocol import CreateModel, ModelCreated, SaveCheckpoint
+from weaver.server.http.caller_session import CallerSession, Note
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    import httpx
+
+    from tests.server.http.helpers import Server
+
+pytestmark = pytest.mark.anyio
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with running(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with server.http() as http:
+        yield http
+
+
+async def ask(http: httpx.AsyncClient, path: str, *, status: int = 200, **body: Any) -> Any:
+    reply = await http.post(f"/v1/{path}", json={"model": "fake", **body})
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+async def events(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
+    given = {"model": "fake", "stream": True, **body}
+    async with http.stream("POST", f"/v1/{path}", json=given) as reply:
+        assert reply.status_code == 200
+        lines = [line async for line in reply.aiter_lines() if line.startswith("data: ")]
+    assert all(line.isascii() for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+async def test_a_chat_is_answered_with_tokens_as_they_were_sampled(http: httpx.AsyncClient) -> None:
+    given = {"messages": CHAT, "max_tokens": 5, "seed": 1, "n": 2, "ignore_eos": True}
+    answer = await ask(http, "chat/completions", **given, logprobs=True, return_token_ids=True)
+    assert (answer["object"], answer["model"]) == ("chat.completion", "fake")
+    assert bytes(answer["prompt_token_ids"]) == b"user: hi\nassistant: "
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice in answer["choices"]:
+        assert choice["message"]["role"] == "assistant"
+        assert choice["finish_reason"] == "length"
+        scored = choice["logprobs"]["content"]
+        assert len(choice["token_ids"]) == len(scored) == 5
+        assert all(token["logprob"] <= 0 for token in scored)
+    prompt = len(answer["prompt_token_ids"])
+    usage = {"prompt_tokens": prompt, "completion_tokens": 10, "total_tokens": prompt + 10}
+    assert answer["usage"] == usage
+    again = await ask(http, "chat/completions", **given)
+    assert [c["message"] for c in again["choices"]] == [c["message"] for c in answer["choices"]]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+    ]
+    same = await ask(http, "chat/completions", **{**given, "messages": parts})
+    assert [c["message"] for c in same["choices"]] == [c["message"] for c in answer["choices"]]
+
+
+async def test_completions_take_texts_and_tokens(http: httpx.AsyncClient) -> None:
+    given = {"max_tokens": 4, "seed": 1, "ignore_eos": True}
+    (text,) = (await ask(http, "completions", prompt="ab", **given))["choices"]
+    (tokens,) = (await ask(http, "completions", prompt=[97, 98], **given))["choices"]
+    assert text == tokens
+    answer = await ask(http, "completions", prompt=["ab", "c"], n=2, logprobs=0, **given)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["choices"][0]["text"] == text["text"]
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4
+    assert answer["usage"]["prompt_tokens"] == 3
+    whole = await ask(http, "completions", prompt=[[97, 98]], return_token_ids=True, **given)
+    assert whole["choices"][0]["prompt_token_ids"] == [97, 98]
+    assert (await ask(http, "completions", prompt="ab"))["usage"]["completion_tokens"] <= 16
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+async def test_a_stream_has_the_same_tokens(http: httpx.AsyncClient, path: str) -> None:
+    prompt: dict[str, Any] = {"messages": CHAT} if "chat" in path else {"prompt": "hi"}
+    given = {**prompt, "max_tokens": 6, "seed": 2, "n": 2, "return_token_ids": True}
+    whole = await ask(http, path, **given)
+    streamed = await events(http, path, **given, stream_options={"include_usage": True})
+    assert streamed[-1]["usage"] == whole["usage"]
+    assert streamed[-1]["choices"] == []
+    for choice in whole["choices"]:
+        pieces = [p for e in streamed for p in e["choices"] if p["index"] == choice["index"]]
+        assert [t for piece in pieces for t in piece["token_ids"]] == choice["token_ids"]
+        assert pieces[-1]["finish_reason"] == choice["finish_reason"]
+        if "chat" in path:
+            assert pieces[0]["delta"]["role"] == "assistant"
+            assert all("role" not in piece["delta"] for piece in pieces[1:])
+            text = "".join(piece["delta"]["content"] for piece in pieces)
+            assert text == choice["message"]["content"]
+        else:
+            assert "".join(piece["text"] for piece in pieces) == choice["text"]
+    assert "usage" not in (await events(http, path, **given))[-1]
+
+
+async def test_who_leaves_has_the_sample_cancelled(tmp_path: Path) -> None:
+    engine = FakeEngine(hook=lambda name, _: time.sleep(0.05) if name == "step" else None)
+    async with running(tmp_path, engine=engine) as server, server.http() as http:
+        with anyio.move_on_after(0.3):
+            body = {"messages": CHAT, "max_tokens": 200, "ignore_eos": True}
+            await ask(http, "chat/completions", **body)
+        (session,) = await server.service.list_sessions()
+        outcomes = await server.service.collect(session.session_id, after=0, timeout_s=5)
+        assert [one.error and one.error.code for one in outcomes] == ["cancelled"]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+async def test_a_name_is_a_base_model_a_run_or_a_checkpoint(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    caller = CallerSession(server.service, server.gateway)
+    created = await caller.carry_out(CreateModel(base_model="fake"), Note())
+    assert isinstance(created, ModelCreated)
+    run_id = created.run.run_id
+    none = await ask(http, "completions", model=run_id, prompt="a", status=404)
+    assert "no checkpoint" in none["error"]["message"]
+    for name in ("a", "b"):
+        operation = SaveCheckpoint(purpose="sampler", name=name)
+        await caller.wait(await caller.submit(operation, Note(), run_id=run_id), 5)
+    path = f"weaver://{run_id}/sampler/b"
+    listed = (await http.get("/v1/models")).json()
+    assert {"fake", run_id, path} <= {model["id"] for model in listed["data"]}
+    assert listed["object"] == "list"
+    shown = (await http.get(f"/v1/models/{path}")).json()
+    assert (shown["id"], shown["root"]) == (path, "fake")
+    assert (await http.get("/v1/models/none")).json()["error"]["code"] == "unknown_model"
+    given = {"prompt": "ab", "max_tokens": 4, "seed": 1}
+    by_run, by_path = [
+        (await ask(http, "completions", model=name, **given))["choices"] for name in (run_id, path)
+    ]
+    assert by_run == by_path
+
+
+async def test_tokens_of_texts_and_chats(http: httpx.AsyncClient) -> None:
+    answer = await ask(http, "tokenize", prompt="ab")
+    assert (answer["tokens"], answer["count"]) == ([97, 98], 2)
+    chat = await ask(http, "tokenize", messages=CHAT)
+    assert bytes(chat["tokens"]) == b"user: hi\nassistant: "
+    await ask(http, "tokenize", status=400)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+ABC = {"prompt": "a"}
+SAY = {"messages": CHAT}
+BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
+    ("completions", {}, 400, "prompt"),
+    ("completions", {"model": "none", **ABC}, 404, "base_model"),
+    ("completions", {"model": "", **ABC}, 400, "model"),
+    ("completions", {"model": "x" * 2000, **ABC}, 400, "model"),
+    ("completions", {"model": "weaver://a/b", **ABC}, 422, "path"),
+    ("completions", {"model": "weaver://a/sampler/b", **ABC}, 404, "path"),
+    ("completions", {"model": "../../etc", **ABC}, 404, "base_model"),
+    ("completions", {"prompt": 3}, 400, None),
+    ("completions", {"prompt": []}, 400, None),
+    ("completions", {"prompt": ["a"] * 300}, 400, None),
+    ("completions", {"prompt": [10**6]}, 422, "prompt"),
+    ("completions", {"prompt": [-1]}, 422, None),
+    ("completions", {"prompt": "a" * 5000}, 422, "prompt"),
+    ("completions", {**ABC, "max_tokens": -1}, 422, "max_tokens"),
+    ("completions", {**ABC, "max_tokens": 10**9}, 413, None),
+    ("completions", {**ABC, "n": 0}, 400, "n"),
+    ("completions", {**ABC, "n": 10**6}, 400, "n"),
+    ("completions", {**ABC, "temperature": -1}, 422, "temperature"),
+    ("completions", {**ABC, "temperature": "x"}, 400, "temperature"),
+    ("completions", {**ABC, "top_p": 0}, 422, "top_p"),
+    ("completions", {**ABC, "stop": ["a", ""]}, 422, "stop"),
+    ("completions", {**ABC, "stop": 3}, 400, None),
+    ("completions", {**ABC, "seed": -1}, 422, "seed"),
+    ("completions", {**ABC, "best_of": 3}, 422, "best_of"),
+    ("completions", {**ABC, "echo": True}, 422, "echo"),
+    ("completions", {**ABC, "suffix": "x"}, 422, "suffix"),
+    ("completions", {**ABC, "logit_bias": {"1": 2}}, 422, "logit_bias"),
+    ("completions", {"prompt": ["a", "b"], "stream": True}, 422, "prompt"),
+    ("completions", {"prompt": "\ud800"}, 400, None),
+    ("chat/completions", {}, 400, "messages"),
+    ("chat/completions", {"messages": []}, 400, "messages"),
+    ("chat/completions", {"messages": [3]}, 400, None),
+    ("chat/completions", {"messages": [{"role": "nobody", "content": "a"}]}, 400, None),
+    ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, 400, None),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        422,
+        "messages[0]",
+    ),
+    (
+        "chat/completions",
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        422,
+        "messages[0].tool_calls",
+    ),
+    ("chat/completions", {**SAY, "tools": [{}]}, 422, "tools"),
+    ("chat/completions", {**SAY, "functions": [{}]}, 422, "functions"),
+    ("chat/completions", {**SAY, "response_format": {"type": "x"}}, 422, "response_format"),
+    ("chat/completions", {**SAY, "presence_penalty": 1}, 422, "presence_penalty"),
+    ("chat/completions", {**SAY, "top_logprobs": 3}, 422, "top_logprobs"),
+    ("chat/completions", {**SAY, "stream_options": 3}, 400, "stream_options"),
+    ("tokenize", {"prompt": "a", "messages": CHAT}, 400, "body"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[0]} {str(case[1])[:60]}")
+async def test_bad_requests_are_refused_at_once(
+    http: httpx.AsyncClient, case: tuple[str, dict[str, Any], int, str | None]
+) -> None:
+    path, body, status, param = case
+    began = time.monotonic()
+    content = json.dumps({"model": "fake", **body})
+    reply = await http.post(f"/v1/{path}", content=content)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert error["message"] and error["type"] and error["code"]
+    assert param is None or error["param"] == param
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"[" * 10_000, b'{"model": NaN}', b""])
+async def test_what_is_no_request_is_refused(http: httpx.AsyncClient, content: bytes) -> None:
+    for path in ("completions", "chat/completions", "tokenize"):
+        reply = await http.post(f"/v1/{path}", content=content)
+        assert reply.status_code in (400, 413), reply.text
+        assert reply.json()["error"]["message"]
+
+
+async def test_a_stream_of_a_refused_sample_says_why(http: httpx.AsyncClient) -> None:
+    given = {"model": "fake", "prompt": "a", "stream": True, "max_tokens": 10**5}
+    reply = await http.post("/v1/completions", json=given)
+    told = [line for line in reply.text.splitlines() if line.startswith("data: ")]
+    assert "max_tokens" in json.loads(told[-1].removeprefix("data: "))["error"]["message"]
+
+
+async def test_a_key_opens_its_project_alone(tmp_path: Path) -> None:
+    async with running(tmp_path, auth=True) as server, server.http() as http:
+        refused = await http.post("/v1/chat/completions", json={})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["type"] == "authentication_error"
+        mine, theirs = (server.keys.create(project)[1] for project in ("mine", "theirs"))
+        caller = CallerSession(
+            server.service.seen_by(server.keys.authenticate(mine)), server.gateway
+        )
+        created = await caller.carry_out(CreateModel(base_model="fake"), Note())
+        assert isinstance(created, ModelCreated)
+        run_id = created.run.run_id
+        saving = SaveCheckpoint(purpose="sampler", name="a")
+        await caller.wait(await caller.submit(saving, Note(), run_id=run_id), 5)
+        for key, status in ((theirs, 404), (mine, 200)):
+            http.headers["Authorization"] = f"Bearer {key}"
+            for name in (run_id, f"weaver://{run_id}/sampler/a"):
+                await ask(http, "completions", model=name, prompt="a", status=status)
+            listed = {model["id"] for model in (await http.get("/v1/models")).json()["data"]}
+            assert (run_id in listed) == (status == 200)

@@ -1,0 +1,175 @@
+"""What requests of OpenAI's protocol bring, and the sampling parameters that are made of it.
+
+Fields that change what is answered are named here, so that none is passed over in silence; those
+beside them (`user`, `metadata`, `store`) say nothing to a server of one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
+
+from weaver import errors, types, wire
+from weaver.fields import validate
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from weaver.server.http.gateway import Gateway
+
+MOST_PROMPTS = 256
+COMPLETION_TOKENS = 16
+"""Those of a completion whose request does not say."""
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "logit_bias": ({}, None),
+    "top_logprobs": (0, None),
+    "tools": ([], None),
+    "functions": ([], None),
+    "tool_choice": ("none", "auto", None),
+    "response_format": ({"type": "text"}, None),
+    "echo": (False, None),
+    "suffix": ("", None),
+    "modalities": (["text"], None),
+    "audio": (None,),
+}
+"""Fields that are not computed here, with the values that ask for nothing."""
+
+
+class Body(BaseModel):
+    """A request, or a part of one."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        """Raises InvalidRequestError, UnsupportedError, TooLargeError: with the field at fault."""
+        gateway: Gateway = request.state.gateway
+        data = await request.body()
+        async with gateway.read(len(data), partial(_parse, data, cls)) as body:
+            assert isinstance(body, cls)
+            return body
+
+
+def _parse(data: bytes, kind: type[BaseModel]) -> Any:
+    wire.check_json(data)
+    try:
+        content = from_json(data or b"{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
+    for name, neutral in NEUTRAL.items():
+        if isinstance(content, dict) and content.get(name) not in neutral:
+            raise errors.UnsupportedError("is not computed here.", field=name, hint="Leave it out.")
+    return validate(content, kind.model_validate, name="body")
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class SampleBody(Body):
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    max_tokens: int | None = None
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    n: int | None = Field(1, ge=1, le=256)
+    stop: str | tuple[str, ...] | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    # beside OpenAI's own, by the names that vLLM has given them
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    return_token_ids: bool | None = False
+
+    @property
+    def count(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, max_tokens: int) -> types.SamplingParams:
+        """Raises InvalidParamsError."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        return types.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            seed=self.seed,
+        )
+
+
+class CompletionBody(SampleBody):
+    prompt: (
+        str
+        | Annotated[tuple[int, ...], Field(min_length=1)]
+        | Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: int | None = Field(None, ge=0)
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | tuple[int, ...]]:
+        """One for each text or list of tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [tuple(token for token in self.prompt if isinstance(token, int))]
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+
+class TextPart(Body):
+    type: str
+    text: str = ""
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextPart, ...] | None = None
+    tool_calls: tuple[Any, ...] | None = None
+
+    def native(self, at: int) -> types.Message:
+        """Raises UnsupportedError: it has more than text."""
+        parts = (self.content,) if isinstance(self.content, str) else self.content or ()
+        if any(not isinstance(part, str) and part.type != "text" for part in parts):
+            raise errors.UnsupportedError(
+                "has a part that is not text.", field=f"messages[{at}]", hint="Send text alone."
+            )
+        if self.tool_calls:
+            raise errors.UnsupportedError(
+                "is not computed here.", field=f"messages[{at}].tool_calls", hint="Leave it out."
+            )
+        text = "".join(part if isinstance(part, str) else part.text for part in parts)
+        return types.Message(role="system" if self.role == "developer" else self.role, content=text)
+
+
+class ChatBody(SampleBody):
+    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+
+    def chat(self) -> tuple[types.Message, ...]:
+        return tuple(message.native(at) for at, message in enumerate(self.messages))
+
+
+class TokenizeBody(Body):
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
