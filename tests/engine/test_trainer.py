@@ -19,7 +19,6 @@ from tests.engine.conftest import (
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import (
-    EngineError,
     InvalidParamsError,
     NoGradientsError,
     NonFiniteError,
@@ -365,22 +364,6 @@ def test_a_gradient_that_is_not_finite_takes_no_step(trainer: TorchTrainer) -> N
     assert trainer.step(run_id) == 0
     with pytest.raises(NoGradientsError):
         trainer.optim_step(run_id, ADAM)
-
-
-def test_running_out_of_memory_is_an_engine_error(
-    trainer: TorchTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_id = new_run(trainer)
-
-    def exhausted(*_: Any, **__: Any) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LoadedModel, "hidden_states", exhausted)
-        (result,) = trainer.forward_backward([job(run_id, datums(9))])
-    assert isinstance(result, EngineError)
-    assert trainer._run(run_id).gradient is None
-    result_of(trainer, job(run_id, datums(9)))
 
 
 def test_entropy_and_its_gradient_match_autograd(trainer: TorchTrainer, store: ModelStore) -> None:

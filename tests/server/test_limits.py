@@ -422,7 +422,7 @@ async def test_journaled_bytes_are_counted_over_a_restart_and_shown(home: Path) 
                 run = await client.create()
                 await client.do(passes, GradientsDone, run_id=run)
             counted.append(service.parts.activity.unsaved_bytes)
-            shown = ServerMetrics(service.parts.activity).render().decode()
+            shown = ServerMetrics(service.parts.activity, service.parts.engine).render().decode()
             assert f"weaver_journaled_bytes {float(counted[-1])}" in shown
     assert counted[0] > 1000
     assert counted[1] == pytest.approx(counted[0], rel=0.5)  # about, and in bytes on the wire

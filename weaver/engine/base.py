@@ -165,6 +165,10 @@ class Engine(Trainer, Sampler, Protocol):
     def description(self) -> str:
         """For the log: `torch 2.13 on cpu (as set), float32, 2 threads`."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What it counts from its beginning on, for the metrics: `{"repeated_passes": 1}`."""
+
     def list_models(self) -> Sequence[types.ModelInfo]: ...
 
     def get_model(self, base_model: str) -> types.ModelInfo:

@@ -24,7 +24,7 @@ from weaver.errors import ClosedError, NotFoundError, WeaverError
 from weaver.threads import Call, call_soon, out_at_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weaver import types
     from weaver.engine.base import GradientJob, SampleJob
@@ -111,6 +111,11 @@ class ThreadedEngine:
         self._snapshots: dict[str, tuple[str, WeightSnapshot]] = {}
         """By run, the newest and its uri."""
         self._count = 0
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """See the protocol; an engine has its own."""
+        return {}
 
     # --- training -------------------------------------------------------------------------------
 

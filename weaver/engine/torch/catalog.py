@@ -37,6 +37,8 @@ HINT = "Choose a decoder-only model with plain causal attention, such as Llama o
 HUB_TIMEOUT_S = 0.8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Without one of them transformers makes up an empty tokenizer."""
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where it has no class for it: the CPU, the CUDA driver, and cuBLAS."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 LEFT = ["*/*", "consolidated*"]
@@ -351,8 +353,8 @@ def refusing(what: str, *, hint: str) -> AbstractContextManager[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this machine, or the device, has no memory left for what was asked."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        said in str(error) for said in OUT_OF_MEMORY
     )
 
 

@@ -115,6 +115,10 @@ class TorchEngine(ThreadedEngine):
         where = f"{device.place} ({device.why}), {device.dtype}"
         return f"torch {torch.__version__} on {where}, {threads}"
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"repeated_passes": self._trainer.repeated_passes}
+
     def list_models(self) -> list[ModelInfo]:
         """The configured models; any other name is still tried."""
         return [self.get_model(name) for name in self._catalog.names()]

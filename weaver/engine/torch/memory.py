@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weaver.engine.torch.catalog import ModelFacts
+    from weaver.engine.torch.model_store import ModelStore
     from weaver.types import TrainingMode
 
 Recompute = Literal["auto", "off", "all"]
@@ -164,6 +165,40 @@ class Plan:
             f"passes of {self.tokens:,} tokens in {size_text(self.budget)}, {usual} of {layers} "
             f"layers recomputed; sequences of up to {self.longest:,} tokens, {most} recomputed"
         )
+
+
+class Planner:
+    """The plans of one trainer, each made once. May be asked in several threads."""
+
+    def __init__(
+        self, store: ModelStore, *, tokens: int, recompute: Recompute, deterministic: bool
+    ) -> None:
+        """`tokens` of a pass and `recompute` as the user has set them, 0 and `auto` where not."""
+        self._store = store
+        self._tokens = tokens
+        self._recompute: Recompute = recompute
+        self._deterministic = deterministic
+        self._plans: dict[tuple[str, TrainingMode], Plan] = {}
+
+    def plan(self, base_model: str, training_mode: TrainingMode) -> Plan:
+        """Errors: see `Catalog.facts`."""
+        key, store = (base_model, training_mode), self._store
+        if key not in self._plans:
+            facts, free, passes = store.catalog.facts(base_model), store.memory, None
+            dtype = store.dtype if training_mode == "lora" else torch.float32
+            if free is not None:
+                of = partial(shares, facts, dtype=dtype, device=store.device)
+                passes = of(free=free, training_mode=training_mode).passes
+            self._plans[key] = make_plan(
+                facts,
+                passes=passes,
+                itemsize=dtype.itemsize,
+                device=store.device,
+                tokens=self._tokens,
+                recompute=self._recompute,
+                deterministic=self._deterministic,
+            )
+        return self._plans[key]
 
 
 def make_plan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ from weaver.losses import RatioLoss, TokenLoss, Tokens, kl_estimates
 MEANS = ("ratio_mean", "clip_fraction", "kl_k1", "kl_k2", "kl_k3", "entropy")
 
 
+@dataclass(slots=True)
+class Totals:
+    """What an objective has added up so far. Whoever may have to go back keeps a deep copy."""
+
+    loss: float = 0.0
+    counted: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))
+    ratio_bounds: tuple[float, float] = (math.inf, -math.inf)
+
+
 class Objective:
     def __init__(self, job: GradientJob) -> None:
         self.job = job
@@ -29,10 +40,7 @@ class Objective:
         self._weights = [weights_of(datum, self.loss) for datum in job.datums]
         self.weight_sum = float(sum(float(w.sum(dtype=np.float64)) for w in self._weights))
         self._factor = self._reduction()
-        self._loss_sum = 0.0
-        self._counted = 0
-        self._sums = dict.fromkeys(MEANS, 0.0)
-        self._ratio_bounds = (math.inf, -math.inf)
+        self.totals = Totals()
 
     def active(self, indices: Sequence[int]) -> torch.Tensor:
         """bool [T]: tokens of these datums that the loss depends on."""
@@ -50,24 +58,24 @@ class Objective:
         datum = torch.arange(len(indices)).repeat_interleave(lengths).to(device)
         values = self._values(indices, scores, w=w, datum=datum)
         sums = values.new_zeros(len(indices)).index_add(0, datum, values)
-        self._loss_sum += float(sums.detach().sum())
+        self.totals.loss += float(sums.detach().sum())
         return sums * self._factor
 
     def metrics(self) -> dict[str, float]:
         """After all datums were added. Ratio metrics are over tokens of weight other than 0."""
         common = {
-            "loss": self._loss_sum * self._factor,
-            "loss_sum": self._loss_sum,
+            "loss": self.totals.loss * self._factor,
+            "loss_sum": self.totals.loss,
             "weight_sum": self.weight_sum,
             "num_tokens": float(sum(self.lengths)),
         }
         if not isinstance(self.loss, RatioLoss):
             return common
-        if not self._counted:
+        if not self.totals.counted:
             ones = dict.fromkeys(("ratio_mean", "ratio_min", "ratio_max"), 1.0)
-            return common | self._sums | ones
-        low, high = self._ratio_bounds
-        means = {name: total / self._counted for name, total in self._sums.items()}
+            return common | self.totals.sums | ones
+        low, high = self.totals.ratio_bounds
+        means = {name: total / self.totals.counted for name, total in self.totals.sums.items()}
         return common | means | {"ratio_min": low, "ratio_max": high}
 
     def _values(
@@ -97,12 +105,12 @@ class Objective:
             return
         estimates = kl_estimates(tokens.lp, tokens.q)
         columns = (token.ratio, token.clipped, *estimates, tokens.entropy)
-        for name, column in zip(self._sums, columns, strict=True):
-            self._sums[name] += float(column[counted].double().sum())
+        for name, column in zip(self.totals.sums, columns, strict=True):
+            self.totals.sums[name] += float(column[counted].double().sum())
         ratio = token.ratio[counted]
-        low, high = self._ratio_bounds
-        self._ratio_bounds = min(low, float(ratio.min())), max(high, float(ratio.max()))
-        self._counted += int(counted.sum())
+        low, high = self.totals.ratio_bounds
+        self.totals.ratio_bounds = min(low, float(ratio.min())), max(high, float(ratio.max()))
+        self.totals.counted += int(counted.sum())
 
     def _reduction(self) -> float:
         """What the sum is multiplied by: 1/Σw, 1, or 1/denominator; 0 where Σw is 0."""

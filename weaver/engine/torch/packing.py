@@ -115,6 +115,24 @@ def plan_passes(
     return [tuple(Share(job, tuple(d for _, d in of)) for job, of in each) for each in shares]
 
 
+def split_passes(
+    passes: Sequence[tuple[Share, ...]], lengths: Sequence[Sequence[int]], *, budget: int
+) -> list[tuple[Share, ...]]:
+    """Each pass as passes of at most `budget` tokens.
+
+    >>> whole = (Share(job=0, datums=(1, 0)), Share(job=1, datums=(0,)))
+    >>> split_passes([whole], [[3, 1], [2]], budget=4)
+    [(Share(job=0, datums=(1, 0)),), (Share(job=1, datums=(0,)),)]
+    """
+    split = []
+    for shares in passes:
+        sizes = [[lengths[share.job][datum] for datum in share.datums] for share in shares]
+        for part in plan_passes(sizes, budget=budget, merge=True):
+            of = [(shares[some.job], some.datums) for some in part]
+            split.append(tuple(Share(s.job, tuple(s.datums[i] for i in at)) for s, at in of))
+    return split
+
+
 def _attention(
     module: Any,
     query: torch.Tensor,

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
 from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
-from weaver.engine.torch.memory import Plan, Recompute, make_plan, shares
+from weaver.engine.torch.memory import Plan, Planner, Recompute
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
-from weaver.engine.torch.packing import Share, pack, plan_passes
+from weaver.engine.torch.packing import Share, pack, plan_passes, split_passes
 from weaver.tensors import TensorData
+
+logger = logging.getLogger(__name__)
 
 
 class TorchTrainer:
@@ -50,10 +54,12 @@ class TorchTrainer:
     ) -> None:
         self._store = store
         self._deterministic = deterministic
-        self._tokens_per_pass = tokens_per_pass
-        self._recompute: Recompute = recompute
-        self._plans: dict[tuple[str, types.TrainingMode], Plan] = {}
+        self._planner = Planner(
+            store, tokens=tokens_per_pass, recompute=recompute, deterministic=deterministic
+        )
         self._runs: dict[str, Run] = {}
+        self.repeated_passes = 0
+        """Those that found no memory the first time."""
 
     def create_run(
         self,
@@ -87,22 +93,7 @@ class TorchTrainer:
         Raises:
             UnknownModelError, UnsupportedError: see `Catalog.facts`.
         """
-        key, store = (base_model, training_mode), self._store
-        if key not in self._plans:
-            facts = store.catalog.facts(base_model)
-            dtype = store.dtype if training_mode == "lora" else torch.float32
-            share = partial(shares, facts, dtype=dtype, device=store.device)
-            self._plans[key] = make_plan(
-                facts,
-                passes=store.memory
-                and share(free=store.memory, training_mode=training_mode).passes,
-                itemsize=dtype.itemsize,
-                device=store.device,
-                tokens=self._tokens_per_pass,
-                recompute=self._recompute,
-                deterministic=self._deterministic,
-            )
-        return self._plans[key]
+        return self._planner.plan(base_model, training_mode)
 
     def forward_backward(
         self, jobs: Sequence[GradientJob]
@@ -210,26 +201,51 @@ class TorchTrainer:
         return self._runs[run_id]
 
     def _compute(self, tasks: list[_Task]) -> None:
-        """Runs all passes of jobs that share a model and `backward`."""
+        """Runs all passes of jobs that share a model and `backward`.
+
+        A pass that finds no memory is repeated once, in halves and with all layers recomputed, as
+        are those that follow. With `deterministic` it is not halved, which would change bits.
+        """
         run = tasks[0].run
         self._store.use_threads(run.model)
         plan = self.plan(run.model.info.name, run.training_mode)
         lengths = [task.objective.lengths for task in tasks]
         passes = plan_passes(lengths, budget=plan.tokens, merge=not self._deterministic)
+        repeated = False
+        while passes:
+            first, *passes = passes
+            alive = [(tasks[s.job], s) for s in first if tasks[s.job].error is None]
+            if not alive or self._has_memory(alive, plan):
+                continue
+            tokens = sum(lengths[share.job][datum] for share in first for datum in share.datums)
+            said = f"not enough memory on {self._store.device} for a pass of {tokens} tokens"
+            if repeated:
+                hint = "Shorten the sequences, or set WEAVER_TOKENS_PER_PASS to fewer."
+                for task, _ in alive:
+                    task.error = errors.EngineError(f"{said}, all layers recomputed.", hint=hint)
+                continue
+            repeated, plan, passes = True, replace(plan, recompute="all"), [first, *passes]
+            self.repeated_passes += 1
+            logger.warning("%s: it is repeated in halves, with all layers recomputed", said)
+            if not self._deterministic:
+                passes = split_passes(passes, lengths, budget=tokens // 2)
+
+    def _has_memory(self, alive: Sequence[tuple[_Task, Share]], plan: Plan) -> bool:
+        """Runs a pass; one that finds no memory leaves nothing behind, and is answered False."""
+        before = [(task, deepcopy(task.objective.totals)) for task, _ in alive]
         try:
-            for shares_ in passes:
-                alive = [(tasks[s.job], s) for s in shares_ if tasks[s.job].error is None]
-                if alive:
-                    with torch.set_grad_enabled(tasks[0].job.backward):
-                        _run_pass(alive, device=self._store.device, plan=plan)
+            with torch.set_grad_enabled(alive[0][0].job.backward):
+                _run_pass(alive, device=self._store.device, plan=plan)
+            return True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            for task in tasks:
-                task.error = errors.EngineError(
-                    f"not enough memory for a pass of {plan.tokens} tokens.",
-                    hint="Shorten the sequences or use a smaller model.",
-                )
+        for task, totals in before:
+            task.objective.totals, task.error = totals, None
+        gc.collect()  # now that the frames of the error are gone, and what they held with them
+        if self._store.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
 
 @dataclass(slots=True, eq=False)

@@ -81,7 +81,7 @@ class Gateway:
         self.service = service
         self.keys = keys
         self.folder = folder
-        self.metrics = ServerMetrics(service.parts.activity)
+        self.metrics = ServerMetrics(service.parts.activity, service.parts.engine)
         self.tracing: Tracing | None = None
         self.stopping = anyio.Event()
         """Once set, long polls end and new requests are told to come back."""

@@ -23,6 +23,7 @@ from prometheus_client import generate_latest, registry
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from weaver.engine.base import Engine
     from weaver.protocol import Outcome, Submission
     from weaver.server.activity import Activity
 
@@ -79,9 +80,10 @@ def _add_request_id(record: logging.LogRecord) -> bool:
 class ServerMetrics(registry.Collector):
     """Prometheus counters of one app; `GET /metrics` shows them. Labels never name a tenant."""
 
-    def __init__(self, activity: Activity) -> None:
+    def __init__(self, activity: Activity, engine: Engine) -> None:
         self._registry = prometheus.CollectorRegistry()
         self._activity = activity
+        self._engine = engine
         self._registry.register(self)
         labels = ["method", "route", "status"]
         self._requests = prometheus.Counter(
@@ -123,6 +125,9 @@ class ServerMetrics(registry.Collector):
         tokens.add_metric(["trained"], activity.trained_tokens)
         tokens.add_metric(["sampled"], activity.sampled_tokens)
         yield tokens
+        for name, count in self._engine.counts.items():
+            words = f"{name.replace('_', ' ').capitalize()} of the engine."
+            yield prometheus.CounterMetricFamily(f"weaver_engine_{name}", words, value=count)
         states = [ticket.began_at is not None for ticket in activity.pending()]
         pending = prometheus.GaugeMetricFamily(
             "weaver_operations_pending", "Operations without an outcome.", labels=["state"]
