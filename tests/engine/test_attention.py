@@ -10,7 +10,7 @@ import torch
 
 from weaver.engine.torch import attention
 from weaver.engine.torch.attention import Heads, attend, packed_attention
-from weaver.engine.torch.attention_choice import Sequences
+from weaver.engine.torch.attention_proof import Sequences
 
 LENGTHS = (7, 7, 1, 12, 3)
 HQ, HKV, D = 4, 2, 8

@@ -20,27 +20,41 @@ from torch.nn.attention import varlen as torch_varlen
 
 from tests.engine.conftest import sequences
 from tests.engine.test_attention import KINDS, LENGTHS, gradients, heads_of
+from tests.engine.test_model_check import store_of
 from tests.engine.varlen_reference import varlen_attn
 from weaver.engine.torch import attention_choice, model_check
 from weaver.engine.torch.attention import packed_attention
 from weaver.engine.torch.attention_choice import (
+    ARENAS,
     BLOCKS,
     Attention,
-    Sequences,
     by_rule,
-    choose_attention,
+    choose,
+    paging_by_rule,
 )
+from weaver.engine.torch.attention_proof import Sequences, fault_of, paging_fault_of
 from weaver.engine.torch.flex import flex_packed, packed_mask
 from weaver.engine.torch.packing import pack
-from weaver.engine.torch.varlen import PACKED, find_varlen, varlen_attention
+from weaver.engine.torch.pages import Paged, Tables, gathered_attention, tables_of
+from weaver.engine.torch.varlen import (
+    PACKED,
+    PAGED,
+    find_varlen,
+    paged_varlen_attention,
+    varlen_attention,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from weaver.engine.torch.attention import Heads, Layout
     from weaver.engine.torch.catalog import ModelFacts
     from weaver.engine.torch.model_store import ModelStore
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = (150, 1, 40, 40, 300)
+PAGED_VARLEN = partial(paged_varlen_attention, varlen_attn=varlen_attn)
 VARLEN = Attention("varlen", partial(varlen_attention, varlen_attn=varlen_attn))
 
 
@@ -122,6 +136,19 @@ def test_torch_itself_takes_the_call_and_its_gradients() -> None:
             assert g.shape == x.shape
 
 
+def test_torch_itself_takes_the_call_for_pages() -> None:
+    real = find_varlen(PAGED)
+    assert real is torch_varlen.varlen_attn
+    tables = tables_of([Paged([3, 1], 300), Paged([2], 7)], [1, 1], page=256)
+    with FakeTensorMode() as mode:
+        q, k = (torch.empty(1, n, 2, 64, dtype=torch.bfloat16) for n in (8, 2))
+        kv = torch.empty(2, 4, 256, 2, 64, dtype=torch.bfloat16)
+        heads = heads_of(5, None, False)._replace(q=q, k=k, v=k)
+        there = Tables(*map(mode.from_tensor, tables[:4]), tables.longest)
+        output = paged_varlen_attention(heads, kv, there, varlen_attn=real)
+    assert output.shape == (1, 2, 8, 64)
+
+
 def test_a_torch_whose_varlen_lacks_a_keyword_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def older(query: Any, key: Any, value: Any, *, scale: Any = None) -> None: ...
 
@@ -135,6 +162,10 @@ def names(facts: ModelFacts, place: torch.device, dtype: torch.dtype) -> list[st
     return [attention.name for attention in by_rule(facts, place=place, dtype=dtype)]
 
 
+def pagings(facts: ModelFacts, place: torch.device, dtype: torch.dtype) -> list[str]:
+    return [paging.name for paging in paging_by_rule(facts, place=place, dtype=dtype)]
+
+
 def test_the_rule(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = store.catalog.facts
     assert names(facts("qwen3"), CUDA, torch.bfloat16) == ["varlen", "flex", "blocks"]
@@ -143,8 +174,13 @@ def test_the_rule(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(facts("qwen3"), CUDA, torch.float32) == ["blocks"]
     for dtype in (torch.bfloat16, torch.float32):
         assert names(facts("qwen3"), CPU, dtype) == ["blocks"]
+    assert pagings(facts("qwen3"), CUDA, torch.bfloat16) == ["varlen", "gather", "arenas"]
+    assert pagings(facts("gpt_oss"), CUDA, torch.bfloat16) == ["gather", "arenas"]
+    assert pagings(facts("qwen3"), CUDA, torch.float32) == ["gather", "arenas"]
+    assert pagings(facts("qwen3"), CPU, torch.bfloat16) == ["arenas"]
     monkeypatch.setattr(attention_choice, "find_varlen", lambda _: None)
     assert names(facts("qwen3"), CUDA, torch.bfloat16) == ["flex", "blocks"]
+    assert pagings(facts("qwen3"), CUDA, torch.bfloat16) == ["gather", "arenas"]
 
 
 def wider(heads: Heads, layout: Layout) -> torch.Tensor:
@@ -167,8 +203,8 @@ def failing(heads: Heads, layout: Layout) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (wider, "its output differs by .* in a window of 70"),
-        (without_gradient, "the gradient|of k differs"),
+        (wider, "its output differs by"),
+        (without_gradient, "gradient of q differs|of k differs"),
         (into_others, "its output differs"),
         (failing, "no kernel for this device"),
     ],
@@ -178,7 +214,8 @@ def test_what_differs_from_plain_attention_or_fails_is_left_out(
     wrong: Any, said: str, dtype: torch.dtype, store: ModelStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = [Attention("wrong", wrong), BLOCKS]
-    chosen = choose_attention(store.catalog.facts("qwen3"), found, place=CPU, dtype=dtype)
+    facts = store.catalog.facts("qwen3")
+    chosen = choose("qwen3", found, lambda a: fault_of(a.packed, facts, place=CPU, dtype=dtype))
     assert chosen is BLOCKS
     [record] = caplog.records
     assert record.levelno == logging.WARNING
@@ -190,13 +227,49 @@ def test_what_differs_from_plain_attention_or_fails_is_left_out(
 def test_what_is_right_is_taken(
     dtype: torch.dtype, store: ModelStore, caplog: pytest.LogCaptureFixture
 ) -> None:
+    for name in ("qwen3", "gemma2", "gpt_oss"):
+        facts = store.catalog.facts(name)
+        assert not fault_of(packed_attention, facts, place=CPU, dtype=dtype)
+        assert not paging_fault_of(gathered_attention, facts, place=CPU, dtype=dtype)
     facts = store.catalog.facts("qwen3")
-    assert choose_attention(facts, [VARLEN, BLOCKS], place=CPU, dtype=dtype) is VARLEN
+    found = [VARLEN, BLOCKS]
+    fault = partial(fault_of, facts=facts, place=CPU, dtype=dtype)
+    assert choose("qwen3", found, lambda a: fault(a.packed)) is VARLEN
+    assert not paging_fault_of(PAGED_VARLEN, facts, place=CPU, dtype=dtype)
     assert not caplog.records
 
 
+def shifted(heads: Heads, kv: torch.Tensor, tables: Tables) -> torch.Tensor:
+    return gathered_attention(heads, kv, tables._replace(pages=tables.pages.roll(1, 0)))
+
+
+def sees_too_much(heads: Heads, kv: torch.Tensor, tables: Tables) -> torch.Tensor:
+    return gathered_attention(heads._replace(window=None), kv, tables)
+
+
+def fails_to_decode(heads: Heads, kv: torch.Tensor, tables: Tables) -> torch.Tensor:
+    if tables.longest == 1:
+        raise RuntimeError("no kernel for pages")
+    return gathered_attention(heads, kv, tables)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (shifted, "its output differs"),
+        (sees_too_much, "its output differs"),
+        (fails_to_decode, "it fails: no kernel for pages"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_reads_pages_wrongly_has_a_fault(
+    wrong: Any, said: str, dtype: torch.dtype, store: ModelStore
+) -> None:
+    assert said in paging_fault_of(wrong, store.catalog.facts("qwen3"), place=CPU, dtype=dtype)
+
+
 def test_a_model_computes_with_what_was_chosen(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
 
@@ -206,7 +279,7 @@ def test_a_model_computes_with_what_was_chosen(
 
     chosen = Attention("varlen", partial(varlen_attention, varlen_attn=counted))
     monkeypatch.setattr(model_check, "by_rule", lambda *_, **__: [chosen, BLOCKS])
-    model = store.base("mistral")
+    model = store_of(model_folder("mistral")).base("base")
     assert model.attention is chosen
     calls.clear()
     batch = pack(sequences(3, 3, 9), adapters=[None] * 3, device=CPU)
@@ -219,10 +292,13 @@ def test_a_model_computes_with_what_was_chosen(
 
 
 def test_one_that_the_model_itself_does_not_agree_with_is_left_out(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = [Attention("wrong", into_others), BLOCKS]
     monkeypatch.setattr(model_check, "by_rule", lambda *_, **__: found)
-    monkeypatch.setattr(model_check, "choose_attention", lambda *_, **__: found[0])
-    assert store.base("qwen3").attention is BLOCKS
+    monkeypatch.setattr(model_check, "choose", lambda name, found, fault: found[0])
+    model = store_of(model_folder("qwen3")).base("base")
+    assert (model.attention, model.paging) == (BLOCKS, ARENAS)
     assert any("packed logits would differ" in record.message for record in caplog.records)

@@ -118,7 +118,7 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
     with _checking("device", faults):
         with requiring("the embedded engine", "engine"):
             from weaver.engine.torch import device as devices
-            from weaver.engine.torch.attention_choice import by_rule
+            from weaver.engine.torch.attention_choice import by_rule, paging_by_rule
             from weaver.engine.torch.engine import TorchEngine
             from weaver.engine.torch.memory import full_training_bytes
         engine = TorchEngine.of(settings)
@@ -130,7 +130,9 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
         with _checking(model, faults):
             facts = engine.facts(model)
             place, dtype = device.place, devices.DTYPES[device.dtype]
-            _say("attention", by_rule(facts, place=place, dtype=dtype)[0].name)
+            attention = by_rule(facts, place=place, dtype=dtype)[0]
+            paging = paging_by_rule(facts, place=place, dtype=dtype)[0]
+            _say("attention", f"{attention.name}, {paging.name}")
             fits, said = devices.needs_of(facts, dtype=device.dtype).against(free)
             said = f"{facts.info.num_parameters:,} parameters; {said}"
             if not fits:

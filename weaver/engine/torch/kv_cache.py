@@ -1,9 +1,9 @@
 """What a KV cache is: the `KVCache` protocol, between `TorchSampler` and how tokens are kept.
 
-`LoadedModel.new_cache` makes one; `arenas.py` is the one for a CPU. A prompt is read in one pass or
-several, then any number of rows begin behind it, and each grows by a token in every pass of its
-rows. A batch of a pass is handed what `read` or `decode` answered, and the tokens of the pass count
-as there once the pass is over, see `AttentionCache`.
+`LoadedModel.new_cache` makes one; `arenas.py` is the one for a CPU, `pages.py` that for CUDA. A
+prompt is read in one pass or several, then any number of rows begin behind it, and each grows by a
+token in every pass of its rows. A batch of a pass is handed what `read` or `decode` answered, and
+the tokens of the pass count as there once the pass is over, see `AttentionCache`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weaver.engine.torch.attention_choice import BLOCKS, by_rule, choose_attention
+from weaver.engine.torch.attention_choice import (
+    ARENAS,
+    BLOCKS,
+    Attention,
+    Paging,
+    by_rule,
+    choose,
+    paging_by_rule,
+)
+from weaver.engine.torch.attention_proof import fault_of, paging_fault_of
 from weaver.engine.torch.catalog import HINT, refusing
 from weaver.engine.torch.lora import Adapter, new_adapter
 from weaver.engine.torch.packing import AttentionCache, pack
@@ -43,23 +52,32 @@ ATTEMPTS = 3
 
 
 def settle_attention(model: LoadedModel) -> None:
-    """Chooses what computes the attention of the model's passes, and checks the model with it.
+    """Chooses what computes the model's attention, and checks the model with it.
 
     Raises:
         UnsupportedError: see `check_model`.
     """
-    name, facts = model.info.name, model.facts
-    found = by_rule(facts, place=model.device, dtype=model.dtype)
-    model.attention = choose_attention(facts, found, place=model.device, dtype=model.dtype)
+    name, facts, place, dtype = model.info.name, model.facts, model.device, model.dtype
+
+    def fault(attention: Attention) -> str:
+        return fault_of(attention.packed, facts, place=place, dtype=dtype)
+
+    def paging_fault(paging: Paging) -> str:
+        assert paging.attention is not None, "arenas are the last, and are not asked"
+        return paging_fault_of(paging.attention, facts, place=place, dtype=dtype)
+
+    model.attention = choose(name, by_rule(facts, place=place, dtype=dtype), fault)
+    model.paging = choose(name, paging_by_rule(facts, place=place, dtype=dtype), paging_fault)
     try:
         check_model(model)
     except UnsupportedError as error:
-        if model.attention is BLOCKS:
+        if (model.attention, model.paging) == (BLOCKS, ARENAS):
             raise
-        logger.warning("%s: attention by %s is left out: %s", name, model.attention.name, error)
-        model.attention = BLOCKS
+        said = "%s: attention by %s and %s is left out: %s"
+        logger.warning(said, name, model.attention.name, model.paging.name, error)
+        model.attention, model.paging = BLOCKS, ARENAS
         check_model(model)
-    logger.info("%s: attention by %s", name, model.attention.name)
+    logger.info("%s: attention by %s and %s", name, model.attention.name, model.paging.name)
 
 
 @torch.no_grad()

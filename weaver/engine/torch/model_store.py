@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from weaver.engine.blocking import WeightSnapshot
-from weaver.engine.torch.attention_choice import Attention
+from weaver.engine.torch.attention_choice import Attention, Paging
 from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.device import physical_cores
 from weaver.engine.torch.files import check_finite, read_module, set_weights
@@ -44,7 +44,7 @@ class ModelStore:
         self.threads = threads
         self.memory = memory
         self._models: dict[str, LoadedModel] = {}
-        self._attention: dict[tuple[str, bool], Attention] = {}
+        self._attention: dict[tuple[str, bool], tuple[Attention, Paging]] = {}
         """By name, and whether trainable, of what is known to run here."""
 
     def base(self, name: str) -> LoadedModel:
@@ -116,8 +116,8 @@ class ModelStore:
         if key not in self._attention:
             self.use_threads(model)
             settle_attention(model)
-            self._attention[key] = model.attention
-        model.attention = self._attention[key]
+            self._attention[key] = model.attention, model.paging
+        model.attention, model.paging = self._attention[key]
         return model
 
     def use_threads(self, model: LoadedModel) -> None:

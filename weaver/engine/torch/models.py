@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from weaver.engine.torch.arenas import ArenaCache
-from weaver.engine.torch.attention_choice import BLOCKS, Attention
+from weaver.engine.torch.attention_choice import ARENAS, BLOCKS, Attention, Paging
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.kv_cache import CacheShape, KVCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter
 from weaver.engine.torch.packing import PackedBatch
+from weaver.engine.torch.pages import PageCache
 from weaver.engine.torch.recompute import prepare_layers, recomputed
 
 
@@ -80,7 +81,8 @@ class LoadedModel:
             self._freeze()
         self._layers = prepare_layers(module.base_model, facts.num_layers)
         self.attention: Attention = BLOCKS
-        """Its store settles which."""
+        self.paging: Paging = ARENAS
+        """Its store settles which, of both."""
         self.head = Head.of(module.get_submodule(path), path, facts.config)
 
     @property
@@ -93,8 +95,10 @@ class LoadedModel:
         return frozenset()
 
     def new_cache(self) -> KVCache[Any, Any]:
-        """An empty one, of the kind for the model's device."""
-        return ArenaCache(CacheShape.of(self.facts, dtype=self.dtype, device=self.device))
+        """An empty one."""
+        shape = CacheShape.of(self.facts, dtype=self.dtype, device=self.device)
+        attention = self.paging.attention
+        return ArenaCache(shape) if attention is None else PageCache(shape, attention)
 
     def hidden_states(self, batch: PackedBatch, *, recompute: int = 0) -> torch.Tensor:
         """[T, H] after the final norm; differentiable in the adapters or the model's parameters.

@@ -1,6 +1,6 @@
 """Attention of a whole pass in one call of torch's `varlen_attn`, which runs flash attention.
 
-**Not yet run on a GPU.** `choose_attention` takes it where a model and this torch have what it
+**Not yet run on a GPU.** `attention_choice.py` takes it where a model and this torch have what it
 needs, after comparing it with plain attention on the device. T rows of a pass, S sequences.
 """
 
@@ -15,9 +15,12 @@ import torch
 
 if TYPE_CHECKING:
     from weaver.engine.torch.attention import Heads, Layout
+    from weaver.engine.torch.pages import Tables
 
 PACKED = {"scale", "window_size", "enable_gqa"}
 """The keywords with which it is called; torch got them one after the other."""
+PAGED = PACKED | {"seqused_k", "block_table"}
+"""With which it is called for keys and values in pages."""
 
 
 def find_varlen(needed: set[str]) -> Callable[..., torch.Tensor] | None:
@@ -51,6 +54,28 @@ def varlen_attention(
         scale=heads.scaling,
         window_size=window_size(heads.window),
         enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output[None]
+
+
+def paged_varlen_attention(
+    heads: Heads, kv: torch.Tensor, tables: Tables, *, varlen_attn: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """See `PagedAttention`; neither caps nor sinks."""
+    q, (keys, values) = heads.q[0].transpose(0, 1), kv
+    output = varlen_attn(
+        q,
+        keys,
+        values,
+        tables.starts,
+        None,
+        tables.longest,
+        tables.pages.shape[1] * keys.shape[1],
+        scale=heads.scaling,
+        window_size=window_size(heads.window),
+        enable_gqa=q.shape[1] != keys.shape[2],
+        seqused_k=tables.used,
+        block_table=tables.pages,
     )
     return output[None]
 
