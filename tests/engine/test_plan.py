@@ -12,6 +12,7 @@ from tests.engine.conftest import datum, gradient_of, job, new_run, result_of, s
 from tests.zoo import FAMILIES
 from tests.zoo.models import random_model
 from weaver.engine.torch.catalog import Catalog
+from weaver.engine.torch.engine import TorchEngine
 from weaver.engine.torch.linear import FrozenLinear
 from weaver.engine.torch.lora import new_adapter
 from weaver.engine.torch.memory import (
@@ -21,11 +22,13 @@ from weaver.engine.torch.memory import (
     MOST_TOKENS,
     TOKENS_PER_PASS,
     Footprint,
+    full_training_bytes,
     make_plan,
 )
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.trainer import TorchTrainer
+from weaver.errors import RunNotFoundError, UnsupportedError
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
@@ -164,3 +167,34 @@ def test_deterministic_gradients_are_equal_bit_for_bit_however_much_memory_there
     assert [again for _, again in runs] == [0, 1, 2]
     first, *others = (list(gradient_of(trainer, "run").values()) for trainer, _ in runs)
     assert all(all(map(torch.equal, first, other)) for other in others)
+
+
+def test_full_training_that_cannot_fit_is_refused_before_it_is_loaded(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = full_training_bytes(catalog.facts("llama"))
+    assert needed == 16 * catalog.facts("llama").info.num_parameters
+    store = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1, memory=needed - 1)
+    trainer = TorchTrainer(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelStore, "own", lambda *_: pytest.fail("it was loaded"))
+        with pytest.raises(UnsupportedError, match=r"llama needs .* LoRA") as raised:
+            new_run(trainer, architecture="llama", training_mode="full_ft")
+    assert raised.value.field == "training_mode"
+    with pytest.raises(RunNotFoundError):
+        trainer.step("run")
+    new_run(trainer, architecture="llama")  # LoRA fits
+    store.memory = needed
+    new_run(trainer, "whole", "llama", training_mode="full_ft")
+    monkeypatch.setattr("weaver.engine.torch.memory.free_bytes", lambda _: needed - 1)
+    with pytest.raises(UnsupportedError):  # others have taken it since
+        new_run(trainer, "second", "llama", training_mode="full_ft")
+
+
+def test_an_engine_tells_how_long_a_sequence_it_can_train() -> None:
+    plenty, little = TorchEngine(memory_gb=100), TorchEngine(memory_gb=0.01)
+    longest = [engine.max_tokens_trained("weaver-nano", "lora") for engine in (plenty, little)]
+    assert longest[0] == plenty.get_model("weaver-nano").context_length
+    assert longest[1] is not None and 0 < longest[1] < longest[0]
+    whole = little.max_tokens_trained("weaver-nano", "full_ft")
+    assert whole is not None and whole < longest[1]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from weaver.types import Message
+    from weaver.types import Message, TrainingMode
 
 
 class FakeEngine(ThreadedEngine):
@@ -41,6 +41,7 @@ class FakeEngine(ThreadedEngine):
         models: Sequence[str] = ("fake",),
         context_length: int = 4096,
         slots: int = 4096,
+        max_tokens_trained: int | None = None,
         hook: Callable[[str, object], None] = lambda name, argument: None,
     ) -> None:
         self.hook = hook
@@ -55,6 +56,7 @@ class FakeEngine(ThreadedEngine):
             )
             for name in models
         }
+        self._max_tokens_trained = max_tokens_trained
         self._calling = threading.Lock()
         super().__init__(FakeTrainer(self), FakeSampler(self, slots=slots))
 
@@ -69,6 +71,10 @@ class FakeEngine(ThreadedEngine):
                 hint=nearest(base_model, self._models),
             )
         return self._models[base_model]
+
+    def max_tokens_trained(self, base_model: str, training_mode: TrainingMode) -> int | None:
+        self.get_model(base_model)
+        return self._max_tokens_trained
 
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
         self.hook("encode", prompt)

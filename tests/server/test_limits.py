@@ -427,3 +427,33 @@ async def test_journaled_bytes_are_counted_over_a_restart_and_shown(home: Path) 
     assert counted[0] > 1000
     assert counted[1] == pytest.approx(counted[0], rel=0.5)  # about, and in bytes on the wire
     database.dispose()
+
+
+@EVERYWHERE
+async def test_a_sequence_too_long_to_train_is_named_before_it_is_queued(
+    home: Path, kind: str
+) -> None:
+    record = Recorder()
+    engine = FakeEngine(hook=record, max_tokens_trained=HELLO.model_input.length)
+    longer = Datum(model_input=TEXT, loss_fn_inputs={"target_tokens": TEXT})
+    operation = ForwardBackward(datums=(HELLO, longer), loss_fn="cross_entropy")
+    async with projects(kind, home, Limits(), engine=engine) as (a, _):
+        client = await Client.open(a)
+        run = await client.create()
+        with pytest.raises(TooLargeError, match="has 11 tokens, at most 10 can") as raised:
+            await client.do(operation, GradientsDone, run_id=run)
+        assert raised.value.field == "datums[1].model_input" and raised.value.hint
+        assert record.count("gradient") == 0
+        forward = operation.model_copy(update={"backward": False})
+        for fits in (forward, GRADIENT):
+            await client.do(fits, GradientsDone, run_id=run)
+
+
+async def test_an_operator_may_bound_what_is_trained_below_what_fits(home: Path) -> None:
+    limits = Limits(tokens_trained=9)
+    async with LocalService(FakeEngine(), home=home, limits=limits) as service:
+        client = await Client.open(service)
+        run = await client.create()
+        with pytest.raises(TooLargeError, match="at most 9 can") as raised:
+            await client.do(GRADIENT, GradientsDone, run_id=run)
+        assert raised.value.field == "datums[0].model_input"

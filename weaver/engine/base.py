@@ -179,6 +179,12 @@ class Engine(Trainer, Sampler, Protocol):
             UnsupportedError: the architecture or format cannot run here, and why.
         """
 
+    def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
+        """Tokens of the longest sequence whose gradient fits its memory; None if not known.
+
+        Errors: see `get_model`.
+        """
+
     def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
         """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
 

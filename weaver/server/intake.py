@@ -20,7 +20,7 @@ from weaver.errors import WeaverError
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
 from weaver.server.registry import Access, no_run
-from weaver.types import ModelInput
+from weaver.types import ModelInput, TrainingMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +51,10 @@ class Intake:
     now: Callable[[], datetime]
     encode: Callable[[protocol.Sample], protocol.Sample]
     """Makes tokens of a prompt that is text."""
+    max_tokens_trained: Callable[[str, TrainingMode], int | None]
+    """The engine's."""
+    fitting: dict[tuple[str, TrainingMode], int | None] = field(default_factory=dict)
+    """What it answered."""
     encoding: defaultdict[str, CapacityLimiter] = field(
         default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
     )
@@ -87,7 +91,7 @@ class Intake:
         access = Access(session.caller, self.registry)
         run_id = submission.run_id or ""
         run = self.registry.runs.get(run_id) if access.has_run(run_id) else None
-        check = partial(self._refusal, ticket, run, access=access)
+        check = partial(self._refusal, ticket, run, await self._fitting(run), access=access)
         error = ticket.error or await wire.beside(ticket.size_bytes, check)
         operation = submission.operation
         if error is None and isinstance(operation, protocol.Sample) and not operation.encoded:
@@ -113,6 +117,18 @@ class Intake:
             )
         if error is not None:
             await self.executor.settle((ticket, error))
+
+    async def _fitting(self, run: Run | None) -> int | None:
+        """Tokens of a sequence whose gradient fits the engine; asked beside the event loop."""
+        if run is None:
+            return None
+        key = run.model.name, run.training_mode
+        if key not in self.fitting:
+            told = await to_thread.run_sync(attempt, self.max_tokens_trained, *key)
+            if isinstance(told, WeaverError):  # the operation will say what is wrong
+                return None
+            self.fitting[key] = told
+        return self.fitting[key]
 
     async def _encode(self, ticket: Ticket, operation: protocol.Sample) -> WeaverError | None:
         """Beside the engine; answers why it cannot be encoded, or is too large then."""
@@ -175,19 +191,23 @@ class Intake:
             if session.silent_for(self.limits.session_timeout_s):
                 await attempt_async(self.close, session.session_id)
 
-    def _refusal(self, ticket: Ticket, run: Run | None, *, access: Access) -> WeaverError | None:
+    def _refusal(
+        self, ticket: Ticket, run: Run | None, fitting: int | None, *, access: Access
+    ) -> WeaverError | None:
         operation = ticket.submission.operation
+        error = refusal(ticket.submission, run, access=access, limits=self.limits)
         if (
-            run is not None
+            error is None
+            and run is not None
             and isinstance(operation, protocol.ForwardBackward)
             and operation.backward
         ):
+            lengths = [datum.model_input.length for datum in operation.datums]
             mine = self.registry.runs_of(run.project)
             unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
-            error = attempt(self.limits.check_journal, unsaved)
-            if error is not None:
-                return error
-        return refusal(ticket.submission, run, access=access, limits=self.limits)
+            error = attempt(partial(self.limits.check_trained, lengths, fitting=fitting))
+            error = error or attempt(self.limits.check_journal, unsaved)
+        return error
 
 
 def refusal(

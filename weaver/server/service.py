@@ -99,7 +99,16 @@ class LocalService:
         outcomes = Outcomes(recovery, runs=registry.runs, activity=activity)
         tokens = 0 if deterministic else merge_tokens
         executor = Executor(self._operations, recovery, outcomes=outcomes, merge_tokens=tokens)
-        intake = Intake(executor, store, registry, limits, gap_timeout_s, now, samplers.encode)
+        intake = Intake(
+            executor,
+            store,
+            registry,
+            limits,
+            gap_timeout_s,
+            now,
+            samplers.encode,
+            engine.max_tokens_trained,
+        )
         self._parts = Parts(
             engine=engine,
             store=store,

@@ -16,6 +16,8 @@ from weaver.config import EngineSettings, setting
 from weaver.errors import QuotaExceededError, TooLargeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weaver.errors import WeaverError
     from weaver.types import JsonDict
 
@@ -36,6 +38,12 @@ class Limits:
         2**22,
         "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw.",
         name="max_operation_tokens",
+        least=1,
+    )
+    tokens_trained: int | None = setting(
+        None,
+        "Tokens of a sequence in a gradient pass, even if the engine's memory holds more.",
+        name="max_tokens_trained",
         least=1,
     )
     metadata_bytes: int | None = 2**16
@@ -83,6 +91,15 @@ class Limits:
         """Raises TooLargeError: those of an operation."""
         words = "the operation has {} tokens, the limit is {}."
         _check(tokens, self.operation_tokens, TooLargeError, words, "Split it.")
+
+    def check_trained(self, lengths: Sequence[int], *, fitting: int | None) -> None:
+        """Raises TooLargeError: a sequence of a gradient pass, or what fits the engine's memory."""
+        hint = "Shorten it, or give the engine more memory: see `weaver doctor` on its machine."
+        words = "has {} tokens, at most {} can be trained."
+        for limit in (fitting, self.tokens_trained):
+            for i, length in enumerate(lengths):
+                field = f"datums[{i}].model_input"
+                _check(length, limit, TooLargeError, words, hint, field=field)
 
     def check_metadata(self, metadata: JsonDict) -> None:
         """Raises TooLargeError."""

@@ -140,6 +140,9 @@ class TorchEngine(ThreadedEngine):
         """How training passes are laid out. Errors: see `get_model`."""
         return self._trainer.plan(base_model, training_mode)
 
+    def max_tokens_trained(self, base_model: str, training_mode: TrainingMode) -> int | None:
+        return self.plan(base_model, training_mode).longest
+
     def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
         facts = self.facts(base_model)
         facts.check_text(prompt)

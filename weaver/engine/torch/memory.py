@@ -1,6 +1,6 @@
 """`Plan`: what a training pass of a model may hold, reckoned from its configuration.
 
-Trainer, sampler and `weaver doctor` ask for it before anything is loaded. Nothing here asks the
+Trainer, sampler and `weaver doctor` ask for it before anything is loaded. Plans do not ask the
 device: what was free when the engine began is given, so that a process plans the same from its
 first pass to its last. With `deterministic` the layout of passes, which decides their last bits,
 does not depend on memory at all; how many layers compute again does, and changes no bit.
@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from weaver.engine.torch.device import ADAM_COPIES, CPU, USABLE, adapter_bytes, size_text
+from weaver.engine.torch.device import (
+    ADAM_COPIES,
+    CPU,
+    USABLE,
+    adapter_bytes,
+    free_bytes,
+    size_text,
+)
+from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +83,20 @@ def shares(
 def full_training_bytes(facts: ModelFacts) -> int:
     """Weights, a gradient and two moments of full fine-tuning, in float32."""
     return ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
+
+
+def check_full_training(facts: ModelFacts, store: ModelStore) -> None:
+    """Raises UnsupportedError where full fine-tuning does not fit what is free now."""
+    needed = full_training_bytes(facts)
+    known = [b for b in (store.memory, free_bytes(store.device)) if b is not None]
+    free = min(known, default=needed)
+    if needed > free:
+        raise UnsupportedError(
+            f"full fine-tuning of {facts.info.name} needs {size_text(needed)} for weights, a "
+            f"gradient and two moments in float32; {store.device} has {size_text(free)} free.",
+            field="training_mode",
+            hint="Train with LoRA, or use a smaller model.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
 from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
-from weaver.engine.torch.memory import Plan, Planner, Recompute
+from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_training
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
@@ -76,6 +76,7 @@ class TorchTrainer:
             UnknownModelError, UnsupportedError, InvalidParamsError, EngineError
         """
         if training_mode == "full_ft":
+            check_full_training(self._store.catalog.facts(base_model), self._store)
             self._runs[run_id] = Run(self._store.own(base_model))
             return
         config = lora_config or types.LoraConfig()
