@@ -71,4 +71,4 @@ def finish(sampler: TorchSampler, jobs: Iterable[SampleJob] = ()) -> dict[str, S
 def assert_empty(sampler: TorchSampler) -> None:
     """No row, reservation or cache is left."""
     assert (sampler._admission.rows, sampler._admission.held_bytes) == (0, 0)
-    assert not sampler._groups and not sampler._jobs
+    assert not sampler._groups and not sampler._jobs and not sampler._reader._prompts

@@ -112,7 +112,7 @@ def test_memory_follows_what_is_reserved(
             sampler.cancel(str(rng.randrange(60)))
         sampler.step()
         arenas = [a for g in sampler._groups.values() for a in g._cache._arenas.values()]
-        prompts = [j.cached for j in sampler._jobs.values() if j.cached is not None]
+        prompts = {j.prompt.cached for j in sampler._jobs.values()} - {None}
         taken = sum(x.kv.nbytes for x in [*arenas, *prompts])
         held = sampler._admission.held_bytes
         assert taken <= 2 * held and held <= 2000 * TOKEN_BYTES

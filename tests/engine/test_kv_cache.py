@@ -111,6 +111,31 @@ def test_prompts_are_read_together_and_in_pieces(cache: Any, chunk: int) -> None
         feed(cache.read([(p, n) for (_, p), n in zip(left, sizes, strict=True)]), spans)
 
 
+def test_prompts_begin_with_blocks_of_prompts_and_rows(cache: Any) -> None:
+    """Which nobody writes to, and which stay when what they were of is gone."""
+    block, together = cache.block_tokens, cache.rows()
+    first = Sequence(1, 3 * block)
+    prompt = cache.prompt(2 * block - 1)
+    feed(cache.read([(prompt, prompt_length := 2 * block - 1)]), [(first, 0, 2 * block - 1)])
+    assert prompt.length == prompt_length
+    blocks = [cache.keep(prompt, 0)]
+    [row] = together.add(prompt, 1)
+    cache.end(prompt)
+    for at in range(prompt_length, prompt_length + 2):
+        feed(together.decode([row]), [(first, at, at + 1)])
+    blocks.append(cache.keep(row, 1))
+    poison(cache, row)
+    together.remove(row)
+    for length in (2 * block + 1, 3 * block):  # the second after the first has written its own
+        again = cache.prompt(length, blocks)
+        assert again.length == 2 * block
+        feed(cache.read([(again, length - 2 * block)]), [(first, 2 * block, length)])
+        cache.end(again)
+    for each in blocks:
+        cache.drop(each)
+    assert_nothing_is_kept(cache, together)
+
+
 def test_rows_join_leave_and_grow(cache: Any) -> None:
     """Rows of every length in random order; some prompts are shared, one row is poisoned by NaN."""
     rng = random.Random(0)

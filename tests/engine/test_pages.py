@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from tests.engine.test_model_check import store_of
 from tests.engine.test_sampler_numbers import assert_same
 from tests.engine.varlen_reference import varlen_attn
 from weaver.engine.torch import model_check
-from weaver.engine.torch.arenas import ArenaCache
+from weaver.engine.torch.arenas import BLOCK, ArenaCache
 from weaver.engine.torch.attention_choice import ARENAS, Paging
 from weaver.engine.torch.kv_cache import CacheShape
 from weaver.engine.torch.pages import PageCache, PagedAttention, gathered_attention
@@ -50,7 +51,8 @@ def test_samples_are_those_of_arenas(
     store: ModelStore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of prompts that are read in pieces, with many samples each, of which some end early."""
+    """Of prompts that are read in pieces, with many samples each, of which some end early; two
+    begin alike."""
     model = store.base(architecture)
     cache = PageCache(
         CacheShape.of(model.facts, dtype=model.dtype, device=model.device), attention, page=16
@@ -60,14 +62,18 @@ def test_samples_are_those_of_arenas(
         sampler = TorchSampler(store, prefill_tokens=20)
         sampler.load("base", architecture, None)
         jobs = [
-            sample_job(p, str(i), n=1 + 3 * i, seed=i, max_tokens=30, prompt_logprobs=True)
+            sample_job(p, str(i), n=1 + 3 * i, seed=i, max_tokens=30, prompt_logprobs=i < 3)
             for i, p in enumerate(sequences(5, 16, 33, 70, seed=3))
         ]
+        jobs.append(replace(jobs[3], job_id="begins alike", prompt=[*jobs[3].prompt, *[5] * 20]))
         sampler.add(sample_job(sequences(40)[0], "cancelled", n=3, max_tokens=50))
         for _ in range(9):
             sampler.step()
         sampler.cancel("cancelled")
-        return finish(sampler, jobs)
+        answers = finish(sampler, jobs)
+        assert sampler.counts["reused_prompt_tokens"] == BLOCK == 4 * 16
+        sampler.release("base")
+        return answers
 
     right = results()
     monkeypatch.setattr(model, "new_cache", lambda: cache)

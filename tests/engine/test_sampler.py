@@ -153,7 +153,7 @@ def test_a_long_prompt_does_not_stall_running_rows(store: ModelStore) -> None:
     steps = [sampler.step() for _ in range(20)]
     read = next(i for i, s in enumerate(steps) if any(p.job_id == "long" for p in s))
     grown = sum(p.job_id == "short" for s in steps[:read] for p in s)
-    assert read in (18, 19) and grown >= 8
+    assert read in (16, 17) and grown >= 8
 
 
 def test_jobs_take_turns_in_order_and_large_ones_run_in_waves(store: ModelStore) -> None:

@@ -58,7 +58,12 @@ class FakeEngine(ThreadedEngine):
         }
         self._max_tokens_trained = max_tokens_trained
         self._calling = threading.Lock()
-        super().__init__(FakeTrainer(self), FakeSampler(self, slots=slots))
+        self._samples = FakeSampler(self, slots=slots)
+        super().__init__(FakeTrainer(self), self._samples)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self._samples.counts
 
     def list_models(self) -> Sequence[ModelInfo]:
         return list(self._models.values())

@@ -80,6 +80,7 @@ class FakeSampler:
         self._weights: dict[str, tuple[Floats, int]] = {}
         self._jobs: dict[str, _Job] = {}
         self._count = 0
+        self.counts = {"prompt_tokens": 0, "reused_prompt_tokens": 0}
 
     def publish(self, weights_id: str, snapshot: WeightSnapshot) -> None:
         with self._engine.call("publish", weights_id):
@@ -104,6 +105,7 @@ class FakeSampler:
     def add(self, job: SampleJob) -> None:
         with self._engine.call("add", job):
             self._count += 1
+            self.counts["prompt_tokens"] += len(job.prompt)
             seed = self._count if job.params.seed is None else job.params.seed
             stops = Stops.of(job.params, ByteTokenizer(), ends=frozenset({EOS}))
             mine = self._jobs[job.job_id] = _Job(job, *self._weights[job.weights_id])

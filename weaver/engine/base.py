@@ -167,7 +167,11 @@ class Engine(Trainer, Sampler, Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What it counts from its beginning on, for the metrics: `{"repeated_passes": 1}`."""
+        """What it counts from its beginning on, for the metrics: `{"repeated_passes": 1}`.
+
+        `prompt_tokens` of samples, and of them `reused_prompt_tokens`, whose keys and values were
+        there, so that they were not read.
+        """
 
     def list_models(self) -> Sequence[types.ModelInfo]: ...
 

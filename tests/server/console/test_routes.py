@@ -154,8 +154,11 @@ async def check_load(server: Server, *, alice: str, bob: str, ops: str, run: str
         assert tenants["alice"]["runs"] == 1 and tenants["alice"]["stored_bytes"] > 0
         assert tenants["bob"]["runs"] == tenants["bob"]["stored_bytes"] == 0
         assert load["trained_tokens"] == 10 and load["sampled_tokens"] == 4
+        assert load["prompt_tokens"] > 0 and load["reused_prompt_tokens"] == 0
         metrics = (await http.get("/metrics")).text
         assert 'weaver_tokens_total{kind="sampled"} 4.0' in metrics
+        prompts = float(load["prompt_tokens"])
+        assert f"weaver_engine_prompt_tokens_total {prompts}" in metrics
         sampled = (await http.get(f"/v1/runs/{run}/operations")).json()["ended"][0]
         assert sampled["kind"] == "sample" and sampled["metrics"] == {"tokens": 4}
     async with server.http(bob) as http:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # so that engines without torch can take turns as well
-    from weaver.engine.torch.sample_jobs import RunningJob
+    from weaver.engine.torch.sample_jobs import Prompt, RunningJob
 
 T = TypeVar("T")
 
@@ -47,33 +47,40 @@ class Admission:
 
     @property
     def held_bytes(self) -> int:
-        return sum(job.held_bytes for job in self._jobs.values() if job.admitted)
+        """What is kept of the cache for admitted jobs; a prompt counts once."""
+        places = sum(job.places * job.row_bytes for job in self._jobs.values())
+        return places + sum(prompt.size_bytes for prompt in self._prompts())
 
     def claim(self) -> None:
         """Gives places to jobs in turn, up to the first that must wait for some."""
-        rows, held = self.rows, self.held_bytes
+        rows, held, prompts = self.rows, self.held_bytes, self._prompts()
         jobs = in_turn(self._jobs.values(), lambda j: j.job.tenant, held=lambda j: j.places)
         for job in jobs:
             wanted = job.pending + job.running - job.places
             if job.admitted and (wanted <= 0 or self._in_waves):
                 continue
-            prompt = 0 if job.admitted else job.prompt_bytes
+            prompt = 0 if job.admitted or job.prompt in prompts else job.prompt.size_bytes
             limit = self._limit_bytes(job)
             count = min(wanted, self._max_rows - rows, (limit - prompt - held) // job.row_bytes)
             count = max(0, count)
             if not job.admitted:
-                alone = min(wanted, self._max_rows, (limit - prompt) // job.row_bytes)
+                alone = min(self._max_rows, (limit - job.prompt.size_bytes) // job.row_bytes)
                 least = min(wanted, max(alone, 1)) if self._in_waves else min(wanted, 1)
                 if held == 0:
                     count = max(count, least)
                 elif count < least or prompt + held > limit:
                     return
                 job.admitted = True
+                prompts.add(job.prompt)
             job.places += count
             rows += count
             held += prompt + count * job.row_bytes
             if count < wanted and not self._in_waves:
                 return
+
+    def _prompts(self) -> set[Prompt]:
+        jobs = self._jobs.values()
+        return {job.prompt for job in jobs if job.admitted and job.holds_prompt}
 
 
 def in_turn(

@@ -117,7 +117,7 @@ class TorchEngine(ThreadedEngine):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return {"repeated_passes": self._trainer.repeated_passes}
+        return {"repeated_passes": self._trainer.repeated_passes, **self._sampler.counts}
 
     def list_models(self) -> list[ModelInfo]:
         """The configured models; any other name is still tried."""

@@ -3,7 +3,8 @@
 `LoadedModel.new_cache` makes one; `arenas.py` is the one for a CPU, `pages.py` that for CUDA. A
 prompt is read in one pass or several, then any number of rows begin behind it, and each grows by a
 token in every pass of its rows. A batch of a pass is handed what `read` or `decode` answered, and
-the tokens of the pass count as there once the pass is over, see `AttentionCache`.
+the tokens of the pass count as there once the pass is over, see `AttentionCache`. Blocks of what is
+there can be kept, so that later prompts begin with them; `Prefixes` does.
 """
 
 from __future__ import annotations
@@ -34,23 +35,29 @@ P_contra = TypeVar("P_contra", bound=Cached, contravariant=True)
 """The same, of what only takes it."""
 R = TypeVar("R", bound=Cached)
 """What it has for a row."""
+B = TypeVar("B")
+"""What it has for a block."""
 
 
-class KVCache(Protocol[P, R]):
+class KVCache(Protocol[P, R, B]):
     """Keys and values of one model's earlier tokens."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are kept, and used again, together."""
 
     @property
     def rows_hold_prompts(self) -> bool:
         """Whether what a prompt takes is kept until the rows behind it are gone, too."""
 
     def prompt_bytes(self, tokens: int) -> int:
-        """What a prompt of so many tokens takes."""
+        """What a prompt of so many tokens takes, or so many tokens in blocks."""
 
     def row_bytes(self, prompt: int, new: int) -> int:
         """What a row of up to `new` tokens behind a prompt of so many takes beside that."""
 
-    def prompt(self, tokens: int) -> P:
-        """Room for a prompt of so many tokens, none of which is there yet."""
+    def prompt(self, tokens: int, prefix: Sequence[B] = ()) -> P:
+        """Room for a prompt of so many tokens, of which those of the prefix are there."""
 
     def read(self, parts: Sequence[tuple[P, int]]) -> AttentionCache:
         """The pass over the next tokens of several prompts, laid end to end: so many of each."""
@@ -60,6 +67,12 @@ class KVCache(Protocol[P, R]):
 
     def end(self, prompt: P) -> None:
         """No row begins behind this prompt any more; rows that have begun go on."""
+
+    def keep(self, sequence: P | R, index: int) -> B:
+        """Block number `index` of a sequence, all of whose tokens are there."""
+
+    def drop(self, block: B) -> None:
+        """No prompt begins with this block any more; those that have begun go on."""
 
 
 class CachedRows(Protocol[P_contra, R]):

@@ -94,7 +94,7 @@ class LoadedModel:
                 return frozenset([eos] if isinstance(eos, int) else eos)
         return frozenset()
 
-    def new_cache(self) -> KVCache[Any, Any]:
+    def new_cache(self) -> KVCache[Any, Any, Any]:
         """An empty one."""
         shape = CacheShape.of(self.facts, dtype=self.dtype, device=self.device)
         attention = self.paging.attention

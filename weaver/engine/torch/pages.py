@@ -150,6 +150,7 @@ class PageCache:
         self, shape: CacheShape, attention: PagedAttention, *, page: int = PAGE_TOKENS
     ) -> None:
         self.pool = Pool(shape, page)
+        self.block_tokens = page
         self._attention = attention
         self._page_bytes = page * shape.token_bytes
 
@@ -159,8 +160,10 @@ class PageCache:
     def row_bytes(self, prompt: int, new: int) -> int:
         return (self._pages(prompt + new) - prompt // self.pool.page) * self._page_bytes
 
-    def prompt(self, tokens: int) -> Paged:
-        return Paged(self.pool.take(self._pages(tokens)))
+    def prompt(self, tokens: int, prefix: Sequence[int] = ()) -> Paged:
+        """`prefix`: pages, which are not copied."""
+        shared, new = self.pool.share(prefix), self._pages(tokens) - len(prefix)
+        return Paged(shared + self.pool.take(new), len(prefix) * self.pool.page)
 
     def read(self, parts: Sequence[tuple[Paged, int]]) -> PagedPass:
         return self._pass([prompt for prompt, _ in parts], [count for _, count in parts])
@@ -170,6 +173,12 @@ class PageCache:
 
     def end(self, prompt: Paged) -> None:
         self.pool.release(prompt.pages)
+
+    def keep(self, sequence: Paged, index: int) -> int:
+        return self.pool.share(sequence.pages[index : index + 1])[0]
+
+    def drop(self, block: int) -> None:
+        self.pool.release([block])
 
     def decode(self, rows: Sequence[Paged]) -> PagedPass:
         """The pass that adds a token to each row, whose page for it is there then."""

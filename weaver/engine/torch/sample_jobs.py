@@ -1,10 +1,11 @@
-"""`RunningJob` and `Row`: a sample job and its samples while `TorchSampler` works on them."""
+"""`RunningJob`, `Prompt` and `Row`: a sample job and its samples while `TorchSampler` runs them."""
 
 from __future__ import annotations
 
 import math
 import secrets
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,11 +13,55 @@ import torch
 from weaver.checks import check_length
 from weaver.engine.base import SampleJob
 from weaver.engine.torch.kv_cache import Cached, KVCache
-from weaver.engine.torch.models import PublishedWeights
+from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.prefixes import Owner
 from weaver.engine.torch.sampling import stream_keys
 from weaver.engine.torch.text import Draft, Stops
 from weaver.errors import NonFiniteError, WeaverError
 from weaver.types import SampleDelta, SampleResult
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt while it is read and samples are to begin; jobs that have the same share it."""
+
+    tokens: list[int]
+    owner: Owner
+    cache: KVCache[Any, Any, Any]
+    """That of the model."""
+    read: int = 0
+    """Tokens that the model has seen."""
+    cached: Cached | None = None
+    """Their keys and values, once it is begun."""
+    logits: torch.Tensor | None = None
+    """float32 [1, V] behind it, once it is read."""
+    logprobs: list[float | None] | None = None
+    """Of its tokens, where they are wanted; None for the first."""
+    finite: bool = True
+    """Whether they are."""
+    jobs: int = 0
+    """That need it."""
+    marks: list[int] = field(init=False)
+    """What stands for the tokens up to each whole block's end, and hardly ever for others."""
+
+    def __post_init__(self) -> None:
+        block = self.cache.block_tokens
+        ends = range(block, len(self.tokens) + 1, block)
+        blocks = (hash(tuple(self.tokens[end - block : end])) for end in ends)
+        self.marks = list(accumulate(blocks, lambda mark, each: hash((mark, each))))
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.owner.weights.model
+
+    @property
+    def unread(self) -> int:
+        return len(self.tokens) - self.read
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the cache."""
+        return self.cache.prompt_bytes(len(self.tokens))
 
 
 class RunningJob:
@@ -27,29 +72,23 @@ class RunningJob:
         UnsupportedError: the model has no tokenizer to make text with.
     """
 
-    def __init__(self, job: SampleJob, weights: PublishedWeights, cache: KVCache[Any, Any]) -> None:
-        length, context = len(job.prompt), weights.model.info.context_length
+    def __init__(self, job: SampleJob, prompt: Prompt) -> None:
+        weights = prompt.owner.weights
+        length, context = len(prompt.tokens), weights.model.info.context_length
         check_length(length, context, field="prompt", max_new_tokens=int(job.num_samples > 0))
         self.job = job
         self.weights = weights
-        self.prompt = list(job.prompt)
+        self.prompt = prompt
         self.length = min(job.params.max_tokens, context - length)
         """The most tokens of a sample."""
-        self.read = 0
-        """Tokens of the prompt that the model has seen."""
-        self.cache = cache
-        """That of the model."""
-        self.cached: Cached | None = None
-        """The prompt's keys and values, while it is read or samples are yet to begin."""
-        self.logits: torch.Tensor | None = None
-        """float32 [1, V] behind the prompt, while samples are yet to begin."""
         self.admitted = False
         self.places = 0
         """Rows that the job may have at once."""
         self.running = 0
         self.begun = 0
         self.deltas: list[SampleDelta] = []
-        self.prompt_logprobs: list[float | None] = [None]
+        self.has_prompt = False
+        """Whether it counts as one that needs the prompt; the reader's own."""
         self.error: WeaverError | None = None
         self._drafts: list[Draft] = []
         if job.num_samples:
@@ -64,22 +103,18 @@ class RunningJob:
         self._keys = stream_keys(
             secrets.randbits(63) if seed is None else seed, job.num_samples
         ).tolist()
+        self.row_bytes = prompt.cache.row_bytes(length, self.length)
+        """The most that one row takes of the cache beside the prompt."""
 
     @property
-    def prompt_bytes(self) -> int:
-        """What the prompt takes of the cache."""
-        return self.cache.prompt_bytes(len(self.prompt))
+    def needs_prompt(self) -> bool:
+        """Whether it is still to be read, or samples to begin behind it."""
+        return bool(self.pending or self.prompt.unread)
 
     @property
-    def row_bytes(self) -> int:
-        """The most that one row takes of the cache beside it."""
-        return self.cache.row_bytes(len(self.prompt), self.length)
-
-    @property
-    def held_bytes(self) -> int:
-        """What is kept of the cache for it, once it is admitted."""
-        held = self.pending or self.unread or self.cache.rows_hold_prompts
-        return (self.prompt_bytes if held else 0) + self.places * self.row_bytes
+    def holds_prompt(self) -> bool:
+        """Whether what the prompt takes of the cache is kept for it, once it is admitted."""
+        return self.needs_prompt or self.prompt.cache.rows_hold_prompts
 
     @property
     def pending(self) -> int:
@@ -87,13 +122,8 @@ class RunningJob:
         return self.job.num_samples - self.begun
 
     @property
-    def unread(self) -> int:
-        """Tokens of the prompt that the model has not seen."""
-        return len(self.prompt) - self.read
-
-    @property
     def done(self) -> bool:
-        return not (self.unread or self.pending or self.running)
+        return not (self.needs_prompt or self.running)
 
     def begin(self, count: int, logits: torch.Tensor) -> list[Row]:
         """The next `count` samples, behind the prompt's `logits`."""
@@ -103,13 +133,12 @@ class RunningJob:
         if self.job.params.repetition_penalty != 1:
             for row in rows:
                 row.seen = torch.zeros_like(logits[0], dtype=torch.bool)
-                row.seen[self.prompt] = True
+                row.seen[self.prompt.tokens] = True
         return rows
 
-    def score(self, logprobs: list[float]) -> None:
-        """Adds log-probabilities of the prompt's next tokens, which may fail the job."""
-        self.prompt_logprobs += logprobs
-        if not all(map(math.isfinite, logprobs)):
+    def check_scores(self) -> None:
+        """Fails the job if a log-probability of its prompt is not finite."""
+        if not self.prompt.finite:
             self.error = _not_finite("in the prompt")
 
     def take(self, row: Row, token: int, *, logprob: float, sampling_logprob: float) -> None:
@@ -127,11 +156,11 @@ class RunningJob:
 
     def result(self) -> SampleResult:
         """Once it is done."""
-        version, scored = self.weights.version, self.job.include_prompt_logprobs
+        version, logprobs = self.weights.version, self.prompt.logprobs
         return SampleResult(
             sequences=tuple(draft.sequence(version=version) for draft in self._drafts),
-            prompt_tokens=tuple(self.prompt),
-            prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
+            prompt_tokens=tuple(self.prompt.tokens),
+            prompt_logprobs=None if logprobs is None else tuple(logprobs),
         )
 
 

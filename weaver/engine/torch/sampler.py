@@ -7,10 +7,9 @@ prompt does not stall running rows. B rows, T tokens of a pass, H hidden, V voca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,20 +19,17 @@ from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission
 from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.checkpoints import read_snapshot
-from weaver.engine.torch.kv_cache import Cached, CachedRows, KVCache
-from weaver.engine.torch.logprobs import token_scores
+from weaver.engine.torch.kv_cache import Cached, CachedRows
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.packing import pack
+from weaver.engine.torch.reading import Reader
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
 from weaver.errors import NotFoundError
 
-PREFILL_TOKENS = 512
-"""One pass has so many: enough rows to keep the matrix products busy, few enough for others to go
-on."""
-SCORED_ROWS = 64
-"""Prompt rows that go through the head at once, so that a [T, V] array never exists."""
+PREFIX_SHARE = 4
+"""One part of so many of the cache may be kept for prompts that begin with the same tokens."""
 
 
 class TorchSampler:
@@ -50,7 +46,7 @@ class TorchSampler:
         *,
         max_rows: int = 0,
         cache_bytes: int = 0,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int = 0,
         deterministic: bool = False,
     ) -> None:
         self._store = store
@@ -64,7 +60,7 @@ class TorchSampler:
         )
         self._limits: dict[LoadedModel, int] = {}
         """Bytes of keys and values, as the budget has it beside the other models."""
-        self._prefill_tokens = prefill_tokens
+        self._reader = Reader(store, piece_tokens=prefill_tokens, deterministic=deterministic)
         self._deterministic = deterministic
         self._weights: dict[str, PublishedWeights] = {}
         self._jobs: dict[str, RunningJob] = {}
@@ -74,7 +70,6 @@ class TorchSampler:
             limit_bytes=self._limit_bytes,
             in_waves=deterministic,
         )
-        self._caches: WeakKeyDictionary[LoadedModel, KVCache[Any, Any]] = WeakKeyDictionary()
         self._groups: dict[object, _Group] = {}
         """In the order of their turns."""
         self._just_read = False
@@ -92,12 +87,15 @@ class TorchSampler:
         return self._weights[weights_id].version
 
     def release(self, weights_id: str) -> None:
-        self._weights.pop(weights_id, None)
+        weights = self._weights.pop(weights_id, None)
+        if weights is not None:
+            self._reader.prefixes.forget(weights)
         self._limits.clear()
 
     def _hold(self, weights_id: str, weights: PublishedWeights) -> None:
+        self.release(weights_id)
         self._weights[weights_id] = weights
-        self._limits.clear()
+        self._reader.prefixes.open(weights)
 
     def _limit_bytes(self, job: RunningJob) -> int:
         """Of the cache: what is left beside all models that are sampled from."""
@@ -121,8 +119,9 @@ class TorchSampler:
                 field="weights_id",
                 hint="Publish or load them first.",
             )
-        weights = self._weights[job.weights_id]
-        self._jobs[job.job_id] = RunningJob(job, weights, self._cache(weights.model))
+        prompt = self._reader.prompt_of(job, self._weights[job.weights_id])
+        self._jobs[job.job_id] = running = RunningJob(job, prompt)
+        self._reader.begin(running)
 
     def cancel(self, job_id: str) -> None:
         job = self._jobs.pop(job_id, None)
@@ -132,8 +131,8 @@ class TorchSampler:
 
     def close(self) -> None:
         """Forgets all weights and jobs, and the memory of their rows."""
-        self._weights.clear()
-        self._limits.clear()
+        for weights_id in list(self._weights):
+            self.release(weights_id)
         for job_id in list(self._jobs):
             self.cancel(job_id)
 
@@ -141,80 +140,36 @@ class TorchSampler:
     def busy(self) -> bool:
         return bool(self._jobs)
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """See `Engine`."""
+        return {
+            "prompt_tokens": self._reader.prompt_tokens,
+            "reused_prompt_tokens": self._reader.reused_tokens,
+        }
+
     def step(self) -> Sequence[SampleProgress]:
         with torch.inference_mode():
             self._admission.claim()
-            unread = [job for job in self._jobs.values() if job.admitted and job.unread]
-            if unread and not (self._just_read and self._groups):
-                self._read(unread)
+            room = self._room_for_prefixes()
+            self._reader.prefixes.trim(room)
+            jobs = [job for job in self._jobs.values() if job.admitted and job.prompt.unread]
+            if jobs and not (self._just_read and self._groups):
+                self._reader.read(list(dict.fromkeys(job.prompt for job in jobs)), limit=room)
+                for job in jobs:
+                    job.check_scores()
                 self._just_read = True
             elif self._groups:
-                self._decode()
+                self._decode(room)
                 self._just_read = False
             self._begin()
             return [p for job in list(self._jobs.values()) if (p := self._progress(job))]
 
-    def _read(self, unread: Sequence[RunningJob]) -> None:
-        """Feeds the next tokens of the oldest prompts of one model, up to the token budget."""
-        model = unread[0].weights.model
-        left = self._prefill_tokens
-        parts: list[tuple[RunningJob, int]] = []
-        for job in unread[:1] if self._deterministic else unread:
-            if left and job.weights.model is model:
-                size = min(left, job.unread)
-                parts.append((job, size))
-                left -= size
-        parts.sort(key=lambda part: id(part[0].weights))
-        hidden = self._forward_prompts(model, parts)
-        sizes = [size for _, size in parts]
-        ended: list[tuple[RunningJob, torch.Tensor]] = []
-        for (job, size), rows in zip(parts, torch.split(hidden, sizes), strict=True):
-            if job.job.include_prompt_logprobs:
-                self._score(job, rows)
-            job.read += size
-            if not job.unread:
-                ended.append((job, rows[-1]))
-        if ended:
-            last = torch.stack([row for _, row in ended])
-            logits = model.logits(last, [job.weights.adapter for job, _ in ended])
-            for (job, _), row in zip(ended, torch.split(logits, 1), strict=True):
-                job.logits = row
-
-    def _forward_prompts(
-        self, model: LoadedModel, parts: Sequence[tuple[RunningJob, int]]
-    ) -> torch.Tensor:
-        """[T, H] of the next tokens of each job."""
-        cache, read = self._cache(model), []
-        for job, size in parts:
-            if job.cached is None:
-                job.cached = cache.prompt(len(job.prompt))
-            read.append((job.cached, size))
-        self._store.use_threads(model)
-        return model.hidden_states(
-            pack(
-                [job.prompt[job.read : job.read + size] for job, size in parts],
-                adapters=[job.weights.adapter for job, _ in parts],
-                device=model.device,
-                starts=[job.read for job, _ in parts],
-                cache=cache.read(read),
-            )
-        )
-
-    def _cache(self, model: LoadedModel) -> KVCache[Any, Any]:
-        if model not in self._caches:
-            self._caches[model] = model.new_cache()
-        return self._caches[model]
-
-    def _score(self, job: RunningJob, hidden: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
-        targets = job.prompt[job.read + 1 : job.read + 1 + len(hidden)]
-        for start in range(0, len(targets), SCORED_ROWS):
-            some = targets[start : start + SCORED_ROWS]
-            logits = job.weights.model.logits(
-                hidden[start : start + len(some)], [job.weights.adapter] * len(some)
-            )
-            scores, _ = token_scores(logits, torch.tensor(some, device=logits.device))
-            job.score(scores.tolist())
+    def _room_for_prefixes(self) -> int:
+        """Bytes that they may take, beside what running jobs hold."""
+        jobs = {job.weights.model: job for job in self._jobs.values()}
+        limit = min(map(self._limit_bytes, jobs.values()), default=0)
+        return max(0, min(limit // PREFIX_SHARE, limit - self._admission.held_bytes))
 
     def _begin(self) -> None:
         """Draws the first tokens of samples that have a place; those that go on get a row each."""
@@ -223,30 +178,37 @@ class TorchSampler:
             count = min(job.pending, job.places - job.running)
             if self._deterministic and job.running:
                 continue  # the next wave follows the last row of this one
-            if count and job.logits is not None and job.error is None:
+            logits = job.prompt.logits
+            if count and logits is not None and job.error is None:
                 begun = ready.setdefault(job.weights.model, [])
-                begun += [(row, job.logits) for row in job.begin(count, job.logits)]
+                begun += [(row, logits) for row in job.begin(count, logits)]
         for model, begun in ready.items():
             self._store.use_threads(model)
             rows = [row for row, _ in begun]
             _draw(rows, torch.cat([logits for _, logits in begun]), _row_params(rows, model))
             for job in dict.fromkeys(row.job for row in rows):
                 going = [row for row in rows if row.job is job and not row.draft.ended]
-                if going and job.error is None and job.cached is not None:
+                if going and job.error is None and job.prompt.cached is not None:
                     key = job if self._deterministic else model
                     if key not in self._groups:
-                        self._groups[key] = _Group(model, job.cache.rows())
-                    self._groups[key].add(going, job.cached)
+                        self._groups[key] = _Group(model, job.prompt.cache.rows())
+                    self._groups[key].add(going, job.prompt.cached)
                 if not job.pending:
-                    self._end_prompt(job)
+                    self._reader.end(job)
 
-    def _decode(self) -> None:
-        """Adds one token to each row of the group whose turn it is."""
+    def _decode(self, room: int) -> None:
+        """Adds one token to each row of the group whose turn it is.
+
+        `room`: bytes that prefixes may take.
+        """
         key, group = next(iter(self._groups.items()))
         self._store.use_threads(group.model)
         rows = group.rows
         _draw(rows, group.forward(), group.params)
-        group.remove([row for row in rows if row.draft.ended])
+        ended = [row for row in rows if row.draft.ended]
+        for row in ended:
+            self._reader.keep(row, limit=room)
+        group.remove(ended)
         del self._groups[key]
         if group.rows:
             self._groups[key] = group
@@ -262,13 +224,8 @@ class TorchSampler:
             return None
         return SampleProgress(job_id=job.job.job_id, deltas=deltas, result=result, error=job.error)
 
-    def _end_prompt(self, job: RunningJob) -> None:
-        if job.cached is not None:
-            job.cache.end(job.cached)
-        job.cached = job.logits = None
-
     def _drop(self, job: RunningJob) -> None:
-        self._end_prompt(job)
+        self._reader.end(job)
         for key, group in list(self._groups.items()):
             group.remove([row for row in group.rows if row.job is job])
             if not group.rows:

@@ -87,8 +87,12 @@ class ServerLoad(types.Value):
     longest_wait_s: float
     """The longest that an operation which waits now has waited."""
     trained_tokens: int
-    """Since the server started, as is the next."""
+    """Since the server started, as are the next."""
     sampled_tokens: int
+    prompt_tokens: int
+    """Of samples."""
+    reused_prompt_tokens: int
+    """Those of them that were not read, as others had."""
     tenants: tuple[TenantLoad, ...]
 
 
@@ -158,6 +162,7 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     for ticket in pending:
         state = "waiting" if ticket.began_at is None else "running"
         loads[ticket.session.caller.project][state] += 1
+    counts = gateway.service.parts.engine.counts
     return ServerLoad(
         at=time.time(),
         waiting=sum(load["waiting"] for load in loads.values()),
@@ -165,6 +170,8 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
         longest_wait_s=max((t.waited_s for t in pending if t.began_at is None), default=0.0),
         trained_tokens=activity.trained_tokens,
         sampled_tokens=activity.sampled_tokens,
+        prompt_tokens=counts.get("prompt_tokens", 0),
+        reused_prompt_tokens=counts.get("reused_prompt_tokens", 0),
         tenants=tuple(
             TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
         ),

@@ -20,9 +20,11 @@ export async function loadPage(main, { live }) {
       ? chart({ name, source, points, last: points.at(-1)[1] }, { axis, zero: true }) : null;
     const queue = history.map((one) => [one.at - history[0].at, one.waiting]);
     const wait = now.waiting ? `; the longest has waited ${span(now.longest_wait_s)}` : "";
+    const share = now.prompt_tokens ? 100 * now.reused_prompt_tokens / now.prompt_tokens : 0;
+    const reused = share ? ` ${share.toFixed(0)} % of the tokens of prompts were there already.` : "";
     morph(main.firstChild, h("div", {},
       h("h1", {}, "Load"),
-      h("p", { class: "lead" }, `${number(now.running)} running, ${number(now.waiting)} waiting${wait}.`),
+      h("p", { class: "lead" }, `${number(now.running)} running, ${number(now.waiting)} waiting${wait}.${reused}`),
       h("div", { class: "curves" },
         curve("Waiting", "operations", queue),
         curve("Trained tokens", "per second", rate("trained_tokens")),

@@ -1,0 +1,198 @@
+"""`Reader`: reads the prompts of `TorchSampler`'s jobs, each distinct prefix once.
+
+Jobs with the same prompt share one `Prompt`; what others have read or drawn is taken from
+`Prefixes`, and a prompt waits for another that is just reading the same tokens. Pieces end where
+blocks do, so that a prompt is cut at the same places whatever was there already.
+
+H hidden, T tokens of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from weaver.engine.base import SampleJob
+from weaver.engine.torch.kv_cache import KVCache
+from weaver.engine.torch.logprobs import token_scores
+from weaver.engine.torch.model_store import ModelStore
+from weaver.engine.torch.models import LoadedModel, PublishedWeights
+from weaver.engine.torch.packing import pack
+from weaver.engine.torch.prefixes import Owner, Prefixes
+from weaver.engine.torch.sample_jobs import Prompt, Row, RunningJob
+
+PIECE_TOKENS = 512
+"""One pass has so many: enough rows to keep the matrix products busy, few enough for others to go
+on."""
+FIXED_PIECE_TOKENS = 256
+"""In deterministic mode all pieces have so many but the last, and reuse begins between two."""
+LEAST_TOKENS = 16
+"""A pass has so many of a prompt at least: few rows take other kernels, whose last bits differ."""
+SCORED_ROWS = 64
+"""Prompt rows that go through the head at once, so that a [T, V] array never exists."""
+
+
+class Reader:
+    """With `deterministic` a pass has one piece of one prompt, and drawn tokens are not reused.
+
+    So the same calls make the same numbers, whatever was there already and whatever else runs.
+    """
+
+    def __init__(self, store: ModelStore, *, piece_tokens: int, deterministic: bool) -> None:
+        """`piece_tokens`: of a pass; 0 is what pays."""
+        self.prefixes = Prefixes()
+        self.prompt_tokens = 0
+        """Of all jobs so far."""
+        self.reused_tokens = 0
+        """Those of them that were not read, as they were there."""
+        self._store = store
+        self._piece_tokens = piece_tokens
+        if not piece_tokens:
+            self._piece_tokens = FIXED_PIECE_TOKENS if deterministic else PIECE_TOKENS
+        self._deterministic = deterministic
+        self._caches: WeakKeyDictionary[LoadedModel, KVCache[Any, Any, Any]] = WeakKeyDictionary()
+        self._prompts: dict[tuple[Owner, tuple[int, ...]], Prompt] = {}
+
+    def prompt_of(self, job: SampleJob, weights: PublishedWeights) -> Prompt:
+        """The prompt of a job, which may be read already.
+
+        One whose every token is scored is read for itself.
+        """
+        owner, tokens = Owner(weights, job.tenant), tuple(job.prompt)
+        shared = None if job.include_prompt_logprobs else self._prompts.get((owner, tokens))
+        if shared is not None:
+            return shared
+        if weights.model not in self._caches:
+            self._caches[weights.model] = weights.model.new_cache()
+        prompt = Prompt(list(tokens), owner, self._caches[weights.model])
+        if job.include_prompt_logprobs:
+            prompt.logprobs = [None]
+        return prompt
+
+    def begin(self, job: RunningJob) -> None:
+        """Another job needs its prompt."""
+        prompt = job.prompt
+        self.prompt_tokens += len(prompt.tokens)
+        if prompt.jobs:
+            self.reused_tokens += len(prompt.tokens)
+        elif prompt.logprobs is None:
+            self._prompts[prompt.owner, tuple(prompt.tokens)] = prompt
+        prompt.jobs += 1
+        job.has_prompt = True
+
+    def end(self, job: RunningJob) -> None:
+        """The job does not need its prompt any more, if it still did."""
+        prompt = job.prompt
+        if not job.has_prompt:
+            return
+        job.has_prompt = False
+        prompt.jobs -= 1
+        if not prompt.jobs:
+            if prompt.cached is not None:
+                prompt.cache.end(prompt.cached)
+            prompt.cached = prompt.logits = None
+            if prompt.logprobs is None:
+                del self._prompts[prompt.owner, tuple(prompt.tokens)]
+
+    def read(self, unread: Sequence[Prompt], *, limit: int) -> None:
+        """Feeds the next tokens of the oldest prompts of one model, up to the token budget.
+
+        `limit`: bytes that prefixes may take.
+        """
+        parts = self._parts(unread)
+        parts.sort(key=lambda part: id(part[0].owner.weights))
+        hidden = self._forward(parts)
+        ended: list[tuple[Prompt, torch.Tensor]] = []
+        rows = torch.split(hidden, [size for _, size in parts])
+        for (prompt, size), some in zip(parts, rows, strict=True):
+            if prompt.logprobs is not None:
+                scores = _score(prompt, some)
+                prompt.logprobs += scores
+                prompt.finite = prompt.finite and all(map(math.isfinite, scores))
+            prompt.read += size
+            if prompt.cached is not None:
+                sequence = prompt.cached
+                self.prefixes.keep(prompt.owner, prompt.tokens, sequence, prompt.cache, limit=limit)
+            if not prompt.unread:
+                ended.append((prompt, some[-1]))
+        if ended:
+            last = torch.stack([row for _, row in ended])
+            adapters = [prompt.owner.weights.adapter for prompt, _ in ended]
+            logits = parts[0][0].model.logits(last, adapters)
+            for (prompt, _), row in zip(ended, torch.split(logits, 1), strict=True):
+                prompt.logits = row
+
+    def keep(self, row: Row, *, limit: int) -> None:
+        """Keeps what a sample has drawn, for prompts that go on behind it."""
+        prompt, block = row.job.prompt, row.job.prompt.cache.block_tokens
+        if not self._deterministic and row.place.length // block > len(prompt.tokens) // block:
+            tokens = prompt.tokens + row.draft.tokens
+            self.prefixes.keep(prompt.owner, tokens, row.place, prompt.cache, limit=limit)
+
+    def _parts(self, unread: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+        """What is read in the next pass: prompts, and so many tokens of each."""
+        parts: list[tuple[Prompt, int]] = []
+        left, reading = self._piece_tokens, set[tuple[Owner, int]]()
+        for prompt in unread[:1] if self._deterministic else unread:
+            if left <= 0 or prompt.model is not unread[0].model:
+                continue
+            if prompt.cached is None and not self._open(prompt, reading):
+                continue
+            size = min(left, prompt.unread)
+            if prompt.unread - size < LEAST_TOKENS:
+                size = prompt.unread
+            elif size > (over := (prompt.read + size) % prompt.cache.block_tokens):
+                size -= over
+            elif parts:
+                continue
+            marks = prompt.marks[prompt.read // prompt.cache.block_tokens :]
+            reading.update((prompt.owner, mark) for mark in marks)
+            parts.append((prompt, size))
+            left -= size
+        return parts
+
+    def _open(self, prompt: Prompt, reading: set[tuple[Owner, int]]) -> bool:
+        """Begins a prompt with what is there, unless that is just getting more."""
+        found, most, block = [], 0, prompt.cache.block_tokens
+        if prompt.logprobs is None:
+            # blocks between two places where reuse may end
+            grain = math.lcm(block, self._piece_tokens) // block if self._deterministic else 1
+            most = (len(prompt.tokens) - LEAST_TOKENS) // block // grain * grain
+            found = self.prefixes.find(prompt.owner, prompt.tokens, prompt.cache, most=most)
+            del found[len(found) // grain * grain :]
+        if len(found) < most and (prompt.owner, prompt.marks[len(found)]) in reading:
+            return False
+        prompt.cached = prompt.cache.prompt(len(prompt.tokens), found)
+        prompt.read = len(found) * block
+        self.reused_tokens += prompt.read
+        return True
+
+    def _forward(self, parts: Sequence[tuple[Prompt, int]]) -> torch.Tensor:
+        """[T, H] of the next tokens of each prompt."""
+        model, cache = parts[0][0].model, parts[0][0].cache
+        self._store.use_threads(model)
+        return model.hidden_states(
+            pack(
+                [prompt.tokens[prompt.read : prompt.read + size] for prompt, size in parts],
+                adapters=[prompt.owner.weights.adapter for prompt, _ in parts],
+                device=model.device,
+                starts=[prompt.read for prompt, _ in parts],
+                cache=cache.read([(prompt.cached, size) for prompt, size in parts]),
+            )
+        )
+
+
+def _score(prompt: Prompt, hidden: torch.Tensor) -> list[float]:
+    """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
+    weights, scores = prompt.owner.weights, list[float]()
+    targets = prompt.tokens[prompt.read + 1 : prompt.read + 1 + len(hidden)]
+    for start in range(0, len(targets), SCORED_ROWS):
+        some = targets[start : start + SCORED_ROWS]
+        adapters = [weights.adapter] * len(some)
+        logits = weights.model.logits(hidden[start : start + len(some)], adapters)
+        scores += token_scores(logits, torch.tensor(some, device=logits.device))[0].tolist()
+    return scores
