@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format lock proto test test-slow test-clients bench clean
+.PHONY: help install demo check format lock proto test test-slow test-clients bench gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make lock       resolve all dependencies anew into constraints.txt"
 	@echo "make format     mend what can be mended by a tool"
+	@echo "make gpu        the engine's tests on a CUDA device, in the environment of \$$(GPU_PYTHON)"
 	@echo "make bench      measure against peers, as ratios"
 
 .venv/bin/python:
@@ -92,6 +93,11 @@ test-clients: .venv/.installed-dev .venv-clients/.installed .venv-tinker/.instal
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks
+
+# Installs nothing: a rented machine has its own torch. Add --device cpu to see what would run.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu
 
 clean:
 	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
-
-from tests.fake_engine import FakeEngine
-from tests.postgres import Postgres, programs
-from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
+    from tests.postgres import Postgres
     from tests.zoo import Zoo
     from weaver.server.view import View
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
+    if not find_spec(request.param):
+        pytest.skip(f"{request.param} is not installed")
     return str(request.param)
 
 
@@ -34,6 +34,8 @@ def one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL of this session's own."""
+    from tests.postgres import Postgres, programs
+
     found = programs()
     if found is None:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
@@ -58,5 +60,8 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def fake_service(home: Path) -> AsyncIterator[View]:
+    from tests.fake_engine import FakeEngine
+    from weaver.server.service import LocalService
+
     async with LocalService(FakeEngine(), home=home) as service:
         yield service

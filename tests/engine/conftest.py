@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+DEVICE = torch.device(os.environ.get("WEAVER_TEST_DEVICE", "cpu"))
+"""Where the engine computes; what it is compared with is computed on the CPU."""
+of_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="is of the CPU alone")
 VOCAB = 61
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -55,6 +59,13 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips all, by name, where the device that was named is not there."""
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -150,10 +161,10 @@ def result_of(trainer: TorchTrainer, *jobs: GradientJob) -> ForwardBackwardResul
 
 
 def gradient_of(trainer: TorchTrainer, run_id: str) -> dict[str, torch.Tensor]:
-    """The accumulated gradient by parameter name."""
+    """The accumulated gradient by parameter name, on the CPU."""
     run = trainer._run(run_id)
     assert run.gradient is not None
-    return dict(zip(run.named_parameters(), run.gradient, strict=True))
+    return dict(zip(run.named_parameters(), (g.cpu() for g in run.gradient), strict=True))
 
 
 def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5) -> None:
@@ -161,12 +172,13 @@ def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trainer._run(run_id).named_parameters().items():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data.copy_(values)
 
 
 @pytest.fixture(scope="session")
 def store(catalog: Catalog) -> ModelStore:
-    return ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    return ModelStore(catalog, device=DEVICE, dtype=torch.float32, threads=1)
 
 
 @pytest.fixture

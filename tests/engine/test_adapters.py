@@ -6,14 +6,13 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
-from peft.utils import PeftType
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import LORA, new_run, reference_model, sequences
 from tests.engine.sampler_kit import finish, sample_job
+from tests.optional import peft
 from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.files import FREE, NEUTRAL, PLAIN, read_adapter
 from weaver.engine.torch.sampler import TorchSampler
@@ -129,7 +128,7 @@ def test_the_table_of_settings_is_that_of_peft() -> None:
     assert FREE | PLAIN.keys() <= defaults.keys()
     for name, default in defaults.items():
         assert name in FREE or default in PLAIN.get(name, NEUTRAL), name
-    assert PLAIN["peft_type"] == (PeftType.LORA.value,)
+    assert PLAIN["peft_type"] == (peft.PeftType.LORA.value,)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

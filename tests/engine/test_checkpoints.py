@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -22,6 +21,7 @@ from tests.engine.conftest import (
     result_of,
     sequences,
 )
+from tests.optional import peft
 from weaver.engine.torch.checkpoints import read_snapshot, read_state
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import (

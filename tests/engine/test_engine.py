@@ -9,7 +9,6 @@ import shutil
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 import torch
 import transformers
@@ -27,6 +26,7 @@ from tests.engine.conftest import (
 )
 from tests.engine.sampler_kit import finish, sample_job
 from weaver.engine.torch.attention_choice import Attention
+from weaver.engine.torch.catalog import only_here
 from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError, UnknownModelError, UnsupportedError
 from weaver.types import AdamParams, LoraConfig, Message
@@ -44,10 +44,23 @@ BOTH_WAYS: dict[str, Any] = {**SIZES, **GEMMA, "use_bidirectional_attention": Tr
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise httpx.ConnectError("no network in tests")
+    monkeypatch.setattr("weaver.engine.torch.catalog.constants.HF_HUB_OFFLINE", True)
 
-    monkeypatch.setattr(httpx, "head", unreachable)
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_hub_is_asked_before_its_client_is(
+    reached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    httpx = pytest.importorskip("httpx")
+
+    def head(url: str, *, timeout: float) -> None:
+        if not reached:
+            raise httpx.ConnectError("no network in tests")
+
+    monkeypatch.setattr("weaver.engine.torch.catalog.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(httpx, "head", head)
+    assert only_here("owner/name") != reached
+    assert only_here(str(tmp_path))
 
 
 def write_config(folder: Path, config: Any) -> Path:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests.engine.conftest import DEVICE
 from tests.engine.varlen_reference import varlen_attn
 from weaver.engine.torch.arenas import ArenaCache
 from weaver.engine.torch.attention import Heads, attend
@@ -26,7 +27,7 @@ SHAPE = CacheShape(
     num_kv_heads=HKV,
     head_dim=D,
     dtype=torch.float32,
-    device=torch.device("cpu"),
+    device=DEVICE,
 )
 SCALING = 0.3
 WINDOWS = (None, 5)
@@ -72,12 +73,13 @@ class Sequence:
 
     def __init__(self, seed: int, length: int) -> None:
         g = torch.Generator().manual_seed(seed)
-        self.q = torch.randn(LAYERS, HQ, length, D, generator=g)
-        self.kv = torch.randn(2, LAYERS, HKV, length, D, generator=g)
+        self.q = torch.randn(LAYERS, HQ, length, D, generator=g).to(DEVICE)
+        self.kv = torch.randn(2, LAYERS, HKV, length, D, generator=g).to(DEVICE)
 
     def expected(self, layer: int, begin: int, end: int) -> torch.Tensor:
         """[tokens, Hq, D]"""
-        i, j = torch.arange(end)[:, None], torch.arange(end)
+        j = torch.arange(end, device=DEVICE)
+        i = j[:, None]
         window = WINDOWS[layer]
         mask = (j <= i) & (True if window is None else j > i - window)
         keys, values = (x.repeat_interleave(HQ // HKV, 0) for x in self.kv[:, layer, :, :end])
@@ -165,9 +167,7 @@ def test_rows_join_leave_and_grow(cache: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_take_the_fused_attention(dtype: torch.dtype) -> None:
-    shape = CacheShape(
-        num_layers=1, num_kv_heads=HKV, head_dim=D, dtype=dtype, device=torch.device("cpu")
-    )
+    shape = CacheShape(num_layers=1, num_kv_heads=HKV, head_dim=D, dtype=dtype, device=DEVICE)
     sequence = Sequence(1, 9)
     cache = ArenaCache(shape)
     prompt = cache.prompt(8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from tests.engine.conftest import DEVICE, of_the_cpu
 from weaver.engine.torch import kernels
 from weaver.engine.torch.kernels import PREPACK_MIN_SIZE, Prepacked, prepackable
 from weaver.engine.torch.linear import FrozenLinear, Routing
@@ -26,13 +27,16 @@ def make(
     with torch.no_grad():
         for seed, parameter in enumerate(plain.parameters()):
             parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+    plain.to(DEVICE)
     routing = Routing()
     return plain, FrozenLinear(plain, path="layer", routing=routing), routing
 
 
 def adapter(shape: tuple[int, int], seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(s, generator=generator) * 0.1 for s in ((3, shape[1]), (shape[0], 3)))
+    a, b = (
+        torch.randn(s, generator=generator).to(DEVICE) * 0.1 for s in ((3, shape[1]), (shape[0], 3))
+    )
     return Adapter({"layer": LoraPair(a.requires_grad_(), b.requires_grad_())}, 0.5 + seed)
 
 
@@ -45,7 +49,7 @@ def test_values_and_gradients_by_segment_equal_plain_autograd(
     plain, frozen, routing = make(shape, bias=bias)
     one, two = adapter(shape, 1), adapter(shape, 2)
     lengths, adapters = (rows, rows, 2, rows), (one, None, two, one)
-    x = torch.randn(sum(lengths), shape[1], generator=torch.Generator().manual_seed(3))
+    x = torch.randn(sum(lengths), shape[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
     x.requires_grad_()
     with routing.of(lengths, adapters):
         y = frozen(x[None])[0]
@@ -56,7 +60,7 @@ def test_values_and_gradients_by_segment_equal_plain_autograd(
     pieces = zip(x.split(lengths), weights, strict=True)
     expected = torch.cat([linear(rows_, weight, plain.bias) for rows_, weight in pieces])
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-5)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     inputs = [x, *one.tensors().values(), *two.tensors().values()]
     ours = torch.autograd.grad(y, inputs, upstream)
     theirs = torch.autograd.grad(expected, inputs, upstream)
@@ -64,6 +68,7 @@ def test_values_and_gradients_by_segment_equal_plain_autograd(
         assert float((mine - other).norm()) < 1e-5 * float(other.norm())
 
 
+@of_the_cpu
 def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
     plain, frozen, _ = make(LARGE, bias=False)
     assert plain.weight.numel() >= PREPACK_MIN_SIZE
@@ -74,7 +79,7 @@ def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
 
 
 def test_the_packed_path_gives_the_same_bits_again() -> None:
-    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3))
+    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
     first, second = (make(LARGE, bias=True)[1].project(x) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -86,7 +91,7 @@ def test_bfloat16_weights_are_as_close_as_their_precision(
     if not capable:
         monkeypatch.setattr(kernels, "prepackable", lambda dtype: False)
     plain, frozen, _ = make(LARGE, bias=True, dtype=torch.bfloat16)
-    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).to(DEVICE).bfloat16()
     weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
     y = linear(x.double(), weight, bias)
     torch.testing.assert_close(frozen.project(x).double(), y, atol=2e-2, rtol=2e-2)
@@ -94,6 +99,7 @@ def test_bfloat16_weights_are_as_close_as_their_precision(
     torch.testing.assert_close(back, y.bfloat16().double() @ weight, atol=5e-2, rtol=5e-2)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
 def test_a_lesser_processor_gets_plain_products_where_it_cannot_prepack(isa: str) -> None:
     """oneDNN and torch are told to use less than this machine has, and then asked."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.engine.conftest import VOCAB, sequences
+from tests.engine.conftest import DEVICE, VOCAB, sequences
 from weaver.engine.torch.logprobs import Queries, target_scores
 from weaver.engine.torch.lora import Adapter, LoraPair
 from weaver.engine.torch.memory import CHUNK_ELEMENTS
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from weaver.engine.torch.models import Head
     from weaver.engine.torch.packing import PackedBatch
 
-CPU = torch.device("cpu")
-
 
 def head_adapter(head: Head, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(3, head.linear.in_features, generator=generator).mul(0.2).requires_grad_()
-    b = torch.randn(head.linear.out_features, 3, generator=generator).mul(0.2).requires_grad_()
+    a = (
+        torch.randn(3, head.linear.in_features, generator=generator)
+        .mul(0.2)
+        .to(DEVICE)
+        .requires_grad_()
+    )
+    b = (
+        torch.randn(head.linear.out_features, 3, generator=generator)
+        .mul(0.2)
+        .to(DEVICE)
+        .requires_grad_()
+    )
     return Adapter({head.path: LoraPair(a, b)}, 0.5)
 
 
@@ -45,13 +53,13 @@ def test_values_and_gradients_equal_the_whole_array(
 ) -> None:
     model = store.base(architecture)
     adapters = [head_adapter(model.head, i) if on else None for i, on in enumerate(trained)]
-    batch = pack(sequences(20, 7, 25), adapters=adapters, device=CPU)
+    batch = pack(sequences(20, 7, 25), adapters=adapters, device=DEVICE)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(52, 32, generator=generator).requires_grad_()
-    active = torch.rand(52, generator=generator) < (0.6 if masked else 2)
+    hidden = torch.randn(52, 32, generator=generator).to(DEVICE).requires_grad_()
+    active = (torch.rand(52, generator=generator) < (0.6 if masked else 2)).to(DEVICE)
     queries = Queries(
         targets=batch.input_ids.flip(0),
-        temperature=torch.linspace(0.5, 1.5, 52),
+        temperature=torch.linspace(0.5, 1.5, 52, device=DEVICE),
         active=active,
     )
     scores = target_scores(
@@ -68,7 +76,7 @@ def test_values_and_gradients_equal_the_whole_array(
     torch.testing.assert_close(scores.logprobs, expected_lp, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores.entropy, expected_entropy, atol=1e-5, rtol=1e-5)
     assert scores.entropy.requires_grad == entropy_gradient
-    upstream = torch.randn(52, generator=generator) * active
+    upstream = torch.randn(52, generator=generator).to(DEVICE) * active
     inputs = [hidden, *(p for a in adapters if a is not None for p in a.tensors().values())]
     ours = torch.autograd.grad(_total(scores.logprobs, scores.entropy, upstream), inputs)
     if not entropy_gradient:
@@ -101,9 +109,11 @@ def whole_array(
 
 def test_without_gradients_nothing_is_kept(store: ModelStore) -> None:
     model = store.base("qwen3")
-    batch = pack(sequences(9), adapters=[None], device=CPU)
+    batch = pack(sequences(9), adapters=[None], device=DEVICE)
     queries = Queries(
-        targets=batch.input_ids, temperature=torch.ones(9), active=torch.ones(9, dtype=torch.bool)
+        targets=batch.input_ids,
+        temperature=torch.ones(9, device=DEVICE),
+        active=torch.ones(9, dtype=torch.bool, device=DEVICE),
     )
     with torch.no_grad():
         hidden = model.hidden_states(batch)

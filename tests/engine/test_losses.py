@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.engine.conftest import datum, job
+from tests.optional import given, st
 from weaver.checks import check_loss, make_loss
 from weaver.engine.torch.logprobs import Scores
 from weaver.engine.torch.objective import Objective

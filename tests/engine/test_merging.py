@@ -6,13 +6,13 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import (
+    DEVICE,
     LORA,
     SIZES,
     lora_config,
@@ -22,6 +22,7 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
+from tests.optional import peft
 from weaver.engine.torch.catalog import NANO, Catalog
 from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.engine import TorchEngine
@@ -106,7 +107,7 @@ def test_shards_stay_and_the_dtype_is_the_bases(tmp_path: Path, dtype: torch.dty
     (base / "model.safetensors").unlink()
     model.save_pretrained(base, max_shard_size="8KB")
     catalog = Catalog({"base": base}, allow_paths=False)
-    store = ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    store = ModelStore(catalog, device=DEVICE, dtype=torch.float32, threads=1)
     adapter = save_adapter(TorchTrainer(store), "base", tmp_path / "adapter", config=LORA)
     merged.mkdir()
     merge_adapter(catalog.facts("base"), adapter, merged)
@@ -127,7 +128,7 @@ def test_a_head_with_a_tied_bias_is_untied_whole(tmp_path: Path) -> None:
     sizes = SIZES | {"num_key_value_heads": 4}
     save_tiny(transformers.BertGenerationConfig(**sizes, is_decoder=True), base)
     catalog = Catalog({"base": base}, allow_paths=False)
-    store = ModelStore(catalog, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    store = ModelStore(catalog, device=DEVICE, dtype=torch.float32, threads=1)
     config = LORA.model_copy(update={"train_mlp": False, "train_unembed": True})
     adapter = save_adapter(TorchTrainer(store), "base", tmp_path / "adapter", config=config)
     merged.mkdir()
@@ -152,7 +153,7 @@ def test_all_chat_templates_are_in_a_merged_model(zoo: Zoo, tmp_path: Path) -> N
     base = zoo.model("gpt_neox", "named")
     store = ModelStore(
         Catalog({"base": base}, allow_paths=False),
-        device=torch.device("cpu"),
+        device=DEVICE,
         dtype=torch.float32,
         threads=1,
     )

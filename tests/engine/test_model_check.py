@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.engine.conftest import LORA, SIZES, save_tiny
+from tests.engine.conftest import DEVICE, LORA, SIZES, save_tiny
 from weaver.engine.torch import model_check
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.model_store import ModelStore
@@ -26,7 +26,7 @@ WINDOWED = {**SIZES, "sliding_window": 200, "layer_types": ["sliding_attention"]
 
 def store_of(folder: Path, dtype: torch.dtype = torch.float32) -> ModelStore:
     catalog = Catalog({"base": folder}, allow_paths=False)
-    return ModelStore(catalog, device=torch.device("cpu"), dtype=dtype, threads=1)
+    return ModelStore(catalog, device=DEVICE, dtype=dtype, threads=1)
 
 
 def llama(folder: Path, **changes: Any) -> Path:

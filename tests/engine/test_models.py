@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
 import transformers
 
 from tests.engine.conftest import (
+    DEVICE,
     SIZES,
     datum,
     gradient_of,
     job,
     lora_config,
     new_run,
+    of_the_cpu,
     reference_model,
     result_of,
     save_tiny,
     sequences,
 )
+from tests.optional import peft
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.kernels import Prepacked
 from weaver.engine.torch.linear import FrozenLinear
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-CPU = torch.device("cpu")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True:UserWarning"),
@@ -47,18 +48,18 @@ def test_packed_logits_equal_those_of_transformers(
 ) -> None:
     model, reference = store.base(architecture), reference_model(model_folder(architecture))
     tokens = sequences(3, 3, 1, 17, 9, 9, 9)
-    batch = pack(tokens, adapters=[None] * len(tokens), device=CPU)
+    batch = pack(tokens, adapters=[None] * len(tokens), device=DEVICE)
     ours = model.logits(model.hidden_states(batch), [None] * sum(batch.lengths))
     theirs = torch.cat([reference(torch.tensor([s])).logits[0] for s in tokens])
-    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+    torch.testing.assert_close(ours.cpu(), theirs, atol=5e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
     save_tiny(transformers.Qwen3Config(**SIZES), tmp_path / "qwen3")
     catalog = Catalog({"qwen3": tmp_path / "qwen3"}, allow_paths=False)
-    model = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1).base("qwen3")
-    batch = pack([[1, 2, 3]], adapters=[None], device=CPU)
+    model = ModelStore(catalog, device=DEVICE, dtype=torch.float32, threads=1).base("qwen3")
+    batch = pack([[1, 2, 3]], adapters=[None], device=DEVICE)
     before = model.hidden_states(batch)
     weights = tmp_path / "qwen3" / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
@@ -79,12 +80,13 @@ def test_a_server_opens_no_model_but_those_it_serves(
         Catalog({"served": tmp_path}, allow_paths=False).facts(name)
 
 
+@of_the_cpu
 def test_a_model_of_prepacked_layers_equals_transformers_and_peft(tmp_path: Path) -> None:
     sizes = {**SIZES, "hidden_size": 384, "intermediate_size": 512, "vocab_size": 1000}
     folder = tmp_path / "qwen3"
     save_tiny(transformers.Qwen3Config(**sizes | {"initializer_range": 0.05}), folder)
     catalog = Catalog({"qwen3": folder}, allow_paths=False)
-    store = ModelStore(catalog, device=CPU, dtype=torch.float32, threads=1)
+    store = ModelStore(catalog, device=DEVICE, dtype=torch.float32, threads=1)
     frozen = [m for m in store.base("qwen3").module.modules() if isinstance(m, FrozenLinear)]
     assert sum(isinstance(layer.kernel, Prepacked) for layer in frozen) == 2 * 5 + 1  # not k, v
     assert_equals_peft(TorchTrainer(store), folder)
@@ -127,7 +129,7 @@ def test_an_adapter_equals_the_merged_weights(
     adapter = trainer._run(run_id).adapter
     assert adapter is not None
     for path, pair in adapter.pairs.items():
-        merged.get_submodule(path).weight += adapter.scale * pair.b @ pair.a
+        merged.get_submodule(path).weight += (adapter.scale * pair.b @ pair.a).cpu()
     tokens = sequences(5, 21, 12)
     result = result_of(trainer, job(run_id, [datum(s) for s in tokens], backward=False))
     for s, output in zip(tokens, result.loss_fn_outputs, strict=True):

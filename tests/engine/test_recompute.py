@@ -28,7 +28,8 @@ def adapter_of(model: LoadedModel, config: LoraConfig, seed: int) -> Adapter:
     targets = list(model.facts.targets.values())
     adapter = new_adapter(targets, config, seed=seed, device=model.device)
     for pair in adapter.pairs.values():
-        pair.b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        pair.b.data.copy_(torch.randn(pair.b.shape, generator=generator) * 0.1)
     return adapter
 
 

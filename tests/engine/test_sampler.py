@@ -7,11 +7,8 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.engine.conftest import ARCHITECTURES, new_run, reference_model, sequences
 from tests.engine.sampler_kit import (
@@ -22,6 +19,7 @@ from tests.engine.sampler_kit import (
     sample_job,
     save_tokenizer,
 )
+from tests.optional import given, peft, settings, st
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.errors import (
     CheckpointCorruptError,

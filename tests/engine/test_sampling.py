@@ -6,13 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.engine.conftest import DEVICE
+from tests.optional import given, settings, st
 from weaver.engine.torch import sampling
 from weaver.types import SamplingParams
 
-CPU = torch.device("cpu")
 Array = npt.NDArray[np.float64]
 
 
@@ -61,9 +60,9 @@ def draw(
     *,
     seen: torch.Tensor | None = None,
 ) -> sampling.Draws:
-    rows = sampling.row_params(params, logits.shape[1], device=CPU)
-    some = None if seen is None else seen[rows.penalised_rows]
-    return sampling.sample(logits, rows, uniforms=u, seen=some)
+    rows = sampling.row_params(params, logits.shape[1], device=DEVICE)
+    some = None if seen is None else seen.to(DEVICE)[rows.penalised_rows]
+    return sampling.sample(logits.to(DEVICE), rows, uniforms=u.to(DEVICE), seen=some)
 
 
 EVERY_KIND = [
@@ -193,7 +192,7 @@ def test_many_draws_have_the_right_distribution(params: SamplingParams) -> None:
     u = sampling.draw_uniforms(keys, np.zeros(n, dtype=np.uint64))
     draws = draw(torch.tensor(logits, dtype=torch.float32).expand(n, -1), [params] * n, u)
     _, _, q = reference(logits, params, 0.0, set())
-    counts = np.bincount(draws.tokens.numpy(), minlength=12)
+    counts = np.bincount(draws.tokens.cpu().numpy(), minlength=12)
     assert counts[q == 0].sum() == 0
     expected = n * q[q > 0]
     assert ((counts[q > 0] - expected) ** 2 / expected).sum() < 40

@@ -6,11 +6,10 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from tests.optional import given, settings, st
 from weaver.engine.torch.text import Draft, Stops, TextStream
 from weaver.types import SamplingParams
 

@@ -6,9 +6,10 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from transformers import AutoModelForCausalLM
+
+from tests.optional import peft
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

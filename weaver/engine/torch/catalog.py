@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -40,6 +39,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it has no class for it: the CPU, the CUDA driver, and cuBLAS."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+HTTP_ERRORS = HfHubHTTPError.__bases__[:1]
+"""What the hub's client raises: the package that it is made with has changed its name."""
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 LEFT = ["*/*", "consolidated*"]
 """Other forms of the same weights."""
@@ -278,6 +279,8 @@ def only_here(source: str) -> bool:
     """
     if constants.HF_HUB_OFFLINE or Path(source).is_dir():
         return True
+    import httpx  # `make gpu` runs without it, and only folders
+
     try:
         httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except httpx.HTTPError:
@@ -318,7 +321,7 @@ def download(hub_id: str) -> tuple[ModelInfo, Path]:
     info = Catalog({hub_id: hub_id}, allow_paths=False).facts(hub_id).info
     try:
         return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
-    except (HfHubHTTPError, httpx.HTTPError) as error:
+    except HTTP_ERRORS as error:
         raise _out_of_reach(first_line(error)) from error
     except OSError as error:
         raise errors.StorageError(
