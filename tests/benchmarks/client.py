@@ -15,9 +15,11 @@ import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import anyio
 
+from tests.benchmarks.figures import Figure
 from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum, ServiceClient
 from weaver.checks import check_loss
@@ -27,35 +29,37 @@ from weaver.server.service import LocalService
 from weaver.types import AdamParams, LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-STEPS = 300
+STEPS, SAMPLES = 300, 1000
 DATUMS = [Datum(model_input=[1, 2, 3], loss_fn_inputs={"target_tokens": [2, 3, 4]})]
 ADAM = AdamParams(learning_rate=0.0)
 
 
-def main() -> None:
+def figures(smoke: bool) -> Iterator[Figure]:
     logging.getLogger("weaver").setLevel(logging.ERROR)
-    engine_ms = _engine_ms()
-    print(f"the fake engine alone       {engine_ms:8.3f} ms per operation")
+    steps, samples, starts = (3, 8, 1) if smoke else (STEPS, SAMPLES, 5)
+    engine_ms = _engine_ms(steps)
+    yield Figure("an operation in the fake engine alone", (engine_ms,), "ms")
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        _report("async, one after another", anyio.run(_sequential, home), engine_ms)
-        _report("async, pipelined", anyio.run(_pipelined, home), engine_ms)
-        _report("sync, wait=True", _sync(home), engine_ms)
-        print(f"1,000 samples at once       {anyio.run(_samples, home):8.1f} ms in all")
-        close_s, threads = _close(home)
-        print(f"close()                     {close_s * 1e3:8.1f} ms, bound 200; threads: {threads}")
-    print(f"import weaver               {_seconds('import weaver') * 1e3:8.1f} ms, bound 300")
-    clients = _seconds("from weaver import ServiceClient, types")
-    print(f"import ServiceClient, types {clients * 1e3:8.1f} ms")
+        for name, total_ms in (
+            ("async, one after another", anyio.run(_sequential, home, steps)),
+            ("async, pipelined", anyio.run(_pipelined, home, steps)),
+            ("sync, wait=True", _sync(home, steps)),
+        ):
+            overhead_ms = (total_ms - engine_ms,)
+            yield Figure(f"overhead of an operation: {name}", overhead_ms, "ms", at_most=2)
+        yield Figure(f"{samples} samples at once", (anyio.run(_samples, home, samples),), "ms")
+        close_ms, threads = _close(home)
+        yield Figure("close()", (close_ms,), "ms", at_most=200)
+        yield Figure("threads left by it", (threads,), "", at_most=0)
+    yield Figure("import weaver", _import_ms("import weaver", starts), "ms", at_most=300)
+    clients = "from weaver import ServiceClient, types"
+    yield Figure("import of ServiceClient and types", _import_ms(clients, starts), "ms")
 
 
-def _report(name: str, total_ms: float, engine_ms: float) -> None:
-    print(f"{name:27} {total_ms - engine_ms:8.3f} ms overhead per operation, bound 2")
-
-
-def _engine_ms() -> float:
+def _engine_ms(steps: int) -> float:
     trainer = FakeEngine().trainer
     trainer.create_run("r", "fake", training_mode="lora", lora_config=LoraConfig(), seed=0)
     config = check_loss("cross_entropy", None)
@@ -65,26 +69,26 @@ def _engine_ms() -> float:
         trainer.forward_backward([job])
         trainer.optim_step("r", ADAM)
 
-    return _median_ms(pair) / 2
+    return _median_ms(pair, steps) / 2
 
 
-def _median_ms(work: Callable[[], object]) -> float:
+def _median_ms(work: Callable[[], object], steps: int) -> float:
     times = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
 
 
-async def _sequential(home: Path) -> float:
+async def _sequential(home: Path, steps: int) -> float:
     async with (
         LocalService(FakeEngine(), home=home) as service,
         AsyncServiceClient(service=service) as client,
     ):
         trainer = await client.create_model("fake")
         times = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             start = time.perf_counter()
             await trainer.forward_backward(DATUMS)
             await trainer.optim_step(ADAM)
@@ -92,21 +96,21 @@ async def _sequential(home: Path) -> float:
     return statistics.median(times) * 1e3 / 2
 
 
-async def _pipelined(home: Path) -> float:
+async def _pipelined(home: Path, steps: int) -> float:
     async with (
         LocalService(FakeEngine(), home=home) as service,
         AsyncServiceClient(service=service) as client,
     ):
         trainer = await client.create_model("fake")
         start = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps):
             trainer.forward_backward(DATUMS)
             last = trainer.optim_step(ADAM)
         await last
-        return (time.perf_counter() - start) * 1e3 / (2 * STEPS)
+        return (time.perf_counter() - start) * 1e3 / (2 * steps)
 
 
-def _sync(home: Path) -> float:
+def _sync(home: Path, steps: int) -> float:
     with _fake_client(home) as client:
         trainer = client.create_model("fake")
 
@@ -114,23 +118,25 @@ def _sync(home: Path) -> float:
             trainer.forward_backward(DATUMS, wait=True)
             trainer.optim_step(ADAM, wait=True)
 
-        return _median_ms(pair) / 2
+        return _median_ms(pair, steps) / 2
 
 
-async def _samples(home: Path) -> float:
+async def _samples(home: Path, count: int) -> float:
     async with (
         LocalService(FakeEngine(), home=home) as service,
         AsyncServiceClient(service=service) as client,
     ):
         sampler = await client.create_sampling_client(base_model="fake")
         start = time.perf_counter()
-        handles = [sampler.sample([i % 256], {"max_tokens": 8}) for i in range(1000)]
+        handles = [sampler.sample([i % 256], {"max_tokens": 8}) for i in range(count)]
         for handle in handles:
             await handle
         return (time.perf_counter() - start) * 1e3
 
 
-def _close(home: Path) -> tuple[float, list[str]]:
+def _close(home: Path) -> tuple[float, int]:
+    """Milliseconds, and the threads that are left 50 ms later."""
+    before = threading.active_count()
     client = _fake_client(home)
     trainer = client.create_model("fake")
     for _ in range(100):
@@ -139,23 +145,18 @@ def _close(home: Path) -> tuple[float, list[str]]:
     client.close()
     seconds = time.perf_counter() - start
     time.sleep(0.05)
-    return seconds, [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    return 1e3 * seconds, threading.active_count() - before
 
 
 def _fake_client(home: Path) -> ServiceClient:
-    client_service._torch_engine = lambda settings: FakeEngine()
-    return ServiceClient(home=home)
+    with mock.patch.object(client_service, "_torch_engine", lambda settings: FakeEngine()):
+        return ServiceClient(home=home)
 
 
-def _seconds(statement: str) -> float:
+def _import_ms(statement: str, starts: int) -> tuple[float, ...]:
     script = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
-    return min(
-        float(
-            subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
-        )
-        for _ in range(5)
+    command = [sys.executable, "-c", script]
+    return tuple(
+        1e3 * float(subprocess.run(command, capture_output=True, check=True).stdout)
+        for _ in range(starts)
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.benchmarks.figures import Figure
 from tests.contracts.caller import HELLO, STEP
 from tests.contracts.caller import Caller as Client
 from weaver.engine.torch.engine import TorchEngine
@@ -24,6 +25,8 @@ from weaver.server.service import LocalService
 from weaver.types import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from weaver.protocol import Operation
 
 FLOOD, ROUNDS = 1000, 20
@@ -39,13 +42,13 @@ def sample(max_tokens: int, *, num_samples: int = 1) -> Sample:
     )
 
 
-async def waits(client: Client, run: str) -> tuple[float, float]:
-    """Seconds, at the median, of a step and of a sample."""
+async def waits(client: Client, run: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each step and of each sample."""
     steps, samples = [], []
-    for _ in range(ROUNDS):
-        steps.append(await spent(client, [BATCH, STEP], run))
-        samples.append(await spent(client, [sample(8)], None))
-    return statistics.median(steps), statistics.median(samples)
+    for _ in range(rounds):
+        steps.append(1e3 * await spent(client, [BATCH, STEP], run))
+        samples.append(1e3 * await spent(client, [sample(8)], None))
+    return steps, samples
 
 
 async def spent(client: Client, operations: list[Operation], run: str | None) -> float:
@@ -55,7 +58,7 @@ async def spent(client: Client, operations: list[Operation], run: str | None) ->
     return time.perf_counter() - start
 
 
-async def measure() -> None:
+async def measure(flood: int, rounds: int) -> list[Figure]:
     engine = TorchEngine(threads=1)
     with tempfile.TemporaryDirectory() as home:
         async with LocalService(engine, home=Path(home)) as service:
@@ -64,30 +67,27 @@ async def measure() -> None:
                 for project in ("flood", "other")
             ]
             run = await other.create("weaver-nano")
-            await waits(other, run)  # to warm up
-            step_s, sample_s = await waits(other, run)
+            await waits(other, run, rounds)  # to warm up
+            alone = await waits(other, run, rounds)
             start = time.perf_counter()
-            ids = await one.send(*(one.stamp(sample(64, num_samples=4)) for _ in range(FLOOD)))
-            beside_step_s, beside_sample_s = await waits(other, run)
+            ids = await one.send(*(one.stamp(sample(64, num_samples=4)) for _ in range(flood)))
+            beside = await waits(other, run, rounds)
             finished = await service.collect(one.session_id, after=0, timeout_s=0)
             for submission_id in ids:
                 await one.result(submission_id)
             flood_s = time.perf_counter() - start
     engine.close()
-    for name, alone_s, beside_s in (
-        ("a step", step_s, beside_step_s),
-        ("a sample", sample_s, beside_sample_s),
-    ):
-        print(
-            f"{name}: {1000 * alone_s:.1f} ms alone, {1000 * beside_s:.1f} ms beside another "
-            f"project's flood, {beside_s / alone_s:.1f} times as long"
-        )
-    print(f"the flood: {flood_s:.1f} s in all; {FLOOD - len(finished)} prompts were left meanwhile")
+    said = []
+    for name, alone_ms, beside_ms in zip(("a step", "a sample"), alone, beside, strict=True):
+        times = statistics.median(beside_ms) / statistics.median(alone_ms)
+        said += [
+            Figure(f"{name} alone", tuple(alone_ms), "ms"),
+            Figure(f"{name} beside another project's flood", tuple(beside_ms), "ms"),
+            Figure(f"{name}: beside the flood by alone", (times,), "times"),
+        ]
+    left = Figure("prompts of the flood that were left meanwhile", (flood - len(finished),), "")
+    return [*said, Figure("the flood in all", (flood_s,), "s"), left]
 
 
-def main() -> None:
-    anyio.run(measure)
-
-
-if __name__ == "__main__":
-    main()
+def figures(smoke: bool) -> Iterator[Figure]:
+    yield from anyio.run(measure, *((8, 1) if smoke else (FLOOD, ROUNDS)))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import anyio
 import httpx
 
+from tests.benchmarks.figures import Figure
 from tests.benchmarks.service import measure
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.test_wire import batch_of
@@ -65,26 +66,26 @@ def connect(address: str) -> HttpService:
     return HttpService(address, api_key=os.environ["WEAVER_API_KEY"])
 
 
-async def operations(address: str, pid: int) -> tuple[float, float, float]:
-    """Seconds from call to result at the median, one after the other; CPU seconds of each side."""
+async def operations(address: str, pid: int, pairs: int) -> tuple[list[float], float, float]:
+    """Seconds from call to result, one after the other; CPU seconds of one, of each side."""
     async with connect(address) as service:
         caller = await Caller.open(service)
         run = await caller.create()
         spent = []
         cpu = time.process_time(), _cpu_seconds(pid)
-        for operation in (GRADIENT, STEP) * PAIRS:
+        for operation in (GRADIENT, STEP) * pairs:
             start = time.perf_counter()
             await caller.result(await caller.start(operation, run))
             spent.append(time.perf_counter() - start)
         cpu = time.process_time() - cpu[0], _cpu_seconds(pid) - cpu[1]
-        return statistics.median(spent), cpu[0] / len(spent), cpu[1] / len(spent)
+        return spent, cpu[0] / len(spent), cpu[1] / len(spent)
 
 
-async def bare(address: str) -> float:
+async def bare(address: str, pairs: int) -> float:
     """Seconds for the two requests of an operation if they did nothing, at the median."""
     async with httpx.AsyncClient(base_url=address, verify=False) as client:
         spent = []
-        for _ in range(2 * PAIRS):
+        for _ in range(2 * pairs):
             start = time.perf_counter()
             for _ in range(2):
                 await client.get("/healthz")
@@ -106,11 +107,11 @@ async def samples(address: str, count: int) -> float:
         return time.perf_counter() - start
 
 
-async def many_clients(address: str) -> float:
-    """Seconds until as many clients as there are have each trained a step and sampled."""
+async def many_clients(address: str, count: int) -> float:
+    """Seconds until as many clients have each trained a step and sampled."""
     start = time.perf_counter()
     async with anyio.create_task_group() as tasks:
-        for _ in range(CLIENTS):
+        for _ in range(count):
             tasks.start_soon(_one_client, address)
     return time.perf_counter() - start
 
@@ -124,13 +125,13 @@ async def _one_client(address: str) -> None:
     await samples(address, 4)
 
 
-async def uploads(address: str) -> tuple[float, float, float]:
+async def uploads(address: str, times: int) -> tuple[list[float], list[float], float]:
     """Seconds to encode, seconds until acknowledged, bytes a token; 16 x 4096 tokens."""
     batch = batch_of(16, 4096)
     encoding, sending = [], []
     async with connect(address) as service:
         caller = await Caller.open(service)
-        for n in range(UPLOADS):
+        for n in range(times):
             start = time.perf_counter()
             size = len(wire.encode(batch))
             encoding.append(time.perf_counter() - start)
@@ -138,7 +139,7 @@ async def uploads(address: str) -> tuple[float, float, float]:
             again = batch[0].model_copy(update={"id": str(n), "seq": n + 1})
             await service.submit(caller.session_id, [again])
             sending.append(time.perf_counter() - start)
-    return statistics.median(encoding), statistics.median(sending), size / (16 * 4096)
+    return encoding, sending, size / (16 * 4096)
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -146,27 +147,28 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def main() -> None:
+def figures(smoke: bool) -> Iterator[Figure]:
+    small, whole = (2, 8, 2, 1, 0.1), (PAIRS, SAMPLES, CLIENTS, UPLOADS, 5.0)
+    pairs, count, clients, times, idle_s = small if smoke else whole
     with server() as (address, pid):
-        floor_s, embedded_s = anyio.run(bare, address), anyio.run(measure)[0]
-        spent, client_s, server_s = anyio.run(operations, address, pid)
-        print(
-            f"an operation: {1000 * spent:.1f} ms, {1000 * (spent - embedded_s):.1f} more than "
-            f"embedded (bound 5), {spent / floor_s:.1f} times two requests that do nothing; "
-            f"CPU of the client {1000 * client_s:.1f} ms, of the server {1000 * server_s:.1f} ms"
-        )
-        spent = anyio.run(samples, address, SAMPLES)
-        print(f"{SAMPLES} samples in flight: {spent:.1f} s, {SAMPLES / spent:.0f}/s")
-        print(f"{CLIENTS} clients at once: {anyio.run(many_clients, address):.1f} s, no error")
-        encode_s, send_s, size = anyio.run(uploads, address)
-        print(
-            f"16 x 4096 tokens: encoded in {1000 * encode_s:.0f} ms (bound 60), acknowledged after "
-            f"{1000 * send_s:.0f} ms, {size:.1f} bytes a token (bound 8)"
-        )
+        floor_s = anyio.run(bare, address, pairs)
+        embedded_s = statistics.median(anyio.run(measure, pairs, count)[0])
+        spent, client_s, server_s = anyio.run(operations, address, pid, pairs)
+        more_ms = tuple(1e3 * (one - embedded_s) for one in spent)
+        yield Figure("an operation: more than embedded", more_ms, "ms", at_most=5)
+        ratio = statistics.median(spent) / floor_s
+        yield Figure("an operation by two requests that do nothing", (ratio,), "times")
+        yield Figure("an operation: CPU of the client", (1e3 * client_s,), "ms")
+        yield Figure("an operation: CPU of the server", (1e3 * server_s,), "ms")
+        yield Figure(f"{count} samples in flight", (anyio.run(samples, address, count),), "s")
+        all_s = anyio.run(many_clients, address, clients)
+        yield Figure(f"{clients} clients at once", (all_s,), "s")
+        encoded_s, sent_s, size = anyio.run(uploads, address, times)
+        encoded_ms, sent_ms = [tuple(1e3 * one for one in each) for each in (encoded_s, sent_s)]
+        yield Figure("16 x 4096 tokens: encoded", encoded_ms, "ms", at_most=60)
+        yield Figure("16 x 4096 tokens: until acknowledged", sent_ms, "ms")
+        yield Figure("16 x 4096 tokens: a token", (size,), "bytes", at_most=8)
         before = _cpu_seconds(pid)
-        time.sleep(5)
-        print(f"idle: {20 * (_cpu_seconds(pid) - before):.1f} % of a core (bound 1)")
-
-
-if __name__ == "__main__":
-    main()
+        time.sleep(idle_s)
+        share = 100 * (_cpu_seconds(pid) - before) / idle_s
+        yield Figure("idle: of a core", (share,), "%", at_most=1)

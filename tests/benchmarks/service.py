@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.benchmarks.figures import Figure
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from weaver.protocol import Sample
 from weaver.server.service import LocalService
 from weaver.types import ModelInput, SamplingParams
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PAIRS, SAMPLES, TOKENS = 200, 1000, 32
 
 
-async def measure() -> tuple[float, float, float]:
-    """Seconds: an operation at the median, the same in the engine alone, all samples."""
+async def measure(pairs: int = PAIRS, samples: int = SAMPLES) -> tuple[list[float], float, float]:
+    """Seconds: of each operation, of one in the engine alone, of all samples."""
     in_engine = [0.0]
     with tempfile.TemporaryDirectory() as home:
         async with LocalService(_timed(in_engine), home=Path(home)) as service:
@@ -27,7 +31,7 @@ async def measure() -> tuple[float, float, float]:
             run = await caller.create()
             spent = []
             in_engine[0] = 0.0
-            for operation in (GRADIENT, STEP) * PAIRS:
+            for operation in (GRADIENT, STEP) * pairs:
                 start = time.perf_counter()
                 await caller.result(await caller.start(operation, run))
                 spent.append(time.perf_counter() - start)
@@ -38,9 +42,9 @@ async def measure() -> tuple[float, float, float]:
                 params=SamplingParams(max_tokens=TOKENS),
             )
             start = time.perf_counter()
-            for submission_id in await caller.send(*(caller.stamp(sample) for _ in range(SAMPLES))):
+            for submission_id in await caller.send(*(caller.stamp(sample) for _ in range(samples))):
                 await caller.result(submission_id)
-            return statistics.median(spent), per_call, time.perf_counter() - start
+            return spent, per_call, time.perf_counter() - start
 
 
 def _timed(total_s: list[float]) -> FakeEngine:
@@ -60,16 +64,11 @@ def _timed(total_s: list[float]) -> FakeEngine:
     return engine
 
 
-def main() -> None:
+def figures(smoke: bool) -> Iterator[Figure]:
+    pairs, samples = (2, 8) if smoke else (PAIRS, SAMPLES)
     for backend in ("asyncio", "trio"):
-        operation_s, engine_s, samples_s = anyio.run(measure, backend=backend)
-        overhead_ms = (operation_s - engine_s) * 1e3
-        print(
-            f"{backend}: {overhead_ms:.2f} ms overhead per operation (bound 2 ms; "
-            f"{engine_s * 1e3:.2f} ms more in the engine); {SAMPLES} samples of {TOKENS} tokens "
-            f"at once in {samples_s:.2f} s, none failed"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        spent, engine_s, samples_s = anyio.run(measure, pairs, samples, backend=backend)
+        overheads = tuple(1e3 * (one - engine_s) for one in spent)
+        yield Figure(f"{backend}: overhead of an operation", overheads, "ms", at_most=2)
+        name = f"{backend}: {samples} samples of {TOKENS} tokens at once"
+        yield Figure(name, (samples_s,), "s")

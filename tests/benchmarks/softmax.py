@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tests.benchmarks.figures import Figure
 from weaver.engine.torch.logprobs import scored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SHAPES = ((256, 32_768), (32, 262_144), (1, 32_768), (32, 32_768))
 ROUNDS = 7
@@ -38,17 +39,18 @@ def seconds(work: Callable[..., torch.Tensor], z: torch.Tensor, *args: object) -
     return perf_counter() - begin
 
 
-def main() -> None:
+def figures(smoke: bool) -> Iterator[Figure]:
     torch.set_num_threads(1)
-    for shape in SHAPES:
+    for shape in SHAPES[-2:-1] if smoke else SHAPES:
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(shape, generator=generator) * 5
         targets = torch.randint(0, shape[1], (shape[0],), generator=generator)
         for entropy in (False, True):
             rounds = [
                 [seconds(work, z, targets, entropy) for work in (theirs, ours)]
-                for _ in range(ROUNDS)
+                for _ in range(1 if smoke else ROUNDS)
             ]
-            a, b = (min(times) for times in zip(*rounds, strict=True))
             name = f"{list(shape)}{' with entropy' if entropy else ''}"
-            print(f"{name:32} torch {a * 1e3:7.2f} ms, ours {b * 1e3:7.2f} ms, ratio {b / a:.2f}")
+            yield Figure(f"{name}: ours", tuple(1e3 * ours_s for _, ours_s in rounds), "ms")
+            ratios = tuple(ours_s / torch_s for torch_s, ours_s in rounds)
+            yield Figure(f"{name}: ours by torch's", ratios, "times")

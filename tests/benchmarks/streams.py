@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.benchmarks.figures import Figure
 from tests.contracts.caller import Caller
 from weaver.client.http import HttpService
 from weaver.protocol import Sample
@@ -22,7 +24,10 @@ from weaver.server.database import open_database
 from weaver.server.keys import Keys
 from weaver.types import ModelInput, SamplingParams
 
-FLOOD, ROUNDS = 1000, 20
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FLOOD, ROUNDS, TURNS = 1000, 20, 3
 SERVER = """
 import asyncio, pathlib, sys, time
 from tests.fake_engine import FakeEngine
@@ -44,11 +49,11 @@ def sample(tokens: int, *, stream: bool = False) -> Sample:
     )
 
 
-async def flood(address: str, key: str, stream: bool) -> None:
-    """Sends a thousand samples, reads every piece of them if they are streams, and says so."""
+async def flood(address: str, key: str, stream: bool, size: int) -> None:
+    """Sends many samples, reads every piece of them if they are streams, and says so."""
     async with HttpService(address, api_key=key) as service:
         caller = await Caller.open(service)
-        ids = await caller.send(*(caller.stamp(sample(64, stream=stream)) for _ in range(FLOOD)))
+        ids = await caller.send(*(caller.stamp(sample(64, stream=stream)) for _ in range(size)))
 
         async def read(submission_id: str) -> None:
             async for _ in service.stream(caller.session_id, submission_id):
@@ -64,19 +69,18 @@ async def flood(address: str, key: str, stream: bool) -> None:
         await service.cancel(caller.session_id, ids)
 
 
-async def waits(other: Caller) -> float:
-    """Seconds of a sample of the other's at the median."""
+async def waits(other: Caller, rounds: int) -> float:
+    """Milliseconds of a sample of the other's at the median."""
     spent: list[float] = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         await other.result(await other.start(sample(8)))
-        spent.append(time.perf_counter() - start)
+        spent.append(1e3 * (time.perf_counter() - start))
     return statistics.median(spent)
 
 
-async def beside(other: Caller, address: str, key: str, *, stream: bool) -> float:
+async def beside(other: Caller, command: list[str], rounds: int) -> float:
     """The same beside the flood, whose client is a process of its own."""
-    command = [sys.executable, __file__, address, key, "stream" * stream]
     pipe = subprocess.PIPE
     process = await anyio.open_process(command, stdin=pipe, stdout=pipe, stderr=None)
     async with process:
@@ -84,30 +88,33 @@ async def beside(other: Caller, address: str, key: str, *, stream: bool) -> floa
         assert process.stdout is not None
         assert (await process.stdout.receive()).startswith(b"sent")
         await anyio.sleep(0.5)
-        median = await waits(other)
+        median = await waits(other, rounds)
         await process.stdin.send(b"\n")
         await process.wait()
     return median
 
 
-async def measure(address: str, keys: list[str]) -> None:
+async def measure(
+    address: str, keys: list[str], size: int, rounds: int, turns: int
+) -> list[Figure]:
+    command = [sys.executable, __file__, address, keys[0], str(size)]
     async with HttpService(address, api_key=keys[1]) as service:
         other = await Caller.open(service)
-        alone_s = await waits(other)
-        ratios = []
-        for _ in range(3):
-            plain_s, streamed_s = [
-                await beside(other, address, keys[0], stream=stream) for stream in (False, True)
-            ]
-            ratios.append(streamed_s / plain_s)
-            print(
-                f"a sample of 8 tokens: {1000 * alone_s:.0f} ms alone, {1000 * plain_s:.0f} ms "
-                f"beside {FLOOD} samples, {1000 * streamed_s:.0f} ms beside {FLOOD} streams"
-            )
-    print(f"streams against plain samples: {statistics.median(ratios):.2f} times as long")
+        alone = await waits(other, rounds)
+        timed = [
+            [await beside(other, [*command, *more], rounds) for more in ([], ["stream"])]
+            for _ in range(turns)
+        ]
+    ratios = tuple(streamed / plain for plain, streamed in timed)
+    return [
+        Figure("a sample of 8 tokens alone", (alone,), "ms"),
+        Figure(f"beside {size} samples", tuple(plain for plain, _ in timed), "ms"),
+        Figure(f"beside {size} streams", tuple(streamed for _, streamed in timed), "ms"),
+        Figure("streams by plain samples", ratios, "times"),
+    ]
 
 
-def main() -> None:
+def figures(smoke: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as home:
         database = open_database(Path(home))
         keys = [Keys(database).create(project)[1] for project in ("flood", "other")]
@@ -116,13 +123,13 @@ def main() -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             try:
-                anyio.run(measure, process.stdout.readline().strip(), keys)
+                address = process.stdout.readline().strip()
+                sizes = (8, 1, 1) if smoke else (FLOOD, ROUNDS, TURNS)
+                yield from anyio.run(measure, address, keys, *sizes)
             finally:
                 process.terminate()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        anyio.run(flood, sys.argv[1], sys.argv[2], bool(sys.argv[3]))
-    else:
-        main()
+    _, _address, _key, _size, *_stream = sys.argv
+    anyio.run(flood, _address, _key, bool(_stream), int(_size))
