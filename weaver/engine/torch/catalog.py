@@ -39,7 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it has no class for it: the CPU, the CUDA driver, and cuBLAS."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-HTTP_ERRORS = HfHubHTTPError.__bases__[:1]
+HTTP_ERRORS: Any = HfHubHTTPError.__bases__[:1]
 """What the hub's client raises: the package that it is made with has changed its name."""
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 LEFT = ["*/*", "consolidated*"]
