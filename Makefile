@@ -91,7 +91,10 @@ proto:
 test-clients: .venv/.installed-dev .venv-clients/.installed .venv-tinker/.installed
 	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients
 
+# Against peers, each in an environment of its own, then the service's own; ARGS="--only ..." chooses.
 bench: .venv/.installed-dev
+	$(BIN)/python -m tests.benchmarks.peers.run $(ARGS)
+	$(BIN)/python -m tests.benchmarks.peers.page
 	$(BIN)/python -m tests.benchmarks
 
 # Installs nothing: a rented machine has its own torch. Add --device cpu to see what would run.
@@ -100,4 +103,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
