@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention import varlen as torch_varlen
 
-from tests.engine.conftest import sequences
+from tests.engine.conftest import DEVICE, sequences
 from tests.engine.test_attention import KINDS, LENGTHS, gradients, heads_of
 from tests.engine.test_model_check import store_of
 from tests.engine.varlen_reference import varlen_attn
@@ -282,12 +282,14 @@ def test_a_model_computes_with_what_was_chosen(
     model = store_of(model_folder("mistral")).base("base")
     assert model.attention is chosen
     calls.clear()
-    batch = pack(sequences(3, 3, 9), adapters=[None] * 3, device=CPU)
+    batch = pack(sequences(3, 3, 9), adapters=[None] * 3, device=model.device)
     with torch.no_grad():
         ours = model.hidden_states(batch)
         assert len(calls) == model.facts.num_layers
         model.attention = BLOCKS
-        right = model.hidden_states(pack(sequences(3, 3, 9), adapters=[None] * 3, device=CPU))
+        right = model.hidden_states(
+            pack(sequences(3, 3, 9), adapters=[None] * 3, device=model.device)
+        )
     torch.testing.assert_close(ours, right, rtol=0, atol=1e-5)
 
 
@@ -302,3 +304,18 @@ def test_one_that_the_model_itself_does_not_agree_with_is_left_out(
     model = store_of(model_folder("qwen3")).base("base")
     assert (model.attention, model.paging) == (BLOCKS, ARENAS)
     assert any("packed logits would differ" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt_oss"])
+def test_what_the_rule_takes_is_right_on_this_device(
+    architecture: str, dtype: torch.dtype, store: ModelStore
+) -> None:
+    """On CUDA the kernels themselves; each that would be left out fails here by its name."""
+    facts = store.catalog.facts(architecture)
+    for attention in by_rule(facts, place=DEVICE, dtype=dtype):
+        assert not fault_of(attention.packed, facts, place=DEVICE, dtype=dtype), attention.name
+    for paging in paging_by_rule(facts, place=DEVICE, dtype=dtype):
+        if paging.attention is not None:
+            fault = paging_fault_of(paging.attention, facts, place=DEVICE, dtype=dtype)
+            assert not fault, paging.name

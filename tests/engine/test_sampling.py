@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.conftest import DEVICE
 from tests.optional import given, settings, st
@@ -219,3 +222,35 @@ def test_logits_that_are_not_finite_spoil_their_row_alone() -> None:
     draws = draw(logits, params, torch.full((6,), 0.5, dtype=torch.float64))
     assert 0 <= int(draws.tokens.min()) and int(draws.tokens.max()) < 300
     assert draws.logprobs.isnan().tolist() == [True] * 3 + [False] * 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: its values in Python, and shapes that depend on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_draw_waits_for_the_device_at_most_to_see_whether_to_sort_all() -> None:
+    rows = [
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.5, min_p=0.2),
+        SamplingParams(repetition_penalty=1.5),
+    ]
+    for kinds, waits in ((rows, 0), ([*rows, SamplingParams(top_k=3)], 1)):
+        logits = torch.randn(len(kinds), 2 * sampling.CANDIDATES, device=DEVICE) * 9
+        params = sampling.row_params(kinds, logits.shape[1], device=DEVICE)
+        seen = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=DEVICE)
+        uniforms = torch.rand(len(kinds), dtype=torch.float64, device=DEVICE)
+        with Waits() as counted:
+            sampling.sample(logits, params, uniforms=uniforms, seen=seen)
+        assert counted.count == waits

@@ -46,7 +46,7 @@ def varlen_attn(
         k, v = (x.repeat_interleave(heads // key_heads, 1).transpose(0, 1) for x in (k, v))
         scores = query[begin:end].transpose(0, 1) @ k.transpose(1, 2)
         scores = scores.float() * (query.shape[2] ** -0.5 if scale is None else scale)
-        at = torch.arange(k.shape[1])
+        at = torch.arange(k.shape[1], device=k.device)
         row = at[len(at) - (end - begin) :, None]
         hidden = (at < row - left) if left >= 0 else torch.zeros_like(row == at)
         if right >= 0:

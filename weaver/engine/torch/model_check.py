@@ -84,13 +84,18 @@ def settle_attention(model: LoadedModel) -> None:
 def check_model(model: LoadedModel) -> None:
     """Raises UnsupportedError where the engine cannot compute, or computes something else."""
     name = f"{model.info.name} ({model.info.architecture})"
-    adapters = (None if model.trainable else _random_adapter(model), None)
+    adapter = None if model.trainable else _random_adapter(model)
+    # Rows of one adapter are decoded by other means where there are any, see `DecodeSteps`.
+    sets = [(adapter, None)] + [(adapter, adapter)] * (model.steps is not None)
     with refusing(f"{name} cannot run here", hint=HINT), _small_windows(model.module):
-        for attempt in range(ATTEMPTS):
-            wrong = _difference(model, adapters, seed=attempt)
-            if not wrong:
-                return
-    raise UnsupportedError(f"{name} cannot run here: its {wrong}.", field="base_model", hint=HINT)
+        for adapters in sets:
+            for attempt in range(ATTEMPTS):
+                wrong = _difference(model, adapters, seed=attempt)
+                if not wrong:
+                    break
+            else:
+                said = f"{name} cannot run here: its {wrong}."
+                raise UnsupportedError(said, field="base_model", hint=HINT)
 
 
 def _difference(model: LoadedModel, adapters: Sequence[Adapter | None], *, seed: int) -> str:
@@ -122,12 +127,14 @@ def _cached(
     places: list[Any] = []
     read, pieces = [0] * len(rows), []
     for sizes in PIECES:
+        new = [row[at : at + n] for row, at, n in zip(rows, read, sizes, strict=True)]
         if places:
-            used = decoding.decode(places)
+            tokens = [token for (token,) in new]
+            logits = model.next_logits(tokens, adapters, decoding, places)
+            pieces.append(torch.split(logits, 1))
         else:
             used = cache.read(list(zip(prompts, sizes, strict=True)))
-        new = [row[at : at + n] for row, at, n in zip(rows, read, sizes, strict=True)]
-        pieces.append(_logits(model, new, adapters, starts=read, cache=used))
+            pieces.append(_logits(model, new, adapters, starts=read, cache=used))
         read = [at + n for at, n in zip(read, sizes, strict=True)]
         if read == READ:
             places = [place for prompt in prompts for place in decoding.add(prompt, 1)]

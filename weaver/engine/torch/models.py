@@ -16,11 +16,12 @@ import torch
 from weaver.engine.torch.arenas import ArenaCache
 from weaver.engine.torch.attention_choice import ARENAS, BLOCKS, Attention, Paging
 from weaver.engine.torch.catalog import ModelFacts
-from weaver.engine.torch.kv_cache import CacheShape, KVCache
+from weaver.engine.torch.decode_steps import CudaGraphs, DecodeSteps
+from weaver.engine.torch.kv_cache import CachedRows, CacheShape, KVCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter
-from weaver.engine.torch.packing import PackedBatch
-from weaver.engine.torch.pages import PageCache
+from weaver.engine.torch.packing import PackedBatch, pack
+from weaver.engine.torch.pages import PageCache, PageRows
 from weaver.engine.torch.recompute import prepare_layers, recomputed
 
 
@@ -83,6 +84,7 @@ class LoadedModel:
         self.attention: Attention = BLOCKS
         self.paging: Paging = ARENAS
         """Its store settles which, of both."""
+        self.steps = DecodeSteps(CudaGraphs()) if self.device.type == "cuda" else None
         self.head = Head.of(module.get_submodule(path), path, facts.config)
 
     @property
@@ -122,6 +124,25 @@ class LoadedModel:
             batch.cache.finish()
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
+
+    def next_logits(
+        self,
+        tokens: Sequence[int],
+        adapters: Sequence[Adapter | None],
+        together: CachedRows[Any, Any],
+        rows: Sequence[Any],
+    ) -> torch.Tensor:
+        """float32 [B, V] behind one more token of each of the rows, all of `together`."""
+        hidden = None
+        if self.steps is not None and isinstance(together, PageRows):
+            hidden = self.steps.hidden(self, together.cache, rows, tokens, adapters)
+        if hidden is None:
+            starts, cache = [row.length for row in rows], together.decode(rows)
+            each = [[token] for token in tokens]
+            hidden = self.hidden_states(
+                pack(each, adapters=adapters, device=self.device, starts=starts, cache=cache)
+            )
+        return self.logits(hidden, adapters)
 
     def logits(self, hidden: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
         """float32 [N, V] of hidden states [N, H]; `adapters` has one entry a row."""

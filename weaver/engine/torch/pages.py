@@ -39,7 +39,7 @@ class Tables(NamedTuple):
     slots: torch.Tensor
     """int64 [T]: of the new tokens, page · P + token of the page."""
     pages: torch.Tensor
-    """int32 [S, W]: those of each sequence in order, then `SCRATCH`."""
+    """int32 [S, W]: those of each sequence in order, then its last one again."""
     used: torch.Tensor
     """int32 [S]: tokens of each sequence, with the new ones."""
     starts: torch.Tensor
@@ -94,6 +94,8 @@ class Pool:
     layers: list[torch.Tensor] = field(init=False)
     refs: list[int] = field(init=False)
     free: list[int] = field(default_factory=list)
+    grown: int = 0
+    """How often `layers` became other tensors."""
 
     def __post_init__(self) -> None:
         self.layers = [self._zeros(1) for _ in range(self.shape.num_layers)]
@@ -133,6 +135,7 @@ class Pool:
         """Layer by layer, so that no more than one is there twice."""
         for i, layer in enumerate(self.layers):
             self.layers[i] = torch.cat([layer, self._zeros(more)], dim=1)
+        self.grown += 1
         self.free += range(len(self.refs), len(self.refs) + more)
         self.refs += [0] * more
 
@@ -151,7 +154,7 @@ class PageCache:
     ) -> None:
         self.pool = Pool(shape, page)
         self.block_tokens = page
-        self._attention = attention
+        self.attention = attention
         self._page_bytes = page * shape.token_bytes
 
     def prompt_bytes(self, tokens: int) -> int:
@@ -180,11 +183,15 @@ class PageCache:
     def drop(self, block: int) -> None:
         self.pool.release([block])
 
-    def decode(self, rows: Sequence[Paged]) -> PagedPass:
-        """The pass that adds a token to each row, whose page for it is there then."""
+    def make_room(self, rows: Sequence[Paged]) -> None:
+        """Gives each row a page for its next token, if it has none."""
         for row in rows:
             if row.length == len(row.pages) * self.pool.page:
                 row.pages += self.pool.take(1)
+
+    def decode(self, rows: Sequence[Paged]) -> PagedPass:
+        """The pass that adds a token to each row."""
+        self.make_room(rows)
         return self._pass(rows, [1] * len(rows))
 
     def _pages(self, tokens: int) -> int:
@@ -192,17 +199,17 @@ class PageCache:
 
     def _pass(self, sequences: Sequence[Paged], counts: Sequence[int]) -> PagedPass:
         tables = tables_of(sequences, counts, page=self.pool.page).to(self.pool.shape.device)
-        return PagedPass(self.pool, self._attention, tables, sequences, counts)
+        return PagedPass(self.pool, self.attention, tables, sequences, counts)
 
 
 class PageRows:
     """See `CachedRows`."""
 
     def __init__(self, cache: PageCache) -> None:
-        self._cache = cache
+        self.cache = cache
 
     def add(self, prompt: Paged, count: int) -> list[Paged]:
-        pool = self._cache.pool
+        pool = self.cache.pool
         whole, rest = divmod(prompt.length, pool.page)
         rows = [Paged(pool.share(prompt.pages[:whole]), prompt.length) for _ in range(count)]
         if rest:
@@ -211,10 +218,10 @@ class PageRows:
         return rows
 
     def remove(self, row: Paged) -> None:
-        self._cache.pool.release(row.pages)
+        self.cache.pool.release(row.pages)
 
     def decode(self, rows: Sequence[Paged]) -> PagedPass:
-        return self._cache.decode(rows)
+        return self.cache.decode(rows)
 
 
 def tables_of(sequences: Sequence[Paged], counts: Sequence[int], *, page: int) -> Tables:
@@ -225,7 +232,8 @@ def tables_of(sequences: Sequence[Paged], counts: Sequence[int], *, page: int) -
         for sequence, count in zip(sequences, counts, strict=True)
         for at in range(sequence.length, sequence.length + count)
     ]
-    pages = [s.pages + [SCRATCH] * (width - len(s.pages)) for s in sequences]
+    # Nobody else's page is ever read, for what another sequence wrote may not be finite.
+    pages = [s.pages + s.pages[-1:] * (width - len(s.pages)) for s in sequences]
     used = [s.length + count for s, count in zip(sequences, counts, strict=True)]
     return Tables(
         slots=torch.tensor(slots),

@@ -22,7 +22,6 @@ from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import Cached, CachedRows
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
-from weaver.engine.torch.packing import pack
 from weaver.engine.torch.reading import Reader
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
@@ -264,34 +263,25 @@ class _Group:
 
     def forward(self) -> torch.Tensor:
         """float32 [B, V] behind the last token of each row."""
-        model = self.model
         adapters = [row.job.weights.adapter for row in self.rows]
-        hidden = model.hidden_states(
-            pack(
-                [row.draft.tokens[-1:] for row in self.rows],
-                adapters=adapters,
-                device=model.device,
-                starts=[row.place.length for row in self.rows],
-                cache=self._cache.decode([row.place for row in self.rows]),
-            )
-        )
-        return model.logits(hidden, adapters)
+        tokens, places = zip(*((row.draft.tokens[-1], row.place) for row in self.rows), strict=True)
+        return self.model.next_logits(tokens, adapters, self._cache, places)
 
 
 def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
     """Draws each row's next token from logits [B, V]; rows may end."""
     keys = np.array([row.key for row in rows], dtype=np.uint64)
     positions = np.array([len(row.draft.logprobs) for row in rows], dtype=np.uint64)
-    seen = [s for i in params.penalised_rows.tolist() if (s := rows[i].seen) is not None]
+    seen = [row.seen for row in rows if row.seen is not None]
     draws = sample(
         logits,
         params,
         uniforms=draw_uniforms(keys, positions).to(logits.device),
         seen=torch.stack(seen) if seen else None,
     )
-    drawn = zip(rows, *(column.tolist() for column in draws), strict=True)
-    for row, token, logprob, sampling_logprob in drawn:
-        row.job.take(row, token, logprob=logprob, sampling_logprob=sampling_logprob)
+    columns = torch.stack([column.double() for column in draws], dim=1)  # exact, and one copy
+    for row, (token, logprob, sampling_logprob) in zip(rows, columns.tolist(), strict=True):
+        row.job.take(row, int(token), logprob=logprob, sampling_logprob=sampling_logprob)
 
 
 def _row_params(rows: Sequence[Row], model: LoadedModel) -> RowParams:

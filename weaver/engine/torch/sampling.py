@@ -47,6 +47,9 @@ class RowParams:
     """int64: rows at temperature 0."""
     penalised_rows: torch.Tensor
     """int64: rows with a repetition penalty, of any kind."""
+    tempered: bool
+    """Whether a temperature is not 1; known here, so that no draw waits for the device to tell."""
+    has_min_p: bool
 
 
 class Draws(NamedTuple):
@@ -72,6 +75,7 @@ def row_params(
     top_p = column([p.top_p if p.top_p < 1 else torch.inf for p in params], torch.float64)
     penalty = column([p.repetition_penalty for p in params], torch.float32)
     greedy = temperature == 0
+    tempered = any(p.temperature not in (0, 1) for p in params)
     filtered = ~greedy & ((top_k < vocab_size) | (top_p < 1))
     return RowParams(
         temperature=temperature.masked_fill(greedy, 1),
@@ -83,6 +87,8 @@ def row_params(
         sorted_rows=rows(filtered),
         greedy_rows=rows(greedy),
         penalised_rows=rows(penalty != 1),
+        tempered=tempered,
+        has_min_p=any(p.min_p > 0 for p in params),
     )
 
 
@@ -104,13 +110,15 @@ def sample(
         assert seen is not None
         rows = params.penalised_rows
         scaled = logits.index_copy(0, rows, penalise(logits[rows], seen, params.penalty[rows]))
-    if bool((params.temperature != 1).any()):
+    if params.tempered:
         # the likeliest becomes 0 first, so that no temperature overflows
         scaled = scaled.sub(scaled.amax(-1, keepdim=True)).div_(params.temperature)
     weights = policy if scaled is logits else scaled.softmax(-1)
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     sampling_logprobs = logits.new_zeros(len(logits))
-    everything = _Rows(weights, params.top_k, params.top_p, params.min_p, uniforms)
+    everything = _Rows(
+        weights, params.top_k, params.top_p, params.min_p, uniforms, params.has_min_p
+    )
     for rows, draw in ((params.plain_rows, _draw_plain), (params.sorted_rows, _draw_sorted)):
         if len(rows):
             some = everything if len(rows) == len(logits) else everything.take(rows)
@@ -163,15 +171,23 @@ class _Rows(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     uniforms: torch.Tensor
+    has_min_p: bool
 
     def take(self, rows: torch.Tensor) -> _Rows:
-        return _Rows(*(column[rows] for column in self))
+        return _Rows(
+            self.weights[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.min_p[rows],
+            self.uniforms[rows],
+            self.has_min_p,
+        )
 
 
 def _draw_plain(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and log-probabilities [F]."""
     weights, min_p = rows.weights, rows.min_p
-    if bool(min_p.any()):
+    if rows.has_min_p:
         weights = weights.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), 0)
     return _invert(weights, rows.uniforms)
 
@@ -200,7 +216,7 @@ def _draw_among(ids: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor, torch.Ten
     keeps the smallest set of likeliest tokens whose share of those reaches p. Min-p (Nguyen et al.,
     arXiv:2407.01082) drops tokens below a share of the likeliest. Of equals, low ids come first.
     """
-    weights, top_k, top_p, min_p, uniforms = rows
+    weights, top_k, top_p, min_p, uniforms, _ = rows
     values, order = weights.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     running = values.cumsum(-1, dtype=torch.float64)
     total = running.gather(-1, top_k.clamp(max=ids.shape[-1]) - 1)
