@@ -11,6 +11,7 @@ import torch
 from tests.engine.conftest import datum, gradient_of, job, new_run, result_of, sequences
 from tests.zoo import FAMILIES
 from tests.zoo.models import random_model
+from weaver.engine.torch.attention import BLOCK_ROWS
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.engine import TorchEngine
 from weaver.engine.torch.linear import FrozenLinear
@@ -41,7 +42,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FACTOR = 2.4
 """The estimate is at least what is kept, and at most so many times that."""
 LENGTHS = (64, 64, 32)
-MEASURED = ["llama", "qwen3", "qwen3_moe", "mixtral", "gemma3", "phi", "olmo2", "gpt_neox", "opt"]
+MIXTURES, CAPPED = ["qwen3_moe", "mixtral"], ["gemma2", "gpt_oss"]
+MEASURED = ["llama", "qwen3", "gemma3", "phi", "olmo2", "gpt_neox", "opt", *MIXTURES, *CAPPED]
 
 
 def kept_bytes(model: LoadedModel, *, recompute: int) -> int:
@@ -134,8 +136,9 @@ def test_a_window_costs_a_mask_of_every_pair(catalog: Catalog) -> None:
         Footprint.of(catalog.facts(name), itemsize=4, chunk=1) for name in ("llama", "mistral")
     )
     assert windowed.window == 6
-    more = windowed.size([100], recompute=0) - plain.size([100], recompute=0)
-    assert more == (2 + 1) * 4 * 100 * 100
+    for length, pairs in ((100, 100 * 100), (2000, 2000 * (6 + BLOCK_ROWS))):
+        more = windowed.size([length], recompute=0) - plain.size([length], recompute=0)
+        assert more == (2 + 1) * 4 * pairs
     assert windowed.size([6] * 9, recompute=0) == plain.size([6] * 9, recompute=0)
 
 

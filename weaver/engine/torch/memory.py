@@ -9,12 +9,14 @@ does not depend on memory at all; how many layers compute again does, and change
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from weaver.engine.torch.attention import BLOCK_ROWS, BLOCK_SCORES
 from weaver.engine.torch.device import (
     ADAM_COPIES,
     CPU,
@@ -47,6 +49,8 @@ LEAST_ROWS = 16
 """Rows that a chunk of the head has at least, however large the vocabulary."""
 LOGIT_BYTES = 20
 """For each logit of a chunk: five arrays of float32 at most."""
+SCORE_BYTES = 12
+"""For each score that is capped: what its tanh and its softmax answered, and its mask."""
 SPREAD = 1.5
 """What a layer keeps, over what its projections take and give: 0.85 to 1.46 where measured."""
 
@@ -110,8 +114,10 @@ class Footprint:
     """Of one token in one layer that keeps its input alone."""
     ends: int
     """Of one token outside of the layers: embedding, last norm, the head's gradient, the loss."""
-    pair: int
-    """Of two tokens of a sequence in one layer, in a mask of its window."""
+    itemsize: int
+    """Of a value."""
+    capped_heads: int
+    """Query heads whose scores are capped or have sinks, so that they are kept; else 0."""
     window: int | None
     windowed: float
     """The share of the layers that have one."""
@@ -131,7 +137,8 @@ class Footprint:
             activations=int(SPREAD * itemsize * facts.projected / layers),
             inputs=itemsize * hidden,
             ends=(3 * itemsize + 12) * hidden + 512,
-            pair=itemsize,
+            itemsize=itemsize,
+            capped_heads=facts.num_heads if facts.softcap is not None or facts.sinks else 0,
             window=window,
             windowed=kinds.count("sliding_attention") / layers if window else 0.0,
             vocab_size=facts.info.vocab_size,
@@ -144,10 +151,23 @@ class Footprint:
         One layer counts twice: for gradients on the way back, or for what it computes again.
         """
         tokens, kept = sum(lengths), self.layers - recompute
-        masked = [n for n in set(lengths) if self.window is not None and n > self.window]
-        layer = tokens * self.activations + self.windowed * self.pair * sum(n * n for n in masked)
+        layer = int(tokens * self.activations + self._masks(lengths))
         logits = LOGIT_BYTES * min(self.chunk, tokens * self.vocab_size)
-        return int((kept + 1) * layer) + tokens * (recompute * self.inputs + self.ends) + logits
+        scores = 2 * SCORE_BYTES * min(BLOCK_SCORES, self.capped_heads * tokens * max(lengths))
+        kept_scores, inputs = kept * self._scores(lengths), tokens * recompute * self.inputs
+        return (kept + 1) * layer + kept_scores + inputs + tokens * self.ends + logits + scores
+
+    def _masks(self, lengths: Sequence[int]) -> float:
+        """Of windows, in one layer."""
+        if self.window is None:
+            return 0.0
+        pairs = (n * min(n, self.window + BLOCK_ROWS) for n in set(lengths) if n > self.window)
+        return self.windowed * self.itemsize * sum(pairs)
+
+    def _scores(self, lengths: Sequence[int]) -> int:
+        """In one layer that keeps them; those of more than a block are always computed again."""
+        counts = [(n, self.capped_heads * n * n * of) for n, of in Counter(lengths).items()]
+        return SCORE_BYTES * sum(s for n, s in counts if n <= BLOCK_ROWS and s <= BLOCK_SCORES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
