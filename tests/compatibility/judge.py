@@ -252,9 +252,9 @@ def _export(engine: TorchEngine, base: Path, folder: Path, config: LoraConfig) -
     tokens = _tokens(40)
     for name in ("adapter", "merged", "full"):
         (folder / name).mkdir()
-    engine.trainer.save("lora", folder / "adapter", include_optimizer=False)
+    engine.trainer.save("lora", include_optimizer=False)(folder / "adapter")
     engine.merge_adapter("base", folder / "adapter", folder / "merged")
-    engine.trainer.save("full", folder / "full", include_optimizer=False)
+    engine.trainer.save("full", include_optimizer=False)(folder / "full")
     adapted, _ = _adapted(engine, base, config)
     pairs = [(folder / "merged", adapted), (folder / "full", _eager(base))]
     with torch.no_grad():

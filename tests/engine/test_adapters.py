@@ -110,7 +110,7 @@ def test_every_default_of_peft_is_read_and_anything_else_named(
     catalog: Catalog, trainer: TorchTrainer, tmp_path: Path
 ) -> None:
     new_run(trainer, config=LORA)
-    trainer.save("run", tmp_path, include_optimizer=False)
+    trainer.save("run", include_optimizer=False)(tmp_path)
     path, facts = tmp_path / "adapter_config.json", catalog.facts("qwen3")
     settings = peft.LoraConfig().to_dict() | json.loads(path.read_text())
     path.write_text(json.dumps(settings))

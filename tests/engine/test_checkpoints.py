@@ -64,7 +64,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def saved(trainer: TorchTrainer, run_id: str, folder: Path, *, include_optimizer: bool) -> Path:
     folder.mkdir()
-    trainer.save(run_id, folder, include_optimizer=include_optimizer)
+    trainer.save(run_id, include_optimizer=include_optimizer)(folder)
     return folder
 
 
@@ -296,4 +296,4 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(
 ) -> None:
     run_id = new_run(trainer, config=LoraConfig(rank=2))
     with pytest.raises(StorageError):
-        trainer.save(run_id, tmp_path / "missing", include_optimizer=True)
+        trainer.save(run_id, include_optimizer=True)(tmp_path / "missing")

@@ -47,7 +47,7 @@ pytestmark = [
 def save_adapter(trainer: TorchTrainer, name: str, folder: Path, *, config: LoraConfig) -> Path:
     new_run(trainer, architecture=name, config=config)
     folder.mkdir()
-    trainer.save("run", folder, include_optimizer=False)
+    trainer.save("run", include_optimizer=False)(folder)
     return folder
 
 
@@ -89,7 +89,7 @@ def test_nano_is_merged_with_its_tokenizer(tmp_path: Path) -> None:
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     for folder in (adapter, merged):
         folder.mkdir()
-    engine.trainer.save("run", adapter, include_optimizer=True)
+    engine.trainer.save("run", include_optimizer=True)(adapter)
     engine.merge_adapter("weaver-nano", adapter, merged)
     engine.close()
     assert_merged_equals_peft(NANO, adapter, merged)

@@ -223,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_read_is_corrupt_not_a_defect(
     store, broken = store_of(folder), llama(tmp_path / "broken", vocab_size=70)
     trainer = TorchTrainer(store)
     trainer.create_run("run", "base", training_mode="full_ft", lora_config=None, seed=0)
-    trainer.save("run", tmp_path / "broken", include_optimizer=False)
+    trainer.save("run", include_optimizer=False)(tmp_path / "broken")
     (broken / "config.json").write_text(
         json.dumps(json.loads((broken / "config.json").read_text()) | {"vocab_size": 70})
     )

@@ -179,7 +179,7 @@ def test_base_models_and_full_snapshots_step_in_turn(
     sampler.load("llama", "llama", None)
     sampler.load("qwen2", "qwen2", None)
     sampler.publish("full", trainer.snapshot(run_id))
-    trainer.save(run_id, tmp_path, include_optimizer=False)
+    trainer.save(run_id, include_optimizer=False)(tmp_path)
     sampler.load("folder", "qwen2", tmp_path)
     names = ["llama", "qwen2", "full", "folder"]
     jobs = [

@@ -75,7 +75,7 @@ def test_logprobs_are_the_trainers(
         trainer.optim_step(run_id, AdamParams(learning_rate=1e-2))
     for run_id in runs[:2]:
         sampler.publish(run_id, trainer.snapshot(run_id))
-    trainer.save(runs[2], tmp_path, include_optimizer=True)
+    trainer.save(runs[2], include_optimizer=True)(tmp_path)
     assert sampler.load(runs[2], architecture, tmp_path) == 1
     prompt = sequences(11, seed=4)[0]
     settings = {"temperature": 0.7, "max_tokens": 30, "n": n}

@@ -327,7 +327,7 @@ def test_one_broken_weight_is_found_and_mended(
         assert isinstance(result, NonFiniteError)
         assert weight in result.message
     with pytest.raises(NonFiniteError, match=weight):
-        trainer.save(run_id, tmp_path, include_optimizer=False)
+        trainer.save(run_id, include_optimizer=False)(tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(NoGradientsError):
         trainer.optim_step(run_id, ADAM)

@@ -31,8 +31,8 @@ class FakeEngine(ThreadedEngine):
 
     `hook(name, argument)` is called within each engine call, in its thread: it may sleep to make
     the call slow, or raise to make it fail. Names are those of the methods, with `load_sampler`
-    for the sampler's `load`, and `gradient` with each single `GradientJob`, where a `WeaverError`
-    fails that job alone.
+    for the sampler's `load`, `gradient` with each single `GradientJob`, where a `WeaverError`
+    fails that job alone, and `write` in the thread that calls what `save` answered.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from weaver.tensors import TensorData
 from weaver.types import ForwardBackwardResult, OptimStepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from tests.fake_engine import FakeEngine
@@ -175,14 +175,20 @@ class FakeTrainer:
                 tensors={"weight": run.weights},  # optim_step replaces it, never writes into it
             )
 
-    def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        with self._engine.call("save", folder):
+    def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
+        with self._engine.call("save", run_id):
             run = self._runs[run_id]
-            np.save(folder / "weight.npy", run.weights)
-            if include_optimizer:
-                np.save(folder / "optimizer.npy", run.moments)
+            weights, moments = run.weights, run.moments.copy()  # the weights are replaced
             state = {"base_model": run.base_model, "step": run.step}
+
+        def write(folder: Path) -> None:
+            self._engine.hook("write", folder)
+            np.save(folder / "weight.npy", weights)
+            if include_optimizer:
+                np.save(folder / "optimizer.npy", moments)
             (folder / "state.json").write_text(json.dumps(state))
+
+        return write
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
         with self._engine.call("load", folder):

@@ -244,7 +244,7 @@ async def test_a_full_disk_fails_one_save(home: Path) -> None:
         run = await caller.create()
 
         def fail(name: str, argument: object) -> None:
-            if name == "save":
+            if name == "write":
                 raise OSError(28, "No space left on device")
 
         record.fail = fail
@@ -254,7 +254,9 @@ async def test_a_full_disk_fails_one_save(home: Path) -> None:
         await caller.do(save, CheckpointSaved, run_id=run)
 
 
-@pytest.mark.parametrize("name", ["optim_step", "save", "load_sampler", "encode", "add", "step"])
+@pytest.mark.parametrize(
+    "name", ["optim_step", "save", "write", "load_sampler", "encode", "add", "step"]
+)
 async def test_a_defect_of_the_engine_is_an_outcome(
     home: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -271,6 +273,7 @@ async def test_a_defect_of_the_engine_is_an_outcome(
         operations: dict[str, Operation] = {
             "optim_step": STEP,
             "save": SaveCheckpoint(purpose="state"),
+            "write": SaveCheckpoint(purpose="state"),
         }
         record.fail = fail
         with caplog.at_level(logging.ERROR):

@@ -108,10 +108,12 @@ class Trainer(Protocol):
     async def snapshot(self, run_id: str) -> WeightsRef:
         """The weights as they are now, to be published; until the run's next snapshot."""
 
-    async def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        """Writes into an empty folder: PEFT's layout (or a model folder for full fine-tuning).
+    async def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
+        """Copies the run as it is now; what is answered writes that copy into an empty folder.
 
-        With the optimizer also `optimizer.safetensors`. The accumulated gradient is not saved.
+        It blocks, in any thread and beside whatever the engine does: PEFT's layout (or a model
+        folder for full fine-tuning), with the optimizer also `optimizer.safetensors`. The
+        accumulated gradient is not saved.
         """
 
     async def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from weaver import types
@@ -59,7 +59,7 @@ class BlockingTrainer(Protocol):
 
     def snapshot(self, run_id: str) -> WeightSnapshot: ...
 
-    def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None: ...
+    def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]: ...
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None: ...
 

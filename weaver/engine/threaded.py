@@ -145,9 +145,9 @@ class ThreadedEngine:
     async def clear_gradients(self, run_id: str) -> None:
         await self._train(partial(self.trainer.clear_gradients, run_id))
 
-    async def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        save = partial(self.trainer.save, run_id, folder, include_optimizer=include_optimizer)
-        await self._train(save)
+    async def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
+        save = partial(self.trainer.save, run_id, include_optimizer=include_optimizer)
+        return await self._train(save)
 
     async def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> int:
         def load() -> int:

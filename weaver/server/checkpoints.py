@@ -116,6 +116,7 @@ class Checkpoints:
         *,
         author: str = "",
         overwrite: bool = False,
+        last_seqs: Mapping[str, int] | None = None,
     ) -> CheckpointInfo:
         """Saves what `fill` puts into an empty folder; answers `info` with its times and size.
 
@@ -130,7 +131,7 @@ class Checkpoints:
         try:
             with storage_errors(f"saving {info.path}"):
                 fill(draft)
-            return self.commit(draft, info, author=author)
+            return self.commit(draft, info, author=author, last_seqs=last_seqs)
         finally:
             self.discard(draft)
 

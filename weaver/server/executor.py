@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
 
+COMPUTING = {"forward_backward", "optim_step"}
+"""Kinds of operations that a replay does again."""
+
 
 @dataclass(slots=True, eq=False)
 class Worker:
@@ -209,7 +212,9 @@ class Executor:
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch or self._stopped:  # which may have emptied the engine
             return
+        begin = time.monotonic()
         results = list(await self._operations.execute(batch))
+        took_s = (time.monotonic() - begin) / len(batch)
         changed: list[tuple[Run, protocol.Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
@@ -217,6 +222,8 @@ class Executor:
                 ticket.number = run.execute(ticket)
                 if self._recovery.store.keeps != "nothing":
                     run.unsaved_bytes += ticket.size_bytes
+                if ticket.submission.kind in COMPUTING:
+                    run.computed_s += took_s
                 if isinstance(result, (protocol.StepDone, protocol.CheckpointLoaded)):
                     changed.append((run, result))
             if isinstance(result, protocol.ModelCreated):

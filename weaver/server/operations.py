@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from anyio import CancelScope, to_thread
-
 from weaver import errors, protocol
 from weaver.boundary import attempt_async, blocking
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
-from weaver.server.checkpoints import Location, storage_errors
+from weaver.server.checkpoints import Location
 from weaver.server.runs import Run
 from weaver.types import LoraConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
-    from pathlib import Path
 
     from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints
@@ -187,9 +184,8 @@ class Operations:
         if done is not None:
             return done
         await blocking(self._check_stored, ticket.session.caller.project)
-        save = partial(self.engine.save, info.run_id, include_optimizer=optimizer)
-        draft = await filled(disk, Location.parse(info.path), save)
-        return await blocking(partial(disk.commit, draft, info, author=author))
+        fill = await self.engine.save(info.run_id, include_optimizer=optimizer)
+        return await blocking(partial(disk.write, info, fill, author=author, overwrite=overwrite))
 
     def _check_stored(self, project: str) -> None:
         """Raises QuotaExceededError. Snapshots do not count: they are the server's own."""
@@ -220,26 +216,6 @@ class Operations:
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.cleared()
         return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
-
-
-async def filled(
-    disk: Checkpoints, location: Location, fill: Callable[[Path], Awaitable[None]]
-) -> Path:
-    """A draft that `fill` has put files into.
-
-    Raises:
-        StorageError: the disk is full or not writable; nothing was left behind.
-    """
-    draft, done = await blocking(disk.draft, location), False
-    try:
-        with storage_errors(f"saving {location}"):
-            await fill(draft)
-        done = True
-    finally:
-        if not done:
-            with CancelScope(shield=True):
-                await to_thread.run_sync(disk.discard, draft)
-    return draft
 
 
 def gradient_job(run_id: str, operation: protocol.ForwardBackward) -> GradientJob:

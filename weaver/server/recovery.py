@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +23,8 @@ from weaver.errors import EngineError, RunNotFoundError, WeaverError
 from weaver.files import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.checkpoints import Location
-from weaver.server.operations import filled, gradient_job
+from weaver.server.operations import gradient_job
+from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -35,12 +36,19 @@ if TYPE_CHECKING:
     from weaver.server.records import Executed, RunRecord
     from weaver.server.runs import Run
     from weaver.server.settings import Durability
+    from weaver.types import CheckpointInfo
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 OTHER_HOME = "Close that one, or use another home (WEAVER_HOME)."
 
 
+SHARE = 0.05
+"""Of the time that a run has computed since its last snapshot the next one may cost so much."""
+REPLAY_S = 300.0
+"""What took a run so long to compute is not left to a replay, whatever a snapshot costs."""
+SNAPSHOTS_AT_ONCE = 1
+"""So many are written at the same time, of all runs: each has a copy of its run in memory."""
 UNSAVED_BYTES = 16 * 2**20
 """A run with more in its journal alone is snapshotted after its next step, even one that failed."""
 FORGET_S = 1.0
@@ -59,6 +67,8 @@ class Recovery:
     live: Checkpoints
     """Snapshots, named by the last operation in them; the lock files are beside them."""
     durability: Durability
+    _writing: list[Run] = field(default_factory=list)
+    """Those whose snapshots are on their way to the disk."""
 
     async def load(self, run: Run) -> None:
         """Brings the engine to where the run stood after its last finished operation.
@@ -68,9 +78,9 @@ class Recovery:
             StorageError, CheckpointCorruptError: the journal or the snapshot is damaged.
             UnknownModelError: the base model is gone.
         """
-        await self.hold(run)
         try:
             async with run.committing:  # which prunes what the former snapshot needs
+                await self.hold(run)
                 record = await self.store.run(run.run_id)
                 if record is None:
                     raise RunNotFoundError(
@@ -87,7 +97,12 @@ class Recovery:
         """Takes it out of the engine; its next operation brings it back."""
         run.loaded = False
         await attempt_async(self.engine.delete_run, run.run_id)
-        release(run)
+        self._let_go(run)
+
+    def _let_go(self, run: Run) -> None:
+        """Lets other processes have a run that is not loaded, once its snapshots are written."""
+        if not run.loaded and run not in self._writing:
+            release(run)
 
     async def delete(self, run: Run, *, checkpoints: bool) -> list[str]:
         """Forgets a run that nothing waits for; answers the checkpoints that went with it.
@@ -99,9 +114,9 @@ class Recovery:
             ConflictError: another process has it.
             StorageError
         """
-        await self.hold(run)
         try:
             async with run.committing:
+                await self.hold(run)
                 remove = self._delete_checkpoints
                 gone = await blocking(remove, run.run_id) if checkpoints else []
                 await self.store.delete_run(run.run_id)
@@ -132,42 +147,65 @@ class Recovery:
     def due(self, run: Run, *, at_once: bool) -> bool:
         """Whether a snapshot should be taken, now that a step has ended and no gradient is left.
 
+        Runs share the time of the device, so that what each may cost bounds what all of them cost.
         `at_once` after a checkpoint was loaded, which may be deleted and not be found in a replay.
         """
+        enough, unsaved = self.durability, run.unsaved_bytes > UNSAVED_BYTES
         steps, passed_s = run.step - run.snapshot_step, time.monotonic() - run.snapshot_at
-        enough = self.durability
         in_turn = steps >= enough.snapshot_every_steps and passed_s >= enough.snapshot_every_s
-        wanted = not run.committing.locked() and (in_turn or run.unsaved_bytes > UNSAVED_BYTES)
+        earned = run.computed_s * SHARE >= run.snapshot_cost_s or run.computed_s >= REPLAY_S
+        in_turn &= earned or not enough.snapshot_every_s
+        free = len(self._writing) < SNAPSHOTS_AT_ONCE or not enough.snapshot_every_s
+        wanted = free and not run.committing.locked() and (in_turn or unsaved)
         return self.store.keeps != "nothing" and (at_once or wanted)
 
     async def snapshot(self, run: Run) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Writes the run into a folder, which takes the engine; answers what remains to be done.
+        """Copies the run, which takes the engine; answers what remains to be done.
 
-        The rest (waiting for the disk, and pruning the journal) can go on beside the engine.
+        The rest (writing it, waiting for the disk, and pruning the journal) can go on beside it.
         """
-        number, saved_bytes = run.executed, run.unsaved_bytes
-        run.snapshot_step, run.snapshot_at = run.step, time.monotonic()
+        place, last_seqs = str(_place(run, run.executed)), dict(run.last_seqs)
+        info = run.checkpoint(place, "weights_and_optimizer", step=run.step)
+        saved_bytes, begin = run.unsaved_bytes, time.monotonic()
+        run.snapshot_step, run.snapshot_at, run.computed_s = run.step, begin, 0.0
         save = partial(self.engine.save, run.run_id, include_optimizer=True)
-        draft = await attempt_async(filled, self.live, _place(run, number), save)
-        if isinstance(draft, WeaverError):
-            logger.warning("no snapshot of %s: %s", run.run_id, draft)
+        fill = await attempt_async(save)
+        if isinstance(fill, WeaverError):
+            logger.warning("no snapshot of %s: %s", run.run_id, fill)
             return None
-        return partial(self._commit, run, draft, number=number, saved_bytes=saved_bytes)
+        run.snapshot_cost_s = time.monotonic() - begin
+        self._writing.append(run)
+        write = partial(self.live.write, info, fill, overwrite=True, last_seqs=last_seqs)
+        return partial(self._commit, run, info, write, saved_bytes=saved_bytes)
 
-    async def _commit(self, run: Run, draft: Path, *, number: int, saved_bytes: int) -> None:
-        place = str(_place(run, number))
-        info = run.checkpoint(place, "weights_and_optimizer", step=run.snapshot_step)
-        write = partial(self.live.commit, draft, info, last_seqs=dict(run.last_seqs))
-        async with run.committing:  # one after another: each prunes what the former held
-            done = await to_thread.run_sync(attempt, write, abandon_on_cancel=True)
-            failure = done if isinstance(done, WeaverError) else None
-            if failure is None:
-                failure = await attempt_async(self.store.put_snapshot, run.run_id, number)
-            if failure is None:
-                run.unsaved_bytes -= saved_bytes
-                await to_thread.run_sync(attempt, self._prune, run, number)
-            else:
-                logger.warning("no snapshot of %s: %s", run.run_id, failure)
+    async def _commit(
+        self,
+        run: Run,
+        info: CheckpointInfo,
+        write: Callable[[], CheckpointInfo],
+        *,
+        saved_bytes: int,
+    ) -> None:
+        number = int(info.name)
+        work = partial(out_at_exit, partial(attempt, write))
+        try:
+            async with run.committing:  # one after another: each prunes what the former held
+                if run.lock is None:  # it was deleted, or another process may have it
+                    return
+                begin = time.monotonic()
+                done = await to_thread.run_sync(work, abandon_on_cancel=True)
+                failure = done if isinstance(done, WeaverError) else None
+                if failure is None:
+                    failure = await attempt_async(self.store.put_snapshot, run.run_id, number)
+                if failure is None:
+                    run.unsaved_bytes -= saved_bytes
+                    await to_thread.run_sync(attempt, self._prune, run, number)
+                else:
+                    logger.warning("no snapshot of %s: %s", run.run_id, failure)
+                run.snapshot_cost_s += time.monotonic() - begin
+        finally:
+            self._writing.remove(run)
+            self._let_go(run)
 
     def _prune(self, run: Run, number: int) -> None:
         with suppress(FileNotFoundError):
@@ -186,7 +224,7 @@ class Recovery:
             lora_config=run.lora_config,
             seed=run.seed,
         )
-        restored, step = False, 0
+        restored, step, begin = False, 0, time.monotonic()
         try:
             if record.snapshot:
                 _, folder = await blocking(self.live.open, str(_place(run, record.snapshot)))
@@ -194,7 +232,7 @@ class Recovery:
             run.step = run.snapshot_step = step
             for one in done:
                 reason = await self._replay(run, one, reason)
-            restored = True
+            restored, run.computed_s = True, time.monotonic() - begin
         finally:
             if not restored:
                 with anyio.move_on_after(FORGET_S, shield=True):

@@ -48,6 +48,10 @@ class Run:
     """How many points it has of each name; None until some are added."""
     snapshot_step: int = 0
     snapshot_at: float = field(default_factory=time.monotonic)
+    snapshot_cost_s: float = 0.0
+    """What the last snapshot took: of the engine, and beside it."""
+    computed_s: float = 0.0
+    """Its share of the engine's passes and steps since then, which a replay would take again."""
     committing: anyio.Lock = field(default_factory=anyio.Lock)
     """Held while a snapshot goes to the disk."""
     lock: int | None = None

@@ -191,11 +191,15 @@ EMBEDDED = Limits(
 class Durability:
     """Snapshots are taken after steps, when so many steps and so much time have passed.
 
-    What lies behind the last one is replayed after a restart.
+    And when the run has computed for long enough to be worth one: see `Recovery.due`. What lies
+    behind the last one is replayed after a restart.
     """
 
     snapshot_every_s: float = setting(
-        10.0, "Seconds, at least, between snapshots of a run.", name="snapshot_every", least=0
+        10.0,
+        "Seconds, at least, between snapshots of a run; more where one costs much, unless it is 0.",
+        name="snapshot_every",
+        least=0,
     )
     snapshot_every_steps: int = setting(1, "Steps, at least, between snapshots of a run.", least=1)
     unload_after_s: float = setting(

@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,38 +84,72 @@ class State(Value):
         return values | {f"lora_config.{name}": value for name, value in lora.items()}
 
 
-def write_checkpoint(
-    folder: Path,
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Copy:
+    """A run as it was, on the host, for `write` in any thread."""
+
+    state: State
+    model: LoadedModel
+    weights: Mapping[str, torch.Tensor]
+    """Of LoRA by PEFT's names, else all that the model's files hold."""
+    optimizer: Mapping[str, torch.Tensor] | None
+    """What optimizer.safetensors holds."""
+
+    def write(self, folder: Path) -> None:
+        """Makes a checkpoint of an empty folder.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        state, model = self.state, self.model
+        try:
+            if state.lora_config is not None:
+                base = model.facts.public_name
+                files.write_adapter(folder, self.weights, config=state.lora_config, base=base)
+            else:
+                with files.without_progress_bars():
+                    model.module.save_pretrained(folder, state_dict=dict(self.weights))
+                with suppress(errors.UnsupportedError):  # the base model has no tokenizer either
+                    _write_tokenizer(model.facts, folder)
+            if self.optimizer is not None:
+                save_file(dict(self.optimizer), folder / OPTIMIZER)
+            (folder / STATE).write_text(json.dumps(state.model_dump(), indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise errors.StorageError(
+                f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+                hint="Free some space or check the permissions.",
+            ) from error
+
+
+def copy_of(
     state: State,
     *,
     model: LoadedModel,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """Writes a checkpoint into an empty folder.
+) -> Copy:
+    """What a checkpoint holds, copied.
 
     Raises:
-        NonFiniteError: a weight is NaN or infinite; nothing was written.
-        StorageError: the disk is full or not writable.
+        NonFiniteError: a weight is NaN or infinite.
     """
     files.check_finite(parameters)
-    try:
-        if state.lora_config is not None:
-            base = model.facts.public_name
-            files.write_adapter(folder, parameters, config=state.lora_config, base=base)
-        else:
-            with files.without_progress_bars():
-                model.module.save_pretrained(folder)
-            with suppress(errors.UnsupportedError):  # the base model has no tokenizer either
-                _write_tokenizer(model.facts, folder)
-        if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer, parameters), folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps(state.model_dump(), indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise errors.StorageError(
-            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
-            hint="Free some space or check the permissions.",
-        ) from error
+    weights = parameters if state.lora_config else model.module.state_dict()
+    return Copy(
+        state=state,
+        model=model,
+        weights=_copied(weights),
+        optimizer=None if optimizer is None else _optimizer_tensors(optimizer, parameters),
+    )
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the host; those that share their values still do."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in tensors.values():
+        if (place := (tensor.data_ptr(), tensor.shape)) not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True).contiguous()
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
 
 
 def _write_tokenizer(facts: ModelFacts, folder: Path) -> None:
@@ -129,8 +164,8 @@ def _optimizer_tensors(
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             stored = key if key == ADAM_STEP else f"{name}.{key}"
-            tensors[stored] = value.detach().cpu().contiguous()
-    return tensors
+            tensors[stored] = value
+    return _copied(tensors)
 
 
 def read_optimizer(

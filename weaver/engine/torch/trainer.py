@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -159,16 +159,13 @@ class TorchTrainer:
             tensors={n: p.detach().clone() for n, p in run.named_parameters().items()},
         )
 
-    def save(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
-        """Errors: see `write_checkpoint`."""
+    def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
+        """Errors: see `copy_of` and, of what is answered, `Copy.write`."""
         run = self._run(run_id)
-        checkpoints.write_checkpoint(
-            folder,
-            run.state(),
-            model=run.model,
-            parameters=run.named_parameters(),
-            optimizer=run.optimizer if include_optimizer else None,
-        )
+        optimizer = run.optimizer if include_optimizer else None
+        return checkpoints.copy_of(
+            run.state(), model=run.model, parameters=run.named_parameters(), optimizer=optimizer
+        ).write
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
         """See the protocol.
