@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_the_table_has_what_passed_failed_and_was_measured(tmp_path: Path) -> No
     assert "| gpu.test_sheet | 1 | 1 | 0 | 2 |" in lines
     assert "| engine.test_adapters | 0 | 0 | 1 | 0 |" in lines
     assert "| bf16 gap | 0.01 nats |" in lines
+
+
+def test_the_tests_of_the_engine_take_what_may_be_missing_from_one_place() -> None:
+    named = re.compile(r"^(?:from|import) (?:peft|hypothesis|httpx|zstandard|sqlalchemy)", re.M)
+    files = (ROOT / "tests" / "engine").glob("*.py")
+    assert [path.name for path in files if named.search(path.read_text())] == []
 
 
 def test_modules_that_are_left_out_are_there() -> None:

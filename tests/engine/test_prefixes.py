@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.engine.conftest import ARCHITECTURES, new_run, sequences
 from tests.engine.sampler_kit import finish, sample_job, save_tokenizer
 from tests.engine.test_sampler_numbers import assert_same
+from tests.optional import given, st
 from weaver.engine.torch.arenas import BLOCK
 from weaver.engine.torch.models import PublishedWeights
 from weaver.engine.torch.prefixes import Owner, Prefixes

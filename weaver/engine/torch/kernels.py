@@ -11,6 +11,7 @@ N rows; x [N, in], weight [out, in].
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from torch.nn import functional
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512
+BLOCK_ROWS = (64, 48, 32, 24, 16, 8)
+"""Rows of a weight that lie side by side in oneDNN's layouts, by processor and shape."""
 
 
 class Kernel(Protocol):
@@ -62,7 +65,7 @@ class Plain:
 
 
 class Prepacked:
-    """In oneDNN's blocked layout, in place of the original (a tied embedding keeps its own).
+    """In oneDNN's blocked layout, in place of the original.
 
     The first backward pass adds a blocked transpose: 1x the memory for sampling, 2x for training.
     """
@@ -72,6 +75,7 @@ class Prepacked:
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = _prepack(weight)
         self._transpose: torch.Tensor | None = None
+        self._blocks: torch.Tensor | None = None
 
     def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _packed_linear(x, self._packed, bias)
@@ -83,6 +87,17 @@ class Prepacked:
 
     def dense(self) -> torch.Tensor:
         return self._packed.to_dense()
+
+    def read_rows(self, weight: torch.Tensor) -> bool:
+        """Whether `rows` can be called, found by comparing rows with those of the original."""
+        self._blocks = _blocks_of(self._packed, weight)
+        return self._blocks is not None
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of the weight [out, in], those at ids [N]: [N, in]"""
+        assert self._blocks is not None
+        size = self._blocks.shape[2]
+        return self._blocks[ids // size, : self._packed.shape[1], ids % size]
 
 
 @cache
@@ -102,6 +117,28 @@ def prepackable(dtype: torch.dtype) -> bool:
 def _prepack(weight: torch.Tensor) -> torch.Tensor:
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS)
     return packed
+
+
+def _blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """A packed weight's own memory as [blocks, in or more, b], where row r is [r // b, :in, r % b].
+
+    None where its layout is another. The memory is the packed tensor's, and gone with it.
+    """
+    try:
+        address = torch.ops.mkldnn.data_ptr(packed)
+        memory = (ctypes.c_char * torch.ops.mkldnn._nbytes(packed)).from_address(address)
+    except AttributeError:  # a torch that does not tell
+        return None
+    values = torch.frombuffer(memory, dtype=weight.dtype)
+    out, width = weight.shape
+    some = torch.cat([torch.arange(min(out, 64)), torch.linspace(0, out - 1, 64).long()])
+    for size in BLOCK_ROWS:
+        padded, rest = divmod(len(values), -(-out // size) * size)
+        if rest == 0 and padded >= width:
+            blocks = values.view(-1, padded, size)
+            if torch.equal(blocks[some // size, :width, some % size], weight[some]):
+                return blocks
+    return None
 
 
 def _packed_linear(

@@ -17,6 +17,7 @@ from weaver.engine.torch.arenas import ArenaCache
 from weaver.engine.torch.attention_choice import ARENAS, BLOCKS, Attention, Paging
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.decode_steps import CudaGraphs, DecodeSteps
+from weaver.engine.torch.embedding import share_embedding
 from weaver.engine.torch.kv_cache import CachedRows, CacheShape, KVCache
 from weaver.engine.torch.linear import FrozenLinear, Routing
 from weaver.engine.torch.lora import Adapter
@@ -77,6 +78,7 @@ class LoadedModel:
         self.routing = Routing()
         module.requires_grad_(trainable).eval()
         linear = module.get_output_embeddings()
+        tied = linear.weight is module.get_input_embeddings().weight
         path = next(name for name, m in module.named_modules() if m is linear)
         if not trainable:
             self._freeze()
@@ -85,7 +87,10 @@ class LoadedModel:
         self.paging: Paging = ARENAS
         """Its store settles which, of both."""
         self.steps = DecodeSteps(CudaGraphs()) if self.device.type == "cuda" else None
-        self.head = Head.of(module.get_submodule(path), path, facts.config)
+        head = module.get_submodule(path)
+        if tied and not trainable:
+            share_embedding(module, head.kernel)
+        self.head = Head.of(head, path, facts.config)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
