@@ -11,6 +11,9 @@ import openai
 
 CHAT = [{"role": "user", "content": "reverse: abc"}]
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+"""The bundled model's chat template shows none."""
+
 
 def main(base_model: str, run: str) -> None:
     client = openai.OpenAI()
@@ -46,7 +49,7 @@ def main(base_model: str, run: str) -> None:
     for kind, wrong in (
         (openai.NotFoundError, {"model": "none", "messages": CHAT}),
         (openai.BadRequestError, {"model": base_model, "messages": []}),
-        (openai.UnprocessableEntityError, {"model": base_model, "messages": CHAT, "tools": [{}]}),
+        (openai.UnprocessableEntityError, {"model": base_model, "messages": CHAT, "tools": [TOOL]}),
     ):
         try:
             client.chat.completions.create(**wrong)

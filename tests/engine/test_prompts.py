@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,42 @@ def test_a_chat_is_what_the_template_makes_of_it(zoo: Zoo, name: str) -> None:
     tokens = encode_prompt(tokenizer, [USER], name="it")
     text = tokenizer.apply_chat_template([dict(USER)], tokenize=False, add_generation_prompt=True)
     assert tokens == tokenizer.encode(text, add_special_tokens=False)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tools_are_shown_or_refused(zoo: Zoo, name: str) -> None:
+    tokenizer = zoo.tokenizer(name)
+    without = encode_prompt(tokenizer, [USER], name="it") if tokenizer.chat_template else []
+    try:
+        tokens = encode_prompt(tokenizer, [USER], name="it", tools=[TOOL])
+    except UnsupportedError as error:
+        assert error.field in ("tools", "prompt")
+        return
+    assert tokens != without
+    assert "add" in tokenizer.decode(tokens)
+
+
+def test_both_happen_in_the_zoo(zoo: Zoo) -> None:
+    shown = set()
+    for name in TOKENIZERS:
+        try:
+            encode_prompt(zoo.tokenizer(name), [USER], name="it", tools=[TOOL])
+            shown.add(True)
+        except UnsupportedError:
+            shown.add(False)
+    assert shown == {True, False}
+
+
+def test_calls_reach_the_template(zoo: Zoo) -> None:
+    tokenizer = copy.deepcopy(zoo.tokenizer("qwen"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.tool_calls | tojson }}{% endfor %}"
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    said = Message(role="assistant", content="", tool_calls=(call,))
+    text = tokenizer.decode(encode_prompt(tokenizer, [said], name="it"))
+    assert "add" in text and "arguments" in text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from tests.fake_engine.sampler import FakeSampler
 from tests.fake_engine.trainer import FakeTrainer
 from weaver.engine.threaded import ThreadedEngine
 from weaver.errors import UnknownModelError, nearest
-from weaver.types import ModelInfo
+from weaver.types import Message, ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from weaver.types import Message, TrainingMode
+    from weaver.types import TrainingMode
 
 
 class FakeEngine(ThreadedEngine):
@@ -81,9 +81,16 @@ class FakeEngine(ThreadedEngine):
         self.get_model(base_model)
         return self._max_tokens_trained
 
-    def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(
+        self,
+        base_model: str,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> list[int]:
         self.hook("encode", prompt)
         if not isinstance(prompt, str):
+            prompt = [Message(role="tools", content=str(list(tools))), *prompt] if tools else prompt
             turns = "".join(f"{message.role}: {message.content}\n" for message in prompt)
             prompt = f"{turns}assistant: "
         return list(prompt.encode())

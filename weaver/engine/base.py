@@ -191,12 +191,19 @@ class Engine(Trainer, Sampler, Protocol):
         Errors: see `get_model`.
         """
 
-    def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
+    def encode(
+        self,
+        base_model: str,
+        prompt: str | Sequence[types.Message],
+        *,
+        tools: Sequence[types.JsonDict] = (),
+    ) -> list[int]:
         """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
 
         Raises:
             ContextLengthError: it cannot fit the model's context, however it is encoded.
-            UnsupportedError: messages, and the tokenizer has no chat template.
+            UnsupportedError: messages, and the tokenizer has no chat template; tools, of which its
+                template shows nothing.
             InvalidRequestError: the template or the tokenizer refuses it, with its words.
         """
 

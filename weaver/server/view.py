@@ -201,11 +201,18 @@ class View:
     async def tokenizer(self, base_model: str) -> Any | None:
         return await self._disk(partial(self.parts.engine.tokenizer, base_model))
 
-    async def encode(self, base_model: str, prompt: str | Sequence[types.Message]) -> list[int]:
+    async def encode(
+        self,
+        base_model: str,
+        prompt: str | Sequence[types.Message],
+        *,
+        tools: Sequence[types.JsonDict] = (),
+    ) -> list[int]:
         """See `Engine.encode`; of a project one text at a time, beside whatever else runs."""
         await self.get_model(base_model)
         limiter = self.parts.intake.encoding[self._caller.project]
-        return await self._disk(self.parts.engine.encode, base_model, prompt, limiter=limiter)
+        encode = partial(self.parts.engine.encode, base_model, prompt, tools=tools)
+        return await self._disk(encode, limiter=limiter)
 
     async def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return await self._disk(self.parts.engine.tokenizer_files, base_model)

@@ -11,7 +11,9 @@ import pytest
 
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
+from weaver import types
 from weaver.protocol import CreateModel, ModelCreated, SaveCheckpoint
+from weaver.server.adapters.openai.answers import Writer
 from weaver.server.http.caller_session import CallerSession, Note
 
 if TYPE_CHECKING:
@@ -134,6 +136,67 @@ async def test_who_leaves_has_the_sample_cancelled(tmp_path: Path) -> None:
         assert [one.error and one.error.code for one in outcomes] == ["cancelled"]
 
 
+# --- tools ----------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+async def test_tools_and_calls_reach_the_template(http: httpx.AsyncClient) -> None:
+    given = {"messages": CHAT, "max_tokens": 2, "return_token_ids": True}
+    shown = await ask(http, "chat/completions", tools=[TOOL], **given)
+    assert b"'name': 'add'" in bytes(shown["prompt_token_ids"])
+    hidden = await ask(http, "chat/completions", tools=[TOOL], tool_choice="none", **given)
+    assert b"add" not in bytes(hidden["prompt_token_ids"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "names"),
+    [
+        ("plain", "plain", []),
+        (CALL, "", ["add"]),
+        (f"I add. {CALL}\n{CALL}", "I add.", ["add", "add"]),
+        ("<tool_call>{</tool_call>", "<tool_call>{</tool_call>", []),
+        ("<tool_call>3</tool_call>", "<tool_call>3</tool_call>", []),
+        ("a < b <tool", "a < b <tool", []),
+        ("<tool_call>never ends", "<tool_call>never ends", []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_calls_are_told_apart_from_what_is_said(
+    text: str, said: str, names: list[str], size: int
+) -> None:
+    """Whole, and in a stream, however that is cut."""
+
+    def writer() -> Writer:
+        head: dict[str, Any] = {"id": "a", "created": 0, "model": "m", "tokenizer": None}
+        return Writer(**head, chat=True, logprobs=False, token_ids=False, tools=True)
+
+    sequence = types.SampledSequence(
+        tokens=(1,), text=text, logprobs=(0.0,), sampling_logprobs=(0.0,), stop_reason="stop"
+    )
+    whole = writer().whole([types.SampleResult(sequences=(sequence,))])["choices"][0]
+    assert (whole["message"]["content"] or "") == said
+    assert [c["function"]["name"] for c in whole["message"].get("tool_calls", [])] == names
+    assert whole["finish_reason"] == ("tool_calls" if names else "stop")
+    cuts = [text[at : at + size] for at in range(0, len(text), size)]
+    deltas = [
+        types.SampleDelta(index=0, tokens=(1,), text=piece, logprobs=(0.0,)) for piece in cuts
+    ]
+    deltas[-1] = deltas[-1].model_copy(update={"stop_reason": "stop"})
+    streaming, choices = writer(), []
+    for delta in deltas:
+        for line in streaming.pieces([delta]).splitlines():
+            if line:
+                choices += json.loads(line.removeprefix("data: "))["choices"]
+    assert "".join(c["delta"]["content"] for c in choices).strip() == said
+    calls = [call for c in choices for call in c["delta"].get("tool_calls", [])]
+    assert [call["function"]["name"] for call in calls] == names
+    assert [call["index"] for call in calls] == list(range(len(names)))
+    assert all(json.loads(call["function"]["arguments"]) == {"a": 1} for call in calls)
+    assert choices[-1]["finish_reason"] == whole["finish_reason"]
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
@@ -216,13 +279,23 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
         422,
         "messages[0]",
     ),
+    ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, None),
     (
         "chat/completions",
-        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
-        422,
-        "messages[0].tool_calls",
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "a", "arguments": "{"}}],
+                }
+            ]
+        },
+        400,
+        "messages[0].tool_calls[0].function.arguments",
     ),
-    ("chat/completions", {**SAY, "tools": [{}]}, 422, "tools"),
+    ("chat/completions", {**SAY, "tools": [{}]}, 400, None),
+    ("chat/completions", {**SAY, "tools": 3}, 400, None),
+    ("chat/completions", {**SAY, "tool_choice": "required"}, 422, "tool_choice"),
     ("chat/completions", {**SAY, "functions": [{}]}, 422, "functions"),
     ("chat/completions", {**SAY, "response_format": {"type": "x"}}, 422, "response_format"),
     ("chat/completions", {**SAY, "presence_penalty": 1}, 422, "presence_penalty"),

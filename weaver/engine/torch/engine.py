@@ -22,7 +22,7 @@ from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.types import Message, ModelInfo, TrainingMode
+from weaver.types import JsonDict, Message, ModelInfo, TrainingMode
 
 
 class TorchEngine(ThreadedEngine):
@@ -143,10 +143,16 @@ class TorchEngine(ThreadedEngine):
     def max_tokens_trained(self, base_model: str, training_mode: TrainingMode) -> int | None:
         return self.plan(base_model, training_mode).longest
 
-    def encode(self, base_model: str, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(
+        self,
+        base_model: str,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[JsonDict] = (),
+    ) -> list[int]:
         facts = self.facts(base_model)
         facts.check_text(prompt)
-        return encode_prompt(facts.tokenizer, prompt, name=base_model)
+        return encode_prompt(facts.tokenizer, prompt, name=base_model, tools=tools)
 
     def tokenizer(self, base_model: str) -> Any:
         return self.facts(base_model).tokenizer

@@ -22,7 +22,7 @@ from weaver.boundary import converting
 from weaver.engine.base import Tokenizer
 from weaver.errors import InvalidRequestError, UnsupportedError
 from weaver.tokenizers import encode_text
-from weaver.types import Message, SampleDelta, SampledSequence, SamplingParams, StopReason
+from weaver.types import JsonDict, Message, SampleDelta, SampledSequence, SamplingParams, StopReason
 
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16
@@ -227,14 +227,22 @@ def _begun(text: str, stop: Sequence[str]) -> int:
     return 0
 
 
-def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str) -> list[int]:
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    *,
+    name: str,
+    tools: Sequence[JsonDict] = (),
+) -> list[int]:
     """Tokens of a text (with special tokens) or of a chat (with the generation prompt).
 
     Args:
         name: of the model, for errors.
+        tools: what the model may call, as JSON schemas of functions; of a chat.
 
     Raises:
-        UnsupportedError: messages, and the tokenizer has no chat template.
+        UnsupportedError: messages, and the tokenizer has no chat template; tools, of which its
+            template shows nothing.
         InvalidRequestError: the template or the tokenizer refuses it, with its words.
     """
     text = isinstance(prompt, str)
@@ -254,11 +262,24 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], *, name: str)
     with converting(lambda error: refuses(f"{who} of {name} refuses it: {error}")):
         if isinstance(prompt, str):
             return encode_text(tokenizer, prompt)
-        return list(
-            tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in prompt],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+        messages = [
+            {"role": m.role, "content": m.content}
+            | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+            for m in prompt
+        ]
+        render = partial(
+            tokenizer.apply_chat_template,
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
+        tokens = list(render(tools=list(tools) or None))
+        shown = not tools or tokens != list(render())
+    if not shown:
+        raise UnsupportedError(
+            f"the chat template of {name} shows none.",
+            field="tools",
+            hint="Leave them out, or describe them in a message.",
+        )
+    return tokens

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from weaver.server.adapters.openai.tools import certain, split_calls
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -53,11 +55,15 @@ class Writer:
     chat: bool
     logprobs: bool
     token_ids: bool
+    tools: bool
+    """Whether calls of tools are looked for."""
     tokenizer: Any
     prompts: Sequence[Sequence[int]] = ()
     """The tokens of each."""
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters of each choice so far."""
+    _unsaid: dict[int, str] = field(default_factory=dict)
+    """What a stream has not been told of a choice, since it may be a call."""
 
     def whole(self, results: Sequence[types.SampleResult]) -> types.JsonDict:
         """Of all prompts, in their order."""
@@ -87,7 +93,12 @@ class Writer:
             choice: types.JsonDict = {"index": delta.index, "finish_reason": delta.stop_reason}
             if self.chat:
                 role = {"role": "assistant"} if opens else {}
-                choice["delta"] = {**role, "content": delta.text}
+                said, calls = self._told(delta)
+                choice["delta"] = {**role, "content": said}
+                if calls:
+                    numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+                    choice["delta"]["tool_calls"] = numbered
+                    choice["finish_reason"] = "tool_calls"
             else:
                 choice["text"] = delta.text
             choice["logprobs"] = self._logprobs(delta.index, delta.tokens, delta.logprobs)
@@ -118,7 +129,11 @@ class Writer:
     ) -> types.JsonDict:
         choice: types.JsonDict = {"index": index, "finish_reason": sequence.stop_reason}
         if self.chat:
-            choice["message"] = {"role": "assistant", "content": sequence.text, "refusal": None}
+            said, calls = split_calls(sequence.text) if self.tools else (sequence.text, [])
+            choice["message"] = {"role": "assistant", "content": said, "refusal": None}
+            if calls:
+                choice["message"] |= {"content": said or None, "tool_calls": calls}
+                choice["finish_reason"] = "tool_calls"
         else:
             choice["text"] = sequence.text
         choice["logprobs"] = self._logprobs(index, sequence.tokens, sequence.logprobs)
@@ -127,6 +142,17 @@ class Writer:
             if not self.chat:
                 choice["prompt_token_ids"] = list(prompt)
         return choice
+
+    def _told(self, delta: types.SampleDelta) -> tuple[str, list[types.JsonDict]]:
+        """What a stream is told now: text that is no part of a call, and at the end the calls."""
+        if not self.tools:
+            return delta.text, []
+        text = self._unsaid.pop(delta.index, "") + delta.text
+        if delta.stop_reason is not None:
+            return split_calls(text)
+        size = certain(text)
+        self._unsaid[delta.index] = text[size:]
+        return text[:size], []
 
     def _logprobs(
         self, index: int, tokens: Sequence[int], logprobs: Sequence[float]

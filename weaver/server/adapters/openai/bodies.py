@@ -29,7 +29,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
     "logit_bias": ({}, None),
     "top_logprobs": (0, None),
-    "tools": ([], None),
     "functions": ([], None),
     "tool_choice": ("none", "auto", None),
     "response_format": ({"type": "text"}, None),
@@ -140,10 +139,41 @@ class TextPart(Body):
     text: str = ""
 
 
+class Called(Body):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    function: Called
+
+    def native(self, where: str) -> types.JsonDict:
+        """With its arguments as chat templates take them."""
+        try:
+            arguments = from_json(self.function.arguments or "{}", allow_inf_nan=False)
+        except ValueError as error:
+            raise errors.InvalidRequestError(
+                f"are not JSON: {error}.", field=f"{where}.function.arguments"
+            ) from None
+        called = {"name": self.function.name, "arguments": arguments}
+        return {"type": "function", "function": called}
+
+
+class Function(Body):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str = ""
+    parameters: types.JsonDict = Field(default_factory=dict)
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart, ...] | None = None
-    tool_calls: tuple[Any, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
 
     def native(self, at: int) -> types.Message:
         """Raises UnsupportedError: it has more than text."""
@@ -152,18 +182,27 @@ class ChatMessage(Body):
             raise errors.UnsupportedError(
                 "has a part that is not text.", field=f"messages[{at}]", hint="Send text alone."
             )
-        if self.tool_calls:
-            raise errors.UnsupportedError(
-                "is not computed here.", field=f"messages[{at}].tool_calls", hint="Leave it out."
-            )
+        calls = [
+            call.native(f"messages[{at}].tool_calls[{i}]")
+            for i, call in enumerate(self.tool_calls or ())
+        ]
         text = "".join(part if isinstance(part, str) else part.text for part in parts)
-        return types.Message(role="system" if self.role == "developer" else self.role, content=text)
+        role = "system" if self.role == "developer" else self.role
+        return types.Message(role=role, content=text, tool_calls=tuple(calls))
 
 
 class ChatBody(SampleBody):
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
+    tools: Annotated[tuple[Tool, ...], Field(max_length=128)] | None = None
+    tool_choice: Any = None
+
+    @property
+    def functions(self) -> list[types.JsonDict]:
+        """What the model may call."""
+        shown = () if self.tool_choice == "none" else self.tools or ()
+        return [tool.model_dump() for tool in shown]
 
     def chat(self) -> tuple[types.Message, ...]:
         return tuple(message.native(at) for at, message in enumerate(self.messages))

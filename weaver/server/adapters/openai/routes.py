@@ -131,7 +131,7 @@ async def complete(request: Request, caller: CallerDep) -> Response:
 async def chat(request: Request, caller: CallerDep) -> Response:
     body = await bodies.ChatBody.read(request)
     sampler_id, base_model = await _weights(caller.service, body.model)
-    prompt = await caller.service.encode(base_model, body.chat())
+    prompt = await caller.service.encode(base_model, body.chat(), tools=body.functions)
     return await _answer(
         request,
         caller,
@@ -168,6 +168,7 @@ async def _answer(
         chat=chat,
         logprobs=logprobs,
         token_ids=bool(body.return_token_ids),
+        tools=isinstance(body, bodies.ChatBody) and bool(body.functions),
         tokenizer=await service.tokenizer(base_model) if logprobs else None,
         prompts=prompts,
     )
