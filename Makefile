@@ -94,8 +94,8 @@ test-clients: .venv/.installed-dev .venv-clients/.installed .venv-tinker/.instal
 # Against peers, each in an environment of its own, then the service's own; ARGS="--only ..." chooses.
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks.peers.run $(ARGS)
+	$(BIN)/python -m tests.benchmarks --out .bench/service.json
 	$(BIN)/python -m tests.benchmarks.peers.page
-	$(BIN)/python -m tests.benchmarks
 
 # Installs nothing: a rented machine has its own torch. Add --device cpu to see what would run.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

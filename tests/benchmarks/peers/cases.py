@@ -7,7 +7,7 @@ its own way. Lengths and counts are tokens.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Peer = Literal["peft", "vllm", "trl", "weaver"]
@@ -33,6 +33,8 @@ class Load:
     tenants: int = 1
     """Or adapters that are sampled from."""
     rank: int = 32
+    turn: int = 0
+    """Which round it is: data differ from one to the next, and are the same for both sides."""
     merged: bool = True
     """Whether tenants ask at once, or one after another."""
 
@@ -43,10 +45,19 @@ class Load:
 
     def smaller(self) -> Load:
         """For a smoke run."""
-        lengths = tuple(min(n, SMOKE_TOKENS) for n in self.lengths[:4])
-        few = {"lengths": lengths, "prompt": min(self.prompt, 8), "shared": min(self.shared, 16)}
-        some = {"samples": min(self.samples, 2), "tenants": min(self.tenants, 2), "rank": 4}
-        return Load(**{**asdict(self), **few, **some})
+        return replace(
+            self.warming(),
+            lengths=self.warming().lengths[:4],
+            prompt=min(self.prompt, 8),
+            shared=min(self.shared, 16),
+            samples=min(self.samples, 2),
+            tenants=min(self.tenants, 2),
+            rank=4,
+        )
+
+    def warming(self) -> Load:
+        """What comes before the rounds that count: everything is made, few tokens are computed."""
+        return replace(self, lengths=tuple(min(n, SMOKE_TOKENS) for n in self.lengths))
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Load:
@@ -62,7 +73,9 @@ class Case:
     against: Load | None = None
     """What the other side does, where that differs."""
     ratio: float | None = None
-    """To reach: the peer's seconds by ours."""
+    """To reach: the peer's seconds by ours; of memory, its bytes by ours."""
+    memory: float | None = None
+    """To reach beside: the peer's bytes by ours."""
     share: float | None = None
     """To reach: of the machine's limit in matrix products."""
     most_ms: float | None = None
@@ -101,7 +114,7 @@ CASES = (
     Case(name="train ragged, 75 % masked", load=_train(*ragged(), learned=0.25), ratio=5, rounds=3),
     Case(name="train 2 x 64", load=_train(64, 64), ratio=1.3),
     Case(name="train 8 x 256, rank 8", load=_train(*(256,) * 8, rank=8), ratio=1.3, share=0.65),
-    Case(name="train 8 x 256, rank 128", load=_train(*(256,) * 8, rank=128), ratio=1.3),
+    Case(name="train 8 x 256, rank 128", load=_train(*(256,) * 8, rank=128), ratio=1.3, share=0.65),
     Case(
         name="16 tenants of 2 x 64, theirs one after another",
         load=_train(64, 64, tenants=16),
@@ -129,12 +142,14 @@ CASES = (
         load=_sample(*(64,) * 32, tenants=8),
         peer="vllm",
         ratio=4,
+        rounds=3,
     ),
     Case(
         name="a GRPO step of 16 x 128, TRL",
         load=Load(kind="grpo", lengths=(128,), samples=16),
         peer="trl",
         ratio=4,
+        rounds=3,
     ),
     Case(name="weights to the sampler", load=Load(kind="publish"), peer=None, most_ms=20),
     Case(name="process start to first step", load=Load(kind="first_step"), peer=None, most_ms=5000),
@@ -142,6 +157,8 @@ CASES = (
         name="process start to first token, 270M",
         load=Load(kind="first_token", lengths=(1,)),
         ratio=1 / 1.2,
+        memory=1 / 1.4,
+        rounds=3,
         shape="270m",
     ),
     Case(
@@ -153,10 +170,11 @@ CASES = (
     ),
 )
 
-GROWTH = {
-    "tokens": [_train(*(128,) * n) for n in (1, 2, 4, 8, 16)],
-    "rank": [_train(*(128,) * 4, rank=rank) for rank in (1, 8, 32, 128)],
-    "tenants": [_train(64, 64, tenants=n) for n in (1, 2, 4, 8, 16)],
-    "samples": [_sample(32, samples=n) for n in (1, 4, 16, 64)],
+GROWTH: dict[str, list[tuple[int, Load, str]]] = {
+    "trained tokens": [(128 * n, _train(*(128,) * n), "") for n in (1, 2, 4, 8, 16)],
+    "thousands of vocabulary": [(n, _train(128), f"-{n}k") for n in (32, 64, 152)],
+    "rank": [(n, _train(*(128,) * 4, rank=n), "") for n in (1, 8, 32, 128)],
+    "tenants": [(n, _train(64, 64, tenants=n), "") for n in (1, 2, 4, 8, 16)],
+    "samples": [(n, _sample(32, samples=n), "") for n in (1, 4, 16, 64)],
 }
-"""Ours alone, by what grows: for the plots."""
+"""Ours alone, by what grows: its size, a round, an addition to the model's shape. For the plots."""

@@ -7,13 +7,14 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[3] / ".bench"
 QWEN3: dict[str, dict[str, Any]] = {
-    "nano": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16},
+    "nano": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32},
     "60m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64},
     "0.6b": {
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "num_hidden_layers": 28,
         "head_dim": 128,
+        "max_position_embeddings": 40_960,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "vocab_size": 151_936,
@@ -24,6 +25,7 @@ QWEN3: dict[str, dict[str, Any]] = {
         "intermediate_size": 12_288,
         "num_hidden_layers": 36,
         "head_dim": 128,
+        "max_position_embeddings": 40_960,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 151_936,
@@ -64,11 +66,12 @@ def made(shape: str, folder: Path = FOLDER) -> Path:
     """The folder of a shape's weights and tokenizer."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = folder / shape
-    if not (path / "done").exists():
+    if not (path / "made").exists():
         torch.manual_seed(0)
+        transformers.utils.logging.disable_progress_bar()
         config = config_of(shape)
         dtype = torch.bfloat16 if shape in ("0.6b", "8b") else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -76,8 +79,9 @@ def made(shape: str, folder: Path = FOLDER) -> Path:
         model.save_pretrained(path)
         vocabulary = {f"w{i}": i for i in range(config.vocab_size)}
         tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
         whole.pad_token = "w0"
         whole.save_pretrained(path)
-        (path / "done").touch()
+        (path / "made").touch()
     return path

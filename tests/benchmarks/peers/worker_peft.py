@@ -10,7 +10,7 @@ from tests.benchmarks.peers import worker
 if TYPE_CHECKING:
     from tests.benchmarks.peers.cases import Load
 
-BATCH = 16
+BATCH = 32
 """`generate` works on batches of so many, each as long as its longest row."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -21,7 +21,8 @@ def make() -> Any:
     import transformers
 
     transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-    base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    device, dtype = worker.device()
+    base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).to(device)
     state: dict[str, Any] = {"model": None, "optimizers": {}}
 
     def model(load: Load) -> Any:
@@ -54,6 +55,7 @@ def make() -> Any:
             ids[row, : len(s)] = torch.tensor(s)
             mask[row, : len(s)] = 1
             labels[row, first : len(s)] = torch.tensor(s[first:])
+        ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
         for tenant in range(load.tenants):
             adapted.set_adapter(str(tenant))
             adapted(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
@@ -65,7 +67,7 @@ def make() -> Any:
         given = list(zip(worker.prompts(load), load.lengths, strict=True))
         for start in range(0, len(given), BATCH):
             some = given[start : start + BATCH]
-            ids = torch.tensor([prompt for prompt, _ in some])
+            ids = torch.tensor([prompt for prompt, _ in some], device=device)
             adapted.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -77,7 +79,7 @@ def make() -> Any:
             )
 
     def first_token(load: Load) -> None:
-        ids = torch.tensor(worker.prompts(load))
+        ids = torch.tensor(worker.prompts(load), device=device)
         base.eval().generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0
         )

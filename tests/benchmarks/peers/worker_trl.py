@@ -20,7 +20,9 @@ def make() -> Any:
     import transformers
     import trl
 
+    device, dtype = worker.device()
     tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
 
     def grpo(load: Load) -> float:
         """Seconds of the second of two steps, since a trainer is made for each round."""
@@ -34,7 +36,7 @@ def make() -> Any:
 
         trainer = trl.GRPOTrainer(
             model=sys.argv[1],
-            reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+            reward_funcs=lambda completions, **_: [float(len(set(c.split()))) for c in completions],
             args=trl.GRPOConfig(
                 output_dir=tempfile.mkdtemp(prefix="bench-trl-"),
                 per_device_train_batch_size=load.samples,
@@ -42,8 +44,9 @@ def make() -> Any:
                 max_completion_length=load.lengths[0],
                 max_steps=2,
                 learning_rate=1e-5,
-                use_cpu=True,
-                bf16=False,
+                use_cpu=device == "cpu",
+                gradient_checkpointing=False,
+                bf16=dtype == "bfloat16",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",

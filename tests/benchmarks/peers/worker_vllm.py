@@ -12,6 +12,9 @@ from tests.benchmarks.peers.worker_peft import TARGETS
 if TYPE_CHECKING:
     from tests.benchmarks.peers.cases import Load
 
+RANK = 32
+"""Of all adapters: vLLM computes smaller ones as if they had the largest rank that it is told."""
+
 
 def make() -> Any:
     from vllm import LLM, SamplingParams
@@ -20,12 +23,12 @@ def make() -> Any:
 
     engine = LLM(
         model=sys.argv[1],
-        dtype="float32",
+        dtype=worker.device()[1],
         enforce_eager=True,
         max_model_len=1024,
         enable_lora=True,
         max_loras=8,
-        max_lora_rank=128,
+        max_lora_rank=RANK,
         seed=0,
     )
     adapters: dict[int, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from tests.benchmarks.peers import worker
@@ -99,8 +100,19 @@ def make() -> Any:
         one.forward_backward(data, loss_fn="importance_sampling")
         one.optim_step(types.AdamParams(learning_rate=1e-5), wait=True)
 
-    def publish(load: Load) -> None:
-        trainer(load.rank).save_weights_and_get_sampling_client()
+    def publish(load: Load) -> float:
+        """Seconds from a step to a client of the new weights."""
+        one = trainer(load.rank)
+        train(Load(kind="train", lengths=(8,), rank=load.rank))
+        began = time.perf_counter()
+        one.save_weights_and_get_sampling_client()
+        return time.perf_counter() - began
+
+    def first_token(load: Load) -> None:
+        (prompt,) = worker.prompts(load)
+        client = service.create_sampling_client(base_model=folder)
+        params = types.SamplingParams(max_tokens=1)
+        client.sample(prompt=types.ModelInput.from_ints(prompt), sampling_params=params)
 
     def first_step(load: Load) -> None:
         train(Load(kind="train", lengths=(64, 64)))
@@ -109,7 +121,7 @@ def make() -> Any:
         "train": train,
         "memory": train,
         "sample": sample,
-        "first_token": sample,
+        "first_token": first_token,
         "grpo": grpo,
         "publish": publish,
         "first_step": first_step,
