@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
+from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.test_checkpoints import Clock
 from weaver.engine.base import GradientJob
-from weaver.errors import ClosedError, StorageError
+from weaver.errors import ClosedError, StorageError, WeaverError
 from weaver.protocol import (
     CheckpointSaved,
     ForwardBackward,
@@ -28,7 +28,7 @@ from weaver.protocol import (
 from weaver.server.journal import Journal
 from weaver.server.service import LocalService
 from weaver.server.settings import Limits
-from weaver.types import Datum, ModelInput, SamplingParams
+from weaver.types import AdamParams, Datum, ModelInput, OptimStepResult, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,6 +130,44 @@ async def test_runs_share_a_pass_unless_results_must_not_depend_on_it(
     alone = [[run] for run in (runs[1], *fakes)]
     wanted = alone if deterministic else [[runs[1]], fakes]
     assert sorted(record.batches[1:]) == sorted(wanted)
+
+
+class Watched(FakeEngine):
+    """Remembers the runs of each call for optimizer steps."""
+
+    def __init__(self, hook: Callable[[str, object], None]) -> None:
+        super().__init__(hook=hook)
+        self.stepped: list[list[str]] = []
+
+    async def optim_step(
+        self, steps: Sequence[tuple[str, AdamParams]]
+    ) -> Sequence[OptimStepResult | WeaverError]:
+        self.stepped.append([run_id for run_id, _ in steps])
+        return await super().optim_step(steps)
+
+
+async def test_steps_of_runs_share_a_call_and_fail_by_themselves(home: Path) -> None:
+    record = Recorder()
+    engine = Watched(record)
+    async with LocalService(engine, home=home) as service:
+        caller = await Caller.open(service)
+        runs = [await caller.create() for _ in range(5)]
+        empty, bad, *good = runs
+        for run in good:
+            await caller.do(GRADIENT, GradientsDone, run_id=run)
+        assert await caller.refused(BAD_GRADIENT, run_id=bad)
+        record.hold = "forward_backward"
+        first = await caller.start(GRADIENT, good[0])
+        await record.until_held()
+        steps = [await caller.start(STEP, run) for run in runs]
+        record.hold = None
+        record.go_on.set()
+        outcomes = [await caller.outcome(step) for step in steps]
+        codes = [outcome.error and outcome.error.code for outcome in outcomes]
+        assert codes == ["no_gradients", "gradients_discarded", None, None, None]
+        assert [sorted(call) for call in engine.stepped] == [sorted([empty, *good])]
+        assert await caller.result(first)
+        assert [(await service.get_run(run)).step for run in runs] == [0, 0, 1, 1, 1]
 
 
 async def test_a_merged_pass_with_a_defect_poisons_each_run_in_it(home: Path) -> None:

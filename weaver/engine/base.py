@@ -93,14 +93,15 @@ class Trainer(Protocol):
         The jobs are of different runs of one lane on one base model.
         """
 
-    async def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
-        """One AdamW step on the accumulated gradient, which is then cleared.
+    async def optim_step(
+        self, steps: Sequence[tuple[str, types.AdamParams]]
+    ) -> Sequence[types.OptimStepResult | WeaverError]:
+        """One AdamW step of each run on its accumulated gradient, which is then cleared.
 
-        The answer's metrics have `step`: the optimizer steps that the run has taken.
-
-        Raises:
-            NoGradientsError: nothing was accumulated.
-            NonFiniteError: the gradient has NaN or infinity; it is cleared, weights untouched.
+        The runs are different ones of one lane, and none depends on the others. An answer's metrics
+        have `step`: the optimizer steps that the run has taken. Errors: NoGradientsError where
+        nothing was accumulated; NonFiniteError where the gradient has NaN or infinity, which is
+        then cleared and the weights untouched.
         """
 
     async def clear_gradients(self, run_id: str) -> None: ...

@@ -50,7 +50,8 @@ class BlockingTrainer(Protocol):
         self, jobs: Sequence[GradientJob]
     ) -> Sequence[types.ForwardBackwardResult | WeaverError]: ...
 
-    def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult: ...
+    def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
+        """Of one run; raises what `Trainer.optim_step` answers."""
 
     def clear_gradients(self, run_id: str) -> None: ...
 

@@ -139,8 +139,11 @@ class ThreadedEngine:
     ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
         return await self._train(partial(self.trainer.forward_backward, jobs))
 
-    async def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
-        return await self._train(partial(self.trainer.optim_step, run_id, params))
+    async def optim_step(
+        self, steps: Sequence[tuple[str, types.AdamParams]]
+    ) -> Sequence[types.OptimStepResult | WeaverError]:
+        take = self.trainer.optim_step
+        return await self._train(lambda: [attempt(take, run_id, how) for run_id, how in steps])
 
     async def clear_gradients(self, run_id: str) -> None:
         await self._train(partial(self.trainer.clear_gradients, run_id))

@@ -370,9 +370,12 @@ def _project(ticket: Ticket) -> str:
 
 def _head(run: Run | None, ticket: Ticket) -> Head:
     operation = ticket.submission.operation
-    if run is None or not isinstance(operation, protocol.ForwardBackward):
+    if run is None or run.training_mode != "lora" or operation is None:
         return Head(merge_key=None)
-    return Head(
-        merge_key=run.model.name if run.training_mode == "lora" else None,
-        num_tokens=sum(datum.model_input.length for datum in operation.datums),
-    )
+    key = f"{operation.kind} {run.model.name}"
+    if isinstance(operation, protocol.OptimStep):
+        return Head(merge_key=key)
+    if isinstance(operation, protocol.ForwardBackward):
+        tokens = sum(datum.model_input.length for datum in operation.datums)
+        return Head(merge_key=key, num_tokens=tokens)
+    return Head(merge_key=None)

@@ -112,8 +112,9 @@ class Head:
     """The operation at the head of a lane."""
 
     merge_key: str | None
-    """Heads with the same key can share a pass of the engine; None runs alone."""
+    """Heads with the same key can share a call of the engine; None runs alone."""
     num_tokens: int = 0
+    """Of a gradient pass; optimizer steps have none."""
 
 
 def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:

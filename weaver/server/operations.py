@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weaver.server.sampling import Samplers
     from weaver.server.sessions import Ticket
     from weaver.server.settings import Limits
-    from weaver.types import CheckpointInfo
+    from weaver.types import AdamParams, CheckpointInfo, OptimStepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Operations:
     async def execute(
         self, batch: Sequence[tuple[Run | None, Ticket]]
     ) -> Sequence[protocol.Result | errors.WeaverError]:
-        """One operation and its run, or several `forward_backward` that share a pass."""
+        """One operation and its run, or several that share a call: see `lanes.Head`."""
         gradients = [
             (gradient_job(run.run_id, operation), operation.labels)
             for run, ticket in batch
@@ -53,6 +53,15 @@ class Operations:
         if gradients:
             done = await attempt_async(self._forward_backward, gradients)
             return [done] * len(batch) if isinstance(done, errors.WeaverError) else done
+        steps = [
+            (run, operation.params)
+            for run, ticket in batch
+            if run is not None
+            and isinstance(operation := ticket.submission.operation, protocol.OptimStep)
+        ]
+        if steps:
+            taken = await attempt_async(self._optim_step, steps)
+            return [taken] * len(batch) if isinstance(taken, errors.WeaverError) else taken
         return [await attempt_async(self._one, *batch[0])]
 
     async def forget_all(self) -> None:
@@ -68,8 +77,6 @@ class Operations:
                 return await self._create_model(operation, ticket)
             case protocol.OpenSampler() as operation:
                 return await self.samplers.open(operation)
-            case protocol.OptimStep() as operation if run is not None:
-                return await self._optim_step(run, operation)
             case protocol.SaveCheckpoint() as operation if run is not None:
                 return await self._save(run, operation, ticket)
             case protocol.LoadCheckpoint() as operation if run is not None:
@@ -124,18 +131,26 @@ class Operations:
             for output, (_, labels) in zip(outputs, labelled, strict=True)
         ]
 
-    async def _optim_step(self, run: Run, operation: protocol.OptimStep) -> protocol.StepDone:
-        reason = run.lane.discard_reason
-        if reason is not None:
-            await self.engine.clear_gradients(run.run_id)
-            run.lane.cleared()
-            raise errors.GradientsDiscardedError(
-                f"part of this batch is missing, so no step was taken ({reason})",
-                hint="The gradient is cleared: repeat the batch's forward_backward calls.",
-            )
-        output = await self.engine.optim_step(run.run_id, operation.params)
-        run.step = int(output.metrics["step"])
-        return protocol.StepDone(output=output)
+    async def _optim_step(
+        self, steps: Sequence[tuple[Run, AdamParams]]
+    ) -> Sequence[protocol.StepDone | errors.WeaverError]:
+        lost = {run.run_id: reason for run, _ in steps if (reason := run.lane.discard_reason)}
+        asked = [(run.run_id, params) for run, params in steps if run.run_id not in lost]
+        outputs = iter(await self.engine.optim_step(asked) if asked else ())
+        return [
+            await attempt_async(self._discard, run, lost[run.run_id])
+            if run.run_id in lost
+            else _stepped(run, next(outputs))
+            for run, _ in steps
+        ]
+
+    async def _discard(self, run: Run, reason: str) -> protocol.StepDone:
+        await self.engine.clear_gradients(run.run_id)
+        run.lane.cleared()
+        raise errors.GradientsDiscardedError(
+            f"part of this batch is missing, so no step was taken ({reason})",
+            hint="The gradient is cleared: repeat the batch's forward_backward calls.",
+        )
 
     async def _save(
         self, run: Run, operation: protocol.SaveCheckpoint, ticket: Ticket
@@ -216,6 +231,15 @@ class Operations:
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.cleared()
         return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+
+
+def _stepped(
+    run: Run, output: OptimStepResult | errors.WeaverError
+) -> protocol.StepDone | errors.WeaverError:
+    if isinstance(output, errors.WeaverError):
+        return output
+    run.step = int(output.metrics["step"])
+    return protocol.StepDone(output=output)
 
 
 def gradient_job(run_id: str, operation: protocol.ForwardBackward) -> GradientJob:

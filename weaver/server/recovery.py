@@ -257,8 +257,8 @@ class Recovery:
                     )
             case OptimStep(params=params):
                 if done.error is None:
-                    output = await engine.optim_step(run.run_id, params)
-                    run.step = int(output.metrics["step"])
+                    [taken] = await engine.optim_step([(run.run_id, params)])
+                    run.step = int(or_raise(taken).metrics["step"])
                 else:  # whatever the reason was, nothing of that batch was left
                     await engine.clear_gradients(run.run_id)
                 return None
