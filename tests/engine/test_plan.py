@@ -11,6 +11,7 @@ import torch
 from tests.engine.conftest import datum, gradient_of, job, new_run, result_of, sequences
 from tests.zoo import FAMILIES
 from tests.zoo.models import random_model
+from weaver.config import Settings
 from weaver.engine.torch.attention import BLOCK_ROWS
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.engine import TorchEngine
@@ -201,3 +202,10 @@ def test_an_engine_tells_how_long_a_sequence_it_can_train() -> None:
     assert longest[1] is not None and 0 < longest[1] < longest[0]
     whole = little.max_tokens_trained("weaver-nano", "full_ft")
     assert whole is not None and whole < longest[1]
+
+
+def test_settings_reach_the_plan() -> None:
+    settings = Settings(memory_gb=2, tokens_per_pass=7, recompute="all")
+    engine = TorchEngine.of(settings)
+    plan = engine.plan("weaver-nano", "lora")
+    assert (engine.memory, plan.tokens, plan.layers_recomputed([1])) == (2 * 10**9, 7, 2)
