@@ -131,8 +131,8 @@ def test_arenas_are_at_most_twice_their_rows() -> None:
         if rng.random() < 0.5:
             prompt = cache.prompt(rng.choice([1, 100, 3000]))
             prompt.length = prompt.kv.shape[3]
-            running += rows.add(prompt, rng.randrange(1, 6))
+            running += rows.add([(prompt, rng.randrange(1, 6))])
         for _ in range(min(len(running), rng.randrange(4))):
-            rows.remove(running.pop(rng.randrange(len(running))))
+            rows.remove([running.pop(rng.randrange(len(running)))])
         taken = sum(arena.kv.nbytes for arena in rows._arenas.values())
         assert taken <= 2 * sum(cache.row_bytes(row.length, 1) for row in running)

@@ -86,7 +86,7 @@ def begin(model: LoadedModel, cache: PageCache, lengths: list[int]) -> list[Page
     model.hidden_states(
         pack(tokens, adapters=[None] * len(lengths), device=model.device, cache=reading)
     )
-    return [row for prompt in prompts for row in cache.rows().add(prompt, 1)]
+    return list(cache.rows().add([(prompt, 1) for prompt in prompts]))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5])

@@ -121,13 +121,13 @@ def test_prompts_begin_with_blocks_of_prompts_and_rows(cache: Any) -> None:
     feed(cache.read([(prompt, prompt_length := 2 * block - 1)]), [(first, 0, 2 * block - 1)])
     assert prompt.length == prompt_length
     blocks = [cache.keep(prompt, 0)]
-    [row] = together.add(prompt, 1)
+    [row] = together.add([(prompt, 1)])
     cache.end(prompt)
     for at in range(prompt_length, prompt_length + 2):
         feed(together.decode([row]), [(first, at, at + 1)])
     blocks.append(cache.keep(row, 1))
     poison(cache, row)
-    together.remove(row)
+    together.remove([row])
     for length in (2 * block + 1, 3 * block):  # the second after the first has written its own
         again = cache.prompt(length, blocks)
         assert again.length == 2 * block
@@ -149,19 +149,19 @@ def test_rows_join_leave_and_grow(cache: Any) -> None:
             sequence = Sequence(step, length + 140)
             prompt = cache.prompt(length)
             feed(cache.read([(prompt, length)]), [(sequence, 0, length)])
-            rows = together.add(prompt, rng.choice([1, 3]))
+            rows = together.add([(prompt, rng.choice([1, 3]))])
             cache.end(prompt)
             running += [(sequence, row) for row in rows]
         if running and rng.random() < 0.12:
             _, row = running.pop(rng.randrange(len(running)))
             poison(cache, row)
-            together.remove(row)
+            together.remove([row])
         rng.shuffle(running)
         if running:
             decode = together.decode([row for _, row in running])
             feed(decode, [(s, row.length, row.length + 1) for s, row in running])
     for _, row in running:
-        together.remove(row)
+        together.remove([row])
     assert_nothing_is_kept(cache, together)
 
 
@@ -174,7 +174,7 @@ def test_other_dtypes_take_the_fused_attention(dtype: torch.dtype) -> None:
     prompt.kv[:, 0] = sequence.kv[:, 0, :, :8].to(dtype)
     prompt.length = 8
     together = cache.rows()
-    step = together.decode(together.add(prompt, 1))
+    step = together.decode(together.add([(prompt, 1)]))
     k, v = sequence.kv[:, 0, None, :, 8:].to(dtype)
     q = sequence.q[0, None, :, 8:].to(dtype)
     output = step.attend(0, Heads(q, k, v, SCALING, None))
@@ -207,7 +207,7 @@ def test_caps_and_sinks(name: str, softcap: float | None, with_sinks: bool) -> N
     step(cache.read([(prompt, 13)]), 0, 13, 1)
     step(cache.read([(prompt, 17)]), 13, 30, 1)
     together = cache.rows()
-    rows = together.add(prompt, 2)
+    rows = together.add([(prompt, 2)])
     for at in range(30, 35):
         step(together.decode(rows), at, at + 1, 2)
 
@@ -219,7 +219,7 @@ def test_samples_share_the_whole_pages_of_their_prompt() -> None:
     prompt = cache.prompt(length)
     feed(cache.read([(prompt, length)]), [(sequence, 0, length)])
     together = cache.rows()
-    first, second = together.add(prompt, 2)
+    first, second = together.add([(prompt, 2)])
     assert first.pages[:2] == second.pages[:2] == prompt.pages[:2]
     assert len({first.pages[2], second.pages[2], prompt.pages[2]}) == 3
     cache.end(prompt)
@@ -228,9 +228,9 @@ def test_samples_share_the_whole_pages_of_their_prompt() -> None:
     assert used * page_bytes == cache.prompt_bytes(2 * PAGE) + 2 * cache.row_bytes(length, 1)
     for begin in range(length, length + 30):  # the one does not see what the other draws
         feed(together.decode([first, second]), [(sequence, begin, begin + 1)] * 2)
-    together.remove(first)
+    together.remove([first])
     feed(together.decode([second]), [(sequence, second.length, second.length + 1)])
-    together.remove(second)
+    together.remove([second])
     assert_nothing_is_kept(cache, together)
 
 
@@ -243,12 +243,12 @@ def test_pages_that_were_freed_are_used_again(name: str) -> None:
         prompt = cache.prompt(40)
         feed(cache.read([(prompt, 40)]), [(sequence, 0, 40)])
         together = cache.rows()
-        rows = together.add(prompt, 3)
+        rows = together.add([(prompt, 3)])
         cache.end(prompt)
         for at in range(40, 50):
             feed(together.decode(rows), [(sequence, at, at + 1)] * 3)
         for row in rows:
-            together.remove(row)
+            together.remove([row])
         sizes.append(len(cache.pool.refs))
     assert len(set(sizes)) == 1
     assert PAGE_TOKENS % 256 == 0, "flash attention takes no others"

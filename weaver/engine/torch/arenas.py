@@ -129,24 +129,38 @@ class ArenaRows:
         self._shape = shape
         self._arenas: dict[int, _Arena] = {}
 
-    def add(self, prompt: ArenaPrompt, count: int) -> list[ArenaRow]:
-        arena = self._arena(prompt.length + 1)
-        rows = [ArenaRow(arena, 0, 0) for _ in range(count)]
-        arena.put(rows, prompt.kv)
-        return rows
+    def add(self, begins: Sequence[tuple[ArenaPrompt, int]]) -> list[ArenaRow]:
+        parts = [(prompt.kv, prompt.length + 1, count) for prompt, count in begins]
+        return self._put(parts)
 
-    def remove(self, row: ArenaRow) -> None:
-        row.arena.drop(row)
-        if not row.arena.rows:
-            del self._arenas[row.arena.capacity]
+    def remove(self, rows: Sequence[ArenaRow]) -> None:
+        # The last slot first, so that what fills a slot is of a row that stays.
+        for row in sorted(rows, key=lambda row: row.slot, reverse=True):
+            row.arena.drop(row.slot)
+        for arena in {row.arena for row in rows}:
+            if arena.rows:
+                arena.shrink()
+            else:
+                del self._arenas[arena.capacity]
 
     def decode(self, rows: Sequence[ArenaRow]) -> DecodePass:
-        for row in rows:
-            if row.length == row.arena.capacity:
-                kv = row.kv.clone()
-                self.remove(row)
-                self._arena(row.length + 1).put([row], kv)
+        full = [row for row in rows if row.length == row.arena.capacity]
+        if full:
+            moved = self._put([(row.kv, row.length + 1, 1) for row in full])
+            self.remove(full)
+            for row, to in zip(full, moved, strict=True):
+                row.arena, row.slot = to.arena, to.slot
+                row.arena.rows[row.slot] = row
         return DecodePass(list(self._arenas.values()), rows)
+
+    def _put(self, parts: Sequence[tuple[torch.Tensor, int, int]]) -> list[ArenaRow]:
+        """Rows with a copy of kv [2, L, Hkv, length, D], for so many tokens, so many of each."""
+        arenas, rows = [self._arena(tokens) for _, tokens, _ in parts], list[ArenaRow]()
+        for arena in set(arenas):
+            arena.reserve(sum(p[2] for a, p in zip(arenas, parts, strict=True) if a is arena))
+        for arena, (kv, _, count) in zip(arenas, parts, strict=True):
+            rows += arena.put(kv, count)
+        return rows
 
     def _arena(self, length: int) -> _Arena:
         """The one for rows of `length` tokens."""
@@ -167,25 +181,30 @@ class _Arena:
         self.rows: list[ArenaRow] = []
         self.kv = _allocate(shape, 0, shape.num_kv_heads, capacity)
 
-    def put(self, rows: Sequence[ArenaRow], kv: torch.Tensor) -> None:
-        """Gives each row a slot with the tokens of kv [2, L, Hkv, length, D]."""
+    def reserve(self, more: int) -> None:
+        """Slots for so many more rows."""
+        have, need = self.kv.shape[2], len(self.rows) + more
+        if need > have:
+            self._resize(max(need, have + have // 2))
+
+    def put(self, kv: torch.Tensor, count: int) -> list[ArenaRow]:
+        """New rows with the tokens of kv [2, L, Hkv, length, D], in slots that were reserved."""
         first, length = len(self.rows), kv.shape[3]
-        slots = slice(first, first + len(rows))
-        have = self.kv.shape[2]
-        if slots.stop > have:
-            self._resize(max(slots.stop, have + have // 2))
+        slots = slice(first, first + count)
         self.kv[:, :, slots, :, :length] = kv[:, :, None]
         self.kv[:, :, slots, :, length:] = 0
-        for slot, row in enumerate(rows, first):
-            row.arena, row.slot, row.length = self, slot, length
+        rows = [ArenaRow(self, slot, length) for slot in range(first, first + count)]
         self.rows += rows
+        return rows
 
-    def drop(self, row: ArenaRow) -> None:
+    def drop(self, slot: int) -> None:
         last = self.rows.pop()
-        if last is not row:
-            self.kv[:, :, row.slot] = self.kv[:, :, last.slot]
-            self.rows[row.slot] = last
-            last.slot = row.slot
+        if last.slot != slot:
+            self.kv[:, :, slot] = self.kv[:, :, last.slot]
+            self.rows[slot] = last
+            last.slot = slot
+
+    def shrink(self) -> None:
         if 2 * len(self.rows) < self.kv.shape[2]:
             self._resize(len(self.rows) + len(self.rows) // 2)
 

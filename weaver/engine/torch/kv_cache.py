@@ -78,10 +78,10 @@ class KVCache(Protocol[P, R, B]):
 class CachedRows(Protocol[P_contra, R]):
     """Rows that step together."""
 
-    def add(self, prompt: P_contra, count: int) -> Sequence[R]:
-        """So many new rows, each behind the tokens of the prompt."""
+    def add(self, begins: Sequence[tuple[P_contra, int]]) -> Sequence[R]:
+        """New rows behind the tokens of each prompt, so many of each, in this order."""
 
-    def remove(self, row: R) -> None: ...
+    def remove(self, rows: Sequence[R]) -> None: ...
 
     def decode(self, rows: Sequence[R]) -> AttentionCache:
         """The pass that adds a token to each: all of the rows, in the order of the batch."""

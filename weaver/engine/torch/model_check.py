@@ -137,7 +137,7 @@ def _cached(
             pieces.append(_logits(model, new, adapters, starts=read, cache=used))
         read = [at + n for at, n in zip(read, sizes, strict=True)]
         if read == READ:
-            places = [place for prompt in prompts for place in decoding.add(prompt, 1)]
+            places = list(decoding.add([(prompt, 1) for prompt in prompts]))
     return torch.cat([piece for row in zip(*pieces, strict=True) for piece in row])
 
 

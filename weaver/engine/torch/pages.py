@@ -208,7 +208,10 @@ class PageRows:
     def __init__(self, cache: PageCache) -> None:
         self.cache = cache
 
-    def add(self, prompt: Paged, count: int) -> list[Paged]:
+    def add(self, begins: Sequence[tuple[Paged, int]]) -> list[Paged]:
+        return [row for prompt, count in begins for row in self._behind(prompt, count)]
+
+    def _behind(self, prompt: Paged, count: int) -> list[Paged]:
         pool = self.cache.pool
         whole, rest = divmod(prompt.length, pool.page)
         rows = [Paged(pool.share(prompt.pages[:whole]), prompt.length) for _ in range(count)]
@@ -217,8 +220,9 @@ class PageRows:
                 row.pages.append(pool.copy(prompt.pages[whole]))
         return rows
 
-    def remove(self, row: Paged) -> None:
-        self.cache.pool.release(row.pages)
+    def remove(self, rows: Sequence[Paged]) -> None:
+        for row in rows:
+            self.cache.pool.release(row.pages)
 
     def decode(self, rows: Sequence[Paged]) -> PagedPass:
         return self.cache.decode(rows)

@@ -8,6 +8,7 @@ prompt does not stall running rows. B rows, T tokens of a pass, H hidden, V voca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission
 from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.checkpoints import read_snapshot
-from weaver.engine.torch.kv_cache import Cached, CachedRows
+from weaver.engine.torch.kv_cache import CachedRows
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.reading import Reader
@@ -185,13 +186,15 @@ class TorchSampler:
             self._store.use_threads(model)
             rows = [row for row, _ in begun]
             _draw(rows, torch.cat([logits for _, logits in begun]), _row_params(rows, model))
+            going: dict[object, list[Row]] = {}
+            for row in rows:
+                if not row.draft.ended and row.job.error is None:
+                    going.setdefault(row.job if self._deterministic else model, []).append(row)
+            for key, some in going.items():
+                if key not in self._groups:
+                    self._groups[key] = _Group(model, some[0].job.prompt.cache.rows())
+                self._groups[key].add(some)
             for job in dict.fromkeys(row.job for row in rows):
-                going = [row for row in rows if row.job is job and not row.draft.ended]
-                if going and job.error is None and job.prompt.cached is not None:
-                    key = job if self._deterministic else model
-                    if key not in self._groups:
-                        self._groups[key] = _Group(model, job.prompt.cache.rows())
-                    self._groups[key].add(going, job.prompt.cached)
                 if not job.pending:
                     self._reader.end(job)
 
@@ -240,8 +243,9 @@ class _Group:
         self._cache = cache
         self._params: RowParams | None = None
 
-    def add(self, rows: Sequence[Row], prompt: Cached) -> None:
-        for row, place in zip(rows, self._cache.add(prompt, len(rows)), strict=True):
+    def add(self, rows: Sequence[Row]) -> None:
+        begins = [(p.cached, len(list(some))) for p, some in groupby(rows, lambda r: r.job.prompt)]
+        for row, place in zip(rows, self._cache.add(begins), strict=True):
             row.place = place
         self.rows = sorted([*self.rows, *rows], key=lambda row: id(row.job.weights))
         self._params = None
@@ -249,8 +253,7 @@ class _Group:
     def remove(self, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        for row in rows:
-            self._cache.remove(row.place)
+        self._cache.remove([row.place for row in rows])
         gone = set(rows)
         self.rows = [row for row in self.rows if row not in gone]
         self._params = None

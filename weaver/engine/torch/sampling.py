@@ -76,6 +76,7 @@ def row_params(
     penalty = column([p.repetition_penalty for p in params], torch.float32)
     greedy = temperature == 0
     tempered = any(p.temperature not in (0, 1) for p in params)
+    penalised = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
     filtered = ~greedy & ((top_k < vocab_size) | (top_p < 1))
     return RowParams(
         temperature=temperature.masked_fill(greedy, 1),
@@ -86,7 +87,7 @@ def row_params(
         plain_rows=rows(~greedy & ~filtered),
         sorted_rows=rows(filtered),
         greedy_rows=rows(greedy),
-        penalised_rows=rows(penalty != 1),
+        penalised_rows=torch.tensor(penalised, dtype=torch.int64, device=device),
         tempered=tempered,
         has_min_p=any(p.min_p > 0 for p in params),
     )
