@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import shutil
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tests.engine.conftest import (
     save_tiny,
     sequences,
 )
-from tests.engine.sampler_kit import finish, sample_job
+from tests.engine.sampler_kit import finish, sample_job, save_tokenizer
 from weaver.engine.torch.attention_choice import Attention
 from weaver.engine.torch.catalog import only_here
 from weaver.engine.torch.engine import TorchEngine
@@ -303,3 +304,24 @@ def test_a_sample_ends_where_the_chat_template_ends_a_turn(zoo: Zoo, tmp_path: P
     engine.sampler.load("base", str(folder), None)
     (drawn,) = finish(engine.sampler, [sample_job([5], temperature=0)])["job"].sequences
     assert (drawn.tokens, drawn.stop_reason) == ((end,), "stop")
+
+
+def test_the_tokenizer_is_read_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(transformers.LlamaConfig(**SIZES), tmp_path)
+    save_tokenizer(tmp_path)
+    began, go = threading.Event(), threading.Event()
+
+    def slow(*_: Any, **__: Any) -> None:
+        began.set()
+        assert go.wait(30)
+        raise ValueError("it is broken")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", slow)
+    engine = TorchEngine({"tiny": tmp_path})
+    engine.sampler.load("base", "tiny", None)
+    assert began.wait(30)
+    go.set()
+    with pytest.raises(UnsupportedError, match="it is broken"):
+        engine.tokenizer("tiny")

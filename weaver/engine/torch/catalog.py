@@ -13,7 +13,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from weaver import errors
 from weaver.boundary import converting
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
+from weaver.threads import out_at_exit
 from weaver.tokenizers import end_tokens
 from weaver.types import Message, ModelInfo
 
@@ -80,6 +81,16 @@ class ModelFacts:
         """
         with self._reading:
             return self._tokenizer
+
+    def read_ahead(self) -> None:
+        """Begins to read the tokenizer in a thread of its own; a fault is told when it is used."""
+
+        def read() -> None:
+            with suppress(errors.UnsupportedError, ImportError):
+                out_at_exit(lambda: self.tokenizer)
+
+        if "_tokenizer" not in vars(self):
+            threading.Thread(target=read, name="weaver-tokenizer", daemon=True).start()
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -78,6 +78,7 @@ class TorchSampler:
         self._hold(weights_id, self._store.publish(snapshot))
 
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
+        self._store.catalog.facts(base_model).read_ahead()
         if folder is None:
             base = PublishedWeights(self._store.base(base_model), None, 0)
             self._hold(weights_id, base)
