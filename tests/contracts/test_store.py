@@ -51,7 +51,9 @@ def ended(
 ) -> Settled:
     result = DONE if error is None else None
     outcome = Outcome(submission_id=submission_id, cursor=cursor, result=result, error=error)
-    return Settled(session_id="a", outcome=outcome, number=number, lost_gradient=number is None)
+    return Settled(
+        session_id="a", outcome=outcome, size_bytes=100, number=number, lost_gradient=number is None
+    )
 
 
 async def test_metrics_keep_their_order_and_belong_to_a_run(store: Journal) -> None:

@@ -126,7 +126,7 @@ class Journal:
                     *self._forgotten(),
                     (tables.answers.insert(), [asdict(s.answer) for s in settled if s.answer]),
                 ],
-                size_bytes=sum(wire.about_bytes(one.outcome) for one in settled),
+                size_bytes=sum(one.size_bytes for one in settled),
             )
 
     async def _settle_steps(self, settled: Sequence[Settled], runs: Sequence[TrainingRun]) -> None:

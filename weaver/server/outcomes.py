@@ -18,6 +18,7 @@ from weaver.boundary import attempt_async
 from weaver.errors import ServiceConnectionError, StorageError, WeaverError
 from weaver.server.activity import answer_of
 from weaver.server.records import Settled
+from weaver.wire import about_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -119,22 +120,21 @@ class Outcomes:
         waits_for: tuple[type[WeaverError], ...] = (ServiceConnectionError,),
     ) -> WeaverError | None:
         """Shows outcomes, unless they cannot be journaled; answers why."""
-        told: list[tuple[Ticket, Outcome]] = []
-        settled: list[Settled] = []
+        told: list[tuple[Ticket, Settled]] = []
         for ticket, value in ended:
-            told.append((ticket, ticket.session.outcome(ticket, value)))
-            settled.append(self._settled(*told[-1]))
+            told.append((ticket, self._settled(ticket, ticket.session.outcome(ticket, value))))
             if len(told) % TOLD_AT_ONCE == 0:
                 await checkpoint()
-        write = partial(self._store.settle, settled, runs=runs)
+        write = partial(self._store.settle, [settled for _, settled in told], runs=runs)
         failure = await self.patiently(write, waits_for=waits_for)
-        for i, (ticket, outcome) in enumerate(told, start=1):
+        for i, (ticket, settled) in enumerate(told, start=1):
+            outcome = settled.outcome
             if i % TOLD_AT_ONCE == 0:
                 await checkpoint()
             if failure is not None:
                 ticket.session.withdraw(outcome)
                 continue
-            ticket.session.show(ticket, outcome)
+            ticket.session.show(ticket, outcome, size_bytes=settled.size_bytes)
             _log(ticket, outcome)
             self._activity.note(ticket, outcome, step=self._step(ticket))
         return failure
@@ -173,6 +173,7 @@ class Outcomes:
         return Settled(
             session_id=ticket.session.session_id,
             outcome=outcome,
+            size_bytes=about_bytes(outcome),
             number=ticket.number,
             lost_gradient=ticket.number is None and ticket.discards_gradient,
             answer=answer_of(ticket, outcome, step=self._step(ticket)),

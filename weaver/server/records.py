@@ -111,6 +111,8 @@ class Settled:
 
     session_id: str
     outcome: Outcome
+    size_bytes: int
+    """About those of the outcome."""
     number: int | None = None
     """Counts, from 1, what its run has executed; None if this was not executed on a run."""
     lost_gradient: bool = False

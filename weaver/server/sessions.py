@@ -141,6 +141,8 @@ class Session:
     _acknowledged: deque[tuple[float, str]] = field(default_factory=deque)
     """The ids that will be forgotten, and since when no request should bring them."""
     _outcomes: deque[Outcome] = field(default_factory=deque)
+    _sizes: dict[str, int] = field(default_factory=dict)
+    """About the bytes of each of them, by its submission."""
     _cursor: int = 0
     _restored: int = 0
     """The last cursor that the journal knew when this process took the session up."""
@@ -247,13 +249,13 @@ class Session:
         """Gives its cursor to another outcome, as it could not be journaled."""
         self._cursor = min(self._cursor, outcome.cursor - 1)
 
-    def show(self, ticket: Ticket, outcome: Outcome) -> None:
+    def show(self, ticket: Ticket, outcome: Outcome, *, size_bytes: int) -> None:
         """Makes it collectable; to be called in the order of `outcome`."""
         del self.tickets[ticket.submission.id]
         if outcome.cursor <= self._lost:
             self._cursor += 1
             outcome = outcome.model_copy(update={"cursor": self._cursor})
-        self._keep(outcome)
+        self._keep(outcome, size_bytes=size_bytes)
         self.held_bytes -= ticket.size_bytes
         if self._follower is not None:
             self._follower(outcome)
@@ -274,9 +276,9 @@ class Session:
             if isinstance(entry.outcome, WeaverError):
                 error = ErrorInfo.of(entry.outcome)
                 lost = Outcome(submission_id=entry.submission_id, cursor=entry.cursor, error=error)
-                self._keep(lost)
+                self._keep(lost, size_bytes=about_bytes(lost))
             elif entry.outcome is not None:
-                self._keep(entry.outcome)
+                self._keep(entry.outcome, size_bytes=about_bytes(entry.outcome))
         self._outcomes = deque(sorted(self._outcomes, key=lambda outcome: outcome.cursor))
         self._restored = self._cursor
 
@@ -295,7 +297,7 @@ class Session:
         forgotten = []
         while self._outcomes and self._outcomes[0].cursor <= after:
             outcome = self._outcomes.popleft()
-            self.held_bytes -= about_bytes(outcome)
+            self.held_bytes -= self._sizes.pop(outcome.submission_id)
             forgotten.append(outcome.submission_id)
             self._acknowledged.append((time.monotonic(), outcome.submission_id))
             read = self.streams.get(forgotten[-1])
@@ -384,9 +386,10 @@ class Session:
             stream.finish(error)
         self._notify()
 
-    def _keep(self, outcome: Outcome) -> None:
+    def _keep(self, outcome: Outcome, *, size_bytes: int) -> None:
         self._outcomes.append(outcome)
-        self.held_bytes += about_bytes(outcome)
+        self._sizes[outcome.submission_id] = size_bytes
+        self.held_bytes += size_bytes
 
     def _notify(self) -> None:
         self._changed.set()
