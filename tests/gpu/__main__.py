@@ -94,7 +94,7 @@ def run_tests(device: str, tests: list[str]) -> tuple[int, dict[str, Suite]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", "."]
-        command += ["--continue-on-collection-errors"]
+        command += ["--confcutdir", ".", "--continue-on-collection-errors"]
         command += [f"--ignore=tests/engine/{name}.py" for name in ELSEWHERE]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *tests],
