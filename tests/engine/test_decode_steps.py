@@ -197,7 +197,7 @@ def test_sampling_by_steps_is_sampling(
     model = store.base("llama")
     run = new_run(trainer, "by-steps", "llama")
     (tmp_path / "saved").mkdir()
-    trainer.save(run, tmp_path / "saved", include_optimizer=False)
+    trainer.save(run, include_optimizer=False)(tmp_path / "saved")
     monkeypatch.setattr(model, "new_cache", lambda: cache_of(model))
 
     def sampled(names: tuple[str, ...]) -> dict[str, Any]:
