@@ -13,8 +13,9 @@ from torch.nn.functional import linear
 from tests.engine.conftest import DEVICE, of_the_cpu
 from weaver.engine.torch import kernels
 from weaver.engine.torch.kernels import PREPACK_MIN_SIZE, Prepacked, prepackable
-from weaver.engine.torch.linear import FrozenLinear, Routing
+from weaver.engine.torch.linear import FrozenLinear, Projection
 from weaver.engine.torch.lora import Adapter, LoraPair
+from weaver.engine.torch.routing import Routing
 from weaver.errors import EngineError
 
 SMALL, LARGE = (24, 40), (384, 520)
@@ -29,7 +30,7 @@ def make(
             parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
     plain.to(DEVICE)
     routing = Routing()
-    return plain, FrozenLinear(plain, path="layer", routing=routing), routing
+    return plain, FrozenLinear(Projection([plain], paths=["layer"]), routing=routing), routing
 
 
 def adapter(shape: tuple[int, int], seed: int) -> Adapter:
@@ -73,14 +74,14 @@ def test_large_weights_are_kept_packed_and_given_back_exactly() -> None:
     plain, frozen, _ = make(LARGE, bias=False)
     assert plain.weight.numel() >= PREPACK_MIN_SIZE
     assert torch.equal(frozen.weight, plain.weight)
-    assert isinstance(frozen.kernel, Prepacked) == prepackable(torch.float32)
+    assert isinstance(frozen.projection.kernel, Prepacked) == prepackable(torch.float32)
     small_plain, small, _ = make(SMALL, bias=False)
     assert small.weight.data_ptr() == small_plain.weight.data_ptr()
 
 
 def test_the_packed_path_gives_the_same_bits_again() -> None:
     x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    first, second = (make(LARGE, bias=True)[1].project(x) for _ in range(2))
+    first, second = (make(LARGE, bias=True)[1].projection.project(x) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -94,8 +95,8 @@ def test_bfloat16_weights_are_as_close_as_their_precision(
     x = torch.randn(37, LARGE[1], generator=torch.Generator().manual_seed(3)).to(DEVICE).bfloat16()
     weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
     y = linear(x.double(), weight, bias)
-    torch.testing.assert_close(frozen.project(x).double(), y, atol=2e-2, rtol=2e-2)
-    back = frozen.project_back(y.bfloat16()).double()
+    torch.testing.assert_close(frozen.projection.project(x).double(), y, atol=2e-2, rtol=2e-2)
+    back = frozen.projection.project_back(y.bfloat16()).double()
     torch.testing.assert_close(back, y.bfloat16().double() @ weight, atol=5e-2, rtol=5e-2)
 
 

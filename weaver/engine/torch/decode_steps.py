@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from weaver.engine.torch.catalog import refusing
-from weaver.engine.torch.lora import Adapter, LoraPair
+from weaver.engine.torch.lora import Adapter, pairs_of
 from weaver.engine.torch.packing import PackedBatch
 from weaver.engine.torch.pages import SCRATCH, PageCache, Paged, PagedPass, Tables
 from weaver.errors import UnsupportedError
@@ -141,10 +141,9 @@ class _Slot:
     """Where the values of adapters of the same shapes take turns."""
 
     def __init__(self, adapter: Adapter) -> None:
-        pairs = {
-            path: LoraPair(torch.empty_like(pair.a), torch.empty_like(pair.b))
-            for path, pair in adapter.pairs.items()
-        }
+        own = {name: torch.empty_like(tensor) for name, tensor in adapter.tensors().items()}
+        some = next(iter(own.values()))
+        pairs = pairs_of(own, device=some.device, dtype=some.dtype)
         self.adapter = Adapter(pairs, adapter.scale)
         self._holds: Adapter | None = None
 

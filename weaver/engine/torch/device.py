@@ -235,6 +235,17 @@ def take_from_files(parameters: Iterable[torch.nn.Parameter], device: torch.devi
             ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
 
 
+def give_back_freed() -> None:
+    """Gives the system what lies free between tensors, which glibc keeps for later ones.
+
+    Tensors that are replaced by longer ones leave gaps that these do not fit into.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """First address, and the one behind the last; nothing where the system does not tell."""
     if sys.platform != "linux":

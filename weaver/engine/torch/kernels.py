@@ -33,8 +33,8 @@ class Kernel(Protocol):
     def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias: [N, in] -> [N, out]"""
 
-    def project_back(self, y: torch.Tensor) -> torch.Tensor:
-        """y W: [N, out] -> [N, in]"""
+    def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
+        """y W: [N, out] -> [N, in]; y may come in columns, always in the same."""
 
     def dense(self) -> torch.Tensor:
         """The weight [out, in]; made anew where it is kept otherwise."""
@@ -57,8 +57,12 @@ class Plain:
     def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return functional.linear(x, self._weight, bias)
 
-    def project_back(self, y: torch.Tensor) -> torch.Tensor:
-        return y @ self._weight
+    def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
+        first, *others = torch.split(self._weight, [y.shape[1] for y in ys])
+        x = ys[0] @ first
+        for y, weight in zip(ys[1:], others, strict=True):
+            x.addmm_(y, weight)
+        return x
 
     def dense(self) -> torch.Tensor:
         return self._weight
@@ -67,23 +71,27 @@ class Plain:
 class Prepacked:
     """In oneDNN's blocked layout, in place of the original.
 
-    The first backward pass adds a blocked transpose: 1x the memory for sampling, 2x for training.
+    The first backward pass adds blocked transposes: 1x the memory for sampling, 2x for training.
     """
 
     differentiable = False
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = _prepack(weight)
-        self._transpose: torch.Tensor | None = None
+        self._transposes: list[torch.Tensor] = []
         self._blocks: torch.Tensor | None = None
 
     def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _packed_linear(x, self._packed, bias)
 
-    def project_back(self, y: torch.Tensor) -> torch.Tensor:
-        if self._transpose is None:
-            self._transpose = _prepack(self.dense().t().contiguous())
-        return _packed_linear(y, self._transpose, None)
+    def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
+        if not self._transposes:
+            weights = torch.split(self.dense(), [y.shape[1] for y in ys])
+            self._transposes = [_prepack(weight.t().contiguous()) for weight in weights]
+        x = _packed_linear(ys[0], self._transposes[0], None)
+        for y, packed in zip(ys[1:], self._transposes[1:], strict=True):
+            x = torch.ops.mkldnn._linear_pointwise.binary(y.contiguous(), x, packed, None, "add")
+        return x
 
     def dense(self) -> torch.Tensor:
         return self._packed.to_dense()

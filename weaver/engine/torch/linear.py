@@ -1,153 +1,228 @@
 """The seam through which every frozen projection passes, with LoRA of several adapters by rows.
 
-`FrozenLinear` replaces the linear layers of a frozen base model, and finds the adapters of its rows
-in the model's `Routing`. N rows, R rank; x [N, in], weight [out, in], A [R, in], B [out, R].
+`FrozenLinear` replaces the linear layers of a frozen base model. Layers that are given the same
+input, such as those of queries, keys and values, are one `Projection`: one product, made when the
+first of them is called. It finds the adapters of its rows in the model's `Routing`.
+
+N rows, n of a segment, R rank, M layers of a projection, S segments; x [N, in], weight [out, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from weaver.engine.torch.device import give_back_freed
 from weaver.engine.torch.kernels import kernel_of
-from weaver.engine.torch.lora import Adapter
-from weaver.errors import EngineError
-
-Segment = tuple[int, int, Adapter]
-"""First row, row behind the last, the adapter of these rows."""
-Part = tuple[int, int, float]
-"""First row, row behind the last, scale."""
+from weaver.engine.torch.routing import Call, Part, Routing
 
 
-class Routing:
-    """Which adapter each row of the running model call has; one per base model.
+class Projection:
+    """For each of its layers, x -> x W^T + bias + scale (x A^T) B^T, A and B of the row's adapter.
 
-    Calls on a model are serialized, so it is set for the duration of one: `with routing.of(...)`.
+    The weights of the layers lie one below the other, [sum of out, in]; so do their A in an
+    adapter, and x is multiplied with each once. What is computed for layers yet to be called lies
+    in the routing, and goes with the model call at the latest.
     """
 
-    def __init__(self) -> None:
-        self._segments: list[Segment] = []
-        self._rows: int | None = None
+    def __init__(self, layers: Sequence[torch.nn.Linear], *, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        self.in_features = layers[0].in_features
+        self.sizes = [layer.out_features for layer in layers]
+        self.bias = _joined_bias(layers)
+        self.kernel = kernel_of(_take_weight(layers))
 
-    @contextmanager
-    def of(self, lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> Iterator[None]:
-        """Routes `lengths[i]` rows to `adapters[i]`, in this order."""
-        previous = self._segments, self._rows
-        self._segments, self._rows = _merge(lengths, adapters), sum(lengths)
-        try:
-            yield
-        finally:
-            self._segments, self._rows = previous
+    def outputs(self, x: torch.Tensor, call: Call) -> Sequence[torch.Tensor]:
+        """[N, in] -> [N, out] of each layer, which may be changed in place."""
+        parts = call.parts(self.paths, len(x))
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(pair.a.requires_grad for _, _, b in parts for pair in b.pairs)
+        ):
+            return self._differentiable(x, parts)
+        ys = self.split(self.project(x))
+        if len(parts) > 1 and call.stackable:
+            rows, stack = call.stacked_rows, call.stack(self.paths)
+            low = torch.bmm(rows.gather(x), stack.a_t)
+            for index, span, b_t in stack.members:
+                rows.add(ys[index], torch.bmm(low[:, :, span], b_t))
+            return ys
+        for start, stop, block in parts:
+            low = x[start:stop] @ block.a_t().to(x.dtype)
+            for index, span, b_t in block.members:
+                ys[index][start:stop].addmm_(low[:, span], b_t.to(x.dtype), alpha=block.scale)
+        return ys
 
-    def parts(self, path: str, rows: int) -> tuple[list[Part], list[torch.Tensor]]:
-        """Each segment of one layer, and its A and B."""
-        if rows != self._rows:
-            raise EngineError(f"{path} got {rows} rows, the routing has {self._rows}.")
-        parts: list[Part] = []
-        tensors: list[torch.Tensor] = []
-        for start, stop, adapter in self._segments:
-            pair = adapter.pairs.get(path)
-            if pair is not None:
-                parts.append((start, stop, adapter.scale))
-                tensors += (pair.a, pair.b)
-        return parts, tensors
+    def _differentiable(self, x: torch.Tensor, parts: Sequence[Part]) -> Sequence[torch.Tensor]:
+        pairs = [pair for part in parts for pair in part.block.pairs]
+        if self.kernel.differentiable and len(parts) == 1 and parts[0][:2] == (0, len(x)):
+            # torch's own operators: a Python backward costs small models 8% of a step
+            block = parts[0].block
+            ys = list(self.split(self.project(x)))
+            a = torch.cat([pair.a for pair in pairs]) if len(pairs) > 1 else pairs[0].a
+            low = functional.linear(x, a.to(x.dtype)) * block.scale
+            for (index, span, _), pair in zip(block.members, pairs, strict=True):
+                ys[index] = torch.addmm(ys[index], low[:, span], pair.b.to(x.dtype).t())
+            return ys
+        tensors = (t for pair in pairs for t in (pair.a, pair.b))
+        return _routed(x, self, parts, *tensors)
 
+    def split(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[N, sum of out] -> [N, out] of each layer, views that autograd takes for new tensors."""
+        return torch.unsafe_split_with_sizes(y, self.sizes, 1) if len(self.sizes) > 1 else [y]
 
-def _merge(lengths: Sequence[int], adapters: Sequence[Adapter | None]) -> list[Segment]:
-    """Neighbours of one adapter are one segment."""
-    segments: list[Segment] = []
-    start = 0
-    for length, adapter in zip(lengths, adapters, strict=True):
-        stop = start + length
-        if adapter is not None:
-            if segments and segments[-1][1] == start and segments[-1][2] is adapter:
-                segments[-1] = (segments[-1][0], stop, adapter)
-            else:
-                segments.append((start, stop, adapter))
-        start = stop
-    return segments
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + bias: [N, in] -> [N, sum of out]"""
+        return self.kernel.project(x, self.bias)
+
+    def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
+        """y W of the outputs y [N, out] of all layers: -> [N, in]"""
+        return self.kernel.project_back(*ys)
 
 
 class FrozenLinear(torch.nn.Module):
-    """x -> x W^T + bias + scale (x A^T) B^T, where A and B are those of the row's adapter."""
+    """One layer of a projection: its only one, or the one at `index`."""
 
-    def __init__(self, linear: torch.nn.Linear, *, path: str, routing: Routing) -> None:
+    def __init__(self, projection: Projection, index: int = 0, *, routing: Routing) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.path = path
+        self.projection = projection
+        self.index = index
         self.routing = routing
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        self.kernel = kernel_of(linear.weight.detach())
+        self.in_features, self.out_features = projection.in_features, projection.sizes[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; the leading axes flatten to the rows of the current routing."""
-        rows = x.reshape(-1, self.in_features)
-        parts, tensors = self.routing.parts(self.path, rows.shape[0])
-        if self.kernel.differentiable and len(parts) == 1 and parts[0][:2] == (0, rows.shape[0]):
-            a, b = (t.to(rows.dtype) for t in tensors)
-            # torch's own operators: a Python backward costs small models 8% of a step
-            low = functional.linear(rows, a) * parts[0][2]
-            y = torch.addmm(self.project(rows), low, b.t())
-        else:
-            y = _routed(rows, self, parts, *tensors)
+        call = self.routing.call
+        y = call.kept.take(self.projection, self.index, x)
+        if y is None:
+            ys = self.projection.outputs(x.reshape(-1, self.in_features), call)
+            y = ys[self.index]
+            if len(ys) > 1:
+                call.kept.put(self.projection, self.index, x, ys)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + bias: [N, in] -> [N, out]"""
-        return self.kernel.project(x, self.bias)
-
-    def project_back(self, y: torch.Tensor) -> torch.Tensor:
-        """y W: [N, out] -> [N, in]"""
-        return self.kernel.project_back(y)
 
     @property
     def weight(self) -> torch.Tensor:
         """[out, in]; made anew where the kernel keeps it otherwise."""
-        return self.kernel.dense()
+        return torch.split(self.projection.kernel.dense(), self.projection.sizes)[self.index]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[out]"""
+        bias = self.projection.bias
+        return None if bias is None else torch.split(bias, self.projection.sizes)[self.index]
 
 
-class _RoutedLinear(torch.autograd.Function):
-    """Forward and backward of `FrozenLinear`; the frozen weight gets no gradient.
+def freeze(module: torch.nn.Module, read: Callable[[], object], *, routing: Routing) -> None:
+    """Puts frozen layers in the place of all linear layers; `read` calls the module on a token."""
+    for paths in _siblings(module, read):
+        layers: list[Any] = [module.get_submodule(path) for path in paths]
+        projection = Projection(layers, paths=paths)
+        for index, path in enumerate(paths):
+            parent, _, name = path.rpartition(".")
+            layer = FrozenLinear(projection, index, routing=routing)
+            setattr(module.get_submodule(parent), name, layer)
 
-    Only x and scale x A^T [N, R] are kept for the backward pass.
+
+def _siblings(module: torch.nn.Module, read: Callable[[], object]) -> list[list[str]]:
+    """The paths of all linear layers, together where they can be one projection.
+
+    Those are of one parent, and a call shows that they are called one after the other, once each,
+    with the very same tensor, which is not changed in between.
+    """
+    layers = {path: m for path, m in module.named_modules() if type(m) is torch.nn.Linear}
+    calls: list[tuple[str, torch.Tensor, int]] = []
+
+    def note(path: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        calls.extend((path, x, x._version) for x in inputs)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: note(path, inputs))
+        for path, layer in layers.items()
+    ]
+    read()
+    for hook in hooks:
+        hook.remove()
+
+    def shared(call: tuple[str, torch.Tensor, int]) -> tuple[str, int, int]:
+        path, x, version = call
+        return path.rpartition(".")[0], id(x), version
+
+    times = Counter(path for path, _, _ in calls)
+    found = [[path for path, _, _ in together] for _, together in groupby(calls, shared)]
+    joined = [paths for paths in found if all(times[path] == 1 for path in paths)]
+    alone = layers.keys() - {path for paths in joined for path in paths}
+    return joined + [[path] for path in layers if path in alone]
+
+
+def _take_weight(layers: Sequence[torch.nn.Linear]) -> torch.Tensor:
+    """[sum of out, in]; several layers lose theirs, so that there is no second one for long."""
+    if len(layers) == 1:
+        return layers[0].weight.detach()
+    joined = torch.cat([layer.weight.detach() for layer in layers])
+    for layer in layers:
+        del layer.weight
+    give_back_freed()
+    return joined
+
+
+def _joined_bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat(
+        [
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            for layer in layers
+        ]
+    ).detach()
+
+
+class _RoutedProjection(torch.autograd.Function):
+    """Forward and backward of `Projection`; the frozen weight gets no gradient.
+
+    Only x and scale x A^T [N, sum of R] are kept for the backward pass. `ab` are the tensors of
+    the parts' blocks, which autograd is to know of.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, linear: FrozenLinear, parts: Sequence[Part], *ab: torch.Tensor
-    ) -> torch.Tensor:
-        y = linear.project(x)
-        low: list[torch.Tensor] = []
-        for (start, stop, scale), a, b in zip(parts, ab[::2], ab[1::2], strict=True):
-            xa = (x[start:stop] @ a.to(x.dtype).t()).mul_(scale)
-            y[start:stop].addmm_(xa, b.to(x.dtype).t())
-            low.append(xa)
-        ctx.linear, ctx.parts = linear, parts
-        ctx.save_for_backward(x, *ab, *low)
-        return y
+        ctx: Any, x: torch.Tensor, projection: Projection, parts: Sequence[Part], *ab: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ys = projection.split(projection.project(x))
+        lows: list[torch.Tensor] = []
+        for start, stop, block in parts:
+            low = (x[start:stop] @ block.a_t().to(x.dtype)).mul_(block.scale)
+            for index, span, b_t in block.members:
+                ys[index][start:stop].addmm_(low[:, span], b_t.to(x.dtype))
+            lows.append(low)
+        ctx.projection, ctx.parts = projection, parts
+        ctx.save_for_backward(x, *lows)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        n = len(ctx.parts)
-        ab, low = rest[: 2 * n], rest[2 * n :]
-        gy = gy.contiguous()
-        gx = ctx.linear.project_back(gy) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, *gys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *lows = ctx.saved_tensors
+        gx = ctx.projection.project_back(*gys) if ctx.needs_input_grad[0] else None
         grads: list[torch.Tensor | None] = []
-        for i, (start, stop, scale) in enumerate(ctx.parts):
-            a, b = ab[2 * i], ab[2 * i + 1]
-            rows = gy[start:stop]
-            gxa = (rows @ b.to(x.dtype)).mul_(scale)
+        for (start, stop, block), low in zip(ctx.parts, lows, strict=True):
+            some = [gy[start:stop] for gy in gys]
+            g_low = torch.empty_like(low)
+            for index, span, b_t in block.members:
+                torch.mm(some[index], b_t.t().to(x.dtype), out=g_low[:, span])
+            g_low.mul_(block.scale)
             if gx is not None:
-                gx[start:stop].addmm_(gxa, a.to(x.dtype))
-            trains = ctx.needs_input_grad[3 + 2 * i]
-            grads.append((gxa.t() @ x[start:stop]).to(a.dtype) if trains else None)
-            grads.append((rows.t() @ low[i]).to(b.dtype) if trains else None)
+                gx[start:stop].addmm_(g_low, block.a_t().to(x.dtype).t())
+            trains = ctx.needs_input_grad[3 + len(grads)]
+            g_a = g_low.t() @ x[start:stop] if trains else None
+            for (index, span, _), pair in zip(block.members, block.pairs, strict=True):
+                grads.append(None if g_a is None else g_a[span].to(pair.a.dtype))
+                g_b = some[index].t() @ low[:, span] if trains else None
+                grads.append(None if g_b is None else g_b.to(pair.b.dtype))
         return gx, None, None, *grads
 
 
-_routed: Callable[..., torch.Tensor] = _RoutedLinear.apply
+_routed: Callable[..., tuple[torch.Tensor, ...]] = _RoutedProjection.apply

@@ -169,7 +169,7 @@ class _FrozenHead(torch.autograd.Function):
         entropies = torch.zeros_like(logprobs)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), linear.out_features, chunk):
-            logits = head.finish(linear.project(hidden[rows]).float())
+            logits = head.finish(linear.projection.project(hidden[rows]).float())
             asked = queries.take(rows)
             targets, temperature = asked.targets, asked.divisor
             p = None if gradient is None else torch.empty_like(logits)
@@ -181,7 +181,7 @@ class _FrozenHead(torch.autograd.Function):
                 if temperature is not None:
                     p.div_(temperature)
                 d_z = head.finish_back(p, logits).to(hidden.dtype)
-                gradient[rows] = linear.project_back(d_z)
+                gradient[rows] = linear.projection.project_back(d_z)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies

@@ -7,7 +7,7 @@ them. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,12 +28,58 @@ class LoraPair:
     """[out, R]"""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """What an adapter has for layers that are given the same input; views of it, never copies."""
+
+    def __init__(self, pairs: Sequence[LoraPair | None], scale: float) -> None:
+        """`pairs` has one entry a layer; None where the adapter does not change it."""
+        self.scale = scale
+        self.pairs = [pair for pair in pairs if pair is not None]
+        self.members: list[tuple[int, slice, torch.Tensor]] = []
+        """For each layer that it changes: its index, its columns of x A^T, and B^T [R, out]."""
+        self.rank = 0
+        """The sum of R."""
+        for index, pair in enumerate(pairs):
+            if pair is not None:
+                start, self.rank = self.rank, self.rank + len(pair.a)
+                self.members.append((index, slice(start, self.rank), pair.b.detach().t()))
+        self._a = _side_by_side([pair.a.detach() for pair in self.pairs])
+
+    def a_t(self) -> torch.Tensor:
+        """A^T of all these layers: [in, sum of R]"""
+        if self._a is not None:
+            return self._a.t()
+        return torch.cat([pair.a.detach() for pair in self.pairs]).t()
+
+
+def _side_by_side(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One matrix of the rows of several, where they follow each other in memory."""
+    first, end = matrices[0], matrices[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for each in matrices:
+        follows = each.untyped_storage().data_ptr() == storage and each.storage_offset() == end
+        if not (follows and each.is_contiguous() and each.shape[1:] == first.shape[1:]):
+            return None
+        end += each.numel()
+    return first.as_strided((sum(map(len, matrices)), *first.shape[1:]), first.stride())
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """Low-rank updates by the path of the linear layer: `model.layers.0.self_attn.q_proj`."""
 
     pairs: Mapping[str, LoraPair]
     scale: float
+    frozen: bool = False
+    """Whether no value ever changes."""
+    _blocks: dict[tuple[str, ...], Block | None] = field(default_factory=dict, init=False)
+
+    def block(self, paths: tuple[str, ...]) -> Block | None:
+        """What it has for these layers, of one input; None is nothing."""
+        if paths not in self._blocks:
+            pairs = [self.pairs.get(path) for path in paths]
+            self._blocks[paths] = Block(pairs, self.scale) if any(pairs) else None
+        return self._blocks[paths]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By PEFT's names, `base_model.model.<path>.lora_A.weight`; not copies."""
@@ -134,27 +180,48 @@ def new_adapter(
     The values depend on `seed` and the targets alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    pairs: dict[str, LoraPair] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for target in targets:
         bound = target.in_features**-0.5
-        a = torch.empty(config.rank, target.in_features).uniform_(
+        stem = f"{PREFIX}{target.path}"
+        tensors[f"{stem}.lora_A.weight"] = torch.empty(config.rank, target.in_features).uniform_(
             -bound, bound, generator=generator
         )
-        b = torch.zeros(target.out_features, config.rank)
-        pairs[target.path] = LoraPair(a.to(device).requires_grad_(), b.to(device).requires_grad_())
+        tensors[f"{stem}.lora_B.weight"] = torch.zeros(target.out_features, config.rank)
+    pairs = pairs_of(tensors, device=device, dtype=torch.float32)
+    for pair in pairs.values():
+        pair.a.requires_grad_()
+        pair.b.requires_grad_()
     return Adapter(pairs, config.alpha / config.rank)
 
 
 def adapter_from_tensors(
-    tensors: Mapping[str, torch.Tensor], config: LoraConfig, *, device: torch.device
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Adapter:
-    """A frozen fp32 adapter from tensors by PEFT's names; it shares storage where it can."""
+    """A frozen adapter from tensors by PEFT's names; its B share storage where they can."""
+    pairs = pairs_of(tensors, device=device, dtype=dtype)
+    return Adapter(pairs, config.alpha / config.rank, frozen=True)
+
+
+def pairs_of(
+    tensors: Mapping[str, torch.Tensor], *, device: torch.device, dtype: torch.dtype
+) -> dict[str, LoraPair]:
+    """Tensors by PEFT's names as pairs by path; the B share storage where they can.
+
+    All A are copied behind each other, so that a `Block` needs no copies of its own.
+    """
+    stems = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    given = [tensors[f"{stem}.lora_A.weight"].detach() for stem in stems]
+    flat = torch.empty(sum(a.numel() for a in given), device=device, dtype=dtype)
     pairs: dict[str, LoraPair] = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            b = tensors[f"{stem}.lora_B.weight"]
-            pairs[stem.removeprefix(PREFIX)] = LoraPair(
-                *(t.detach().to(device, torch.float32) for t in (a, b))
-            )
-    return Adapter(pairs, config.alpha / config.rank)
+    end = 0
+    for stem, values in zip(stems, given, strict=True):
+        start, end = end, end + values.numel()
+        a = flat[start:end].view(values.shape).copy_(values).detach()
+        b = tensors[f"{stem}.lora_B.weight"].detach().to(device, dtype)
+        pairs[stem.removeprefix(PREFIX)] = LoraPair(a, b)
+    return pairs

@@ -11,7 +11,7 @@ import torch
 
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.attention_choice import Attention, Paging
-from weaver.engine.torch.catalog import Catalog, ModelFacts
+from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, refusing
 from weaver.engine.torch.device import physical_cores
 from weaver.engine.torch.files import check_finite, read_module, set_weights
 from weaver.engine.torch.lora import adapter_from_tensors
@@ -77,7 +77,7 @@ class ModelStore:
             facts = self.catalog.facts(snapshot.base_model)
             model = self._load(facts, dtype=self.dtype, weights=tensors)
             return PublishedWeights(model, None, snapshot.version)
-        adapter = adapter_from_tensors(tensors, lora, device=self.device)
+        adapter = adapter_from_tensors(tensors, lora, device=self.device, dtype=self.dtype)
         return PublishedWeights(self.base(snapshot.base_model), adapter, snapshot.version)
 
     def _load(
@@ -111,16 +111,17 @@ class ModelStore:
             ) from error
         if weights is not None:
             set_weights(dict(module.named_parameters()), weights)
-        model = LoadedModel(facts, module, trainable=trainable)
+        self.use_threads(facts)
+        with refusing(f"{facts.info.name} ({facts.info.architecture}) cannot run here", hint=HINT):
+            model = LoadedModel(facts, module, trainable=trainable)
         key = (facts.info.name, trainable)
         if key not in self._attention:
-            self.use_threads(model)
             settle_attention(model)
             self._attention[key] = model.attention, model.paging
         model.attention, model.paging = self._attention[key]
         return model
 
-    def use_threads(self, model: LoadedModel) -> None:
+    def use_threads(self, model: LoadedModel | ModelFacts) -> None:
         """Sets torch's threads for the coming call: as configured, or by the model's size."""
         small = model.info.num_parameters < SMALL_MODEL
         wanted = self.threads or (1 if small else physical_cores())

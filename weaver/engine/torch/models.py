@@ -19,11 +19,12 @@ from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.decode_steps import CudaGraphs, DecodeSteps
 from weaver.engine.torch.embedding import share_embedding
 from weaver.engine.torch.kv_cache import CachedRows, CacheShape, KVCache
-from weaver.engine.torch.linear import FrozenLinear, Routing
+from weaver.engine.torch.linear import FrozenLinear, freeze
 from weaver.engine.torch.lora import Adapter
 from weaver.engine.torch.packing import PackedBatch, pack
 from weaver.engine.torch.pages import PageCache, PageRows
 from weaver.engine.torch.recompute import prepare_layers, recomputed
+from weaver.engine.torch.routing import Routing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,16 +81,16 @@ class LoadedModel:
         linear = module.get_output_embeddings()
         tied = linear.weight is module.get_input_embeddings().weight
         path = next(name for name, m in module.named_modules() if m is linear)
-        if not trainable:
-            self._freeze()
         self._layers = prepare_layers(module.base_model, facts.num_layers)
         self.attention: Attention = BLOCKS
         self.paging: Paging = ARENAS
         """Its store settles which, of both."""
         self.steps = DecodeSteps(CudaGraphs()) if self.device.type == "cuda" else None
+        if not trainable:
+            freeze(module, self._read_a_token, routing=self.routing)
         head = module.get_submodule(path)
         if tied and not trainable:
-            share_embedding(module, head.kernel)
+            share_embedding(module, head.projection.kernel)
         self.head = Head.of(head, path, facts.config)
 
     @property
@@ -154,13 +155,9 @@ class LoadedModel:
         with self.routing.of([1] * len(adapters), adapters):
             return self.head.logits(hidden)
 
-    def _freeze(self) -> None:
-        modules = self.module.named_modules()
-        for path in [path for path, layer in modules if type(layer) is torch.nn.Linear]:
-            parent, _, name = path.rpartition(".")
-            layer = self.module.get_submodule(path)  # not held: its weight is freed once packed
-            frozen = FrozenLinear(layer, path=path, routing=self.routing)
-            setattr(self.module.get_submodule(parent), name, frozen)
+    @torch.no_grad()
+    def _read_a_token(self) -> None:
+        self.hidden_states(pack([[0]], adapters=[None], device=self.device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
