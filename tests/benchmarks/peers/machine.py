@@ -1,11 +1,15 @@
 """The machine that measures, and its limits: matrix products at the shapes used, memory bandwidth.
 
-A figure is worth little without them: processors differ by a factor of three, ratios by less.
+`python -m tests.benchmarks.peers.machine SHAPE` prints both as JSON, for `run`, which asks for them
+in the surroundings of its workers. A figure is worth little without them: processors differ by a
+factor of three, ratios by less.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -132,3 +136,7 @@ def _best(work: Callable[[], Any], *, times: int = 4) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
+
+
+if __name__ == "__main__":
+    print(json.dumps({"machine": machine(), "limits": limits(sys.argv[1])}))
