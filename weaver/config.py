@@ -101,6 +101,10 @@ class EngineSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Of base weights; auto: bfloat16 on CUDA, else float32. What is trained is float32."
     )
+    quantize: Literal["none", "int8", "nf4"] = setting(
+        "none",
+        "Keeps frozen layers of attention and MLP in int8, or in nf4 (extra `quant`).",
+    )
     threads: int = setting(0, "Torch threads; 0 chooses by the model's size.", least=0)
     memory_gb: float = setting(
         0.0,

@@ -27,6 +27,7 @@ __all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 
 TrainingMode = Literal["lora", "full_ft"]
 StopReason = Literal["stop", "length"]
+Quantize = Literal["none", "int8", "nf4"]
 CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
 
 
@@ -326,6 +327,8 @@ class ModelInfo(Value):
     training_modes: tuple[TrainingMode, ...] = ("lora", "full_ft")
     dtype: Literal["float32", "bfloat16"] = "float32"
     """That of the weights that are sampled from; what is trained is float32."""
+    quantize: Quantize = "none"
+    """How the frozen layers of attention and MLP are kept; they compute in `dtype`."""
 
 
 class CheckpointInfo(Value):

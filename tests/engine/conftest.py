@@ -167,12 +167,12 @@ def gradient_of(trainer: TorchTrainer, run_id: str) -> dict[str, torch.Tensor]:
     return dict(zip(run.named_parameters(), (g.cpu() for g in run.gradient), strict=True))
 
 
-def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5) -> None:
+def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5, size: float = 0.1) -> None:
     """Gives B values other than 0, so that every gradient is."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trainer._run(run_id).named_parameters().items():
         if "lora_B" in name:
-            values = torch.randn(parameter.shape, generator=generator) * 0.1
+            values = torch.randn(parameter.shape, generator=generator) * size
             parameter.data.copy_(values)
 
 

@@ -46,6 +46,8 @@ def test_the_verdict_is_in_words(catalog: Catalog) -> None:
     fits, said = needs.against(needs.total)
     assert not fits and "DOES NOT FIT" in said and "WEAVER_DTYPE=bfloat16" in said
     _, said = needs_of(catalog.facts("llama"), dtype="bfloat16").against(0)
+    assert said.endswith("try WEAVER_QUANTIZE=nf4 or a smaller model")
+    _, said = needs_of(catalog.facts("llama"), dtype="bfloat16", quantize="nf4").against(0)
     assert said.endswith("try a smaller model")
     fits, said = needs.against(None)
     assert fits and "not known" in said

@@ -45,18 +45,31 @@ def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "steps"),
+    [
+        ("WEAVER_DTYPE", "bfloat16", 20),
+        ("WEAVER_QUANTIZE", "int8", 20),
+        ("WEAVER_QUANTIZE", "nf4", 60),  # which leaves so small a model less to begin with
+    ],
+)
+@pytest.mark.parametrize(
     ("advantage", "low", "high"), [("group_centred", 0.7, 1), (flipped, 0, 0.1)]
 )
-def test_reinforcement_in_bfloat16(
+def test_reinforcement_on_a_base_of_fewer_bits(
+    variable: str,
+    value: str,
+    steps: int,
     advantage: str | AdvantageFn,
     low: float,
     high: float,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Learns as in float32, within the gap that is the default there; of flipped advantages not."""
+    """Learns, within the gap that is the default of float32; of flipped advantages not."""
     monkeypatch.setenv("WEAVER_THREADS", "1")
-    monkeypatch.setenv("WEAVER_DTYPE", "bfloat16")
+    if value == "nf4":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv(variable, value)
     monkeypatch.setenv("WEAVER_HOME", str(tmp_path))
     monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
     trained = rl.train(
@@ -66,7 +79,7 @@ def test_reinforcement_in_bfloat16(
         advantage=advantage,
         held_out=HELD_OUT,
         evaluate_every=0,
-        steps=20,
+        steps=steps,
         groups_per_step=16,
         sampling=SAMPLING,
         display=False,

@@ -125,6 +125,8 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
         device, free, as_set = engine.device, engine.memory, " (as set)" * bool(settings.memory_gb)
         _say("device", f"{device.place} ({device.why})")
         _say("dtype", f"{device.dtype} ({device.dtype_why})")
+        if settings.quantize != "none":
+            _say("quantised", f"frozen layers of attention and MLP are kept in {settings.quantize}")
         _say("threads", devices.threads_text(settings.threads))
         _say("free memory", "not known" if free is None else devices.size_text(free) + as_set)
         with _checking(model, faults):
@@ -133,7 +135,9 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
             attention = by_rule(facts, place=place, dtype=dtype)[0]
             paging = paging_by_rule(facts, place=place, dtype=dtype)[0]
             _say("attention", f"{attention.name}, {paging.name}")
-            fits, said = devices.needs_of(facts, dtype=device.dtype).against(free)
+            fits, said = devices.needs_of(
+                facts, dtype=device.dtype, quantize=settings.quantize
+            ).against(free)
             said = f"{facts.info.num_parameters:,} parameters; {said}"
             if not fits:
                 raise EngineError(said)
@@ -141,5 +145,8 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
             _say("samples", engine.budget.text(facts))
             _say("training", engine.plan(model, "lora").describe())
             whole = devices.size_text(full_training_bytes(facts))
-            said = engine.plan(model, "full_ft").describe()
-            _say("full tuning", f"{whole} for weights, gradient and two moments; {said}")
+            planned = engine.plan(model, "full_ft").describe()
+            said = f"{whole} for weights, gradient and two moments; {planned}"
+            if settings.quantize != "none":
+                said = f"refused on layers kept in {settings.quantize}"
+            _say("full tuning", said)

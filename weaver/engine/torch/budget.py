@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.engine.torch.device import size_text
 from weaver.engine.torch.kv_cache import CacheShape
 from weaver.engine.torch.memory import shares
+from weaver.engine.torch.quantised import weights_bytes
+from weaver.types import Quantize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +42,7 @@ class Budget:
     dtype: torch.dtype
     memory: int | None
     """Bytes that were free on the device when the engine began; None is not known."""
+    quantize: Quantize = "none"
     set_rows: int = 0
     """0 takes them by the device."""
     set_bytes: int = 0
@@ -56,9 +60,10 @@ class Budget:
             return self.set_bytes
         if self.deterministic or self.memory is None:
             return FIXED_TOKENS * self._shape(facts).token_bytes
-        others = sum(other.info.num_parameters for other in beside) * self.dtype.itemsize
-        free = max(0, self.memory - others)
-        return shares(facts, free=free, dtype=self.dtype, device=self.device).cache
+        held = partial(weights_bytes, dtype=self.dtype, quantize=self.quantize)
+        free = max(0, self.memory - sum(map(held, beside)))
+        of = partial(shares, facts, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        return of(free=free).cache
 
     def text(self, facts: ModelFacts) -> str:
         """In words, as if the model were alone."""

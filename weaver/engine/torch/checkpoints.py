@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,7 +33,9 @@ from weaver.engine.torch import files
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.lora import Adapter, LoraPair, adapter_from_tensors
 from weaver.engine.torch.models import LoadedModel
-from weaver.types import LoraConfig, ModelInfo, TrainingMode, Value
+from weaver.types import LoraConfig, ModelInfo, Quantize, TrainingMode, Value
+
+logger = logging.getLogger(__name__)
 
 STATE = "weaver_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -53,9 +56,13 @@ class State(Value):
     training_mode: TrainingMode
     lora_config: LoraConfig | None
     step: int
+    quantize: Quantize = "none"
+    """How the base's layers were kept while it was trained."""
 
     @classmethod
-    def of(cls, info: ModelInfo, lora_config: LoraConfig | None, *, step: int) -> State:
+    def of(
+        cls, info: ModelInfo, lora_config: LoraConfig | None, *, step: int, quantize: Quantize
+    ) -> State:
         return cls(
             base_model=info.name,
             architecture=info.architecture,
@@ -64,6 +71,7 @@ class State(Value):
             training_mode="lora" if lora_config else "full_ft",
             lora_config=lora_config,
             step=step,
+            quantize=quantize,
         )
 
     def check_same(self, other: State) -> None:
@@ -79,7 +87,7 @@ class State(Value):
 
     def _described(self) -> dict[str, Any]:
         """What must agree; the seed of the initial values need not."""
-        values = self.model_dump(exclude={"step", "lora_config"})
+        values = self.model_dump(exclude={"step", "lora_config", "quantize"})
         lora = self.lora_config.model_dump(exclude={"seed"}) if self.lora_config else {}
         return values | {f"lora_config.{name}": value for name, value in lora.items()}
 
@@ -198,14 +206,22 @@ def read_optimizer(
     }
 
 
-def read_snapshot(folder: Path, *, facts: ModelFacts) -> WeightSnapshot:
+def read_snapshot(folder: Path, *, facts: ModelFacts, quantize: Quantize) -> WeightSnapshot:
     """The weights of a folder: of ours, one that PEFT wrote, or a whole model of this architecture.
+
+    A warning tells of an adapter that was trained on a base kept in another way than `quantize`.
 
     Raises:
         CheckpointCorruptError, CheckpointMismatchError
         UnsupportedError: a variant of LoRA.
     """
-    version = read_state(folder).step if (folder / STATE).exists() else 0
+    version = 0
+    if (folder / STATE).exists():
+        state = read_state(folder)
+        version = state.step
+        if state.lora_config is not None and state.quantize != quantize:
+            said = "%s was trained with quantize=%s; here it is %s, which changes what it computes"
+            logger.warning(said, folder.name, state.quantize, quantize)
     tensors, config = (
         files.read_adapter(folder, facts=facts)
         if (folder / files.ADAPTER_CONFIG).exists()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from weaver.engine.torch.lora import roles
+from weaver.engine.torch.quantised import weights_bytes
 from weaver.errors import ConfigError
-from weaver.types import LoraConfig
+from weaver.types import LoraConfig, Quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -147,7 +148,8 @@ class Needs:
     """In bytes."""
 
     dtype: str
-    """That of `weights` and `cache`."""
+    """Of `cache`, and of the weights that are not quantised."""
+    quantize: Quantize
     weights: int
     adapter: int
     """A LoRA adapter of the default rank in training."""
@@ -170,18 +172,21 @@ class Needs:
             return True, f"needs {total} ({parts}); what is free is not known here"
         fits = self.total <= USABLE * free
         smaller = "WEAVER_DTYPE=bfloat16 or " if self.dtype == "float32" else ""
+        if self.quantize == "none":
+            smaller += "WEAVER_QUANTIZE=nf4 or "
         verdict = "fits" if fits else f"DOES NOT FIT; try {smaller}a smaller model"
         return fits, f"needs {total} of {size_text(free)} free ({parts}): {verdict}"
 
 
-def needs_of(facts: ModelFacts, *, dtype: str) -> Needs:
+def needs_of(facts: ModelFacts, *, dtype: str, quantize: Quantize = "none") -> Needs:
     """Without activations, which grow with the tokens of a pass."""
     tokens = min(CACHED_TOKENS, facts.info.context_length)
     values = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * tokens
     size = DTYPES[dtype].itemsize
     return Needs(
         dtype=dtype,
-        weights=facts.info.num_parameters * size,
+        quantize=quantize,
+        weights=weights_bytes(facts, dtype=DTYPES[dtype], quantize=quantize),
         adapter=adapter_bytes(facts),
         cache=values * size,
         cached_tokens=tokens,

@@ -19,10 +19,11 @@ from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
 from weaver.engine.torch.memory import Plan, Recompute
 from weaver.engine.torch.model_store import ModelStore
+from weaver.engine.torch.quantised import check_kind
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.types import JsonDict, Message, ModelInfo, TrainingMode
+from weaver.types import JsonDict, Message, ModelInfo, Quantize, TrainingMode
 
 
 class TorchEngine(ThreadedEngine):
@@ -34,6 +35,8 @@ class TorchEngine(ThreadedEngine):
             which is untested.
         dtype: of frozen base weights, `float32`, `bfloat16` or `auto` (bfloat16 on CUDA, else
             float32); what is trained is float32.
+        quantize: frozen layers of attention and MLP to `int8` or `nf4`, or `none`; they are only
+            kept so, and compute in `dtype`.
         threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
         memory_gb: gigabytes that it may use on the device; 0 takes what is free there now.
         kv_cache_gb: gigabytes for keys and values of samples; 0 is half of what the model leaves.
@@ -44,6 +47,7 @@ class TorchEngine(ThreadedEngine):
 
     Raises:
         ConfigError: the device or dtype cannot be used here.
+        MissingDependencyError: nf4 needs an extra of the package.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class TorchEngine(ThreadedEngine):
         allow_paths: bool = True,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: Quantize = "none",
         threads: int = 0,
         memory_gb: float = 0,
         kv_cache_gb: float = 0,
@@ -62,6 +67,8 @@ class TorchEngine(ThreadedEngine):
         deterministic: bool = False,
     ) -> None:
         self.device = choose_device(device, dtype)
+        check_kind(quantize)
+        self.quantize = quantize
         self.memory = int(memory_gb * 1e9) or free_bytes(self.device.place)
         """Bytes; None is not known."""
         self._catalog = Catalog(models or {}, allow_paths=allow_paths)
@@ -71,6 +78,7 @@ class TorchEngine(ThreadedEngine):
             dtype=DTYPES[self.device.dtype],
             threads=threads,
             memory=self.memory,
+            quantize=quantize,
         )
         self._trainer = TorchTrainer(
             self._store,
@@ -100,6 +108,7 @@ class TorchEngine(ThreadedEngine):
             allow_paths=allow_paths,
             device=settings.device,
             dtype=settings.dtype,
+            quantize=settings.quantize,
             threads=settings.threads,
             memory_gb=settings.memory_gb,
             kv_cache_gb=settings.kv_cache_gb,
@@ -112,7 +121,8 @@ class TorchEngine(ThreadedEngine):
     @property
     def description(self) -> str:
         device, threads = self.device, threads_text(self._store.threads)
-        where = f"{device.place} ({device.why}), {device.dtype}"
+        kept = "" if self.quantize == "none" else f", frozen layers kept in {self.quantize}"
+        where = f"{device.place} ({device.why}), {device.dtype}{kept}"
         return f"torch {torch.__version__} on {where}, {threads}"
 
     @property
@@ -124,8 +134,8 @@ class TorchEngine(ThreadedEngine):
         return [self.get_model(name) for name in self._catalog.names()]
 
     def get_model(self, base_model: str) -> ModelInfo:
-        info = self.facts(base_model).info
-        return info.model_copy(update={"dtype": self.device.dtype})
+        known = {"dtype": self.device.dtype, "quantize": self.quantize}
+        return self.facts(base_model).info.model_copy(update=known)
 
     def facts(self, base_model: str) -> ModelFacts:
         """Errors: see `get_model`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,12 @@ def read_module(
     config: Any | None,
     dtype: torch.dtype,
     device: torch.device = CPU,
+    quantise: Callable[[Any], None] | None = None,
 ) -> Any:
     """transformers' model of a folder or cached id, complete and from safetensors.
+
+    `quantise` may replace layers of the model while its weights are views of the files, in the
+    dtype that they have there.
 
     Raises:
         UnsupportedError: its weights cannot be read; speaks of it as `name`.
@@ -83,7 +87,7 @@ def read_module(
         module, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            dtype=dtype,
+            dtype=dtype if quantise is None else "auto",
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
@@ -106,9 +110,16 @@ def read_module(
         layer = layers.get(unknown.rpartition(".")[0])
         if layer is not None and any(True for _ in layer.parameters(recurse=False)):
             raise _damaged(name, f"have {unknown}, which config.json does not.")
-    take_from_files(module.parameters(), device)
-    module.to(device)  # its buffers
     try:
+        if quantise is not None:
+            stored = module.dtype
+            quantise(module)
+        take_from_files(module.parameters(), device)
+        module.to(device)  # its buffers
+        if quantise is not None:
+            for tensor in module.parameters():
+                if tensor.dtype == stored:  # others are those that an architecture keeps in float32
+                    tensor.data = tensor.data.to(dtype)
         check_finite(dict(module.named_parameters()))
     except errors.NonFiniteError as error:
         raise _damaged(name, f"are broken: {error.message}") from error

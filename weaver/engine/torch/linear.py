@@ -18,8 +18,11 @@ import torch
 from torch.nn import functional
 
 from weaver.engine.torch.device import give_back_freed
-from weaver.engine.torch.kernels import kernel_of
+from weaver.engine.torch.kernels import Kernel, kernel_of
+from weaver.engine.torch.quantised import Quantised, QuantisedLinear
 from weaver.engine.torch.routing import Call, Part, Routing
+
+Layer = torch.nn.Linear | QuantisedLinear
 
 
 class Projection:
@@ -30,12 +33,12 @@ class Projection:
     in the routing, and goes with the model call at the latest.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Linear], *, paths: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[Layer], *, paths: Sequence[str]) -> None:
         self.paths = tuple(paths)
         self.in_features = layers[0].in_features
         self.sizes = [layer.out_features for layer in layers]
         self.bias = _joined_bias(layers)
-        self.kernel = kernel_of(_take_weight(layers))
+        self.kernel = _take_kernel(layers)
 
     def outputs(self, x: torch.Tensor, call: Call) -> Sequence[torch.Tensor]:
         """[N, in] -> [N, out] of each layer, which may be changed in place."""
@@ -134,7 +137,8 @@ def _siblings(module: torch.nn.Module, read: Callable[[], object]) -> list[list[
     Those are of one parent, and a call shows that they are called one after the other, once each,
     with the very same tensor, which is not changed in between.
     """
-    layers = {path: m for path, m in module.named_modules() if type(m) is torch.nn.Linear}
+    kinds = (torch.nn.Linear, QuantisedLinear)
+    layers = {path: m for path, m in module.named_modules() if type(m) in kinds}
     calls: list[tuple[str, torch.Tensor, int]] = []
 
     def note(path: str, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -148,9 +152,9 @@ def _siblings(module: torch.nn.Module, read: Callable[[], object]) -> list[list[
     for hook in hooks:
         hook.remove()
 
-    def shared(call: tuple[str, torch.Tensor, int]) -> tuple[str, int, int]:
+    def shared(call: tuple[str, torch.Tensor, int]) -> tuple[str, type, int, int]:
         path, x, version = call
-        return path.rpartition(".")[0], id(x), version
+        return path.rpartition(".")[0], type(layers[path]), id(x), version
 
     times = Counter(path for path, _, _ in calls)
     found = [[path for path, _, _ in together] for _, together in groupby(calls, shared)]
@@ -159,23 +163,27 @@ def _siblings(module: torch.nn.Module, read: Callable[[], object]) -> list[list[
     return joined + [[path] for path in layers if path in alone]
 
 
-def _take_weight(layers: Sequence[torch.nn.Linear]) -> torch.Tensor:
-    """[sum of out, in]; several layers lose theirs, so that there is no second one for long."""
+def _take_kernel(layers: Sequence[Any]) -> Kernel:
+    """Of [sum of out, in]; several layers lose their weights, which else were there twice."""
+    if isinstance(layers[0], QuantisedLinear):
+        kernels: list[Quantised] = [layer.kernel for layer in layers]
+        return kernels[0].joined(kernels) if len(kernels) > 1 else kernels[0]
     if len(layers) == 1:
-        return layers[0].weight.detach()
+        return kernel_of(layers[0].weight.detach())
     joined = torch.cat([layer.weight.detach() for layer in layers])
     for layer in layers:
         del layer.weight
     give_back_freed()
-    return joined
+    return kernel_of(joined)
 
 
-def _joined_bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
-    if all(layer.bias is None for layer in layers):
+def _joined_bias(layers: Sequence[Layer]) -> torch.Tensor | None:
+    like = next((layer.bias for layer in layers if layer.bias is not None), None)
+    if like is None:
         return None
     return torch.cat(
         [
-            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            like.new_zeros(layer.out_features) if layer.bias is None else layer.bias
             for layer in layers
         ]
     ).detach()

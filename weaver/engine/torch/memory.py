@@ -25,6 +25,7 @@ from weaver.engine.torch.device import (
     free_bytes,
     size_text,
 )
+from weaver.engine.torch.quantised import weights_bytes
 from weaver.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.torch.catalog import ModelFacts
     from weaver.engine.torch.model_store import ModelStore
-    from weaver.types import TrainingMode
+    from weaver.types import Quantize, TrainingMode
 
 Recompute = Literal["auto", "off", "all"]
 TOKENS_PER_PASS = 4096
@@ -71,13 +72,15 @@ def shares(
     dtype: torch.dtype,
     device: torch.device = CPU,
     training_mode: TrainingMode = "lora",
+    quantize: Quantize = "none",
 ) -> Shares:
     """Halves of what is left of `free` beside the weights and what trains them.
 
     Both are at least 0, and as if the model were alone on the device.
     """
     copies = 2 if device.type == "cpu" else 1  # a second layout for the way back
-    held = copies * facts.info.num_parameters * dtype.itemsize + adapter_bytes(facts)
+    held = weights_bytes(facts, dtype=dtype, quantize=quantize, copies=copies)
+    held += adapter_bytes(facts)
     if training_mode == "full_ft":  # and the gradient of a pass, until it is added to the run's
         held = full_training_bytes(facts) * (ADAM_COPIES + 1) // ADAM_COPIES
     rest = max(0, int(USABLE * free) - held)
@@ -90,7 +93,13 @@ def full_training_bytes(facts: ModelFacts) -> int:
 
 
 def check_full_training(facts: ModelFacts, store: ModelStore) -> None:
-    """Raises UnsupportedError where full fine-tuning does not fit what is free now."""
+    """Raises UnsupportedError where the base is quantised, or it does not fit what is free now."""
+    if store.quantize != "none":
+        raise UnsupportedError(
+            f"a base of {store.quantize} weights is frozen, and cannot be trained in full.",
+            field="training_mode",
+            hint="Train with LoRA, or start without WEAVER_QUANTIZE (--quantize).",
+        )
     needed = full_training_bytes(facts)
     known = [b for b in (store.memory, free_bytes(store.device)) if b is not None]
     free = min(known, default=needed)
@@ -229,7 +238,9 @@ class Planner:
             facts, free, passes = store.catalog.facts(base_model), store.memory, None
             dtype = store.dtype if training_mode == "lora" else torch.float32
             if free is not None:
-                of = partial(shares, facts, dtype=dtype, device=store.device)
+                of = partial(
+                    shares, facts, dtype=dtype, device=store.device, quantize=store.quantize
+                )
                 passes = of(free=free, training_mode=training_mode).passes
             self._plans[key] = make_plan(
                 facts,

@@ -25,6 +25,7 @@ from weaver.engine.torch.packing import PackedBatch, pack
 from weaver.engine.torch.pages import PageCache, PageRows
 from weaver.engine.torch.recompute import prepare_layers, recomputed
 from weaver.engine.torch.routing import Routing
+from weaver.types import Quantize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,13 +70,17 @@ class LoadedModel:
     Calls are serialized by the service. A trainable model has plain linear layers and no adapters.
     """
 
-    def __init__(self, facts: ModelFacts, module: Any, *, trainable: bool) -> None:
+    def __init__(
+        self, facts: ModelFacts, module: Any, *, trainable: bool, quantize: Quantize = "none"
+    ) -> None:
         self.facts = facts
         self.info = facts.info
         self.module = module
         self.device: torch.device = module.device
         self.dtype: torch.dtype = module.dtype
         self.trainable = trainable
+        self.quantize = quantize
+        """How layers were kept when it was read."""
         self.routing = Routing()
         module.requires_grad_(trainable).eval()
         linear = module.get_output_embeddings()

@@ -53,6 +53,7 @@ class TorchSampler:
         self.budget = Budget(
             device=store.device,
             dtype=store.dtype,
+            quantize=store.quantize,
             memory=store.memory,
             set_rows=max_rows,
             set_bytes=cache_bytes,
@@ -84,7 +85,9 @@ class TorchSampler:
             self._hold(weights_id, base)
         else:
             facts = self._store.catalog.facts(base_model)
-            self.publish(weights_id, read_snapshot(folder, facts=facts))
+            self.publish(
+                weights_id, read_snapshot(folder, facts=facts, quantize=self._store.quantize)
+            )
         return self._weights[weights_id].version
 
     def release(self, weights_id: str) -> None:

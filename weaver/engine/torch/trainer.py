@@ -177,7 +177,9 @@ class TorchTrainer:
         """
         run = self._run(run_id)
         run.state().check_same(checkpoints.read_state(folder))
-        snapshot = checkpoints.read_snapshot(folder, facts=run.model.facts)
+        snapshot = checkpoints.read_snapshot(
+            folder, facts=run.model.facts, quantize=run.model.quantize
+        )
         parameters = run.named_parameters()
         moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
         set_weights(parameters, snapshot.tensors)
@@ -281,7 +283,9 @@ class Run:
         return list(self.named_parameters().values())
 
     def state(self) -> checkpoints.State:
-        return checkpoints.State.of(self.model.info, self.lora_config, step=self.step)
+        return checkpoints.State.of(
+            self.model.info, self.lora_config, step=self.step, quantize=self.model.quantize
+        )
 
 
 def _added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:

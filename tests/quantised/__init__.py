@@ -1,0 +1,1 @@
+"""What int8 and nf4 change, measured: `python -m tests.quantised` writes docs/quantised.md."""
