@@ -20,8 +20,9 @@ from torch.nn import functional
 
 PREPACK_MIN_SIZE = 2**17
 PACKING_ROWS = 512
-BLOCK_ROWS = (64, 48, 32, 24, 16, 8)
-"""Rows of a weight that lie side by side in oneDNN's layouts, by processor and shape."""
+BLOCK_ROWS = (64, 48, 32, 24, 16, 8, 1)
+"""Rows of a weight that lie side by side in oneDNN's layouts, by processor and shape; small weights
+may lie as they are, or transposed."""
 
 
 class Kernel(Protocol):
@@ -140,7 +141,7 @@ def _blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
     values = torch.frombuffer(memory, dtype=weight.dtype)
     out, width = weight.shape
     some = torch.cat([torch.arange(min(out, 64)), torch.linspace(0, out - 1, 64).long()])
-    for size in BLOCK_ROWS:
+    for size in (*BLOCK_ROWS, out):
         padded, rest = divmod(len(values), -(-out // size) * size)
         if rest == 0 and padded >= width:
             blocks = values.view(-1, padded, size)
