@@ -15,8 +15,8 @@ from weaver.tensors import TensorData
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FREE = {"user_metadata"}
-"""Bounded by the service, as it is free-form."""
+FREE = {"user_metadata", "tool_calls"}
+"""Free-form: bounded by the service, and as a whole."""
 HUGE = "x" * (2**24 + 1)
 FORWARD = {"datums": (), "loss_fn": "ppo"}
 LONG: dict[str, Any] = {
@@ -44,6 +44,9 @@ LONG: dict[str, Any] = {
     "stop": lambda: types.SamplingParams(stop=["x" * 1025]),
     "stops": lambda: types.SamplingParams(stop=["x"] * 257),
     "metric": lambda: types.MetricPoint(name="x" * 257, value=1.0),
+    "call": lambda: types.Message(role="a", content="", tool_calls=[{"a": "x" * 2**20}]),
+    "thing": lambda: types.Message(role="a", content="", tool_calls=[{"a": object()}]),
+    "calls": lambda: types.Message(role="a", content="", tool_calls=[{}] * 129),
 }
 
 

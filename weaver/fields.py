@@ -6,16 +6,19 @@ and is refused by the name of the field at fault.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from weaver.errors import InvalidParamsError, InvalidRequestError
 from weaver.tensors import Numbers
 
 T = TypeVar("T")
 
+CALLS_SIZE = 2**20
+"""Characters that the calls of a message may have, as JSON."""
 MAX_NAMES = 64
 """At most so many fields or options of one value; none has as many."""
 ShortText = Annotated[str, Field(strict=True, max_length=256)]
@@ -54,8 +57,23 @@ def listed(value: object) -> object:
     return value.tolist() if isinstance(value, Numbers) else value
 
 
+def _bounded(calls: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    try:
+        size = len(json.dumps(calls)) if calls else 0
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"is no JSON: {error}.", field="tool_calls") from None
+    if size > CALLS_SIZE:
+        raise InvalidRequestError(
+            f"has {size} characters as JSON, the limit is {CALLS_SIZE}.",
+            field="tool_calls",
+            hint="Leave older messages out.",
+        )
+    return calls
+
+
 Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
+Calls = Annotated[tuple[JsonDict, ...], Field(max_length=128), AfterValidator(_bounded)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
 SomeFloats = Annotated[tuple[float | None, ...], BeforeValidator(listed)]

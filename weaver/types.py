@@ -165,7 +165,7 @@ class Message(Value):
 
     role: fields.ShortText
     content: fields.LongText
-    tool_calls: Annotated[tuple[JsonDict, ...], Field(max_length=128)] = ()
+    tool_calls: fields.Calls = ()
     """Calls that the model has made in it, in the form that chat templates take."""
 
 

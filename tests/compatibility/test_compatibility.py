@@ -32,7 +32,7 @@ REFUSED = {
     "diffllama": "read piece by piece would differ",  # two attention calls a layer
     "doge": "packed logits would differ",  # what the mask holds is learned
     "gemma3": "more than a text decoder",
-    "gemma4_text": "per-layer attribute",  # head sizes by layer
+    "gemma4_text": "differ in their key heads",
     "mamba": "linear_attention",
     "mimo_v2_flash": "differ in their key heads",
 }

@@ -164,7 +164,7 @@ def test_we_load_the_adapter_that_peft_wrote(
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path)
-    snapshot = read_snapshot(tmp_path, facts=facts)
+    snapshot = read_snapshot(tmp_path, facts=facts, quantize="none")
     assert snapshot.lora_config is not None
     assert snapshot.version == 0
     trainer = TorchTrainer(store)
@@ -183,7 +183,9 @@ def test_transformers_loads_our_fully_tuned_model(trainer: TorchTrainer, tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert_same_logprobs(trainer, run_id, model.eval())
     facts = trainer._run(run_id).model.facts
-    assert_equal(dict(read_snapshot(folder, facts=facts).tensors), weights(trainer, run_id))
+    assert_equal(
+        dict(read_snapshot(folder, facts=facts, quantize="none").tensors), weights(trainer, run_id)
+    )
 
 
 def test_the_state_says_what_the_folder_holds(trainer: TorchTrainer, tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_variants_of_lora_are_refused_by_name(trainer: TorchTrainer, tmp_path: P
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(UnsupportedError, match="use_dora"):
-        read_snapshot(folder, facts=trainer._run(run_id).model.facts)
+        read_snapshot(folder, facts=trainer._run(run_id).model.facts, quantize="none")
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(
