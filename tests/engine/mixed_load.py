@@ -20,7 +20,14 @@ import torch
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob, SampleJob, SampleProgress
 from weaver.engine.torch.engine import TorchEngine
-from weaver.types import AdamParams, Datum, ForwardBackwardResult, LoraConfig, SamplingParams
+from weaver.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardResult,
+    LoraConfig,
+    OptimStepResult,
+    SamplingParams,
+)
 
 MODEL = "weaver-nano"
 RANKS = {"two": 2, "four": 4, "eight": 8, "sixteen": 16}
@@ -98,8 +105,10 @@ class Load:
         """A step of each tenant, each with a snapshot."""
         results = await self.engine.forward_backward([self.job(tenant) for tenant in RANKS])
         assert all(isinstance(result, ForwardBackwardResult) for result in results), results
+        params = AdamParams(learning_rate=1e-3)
+        taken = await self.engine.optim_step([(tenant, params) for tenant in RANKS])
+        assert all(isinstance(step, OptimStepResult) for step in taken), taken
         for tenant in RANKS:
-            await self.engine.optim_step(tenant, AdamParams(learning_rate=1e-3))
             await self.publish(tenant)
 
 
