@@ -167,9 +167,10 @@ class View:
     async def name(self, session_id: str, name: str, value: str) -> None:
         """Gives a name, durably, that the session knows from then on; the first value stays."""
         session = self._session(session_id)
-        if name not in session.names:
-            session.names[name] = value
-            await self.parts.store.name(session_id, name, value)
+        async with session.submitting:
+            if name not in session.names:
+                await self.parts.store.name(session_id, name, value)
+                session.names[name] = value
 
     async def hold_samples(self, session_id: str, sampler_id: str, *, hold: bool) -> None:
         self.parts.executor.hold(self._session(session_id), sampler_id, hold=hold)

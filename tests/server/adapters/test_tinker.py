@@ -13,8 +13,10 @@ import pytest
 from tests.fake_engine import FakeEngine
 from tests.server.adapters.tinker import PROMPT, Tinker, passing, tinker
 from weaver import protocol, types
+from weaver.errors import StorageError
 from weaver.server.adapters.tinker import answers, bodies, messages, passes
 from weaver.server.adapters.tinker.session import Future, Note
+from weaver.server.journal import Journal
 from weaver.tensors import TensorData
 
 if TYPE_CHECKING:
@@ -268,6 +270,23 @@ async def test_a_sampling_session_is_polled_as_a_whole(api: Tinker) -> None:
         **{one["request_id"]: "finished" for one in futures},
         bad["request_id"]: "failed",
     }
+
+
+async def test_a_name_that_cannot_be_written_down_is_given_when_it_can(
+    api: Tinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_id = await api.model()
+    body = {"model_id": model_id, "sampling_session_seq_id": 0, "seq_id": 1}
+    opened = await api.call("save_weights_for_sampler", body)
+
+    async def full(*args: object) -> None:
+        raise StorageError("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "name", full)
+        assert (await api.result(opened))["category"] == "server"
+    called = (await api.result(opened))["sampling_session_id"]
+    assert (await api.get(f"samplers/{called}"))["base_model"] == "fake"
 
 
 async def test_outcomes_are_forgotten_once_they_were_answered(

@@ -30,7 +30,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("POST", "create_session", b"{", 400),
     ("POST", "create_session", b"[]", 400),
     ("POST", "create_session", {"user_metadata": 3}, 400),
-    ("POST", "create_session", {"tags": 3}, 400),
+    ("POST", "create_session", {"display_name": 3}, 400),
     ("POST", "create_session", {"user_metadata": {"a": "x" * 2**17}}, 413),
     ("POST", "create_session", b'{"a":' * 9000 + b"1" + b"}" * 9000, 400),
     ("POST", "session_heartbeat", {}, 400),
@@ -195,11 +195,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module")
-def names() -> dict[str, str]:
-    return {}
-
-
 async def sampling(api: Tinker, session_id: str) -> str:
     body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "fake"}
     return str((await api.call("create_sampling_session", body))["sampling_session_id"])
@@ -252,6 +247,17 @@ PASSES: list[tuple[bytes, str]] = [
     (b"\x1a\x82\x80\x10" + b"\x0a\x00" * 131_073, "fields"),
     (passing(M, 1)[:-3], "ForwardBackwardRequest"),
 ]
+
+
+async def test_a_place_before_the_first_is_refused(api: Tinker) -> None:
+    model_id = await api.model()
+    for seq_id in (-1, 0):
+        refused = await api.backward(model_id, seq_id, status=422)
+        assert "seq" in refused["detail"]
+    targets = {"target_tokens": {"data": [2, 3, 4], "shape": 3}}
+    given = {"data": [{"model_input": PROMPT, "loss_fn_inputs": targets}], "loss_fn": "x"}
+    body = {"model_id": model_id, "seq_id": 1, "forward_input": given}
+    assert "shape" in (await api.call("forward", body, status=400))["detail"]
 
 
 @pytest.mark.parametrize(("content", "what"), PASSES)

@@ -7,19 +7,13 @@ beside them (`user`, `metadata`, `store`) say nothing to a server of one's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_core import from_json
 
-from weaver import errors, types, wire
-from weaver.fields import validate
-
-if TYPE_CHECKING:
-    from fastapi import Request
-
-    from weaver.server.http.gateway import Gateway
+from weaver import errors, types
+from weaver.server.http.body import Body
 
 MOST_PROMPTS = 256
 COMPLETION_TOKENS = 16
@@ -38,33 +32,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
 }
 """Fields that are not computed here, with the values that ask for nothing."""
-
-
-class Body(BaseModel):
-    """A request, or a part of one."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    @classmethod
-    async def read(cls, request: Request) -> Self:
-        """Raises InvalidRequestError, UnsupportedError, TooLargeError: with the field at fault."""
-        gateway: Gateway = request.state.gateway
-        data = await request.body()
-        async with gateway.read(len(data), partial(_parse, data, cls)) as body:
-            assert isinstance(body, cls)
-            return body
-
-
-def _parse(data: bytes, kind: type[BaseModel]) -> Any:
-    wire.check_json(data)
-    try:
-        content = from_json(data or b"{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
-    for name, neutral in NEUTRAL.items():
-        if isinstance(content, dict) and content.get(name) not in neutral:
-            raise errors.UnsupportedError("is not computed here.", field=name, hint="Leave it out.")
-    return validate(content, kind.model_validate, name="body")
 
 
 class StreamOptions(Body):
@@ -88,6 +55,16 @@ class SampleBody(Body):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     return_token_ids: bool | None = False
+
+    @classmethod
+    def of(cls, content: Any) -> Self:
+        """Raises UnsupportedError as well: a field that is not computed here asks for something."""
+        for name, neutral in NEUTRAL.items():
+            if isinstance(content, dict) and content.get(name) not in neutral:
+                raise errors.UnsupportedError(
+                    "is not computed here.", field=name, hint="Leave it out."
+                )
+        return super().of(content)
 
     @property
     def count(self) -> int:

@@ -6,47 +6,16 @@ They are JSON, but for training passes: `passes.py` reads those.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-from pydantic_core import from_json
+from pydantic import AliasChoices, Field
 
-from weaver import errors, protocol, types, wire
-from weaver.fields import validate
-
-if TYPE_CHECKING:
-    from fastapi import Request
-
-    from weaver.server.http.gateway import Gateway
+from weaver import errors, protocol, types
+from weaver.server.http.body import Body
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Seq = Annotated[int, Field(ge=0, lt=2**62)]
 Ttl = Annotated[int | None, Field(ge=1, le=2**31)]
-
-
-class Body(BaseModel):
-    """Part of a request; fields that it does not name are ignored, as clients may be newer."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @classmethod
-    async def read(cls, request: Request) -> Self:
-        """Raises InvalidRequestError, TooLargeError: with the field at fault."""
-        gateway: Gateway = request.state.gateway
-        data = await request.body()
-        async with gateway.read(len(data), partial(parse, data, cls)) as body:
-            assert isinstance(body, cls)
-            return body
-
-
-def parse(data: bytes, kind: type[BaseModel]) -> Any:
-    wire.check_json(data)
-    try:
-        content = from_json(data or b"{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
-    return validate(content, kind.model_validate, name="body")
 
 
 # --- sessions and models --------------------------------------------------------------------------
@@ -55,7 +24,6 @@ def parse(data: bytes, kind: type[BaseModel]) -> Any:
 class SessionBody(Body):
     user_metadata: types.JsonDict | None = None
     display_name: str | None = Field(None, max_length=1024)
-    tags: tuple[str, ...] = ()
 
 
 class OfSession(Body):
@@ -221,9 +189,7 @@ class Params(Body):
 
 
 class SampleBody(Body):
-    sampling_session_id: Name | None = None
-    base_model: str | None = None
-    model_path: str | None = None
+    sampling_session_id: Name
     seq_id: Seq = 0
     num_samples: int = Field(1, ge=1, le=4096)
     prompt: Prompt

@@ -23,7 +23,6 @@ def _message(name: str) -> Any:
     return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"weaver.tinker.{name}"))
 
 
-ArrayRecord = _message("ArrayRecord")
 ForwardBackwardOutput = _message("ForwardBackwardOutput")
 ForwardBackwardRequest = _message("ForwardBackwardRequest")
 SampleResponse = _message("SampleResponse")

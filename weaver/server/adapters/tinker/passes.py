@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
 from weaver import errors, protocol, types
 from weaver.server.adapters.tinker import messages
-from weaver.server.adapters.tinker.bodies import Body, InTurn, Prompt, Seq, no_images, parse
+from weaver.server.adapters.tinker.bodies import InTurn, Prompt, no_images
+from weaver.server.http.body import Body, json_of
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -37,22 +38,25 @@ WEIGHTS = {"gspo": {"sequence_ratio_mask": "weights"}}
 """An input that says which tokens count, by the loss."""
 
 
-class Pass(BaseModel):
+class Pass(NamedTuple):
     """A training pass, from either form of its request."""
 
-    model_config = ConfigDict(frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
-
     model_id: str
-    seq_id: Seq
+    seq_id: int
     loss_fn: str
-    options: Mapping[str, float | str]
-    forward_only: bool
+    """By the name that the client has given."""
     operation: protocol.ForwardBackward
+
+
+class JsonTensor(Body):
+    data: Any = ()
+    shape: tuple[int, ...] | None = None
+    sparse_crow_indices: Any = None
 
 
 class JsonDatum(Body):
     model_input: Prompt
-    loss_fn_inputs: Mapping[str, types.JsonDict]
+    loss_fn_inputs: Mapping[str, JsonTensor]
 
 
 class JsonInput(Body):
@@ -85,7 +89,7 @@ async def read_pass(request: Request, *, forward_only: bool) -> Pass:
 
 
 def _json_pass(data: bytes, forward_only: bool) -> Pass:
-    body: PassBody = parse(data, PassBody)
+    body = PassBody.of(json_of(data))
     datums = [
         (
             datum.model_input.to_ints(),
@@ -103,10 +107,10 @@ def _json_pass(data: bytes, forward_only: bool) -> Pass:
     )
 
 
-def _json_array(name: str, value: types.JsonDict) -> Any:
-    if len(value.get("shape") or [1]) != 1 or "sparse_crow_indices" in value:
+def _json_array(name: str, value: JsonTensor) -> Any:
+    if len(value.shape or (1,)) != 1 or value.sparse_crow_indices is not None:
         raise _two_dimensional(name)
-    return value.get("data")
+    return value.data
 
 
 def _proto_pass(data: bytes) -> Pass:
@@ -234,14 +238,7 @@ def _pass(
         loss_fn_config={**config, "reduction": "sum"},
         backward=not forward_only,
     )
-    return Pass(
-        model_id=model_id,
-        seq_id=seq_id,
-        loss_fn=loss_fn,
-        options=options,
-        forward_only=forward_only,
-        operation=operation,
-    )
+    return Pass(model_id, seq_id, loss_fn, operation)
 
 
 def _two_dimensional(name: str) -> errors.UnsupportedError:

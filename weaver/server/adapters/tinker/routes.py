@@ -7,7 +7,6 @@ that says which it is, and answered by that id; its future is waited for at `ret
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -20,6 +19,7 @@ from weaver.server.adapters.tinker.session import (
     Future,
     Note,
     SamplerName,
+    TinkerSession,
     creation_of,
     owner_of,
     run_of,
@@ -216,11 +216,7 @@ async def _create_like(request: Request, model_id: str, path: str, body: bodies.
     )
     session = session_of(request, owner_of(model_id, field="session_id"))
     future = await session.submit(operation, creation_of(model_id), Note(model_id=model_id))
-    await _wait(gateway, future)
-    if future.outcome is None:
-        raise errors.ServiceConnectionError("the model is still being made.", hint="Ask again.")
-    if future.outcome.error is not None:
-        raise future.outcome.error.to_error()
+    await _success(gateway, future, "the model is still being made.")
 
 
 async def _in_turn(
@@ -271,11 +267,7 @@ async def _open(
     else:
         raise errors.InvalidRequestError("needs base_model or model_path.", field="body")
     future = await session.submit(operation, f"{called}/open")
-    await _wait(request.state.gateway, future)
-    if future.outcome is None:
-        raise errors.ServiceConnectionError("the weights are still being read.", hint="Ask again.")
-    if future.outcome.error is not None:
-        raise future.outcome.error.to_error()
+    await _success(request.state.gateway, future, "the weights are still being read.")
     await session.name_sampler(called, name)
 
 
@@ -293,8 +285,6 @@ async def get_sampler(sampler_id: str, request: Request) -> JsonDict:
 async def asample(request: Request, service: ServiceDep) -> JsonDict:
     body = await bodies.SampleBody.read(request)
     called = body.sampling_session_id
-    if called is None:
-        raise errors.InvalidRequestError("is missing.", field="sampling_session_id")
     session = session_of(request, owner_of(called, field="sampling_session_id"))
     name = session.sampler(called)
     model = await service.get_model(name.base_model)
@@ -315,11 +305,11 @@ async def retrieve_future(request: Request, gateway: GatewayDep) -> Response:
     body = await bodies.FutureBody.read(request)
     session = session_of(request, owner_of(body.request_id, field="request_id"))
     future = session.find(body.request_id)
-    await _wait(gateway, future)
+    await gateway.wait(future.ended, protocol.LONGEST_POLL_S)
     if future.outcome is None:
         return JSONResponse({"queue_state": "active"}, status_code=408)
     try:
-        await _name_sampler(session.service, request, future)
+        await _name_sampler(session, future)
         binary = messages.MEDIA_TYPE in request.headers.get("Accept", "")
         answer = await to_thread.run_sync(lambda: answers.future_answer(future, binary=binary))
     except WeaverError as error:
@@ -328,12 +318,11 @@ async def retrieve_future(request: Request, gateway: GatewayDep) -> Response:
     return answer
 
 
-async def _name_sampler(service: Any, request: Request, future: Future) -> None:
+async def _name_sampler(session: TinkerSession, future: Future) -> None:
     """A sampler without a name is called by its session's client from its answer on."""
     outcome, called = future.outcome, future.note.sampling_session
     if called and outcome is not None and isinstance(outcome.result, protocol.CheckpointSaved):
         info = outcome.result.checkpoint
-        session = session_of(request, owner_of(called, field="request_id"))
         name = SamplerName(sampler_id=info.path, base_model=info.base_model)
         await session.name_sampler(called, name)
 
@@ -365,8 +354,18 @@ async def cancel_future(request: Request) -> JsonDict:
     return {}
 
 
-async def _wait(gateway: Gateway, future: Future) -> None:
+async def _success(gateway: Gateway, future: Future, doing: str) -> None:
+    """Waits for an operation that its route answers for itself.
+
+    Raises:
+        WeaverError: why it failed.
+        ServiceConnectionError: it goes on; a resend of the request waits for it again.
+    """
     await gateway.wait(future.ended, protocol.LONGEST_POLL_S)
+    if future.outcome is None:
+        raise errors.ServiceConnectionError(doing, hint="Ask again.")
+    if future.outcome.error is not None:
+        raise future.outcome.error.to_error()
 
 
 # --- what has no meaning on this server -----------------------------------------------------------

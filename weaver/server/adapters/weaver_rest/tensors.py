@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import from_json
+from pydantic import Field
 
 from weaver import errors, wire
 from weaver.fields import validate
+from weaver.server.http.body import Body as JsonBody
+from weaver.server.http.body import json_of
 from weaver.tensors import MAX_DIMENSIONS
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ DECODED_BYTES = 512 * 2**20
 MULTIPART = "multipart/form-data"
 
 
-class Body(BaseModel):
-    """Part of a request; fields that it does not name are ignored, as clients may be newer."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
+class Body(JsonBody):
+    """Part of a request, in either form."""
 
     @classmethod
     async def read(cls, request: Request) -> Self:
@@ -86,19 +85,11 @@ class Reference(Body):
 def parse(data: bytes, media_type: str, kind: type[B]) -> B:
     """See `Body.read`."""
     if not media_type.startswith(MULTIPART):
-        return validate(_json(data or b"{}"), kind.model_validate, name="body")
+        return validate(json_of(data or b"{}"), kind.model_validate, name="body")
     head, pack = _parts(data, media_type)
-    manifest = validate(_json(head), Manifest.model_validate, name="manifest")
+    manifest = validate(json_of(head), Manifest.model_validate, name="manifest")
     request = _filled(manifest.request, _unpacked(pack, manifest.tensor_pack))
     return validate(request, kind.model_validate, name="request")
-
-
-def _json(data: bytes) -> Any:
-    wire.check_json(data)
-    try:
-        return from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise errors.InvalidRequestError(f"is not JSON: {error}.", field="body") from None
 
 
 def _parts(data: bytes, media_type: str) -> tuple[bytes, memoryview]:
