@@ -285,7 +285,15 @@ async def test_a_name_that_cannot_be_written_down_is_given_when_it_can(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "name", full)
         assert (await api.result(opened))["category"] == "server"
+    written, write = [], Journal.name
+
+    async def note(self: Journal, session_id: str, name: str, value: str) -> None:
+        await write(self, session_id, name, value)
+        written.append(name)
+
+    monkeypatch.setattr(Journal, "name", note)
     called = (await api.result(opened))["sampling_session_id"]
+    assert written == [called]
     assert (await api.get(f"samplers/{called}"))["base_model"] == "fake"
 
 
