@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 CALLS_SIZE = 2**20
 """Characters that the calls of a message may have, as JSON."""
+MAX_BIASES = 1024
+"""Tokens whose logits a request may shift."""
 MAX_NAMES = 64
 """At most so many fields or options of one value; none has as many."""
 ShortText = Annotated[str, Field(strict=True, max_length=256)]
@@ -71,6 +73,27 @@ def _bounded(calls: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     return calls
 
 
+def _pairs(value: object) -> object:
+    return tuple(value.items()) if isinstance(value, Mapping) else value
+
+
+def _once(pairs: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a token has two")
+    return pairs
+
+
+Bias = tuple[
+    Annotated[int, Field(ge=0, lt=2**31)],
+    Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+]
+Biases = Annotated[
+    tuple[Bias, ...],
+    Field(max_length=MAX_BIASES, fail_fast=True),
+    BeforeValidator(_pairs),
+    AfterValidator(_once),
+]
+"""Tokens and what is added to their logits; a mapping is taken, too."""
 Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Calls = Annotated[tuple[JsonDict, ...], Field(max_length=128), AfterValidator(_bounded)]

@@ -7,17 +7,17 @@ T for the tokens of one sequence; log-probabilities are in nats.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from weaver import fields
-from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError, nearest
+from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError
 from weaver.fields import JsonDict as JsonDict
 from weaver.tensors import TensorData, as_token_ids
+from weaver.values import Value as Value
 
 __all__ = ["Datum", "EncodedTextChunk", "Message", "ModelInput"]
 __all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
@@ -29,40 +29,6 @@ TrainingMode = Literal["lora", "full_ft"]
 StopReason = Literal["stop", "length"]
 Quantize = Literal["none", "int8", "nf4"]
 CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
-
-
-class Value(BaseModel, Mapping[str, Any]):
-    """A frozen value with attribute and mapping access."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-    _error: ClassVar[type[InvalidRequestError]] = InvalidParamsError
-    _also: ClassVar[tuple[str, ...]] = ()
-    """Attributes that read as keys, beside the fields."""
-
-    def __init__(self, **data: Any) -> None:
-        if len(data) > fields.MAX_NAMES:  # pydantic would describe each that it does not know
-            data = dict(list(data.items())[: fields.MAX_NAMES])
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise _named(error, type(self)) from None
-
-    def __getitem__(self, key: str) -> Any:
-        if key in type(self).model_fields or key in self._also:
-            return getattr(self, key)
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        return iter(type(self).model_fields)
-
-    def __len__(self) -> int:
-        return len(type(self).model_fields)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -213,7 +179,8 @@ def _stop_strings(value: object) -> object:
 class SamplingParams(Value):
     """How tokens are drawn.
 
-    The order is: repetition penalty, temperature, top-k, top-p, min-p. Temperature 0 is greedy.
+    The order is: logit bias, repetition penalty, frequency and presence penalty, temperature,
+    top-k, top-p, min-p. Temperature 0 is greedy. None changes `logprobs`: they are the policy's.
     """
 
     max_tokens: int = Field(default=100, ge=1)
@@ -225,6 +192,12 @@ class SamplingParams(Value):
     """Drops tokens less likely than `min_p` times the likeliest (arXiv:2407.01082)."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides positive and multiplies negative logits of tokens seen (arXiv:1909.05858)."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Is taken from the logits of tokens that the sample has already, not of the prompt's."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """The same, as many times as the sample has the token."""
+    logit_bias: fields.Biases = ()
+    """Is added to the logits of these tokens: `{token: -100 to 100}`, of at most 1,024."""
     stop: Annotated[fields.StopTexts, BeforeValidator(_stop_strings), Field(max_length=256)] = ()
     """Strings that end a sequence; `tokens` keeps what completed them, `text` ends before them.
 
@@ -288,8 +261,7 @@ class SampledSequence(Value):
     logprobs: fields.Floats
     """Log-probabilities under the policy: untempered, unfiltered."""
     sampling_logprobs: fields.Floats
-    """Log-probabilities in the distribution that was drawn from: after penalty, temperature, top-k,
-    top-p, min-p."""
+    """Log-probabilities in the distribution that was drawn from: after all of `SamplingParams`."""
     stop_reason: StopReason
     weights_version: int = 0
     """The optimizer step of the weights that sampled it; 0 for a base model."""
@@ -374,21 +346,3 @@ class MetricPoint(Value):
     value: float
     step: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     occurred_at: datetime | None = None
-
-
-def _named(error: ValidationError, cls: type[Value]) -> InvalidRequestError:
-    """The first problem that pydantic found, as our error: the field, the value, the bound."""
-    problem = error.errors(include_url=False)[0]
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidRequestError):
-        return cause
-    field = ".".join(str(part)[:80] for part in problem["loc"]) or cls.__name__
-    if problem["type"] == "extra_forbidden":
-        return cls._error(
-            f"{cls.__name__} has no such field.", field=field, hint=nearest(field, cls.model_fields)
-        )
-    if problem["type"] == "missing":
-        return cls._error(f"{cls.__name__} needs it.", field=field, hint="Pass a value.")
-    given = reprlib.repr(problem["input"])
-    given = given if len(given) <= 60 else f"{given[:57]}..."
-    return cls._error(f"is {given}.", field=field, hint=f"{problem['msg']}.")

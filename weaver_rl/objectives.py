@@ -134,8 +134,8 @@ def behaviour(params: SamplingParams) -> Behaviour:
     """The q for which r = 1 exactly on the policy's own samples.
 
     The policy at the temperature of sampling is what is trained (at 1 where that is 0). Temperature
-    alone: q is the distribution drawn from. With top-k, top-p, min-p or a repetition penalty that
-    is not one that a loss can compute: q is then the policy at that temperature, unfiltered, so
+    alone: q is the distribution drawn from. With top-k, top-p, min-p, a penalty or a bias that is
+    not one that a loss can compute: q is then the policy at that temperature, unfiltered, so
     r = 1 holds; what the filter did to the distribution is ignored. The sampler tells that q at
     temperature 1 only; at another, `policy_step` asks the trainer for it.
     """
@@ -145,5 +145,8 @@ def behaviour(params: SamplingParams) -> Behaviour:
         or params.top_k > 0
         or params.min_p > 0
         or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
     )
     return Behaviour(not filtered, params.temperature or 1.0)

@@ -10,6 +10,7 @@ import torch
 
 from tests.engine.conftest import (
     ARCHITECTURES,
+    VOCAB,
     datum,
     job,
     new_run,
@@ -90,6 +91,39 @@ def test_logprobs_are_the_trainers(
         if name != "top-p":
             tempered = trainer_logprobs(trainer, run_id, prompt, sampled, temperature=0.7)
             compare(tempered, [s.sampling_logprobs for s in sampled], 1e-4)
+
+
+def test_penalties_and_biases_are_of_what_the_sample_has(
+    store: ModelStore, trainer: TorchTrainer
+) -> None:
+    """Step by step, in float64, from the trainer's log-probabilities, which are logits but for a
+    constant; the prompt's own tokens are not counted."""
+    run_id = new_run(trainer, architecture="qwen3")
+    sampler = TorchSampler(store)
+    sampler.publish("run", trainer.snapshot(run_id))
+    prompt = sequences(12, seed=5)[0]
+    settings = {"presence_penalty": 0.9, "frequency_penalty": 0.6, "logit_bias": {7: 3.0, 9: -2.0}}
+    job_ = sample_job(prompt, weights_id="run", n=2, max_tokens=20, seed=1, **settings)
+    for sequence in finish(sampler, [job_])["job"].sequences:
+        assert len(sequence.tokens) == 20 or sequence.stop_reason == "stop"
+        tokens = list(sequence.tokens)
+        for t, token in enumerate(tokens):
+            policy = all_logprobs(trainer, run_id, [*prompt, *tokens[:t]])
+            assert sequence.logprobs[t] == pytest.approx(policy[token], abs=1e-4)
+            shifted = policy.copy()
+            shifted[7] += 3.0
+            shifted[9] -= 2.0
+            for each in set(tokens[:t]):
+                shifted[each] -= 0.9 + 0.6 * tokens[:t].count(each)
+            drawn = shifted - np.log(np.exp(shifted).sum())
+            assert sequence.sampling_logprobs[t] == pytest.approx(drawn[token], abs=1e-4)
+
+
+def all_logprobs(trainer: TorchTrainer, run_id: str, tokens: Sequence[int]) -> np.ndarray:
+    """[V] of what follows `tokens`."""
+    datums = [datum([*tokens, token]) for token in range(VOCAB)]
+    result = result_of(trainer, job(run_id, datums, backward=False))
+    return np.array([o["logprobs"].to_numpy()[-1] for o in result.loss_fn_outputs], dtype=float)
 
 
 def trainer_logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,25 @@ Array = npt.NDArray[np.float64]
 
 
 def reference(
-    logits: Array, params: SamplingParams, u: float, seen: set[int]
+    logits: Array,
+    params: SamplingParams,
+    u: float,
+    seen: set[int],
+    sampled: Sequence[int] = (),
 ) -> tuple[int, Array, Array]:
     """Token, policy and drawn-from probabilities, written as the papers have it."""
     policy = np.exp(logits - logits.max())
     policy /= policy.sum()
     z = logits.copy()
+    for token, bias in params.logit_bias:
+        z[token] += bias
     for token in seen:
         r = params.repetition_penalty
         z[token] = z[token] / r if z[token] > 0 else z[token] * r
+    for token in set(sampled):
+        z[token] -= params.presence_penalty
+    for token in sampled:
+        z[token] -= params.frequency_penalty
     if params.temperature == 0:
         q = np.zeros_like(z)
         q[z.argmax()] = 1
@@ -62,10 +73,14 @@ def draw(
     u: torch.Tensor,
     *,
     seen: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> sampling.Draws:
     rows = sampling.row_params(params, logits.shape[1], device=DEVICE)
     some = None if seen is None else seen.to(DEVICE)[rows.penalised_rows]
-    return sampling.sample(logits.to(DEVICE), rows, uniforms=u.to(DEVICE), seen=some)
+    counted = None if counts is None else counts.to(DEVICE)[rows.counted_rows]
+    return sampling.sample(
+        logits.to(DEVICE), rows, uniforms=u.to(DEVICE), seen=some, counts=counted
+    )
 
 
 EVERY_KIND = [
@@ -82,6 +97,19 @@ EVERY_KIND = [
     SamplingParams(temperature=0.0, repetition_penalty=5.0),
     SamplingParams(top_k=-1),
     SamplingParams(temperature=1.5, top_k=10_000),
+    SamplingParams(presence_penalty=1.5),
+    SamplingParams(frequency_penalty=-0.7, temperature=0.6),
+    SamplingParams(temperature=0.0, presence_penalty=-2.0, frequency_penalty=2.0),
+    SamplingParams(logit_bias={3: 4.5, "0": -2.0}, top_p=0.7),
+    SamplingParams(temperature=0.0, logit_bias={5: 100.0}),
+    SamplingParams(
+        temperature=0.9,
+        top_k=4,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.3,
+        logit_bias=[(1, -1.0), (6, 2.0)],
+    ),
 ]
 
 
@@ -92,16 +120,19 @@ def test_every_kind_of_row_agrees_with_float64_numpy(vocab_size: int) -> None:
         logits = rng.normal(size=(len(EVERY_KIND), vocab_size)) * 3
         u = rng.random(len(EVERY_KIND))
         seen = rng.random(logits.shape) < 0.3
+        counts = rng.poisson(0.4, logits.shape)
         draws = draw(
             torch.tensor(logits, dtype=torch.float32),
             EVERY_KIND,
             torch.tensor(u),
             seen=torch.tensor(seen),
+            counts=torch.tensor(counts, dtype=torch.float32),
         )
         for b, params in enumerate(EVERY_KIND):
             ids = set(np.flatnonzero(seen[b]).tolist()) if params.repetition_penalty != 1 else set()
             exact = logits[b].astype(np.float32).astype(np.float64)
-            token, policy, q = reference(exact, params, float(u[b]), ids)
+            sampled = np.repeat(np.arange(vocab_size), counts[b]).tolist()
+            token, policy, q = reference(exact, params, float(u[b]), ids, sampled)
             assert draws.tokens[b] == token, params
             assert draws.logprobs[b].item() == pytest.approx(np.log(policy[token]), abs=1e-5)
             expected = np.log(q[token])
@@ -156,9 +187,11 @@ def test_a_row_draws_the_same_alone_and_among_others() -> None:
     logits = torch.randn(len(EVERY_KIND), 500)
     u = torch.rand(len(EVERY_KIND), dtype=torch.float64)
     seen = torch.rand(logits.shape) < 0.2
-    together = draw(logits, EVERY_KIND, u, seen=seen)
+    counts = torch.poisson(torch.full(logits.shape, 0.3))
+    together = draw(logits, EVERY_KIND, u, seen=seen, counts=counts)
     for b, params in enumerate(EVERY_KIND):
-        alone = draw(logits[b : b + 1], [params], u[b : b + 1], seen=seen[b : b + 1])
+        row = slice(b, b + 1)
+        alone = draw(logits[row], [params], u[row], seen=seen[row], counts=counts[row])
         assert alone.tokens[0] == together.tokens[b]
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[b], rtol=0, atol=1e-6)
 
@@ -245,12 +278,14 @@ def test_a_draw_waits_for_the_device_at_most_to_see_whether_to_sort_all() -> Non
         SamplingParams(temperature=0),
         SamplingParams(temperature=0.5, min_p=0.2),
         SamplingParams(repetition_penalty=1.5),
+        SamplingParams(presence_penalty=0.5, logit_bias={1: 1.0, 2: -1.0}),
     ]
     for kinds, waits in ((rows, 0), ([*rows, SamplingParams(top_k=3)], 1)):
         logits = torch.randn(len(kinds), 2 * sampling.CANDIDATES, device=DEVICE) * 9
         params = sampling.row_params(kinds, logits.shape[1], device=DEVICE)
         seen = torch.zeros(1, logits.shape[1], dtype=torch.bool, device=DEVICE)
         uniforms = torch.rand(len(kinds), dtype=torch.float64, device=DEVICE)
+        counts = torch.zeros(1, logits.shape[1], device=DEVICE)
         with Waits() as counted:
-            sampling.sample(logits, params, uniforms=uniforms, seen=seen)
+            sampling.sample(logits, params, uniforms=uniforms, seen=seen, counts=counts)
         assert counted.count == waits

@@ -1,6 +1,6 @@
 """The fake engine's `Sampler`: one token a step for each running row.
 
-Left out: top-k, top-p, min-p and the repetition penalty. Axes: B rows, V vocabulary.
+Left out: top-k, top-p, min-p, penalties and biases. Axes: B rows, V vocabulary.
 """
 
 from __future__ import annotations

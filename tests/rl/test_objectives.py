@@ -75,6 +75,9 @@ def test_staleness_wants_a_named_correction() -> None:
         (SamplingParams(top_k=5), Behaviour(False, 1.0)),
         (SamplingParams(min_p=0.1), Behaviour(False, 1.0)),
         (SamplingParams(repetition_penalty=1.1), Behaviour(False, 1.0)),
+        (SamplingParams(presence_penalty=0.1), Behaviour(False, 1.0)),
+        (SamplingParams(frequency_penalty=-0.1), Behaviour(False, 1.0)),
+        (SamplingParams(temperature=0.7, logit_bias={3: 1.0}), Behaviour(False, 0.7)),
         (SamplingParams(temperature=0.0), Behaviour(False, 1.0)),
     ],
 )

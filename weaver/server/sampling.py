@@ -246,10 +246,14 @@ def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) ->
         )
     max_new_tokens = operation.params.max_tokens if operation.num_samples else 0
     check_tokens(tokens, model, field="prompt", max_new_tokens=max_new_tokens)
-    high = max(operation.params.stop_token_ids, default=0)
-    if high >= model.vocab_size:
-        raise errors.TokenOutOfRangeError(
-            f"has the token {high}.",
-            field="stop_token_ids",
-            hint=f"Tokens of this model are 0 to {model.vocab_size - 1}.",
-        )
+    named = {
+        "stop_token_ids": operation.params.stop_token_ids,
+        "logit_bias": [token for token, _ in operation.params.logit_bias],
+    }
+    for name, ids in named.items():
+        if (high := max(ids, default=0)) >= model.vocab_size:
+            raise errors.TokenOutOfRangeError(
+                f"has the token {high}.",
+                field=name,
+                hint=f"Tokens of this model are 0 to {model.vocab_size - 1}.",
+            )

@@ -15,7 +15,7 @@ from weaver.engine.base import SampleJob
 from weaver.engine.torch.kv_cache import Cached, KVCache
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.prefixes import Owner
-from weaver.engine.torch.sampling import stream_keys
+from weaver.engine.torch.sampling import counts_tokens, stream_keys
 from weaver.engine.torch.text import Draft, Stops
 from weaver.errors import NonFiniteError, WeaverError
 from weaver.types import SampleDelta, SampleResult
@@ -134,6 +134,9 @@ class RunningJob:
             for row in rows:
                 row.seen = torch.zeros_like(logits[0], dtype=torch.bool)
                 row.seen[self.prompt.tokens] = True
+        if counts_tokens(self.job.params):
+            for row in rows:
+                row.counts = torch.zeros_like(logits[0])
         return rows
 
     def check_scores(self) -> None:
@@ -150,6 +153,8 @@ class RunningJob:
         self.deltas += row.draft.take(token, logprob=logprob, sampling_logprob=sampling_logprob)
         if row.seen is not None:
             row.seen[token] = True
+        if row.counts is not None:
+            row.counts[token] += 1
         if row.draft.ended:
             self.running -= 1
             self.places = min(self.places, self.running + self.pending)
@@ -176,6 +181,8 @@ class Row:
     """In the cache, from its first token on."""
     seen: torch.Tensor | None = None
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
+    counts: torch.Tensor | None = None
+    """float32 [V]: how often the continuation has each; None without a penalty of that."""
 
 
 def _not_finite(where: str) -> NonFiniteError:

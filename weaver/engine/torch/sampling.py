@@ -2,7 +2,8 @@
 
 Shapes: B rows, V vocabulary, F rows of one kind, K candidates of a row. Every row has its own
 parameters and its own uniform number, so what a row draws never depends on its neighbours. The
-order is: repetition penalty, temperature, top-k, top-p, min-p. Log-probabilities are in nats.
+order is: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
+min-p. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ class RowParams:
     min_p: torch.Tensor
     """float32 [B, 1]"""
     penalty: torch.Tensor
+    """float32 [B, 1], of tokens that were seen."""
+    presence: torch.Tensor
     """float32 [B, 1]"""
+    frequency: torch.Tensor
+    """float32 [B, 1]"""
+    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    """Of N biases the rows and the tokens, int64 [N], and the values, float32 [N]."""
     plain_rows: torch.Tensor
     """int64: rows drawn from the whole vocabulary, or from what min-p leaves of it."""
     sorted_rows: torch.Tensor
@@ -47,6 +54,8 @@ class RowParams:
     """int64: rows at temperature 0."""
     penalised_rows: torch.Tensor
     """int64: rows with a repetition penalty, of any kind."""
+    counted_rows: torch.Tensor
+    """int64: rows with a presence or frequency penalty, of any kind."""
     tempered: bool
     """Whether a temperature is not 1; known here, so that no draw waits for the device to tell."""
     has_min_p: bool
@@ -64,8 +73,11 @@ class Draws(NamedTuple):
 def row_params(
     params: Sequence[SamplingParams], vocab_size: int, *, device: torch.device
 ) -> RowParams:
-    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+    def index(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
 
     def rows(of: torch.Tensor) -> torch.Tensor:
         return of[:, 0].nonzero()[:, 0]
@@ -77,6 +89,9 @@ def row_params(
     greedy = temperature == 0
     tempered = any(p.temperature not in (0, 1) for p in params)
     penalised = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
+    counted = [i for i, p in enumerate(params) if counts_tokens(p)]
+    biases = [(i, token, value) for i, p in enumerate(params) for token, value in p.logit_bias]
+    row, token, value = zip(*biases, strict=True) if biases else ((), (), ())
     filtered = ~greedy & ((top_k < vocab_size) | (top_p < 1))
     return RowParams(
         temperature=temperature.masked_fill(greedy, 1),
@@ -84,10 +99,14 @@ def row_params(
         top_p=top_p,
         min_p=column([p.min_p for p in params], torch.float32),
         penalty=penalty,
+        presence=column([p.presence_penalty for p in params], torch.float32),
+        frequency=column([p.frequency_penalty for p in params], torch.float32),
+        bias=(index(row), index(token), column(value, torch.float32)[:, 0]) if biases else None,
         plain_rows=rows(~greedy & ~filtered),
         sorted_rows=rows(filtered),
         greedy_rows=rows(greedy),
-        penalised_rows=torch.tensor(penalised, dtype=torch.int64, device=device),
+        penalised_rows=index(penalised),
+        counted_rows=index(counted),
         tempered=tempered,
         has_min_p=any(p.min_p > 0 for p in params),
     )
@@ -99,18 +118,16 @@ def sample(
     *,
     uniforms: torch.Tensor,
     seen: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> Draws:
     """Draws one token for each row by inverting its cumulative distribution.
 
-    `logits` [B, V] float32; `uniforms` [B] float64 in [0, 1); `seen` bool [penalised rows, V]: the
-    tokens of prompt and continuation so far, needed where a row has a penalty.
+    `logits` [B, V] float32; `uniforms` [B] float64 in [0, 1); for rows that need it `seen`, bool
+    [penalised rows, V], the tokens of prompt and continuation so far, and `counts`, float32
+    [counted rows, V], how often the continuation has each.
     """
     policy = logits.softmax(-1)
-    scaled = logits
-    if len(params.penalised_rows):
-        assert seen is not None
-        rows = params.penalised_rows
-        scaled = logits.index_copy(0, rows, penalise(logits[rows], seen, params.penalty[rows]))
+    scaled = shift(logits, params, seen=seen, counts=counts)
     if params.tempered:
         # the likeliest becomes 0 first, so that no temperature overflows
         scaled = scaled.sub(scaled.amax(-1, keepdim=True)).div_(params.temperature)
@@ -131,6 +148,36 @@ def sample(
     # torch divides by a sum that is up to 1e-4 off, so that only a second sum makes it exact
     share = policy.amax(-1) / policy.sum(-1)
     return Draws(tokens, chosen - logits.amax(-1) + share.log(), sampling_logprobs)
+
+
+def shift(
+    logits: torch.Tensor,
+    params: RowParams,
+    *,
+    seen: torch.Tensor | None,
+    counts: torch.Tensor | None,
+) -> torch.Tensor:
+    """[B, V] with biases and penalties; the very same where no row has any. See `sample`.
+
+    Frequency and presence penalty are taken off once for each time that the continuation has a
+    token, and once if it has it.
+    """
+    if params.bias is not None:
+        biased, tokens, values = params.bias
+        logits = logits.index_put((biased, tokens), values, accumulate=True)
+    if len(rows := params.penalised_rows):
+        assert seen is not None
+        logits = logits.index_copy(0, rows, penalise(logits[rows], seen, params.penalty[rows]))
+    if len(rows := params.counted_rows):
+        assert counts is not None
+        off = params.frequency[rows] * counts + params.presence[rows] * (counts > 0)
+        logits = logits.index_copy(0, rows, logits[rows] - off)
+    return logits
+
+
+def counts_tokens(params: SamplingParams) -> bool:
+    """Whether a row needs `counts`."""
+    return params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

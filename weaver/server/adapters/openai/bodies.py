@@ -19,9 +19,6 @@ MOST_PROMPTS = 256
 COMPLETION_TOKENS = 16
 """Those of a completion whose request does not say."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "logit_bias": ({}, None),
     "top_logprobs": (0, None),
     "functions": ([], None),
     "tool_choice": ("none", "auto", None),
@@ -46,6 +43,9 @@ class SampleBody(Body):
     n: int | None = Field(1, ge=1, le=256)
     stop: str | tuple[str, ...] | None = None
     seed: int | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    logit_bias: Mapping[str, float] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     # beside OpenAI's own, by the names that vLLM has given them
@@ -84,6 +84,9 @@ class SampleBody(Body):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
             stop=stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
