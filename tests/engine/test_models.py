@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -162,3 +163,16 @@ def peft_model(trainer: TorchTrainer, run_id: str, folder: Path) -> Any:
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_an_origin_is_what_others_load(
+    model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id also of a folder in the hub's cache, and else a whole path."""
+    cached = tmp_path / "hub" / "models--some-org--Tiny-1.5B" / "snapshots" / "0a1b2c"
+    shutil.copytree(model_folder("llama"), cached)
+    shutil.copytree(model_folder("llama"), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    catalog = Catalog({"alias": cached, "other": "mine"}, allow_paths=False)
+    assert catalog.facts("alias").origin == "some-org/Tiny-1.5B"
+    assert catalog.facts("other").origin == str(tmp_path / "mine")

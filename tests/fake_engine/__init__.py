@@ -102,6 +102,9 @@ class FakeEngine(ThreadedEngine):
         self.get_model(base_model)
         return tokenizer_files()
 
+    def origin(self, base_model: str) -> str:
+        return self.get_model(base_model).name
+
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         self.hook("merge_adapter", folder)
         weights, _ = read_weights(adapter, base_model)

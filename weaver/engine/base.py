@@ -213,6 +213,12 @@ class Engine(Trainer, Sampler, Protocol):
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]: ...
 
+    def origin(self, base_model: str) -> str:
+        """Where others find a model, as adapters and model cards say: a hub id, or a folder.
+
+        Errors: see `get_model`.
+        """
+
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         """Writes the whole model with the adapter of a checkpoint folder into an empty folder.
 

@@ -1,8 +1,9 @@
 """`Exports`: what other programs read of a checkpoint; asked by the service.
 
 That is the checkpoint's own folder without what only Weaver reads (PEFT's layout, or transformers'
-after full fine-tuning), or a whole model merged from the base and the adapter. Such a model is made
-at first need and goes with its checkpoint; the newest few are kept for a day. All functions block.
+after full fine-tuning), or a whole model merged from the base and the adapter, with a card. Such a
+model is made at first need and goes with its checkpoint; the newest few are kept for a day. All
+functions block.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from anyio import CapacityLimiter
 
 from weaver.errors import NotFoundError
 from weaver.protocol import Export, ExportedFile
+from weaver.server.card import write_card
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints, Manifest
+    from weaver.types import JsonDict
 
 INTERNAL = frozenset({"weaver_state.json", "optimizer.safetensors"})
 CHUNK_BYTES = 8 * 2**20
@@ -40,8 +44,15 @@ class Exports:
     """For calls of `describe` with `merge`: a resend finds what the first one made, and those that
     wait do not hold the threads of others."""
 
-    def describe(self, path: str, *, merge: bool) -> Export:
-        """Its files.
+    def describe(
+        self,
+        path: str,
+        *,
+        merge: bool,
+        metadata: JsonDict | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Export:
+        """Its files; the card of a model that is merged now tells the run's metadata and metrics.
 
         Raises:
             CheckpointNotFoundError, InvalidNameError
@@ -50,7 +61,7 @@ class Exports:
         """
         manifest = self.checkpoints.manifest(path)
         if merge and manifest.checkpoint.training_mode == "lora":
-            manifest = self._merge(manifest)
+            manifest = self._merge(manifest, metadata=metadata or {}, metrics=metrics or {})
         folder = manifest.folder
         files = tuple(
             ExportedFile(name=name, size_bytes=(folder / name).stat().st_size, sha256=sha256)
@@ -83,12 +94,16 @@ class Exports:
             if info.path not in kept:
                 self.merged.delete(info.path)
 
-    def _merge(self, manifest: Manifest) -> Manifest:
+    def _merge(
+        self, manifest: Manifest, *, metadata: JsonDict, metrics: Mapping[str, float]
+    ) -> Manifest:
         info = manifest.checkpoint
 
         def fill(empty: Path) -> None:
             _, adapter = self.checkpoints.open(info.path)  # with its files verified
             self.engine.merge_adapter(info.base_model, adapter, empty)
+            origin = self.engine.origin(info.base_model)
+            write_card(empty, info, origin=origin, metadata=metadata, metrics=metrics)
 
         others = [other for other in self.merged.list() if other.path != info.path]
         for oldest in others[: max(0, len(others) - MERGED_KEPT + 1)]:

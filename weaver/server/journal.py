@@ -305,6 +305,11 @@ class Journal:
         rows = await self.writer.read(part)
         return await to_thread.run_sync(lambda: [records.point_of(row) for row in rows])
 
+    async def last_metrics(self, run_id: str, count: int) -> Sequence[MetricPoint]:
+        """The `count` that were added last, in that order."""
+        total = sum((await self.metric_counts(run_id)).values())
+        return await self.metrics(run_id, offset=max(0, total - count), limit=count)
+
     # --- requests -------------------------------------------------------------------------------
 
     async def knows_request(self, key: str) -> bool:

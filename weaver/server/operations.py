@@ -10,6 +10,7 @@ from weaver import errors, protocol
 from weaver.boundary import attempt_async, blocking
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
+from weaver.server.card import write_card
 from weaver.server.checkpoints import Location
 from weaver.server.runs import Run
 from weaver.types import LoraConfig
@@ -17,6 +18,7 @@ from weaver.types import LoraConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from weaver.engine.base import Engine
     from weaver.server.checkpoints import Checkpoints
@@ -200,6 +202,11 @@ class Operations:
             return done
         await blocking(self._check_stored, ticket.session.caller.project)
         fill = await self.engine.save(info.run_id, include_optimizer=optimizer)
+        if info.training_mode == "full_ft":  # a whole model
+            origin = await blocking(self.engine.origin, info.base_model)
+            metadata = self.registry.runs[info.run_id].user_metadata
+            card = partial(write_card, info=info, origin=origin, metadata=metadata)
+            fill = partial(_both, fill, card)
         return await blocking(partial(disk.write, info, fill, author=author, overwrite=overwrite))
 
     def _check_stored(self, project: str) -> None:
@@ -231,6 +238,11 @@ class Operations:
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.cleared()
         return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+
+
+def _both(fill: Callable[[Path], None], also: Callable[[Path], None], folder: Path) -> None:
+    fill(folder)
+    also(folder)
 
 
 def _stepped(

@@ -23,12 +23,13 @@ from weaver.server.journal import Journal
 from weaver.server.keys import OWNER
 from weaver.server.operations import Operations
 from weaver.server.outcomes import Outcomes
+from weaver.server.parts import Parts
 from weaver.server.recovery import OTHER_HOME, Recovery, release
 from weaver.server.registry import Registry
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
 from weaver.server.settings import DURABILITY, EMBEDDED, Durability, Limits
-from weaver.server.view import Parts, View
+from weaver.server.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable

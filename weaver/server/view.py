@@ -8,12 +8,8 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
-
-import anyio
-from anyio import CapacityLimiter
 
 from weaver import types
 from weaver.boundary import blocking
@@ -26,47 +22,18 @@ from weaver.server.sessions import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-    from datetime import datetime
 
-    from weaver.engine.base import Engine
+    from anyio import CapacityLimiter
+
     from weaver.protocol import Export, Outcome, SessionState, Submission
-    from weaver.server.activity import Activity
-    from weaver.server.checkpoints import Checkpoints
-    from weaver.server.executor import Executor
-    from weaver.server.exports import Exports
-    from weaver.server.intake import Intake
-    from weaver.server.journal import Journal
     from weaver.server.keys import Caller
-    from weaver.server.registry import Registry
-    from weaver.server.settings import Limits
+    from weaver.server.parts import Parts
     from weaver.server.streams import SampleStream
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Parts:
-    """What a service is made of, and all views of it share."""
-
-    engine: Engine
-    store: Journal
-    checkpoints: Checkpoints
-    live: Checkpoints
-    """Snapshots of runs, and samplers without a name."""
-    exports: Exports
-    executor: Executor
-    intake: Intake
-    registry: Registry
-    activity: Activity
-    limits: Limits
-    deterministic: bool
-    now: Callable[[], datetime]
-    opening: anyio.Lock = field(default_factory=anyio.Lock)
-    """Held while a session is counted and written down."""
-    closed: bool = True
-    models: Sequence[types.ModelInfo] | None = None
-    """An engine's list is made when the engine is."""
+CARD_POINTS = 1000
+"""Of the metrics that a run has logged last, the card of its model has the newest of each name."""
 
 
 class View:
@@ -299,11 +266,17 @@ class View:
     async def export_checkpoint(self, path: str, *, merge: bool = False) -> Export:
         """Its folder is for the server itself: callers from afar are never told."""
         exports = self.parts.exports
-        if merge:  # with a name that the engine knows, it merges beside its other work
-            await self.get_model((await self.get_checkpoint(path)).base_model)
         self._access.check_path(path)
         describe = partial(exports.describe, path, merge=merge)
-        return await self._disk(describe, limiter=exports.merging if merge else None)
+        if not merge:
+            return await self._disk(describe)
+        info = await self.get_checkpoint(path)
+        await self.get_model(info.base_model)  # whose name the engine knows from then on
+        run = self.parts.registry.runs.get(info.run_id)
+        points = await self.parts.store.last_metrics(info.run_id, CARD_POINTS)
+        metrics = {p.name: p.value for p in points if p.step is None or p.step <= info.step}
+        told = partial(describe, metadata=run.user_metadata if run else {}, metrics=metrics)
+        return await self._disk(told, limiter=exports.merging)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0

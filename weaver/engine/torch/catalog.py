@@ -33,6 +33,8 @@ from weaver.types import Message, ModelInfo
 
 NANO = Path(__file__).parents[2] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
+CACHED = re.compile(r"/models--((?:(?!--)[\w.-])+)--([\w.-]+)/snapshots/[^/]+/?$")
+"""A folder of the hub's cache: `.../models--owner--name/snapshots/0123abc`."""
 HINT = "Choose a decoder-only model with plain causal attention, such as Llama or Qwen3."
 HUB_TIMEOUT_S = 0.8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -54,8 +56,6 @@ class ModelFacts:
     info: ModelInfo
     source: str
     """A folder, or a Hugging Face id."""
-    public_name: str
-    """What an adapter calls its base: its source, but never a folder of a server."""
     config: Any
     """A transformers `PreTrainedConfig`."""
     num_layers: int
@@ -71,6 +71,16 @@ class ModelFacts:
     """Values a token that all projections but the head take and give; of a mixture's experts,
     those of as many as a token goes to."""
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def origin(self) -> str:
+        """Where others find it, as adapters and model cards say: an id of the hub, of what lies in
+        its cache, too, or a whole path."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return self.source
+        cached = CACHED.search(folder.absolute().as_posix())
+        return f"{cached[1]}/{cached[2]}" if cached else str(folder.absolute())
 
     @property
     def tokenizer(self) -> Any:
@@ -158,10 +168,9 @@ class Catalog:
         """
         if name not in self._facts:
             source = self._source(name)
-            told = source if self._allow_paths or not Path(source).is_dir() else name
             with refusing(f"{name} cannot run here", hint=HINT):
                 config = self._config(name, source)
-                self._facts[name] = _read_facts(name, source, config=config, public_name=told)
+                self._facts[name] = _read_facts(name, source, config=config)
         return self._facts[name]
 
     def _source(self, name: str) -> str:
@@ -197,7 +206,7 @@ class Catalog:
         return errors.UnknownModelError(f"{name!r}: {reason}", field="base_model", hint=hint)
 
 
-def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> ModelFacts:
+def _read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
     """Builds the model without storage to see its layers."""
     _check_config(name, config)
     with torch.device("meta"):
@@ -220,7 +229,6 @@ def _read_facts(name: str, source: str, *, config: Any, public_name: str) -> Mod
     return ModelFacts(
         info=info,
         source=source,
-        public_name=public_name,
         config=config,
         num_layers=config.num_hidden_layers,
         num_heads=heads,

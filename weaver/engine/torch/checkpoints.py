@@ -1,7 +1,7 @@
-"""Checkpoints of runs: their folders, what is in them, and whole models merged from them.
+"""Checkpoints of runs: their folders, and what is in them.
 
-`Run` writes and loads them, the sampler reads them and folders of PEFT and transformers with
-`read_snapshot`, and `TorchEngine.merge_adapter` makes exports. W [out, in], A [R, in], B [out, R].
+`Run` writes and loads them; the sampler reads them, and folders of PEFT and transformers, with
+`read_snapshot`.
 
 | file                                            | of               | holds                    |
 |-------------------------------------------------|------------------|--------------------------|
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
+from safetensors.torch import save_file
 
 from weaver import errors
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import files
 from weaver.engine.torch.catalog import ModelFacts
-from weaver.engine.torch.lora import Adapter, LoraPair, adapter_from_tensors
 from weaver.engine.torch.models import LoadedModel
 from weaver.types import LoraConfig, ModelInfo, Quantize, TrainingMode, Value
 
@@ -41,8 +38,6 @@ STATE = "weaver_state.json"
 OPTIMIZER = "optimizer.safetensors"
 ADAM_STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BESIDE = {".json", ".jinja", ".txt", ".model"}
-"""Suffixes of the files that an export copies: the tokenizer and the generation settings."""
 
 
 class State(Value):
@@ -112,13 +107,17 @@ class Copy:
         state, model = self.state, self.model
         try:
             if state.lora_config is not None:
-                base = model.facts.public_name
+                base = model.facts.origin
                 files.write_adapter(folder, self.weights, config=state.lora_config, base=base)
             else:
                 with files.without_progress_bars():
-                    model.module.save_pretrained(folder, state_dict=dict(self.weights))
+                    model.module.save_pretrained(
+                        folder,
+                        state_dict=dict(self.weights),
+                        max_shard_size=files.SHARD_BYTES,
+                    )
                 with suppress(errors.UnsupportedError):  # the base model has no tokenizer either
-                    _write_tokenizer(model.facts, folder)
+                    write_tokenizer(model.facts, folder)
             if self.optimizer is not None:
                 save_file(dict(self.optimizer), folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state.model_dump(), indent=2) + "\n")
@@ -160,7 +159,8 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
 
 
-def _write_tokenizer(facts: ModelFacts, folder: Path) -> None:
+def write_tokenizer(facts: ModelFacts, folder: Path) -> None:
+    """As `save_pretrained` does; UnsupportedError where the model has none."""
     for name, content in facts.tokenizer_files().items():
         (folder / name).write_bytes(content)
 
@@ -250,93 +250,3 @@ def _read_model(folder: Path) -> dict[str, torch.Tensor]:
     except errors.UnsupportedError as error:
         raise files.corrupt(folder / files.WEIGHTS, f"is broken: {error.message}") from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
-def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
-    """Writes the base's files with W + scale·B·A in the adapter's layers into an empty folder.
-
-    Computed in float32 and kept in the dtype of each W; one file of weights is in memory at a time,
-    or the whole model where its files name their tensors in another way than transformers does. A
-    tied head that the adapter changes is untied: the embedding stays, `config.json` says so.
-
-    Raises:
-        CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
-        UnsupportedError: a variant of LoRA, or the base cannot be read.
-        StorageError: the disk is full or not writable.
-    """
-    tensors, config = files.read_adapter(adapter, facts=facts)
-    made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
-    source, tied = files.folder_of(facts.source), files.tied_weights(facts)
-    changed = {f"{path}.weight" for path in made.pairs}
-    untied = tied if changed & tied.keys() else {}
-    try:
-        shards = files.weight_map(source)
-        if changed <= shards.keys() | untied.keys():
-            _write_shards(source, folder, made, shards=shards, untied=untied)
-        else:
-            _write_whole(facts, folder, made, untied=untied)
-        _copy_others(facts, source, folder)
-        if untied:
-            settings = files.read_json(source / files.CONFIG) | {"tie_word_embeddings": False}
-            (folder / files.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise errors.StorageError(
-            f"merging {facts.info.name} failed: {error}",
-            hint="Check the free space, and that the base model's files are complete.",
-        ) from error
-
-
-def _write_shards(
-    source: Path,
-    folder: Path,
-    adapter: Adapter,
-    *,
-    shards: dict[str, str],
-    untied: Mapping[str, str],
-) -> None:
-    """`untied` maps the names of a head's tensors to those that they were tied to."""
-    for shard in sorted(set(shards.values())):
-        weights = load_file(source / shard)
-        for head, embedding in untied.items():
-            weights.pop(head, None)
-            if embedding in weights:
-                weights[head] = weights[embedding].clone()
-                shards[head] = shard
-        for path, pair in adapter.pairs.items():
-            if f"{path}.weight" in weights:
-                weights[f"{path}.weight"] = _merged(weights[f"{path}.weight"], pair, adapter.scale)
-        save_file(weights, folder / shard, metadata={"format": "pt"})
-    if (source / files.INDEX).is_file():
-        index = files.read_json(source / files.INDEX) | {"weight_map": shards}
-        (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_whole(
-    facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
-) -> None:
-    dtype = facts.config.dtype or torch.float32
-    module = files.read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
-    for name in untied:
-        module.config.tie_word_embeddings = False
-        owner, _, leaf = name.rpartition(".")
-        own = torch.nn.Parameter(module.get_parameter(name).detach().clone())
-        setattr(module.get_submodule(owner), leaf, own)
-    for path, pair in adapter.pairs.items():
-        layer = module.get_submodule(path)
-        layer.weight = torch.nn.Parameter(_merged(layer.weight, pair, adapter.scale))
-    with files.without_progress_bars():
-        module.save_pretrained(folder)
-
-
-@torch.no_grad()
-def _merged(weight: torch.Tensor, pair: LoraPair, scale: float) -> torch.Tensor:
-    return (weight.float() + scale * (pair.b @ pair.a)).to(weight.dtype)
-
-
-def _copy_others(facts: ModelFacts, source: Path, folder: Path) -> None:
-    for file in source.iterdir():
-        if file.suffix in BESIDE and file.name != files.INDEX:
-            shutil.copyfile(file, folder / file.name)
-    if (source / CHAT_TEMPLATE_DIR).is_dir():  # a checkpoint has no folders
-        (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
-        _write_tokenizer(facts, folder)

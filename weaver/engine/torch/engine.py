@@ -15,9 +15,9 @@ from weaver.config import EngineSettings
 from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.catalog import Catalog, ModelFacts
-from weaver.engine.torch.checkpoints import merge_adapter
 from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
 from weaver.engine.torch.memory import Plan, Recompute
+from weaver.engine.torch.merging import merge_adapter
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.quantised import check_kind
 from weaver.engine.torch.sampler import TorchSampler
@@ -169,6 +169,9 @@ class TorchEngine(ThreadedEngine):
 
     def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
         return self.facts(base_model).tokenizer_files()
+
+    def origin(self, base_model: str) -> str:
+        return self.facts(base_model).origin
 
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         merge_adapter(self.facts(base_model), adapter, folder)

@@ -27,6 +27,8 @@ from weaver.engine.torch.packing import ATTENTION
 from weaver.types import LoraConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Of weights in one file of a whole model, as the hub's own client makes them."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
