@@ -112,8 +112,43 @@ def test_good_data_passes_every_loss(loss: str) -> None:
     assert check_datums([datum(**inputs)], loss, model=MODEL)
 
 
+PAIRS = [[1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "weights"), [("cross_entropy", "weights"), ("surrogate", "surrogate_weights")]
+)
+def test_some_losses_take_several_targets_at_a_position(loss: str, weights: str) -> None:
+    good = datum(target_tokens=PAIRS, **{weights: [[0.5, 0.5]] * 3})
+    assert check_datums([good, datum(**{weights: [1, 1, 1]})], loss, model=MODEL)
+    for wrong in (
+        {"target_tokens": PAIRS, weights: [1, 1, 1]},
+        {weights: [[0.5, 0.5]] * 3},
+        {"target_tokens": PAIRS, weights: [[0.5, 0.5]] * 2},
+        {"target_tokens": PAIRS[:2], weights: [[0.5, 0.5]] * 2},
+        {"target_tokens": [[1] * 257] * 3, weights: [[1] * 257] * 3},
+        {"target_tokens": [[]] * 3, weights: [[]] * 3},
+        {"target_tokens": [[[1]]] * 3, weights: [[[1.0]]] * 3},
+        {"target_tokens": PAIRS, weights: [[0.5, float("nan")]] * 3},
+    ):
+        with pytest.raises(InvalidDatumError, match=r"datums\[1\]"):
+            check_datums([good, datum(**wrong)], loss, model=MODEL)
+    for token in (-1, 10):
+        bad = datum(target_tokens=[[1, token]] * 3, **{weights: [[0.5, 0.5]] * 3})
+        with pytest.raises(TokenOutOfRangeError, match="target_tokens"):
+            check_datums([bad], loss, model=MODEL)
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.several])
+def test_others_take_one(loss: str) -> None:
+    inputs = {name: [[0.5, 0.5]] * 3 for name in LOSSES[loss].inputs}
+    with pytest.raises(InvalidDatumError, match="one value per token"):
+        check_datums([datum(target_tokens=PAIRS, **inputs)], loss, model=MODEL)
+
+
 def test_weights_are_one_where_absent() -> None:
     assert weights_of(datum()).tolist() == [1, 1, 1]
+    assert weights_of(datum(target_tokens=PAIRS)).tolist() == [[1, 1]] * 3
     assert weights_of(datum(loss_mask=[0, 1, 0])).tolist() == [0, 1, 0]
 
 

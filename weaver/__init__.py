@@ -24,7 +24,7 @@ __all__ += ["Handle", "SamplingClient", "ServiceClient", "TrainingClient"]
 __all__ += ["Datum", "EncodedTextChunk", "Message", "ModelInput", "TensorData", "types"]
 __all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
 __all__ += ["ForwardBackwardResult", "OptimStepResult"]
-__all__ += ["SampleDelta", "SampleResult", "SampledSequence"]
+__all__ += ["SampleDelta", "SampleResult", "SampledSequence", "TopLogprobs"]
 __all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 __all__ += errors.__all__
 

@@ -7,14 +7,18 @@ and a parameter object are brought into the protocol's here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from weaver import errors
+from weaver.fields import MOST_ALTERNATIVES
 from weaver.losses import LOSSES, REDUCTIONS, Loss, Option
+from weaver.tensors import TensorData
 from weaver.types import CheckpointInfo, Datum, Message, ModelInfo, ModelInput, Value, check_text
 
 V = TypeVar("V", bound=Value)
@@ -107,7 +111,8 @@ def check_datums(
         _check_datum(datum, f"datums[{i}].loss_fn_inputs", loss)
         check_tokens(datum.model_input.to_ints(), model, field=f"datums[{i}].model_input")
         targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        check_tokens(targets, model, field=f"datums[{i}].loss_fn_inputs['target_tokens']")
+        field = f"datums[{i}].loss_fn_inputs['target_tokens']"
+        _check_range(int(targets.min()), int(targets.max()), model, field=field)
     if loss.averaged and filled["reduction"] == "mean" and "denominator" not in filled:
         total = sum(float(weights_of(datum, loss).sum()) for datum in datums)
         if total < 0:
@@ -119,27 +124,26 @@ def check_datums(
     return filled
 
 
-def weights_of(
-    datum: Datum, loss: type[Loss] | Loss = Loss
-) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """The weights of a datum, float32 [T]; 1 where it has none."""
+def weights_of(datum: Datum, loss: type[Loss] | Loss = Loss) -> npt.NDArray[np.float32]:
+    """The weights of a datum, float32, in the shape of its targets; 1 where it has none."""
     for name in loss.weights:
         if name in datum.loss_fn_inputs:
             return datum.loss_fn_inputs[name].to_numpy()
-    return np.ones(datum.model_input.length, dtype=np.float32)
+    return np.ones(datum.loss_fn_inputs["target_tokens"].shape, dtype=np.float32)
 
 
 def check_tokens(
-    tokens: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]],
-    model: ModelInfo | None,
-    *,
-    field: str,
-    max_new_tokens: int = 0,
+    tokens: Sequence[int], model: ModelInfo | None, *, field: str, max_new_tokens: int = 0
 ) -> None:
     """Raises if a token is not in the model's vocabulary or there are more than fit its context."""
     if len(tokens) == 0:
         raise errors.InvalidDatumError("is empty.", field=field, hint="Pass at least one token.")
-    low, high = int(min(tokens)), int(max(tokens))
+    _check_range(min(tokens), max(tokens), model, field=field)
+    if model is not None:
+        check_length(len(tokens), model.context_length, field=field, max_new_tokens=max_new_tokens)
+
+
+def _check_range(low: int, high: int, model: ModelInfo | None, *, field: str) -> None:
     if low < 0 or (model is not None and high >= model.vocab_size):
         bad = low if low < 0 else high
         raise errors.TokenOutOfRangeError(
@@ -149,8 +153,6 @@ def check_tokens(
             if model
             else "Token ids start at 0.",
         )
-    if model is not None:
-        check_length(len(tokens), model.context_length, field=field, max_new_tokens=max_new_tokens)
 
 
 def check_length(length: int, context: int, *, field: str, max_new_tokens: int = 0) -> None:
@@ -172,7 +174,10 @@ def _check_datum(datum: Datum, field: str, loss: type[Loss]) -> None:
         raise errors.InvalidDatumError(
             f"{loss.name} needs {missing[0]!r}.", field=field, hint=f"It takes {', '.join(needed)}."
         )
-    known = dict.fromkeys((*needed, *loss.weights))
+    length, known = datum.model_input.length, dict.fromkeys((*needed, *loss.weights))
+    shape = inputs["target_tokens"].shape
+    wide = loss.several and len(shape) == 2 and 1 <= shape[1] <= MOST_ALTERNATIVES
+    allowed = shape if wide and shape[0] == length else (length,)
     for name, data in inputs.items():
         if name not in known:
             raise errors.InvalidDatumError(
@@ -180,11 +185,12 @@ def _check_datum(datum: Datum, field: str, loss: type[Loss]) -> None:
                 field=field,
                 hint=errors.nearest(name, known),
             )
-        if data.shape != (datum.model_input.length,):
+        if data.shape != allowed:
+            several = f", or {loss.name} [T, K] with K up to {MOST_ALTERNATIVES} in all inputs"
             raise errors.InvalidDatumError(
-                f"has shape {list(data.shape)}, model_input has {datum.model_input.length} tokens.",
+                f"has shape {list(data.shape)}, model_input has {length} tokens.",
                 field=f"{field}[{name!r}]",
-                hint="Give one value per token of model_input.",
+                hint=f"Give one value per token of model_input{several if loss.several else ''}.",
             )
         array = data.to_numpy()
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -248,6 +254,31 @@ def check_ttl(ttl_seconds: int | None) -> None:
 
 def check_num_samples(count: int) -> None:
     check_whole(count, field="num_samples", most=4096, hint="Give 1 to 4096.")
+
+
+def check_top(count: int, model: ModelInfo, *, field: str) -> None:
+    """Raises InvalidParamsError: so many of the likeliest tokens are not told of one place."""
+    most = min(MOST_ALTERNATIVES, model.vocab_size)
+    if count:
+        check_whole(count, field=field, most=most, hint=f"Give 1 to {most}, or 0 for none.")
+
+
+def check_targets(targets: TensorData, length: int, model: ModelInfo) -> None:
+    """Raises InvalidDatumError, TokenOutOfRangeError: they cannot be scored in a prompt so long."""
+    shape, field = targets.shape, "targets"
+    if (
+        shape[:1] != (length,)
+        or len(shape) > 2
+        or not 1 <= math.prod(shape[1:]) <= MOST_ALTERNATIVES
+    ):
+        raise errors.InvalidDatumError(
+            f"has shape {list(shape)}, the prompt has {length} tokens.",
+            field=field,
+            hint=f"Give [T] or [T, K], a row for each of its tokens, K up to {MOST_ALTERNATIVES}.",
+        )
+    array = targets.to_numpy()
+    low = int(array.min())
+    _check_range(low if low < -1 else 0, int(array.max()), model, field=field)
 
 
 def as_path(given: object, *, field: str = "path") -> str:

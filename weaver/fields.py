@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from weaver.errors import InvalidParamsError, InvalidRequestError
-from weaver.tensors import Numbers
+from weaver.tensors import Numbers, TensorData
 
 T = TypeVar("T")
 
@@ -23,6 +23,9 @@ MAX_BIASES = 1024
 """Tokens whose logits a request may shift."""
 MAX_NAMES = 64
 """At most so many fields or options of one value; none has as many."""
+MOST_ALTERNATIVES = 256
+"""Tokens of which one place has log-probabilities, or which are its targets: what is computed,
+kept and sent grows with them."""
 ShortText = Annotated[str, Field(strict=True, max_length=256)]
 """Names and roles. `strict` is without bytes, which pydantic would read as text."""
 StopText = Annotated[str, Field(strict=True, max_length=1024)]
@@ -57,6 +60,14 @@ def few(value: object) -> object:
 
 def listed(value: object) -> object:
     return value.tolist() if isinstance(value, Numbers) else value
+
+
+def _integer_array(value: object) -> TensorData:
+    return TensorData(value, dtype="int64", field="tokens")
+
+
+def _float_array(value: object) -> TensorData:
+    return TensorData(value, dtype="float32", field="logprobs")
 
 
 def _bounded(calls: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
@@ -100,6 +111,11 @@ Calls = Annotated[tuple[JsonDict, ...], Field(max_length=128), AfterValidator(_b
 Integers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
 SomeFloats = Annotated[tuple[float | None, ...], BeforeValidator(listed)]
+_listed = PlainSerializer(TensorData.tolist, when_used="json")
+IntegerArray = Annotated[TensorData, BeforeValidator(_integer_array), _listed]
+FloatArray = Annotated[TensorData, BeforeValidator(_float_array), _listed]
+Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES, strict=True)]
+"""How many of the likeliest tokens are asked for; 0: none."""
 
 
 def validate(message: object, read: Callable[[object], T], *, name: str = "message") -> T:

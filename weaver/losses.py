@@ -7,7 +7,8 @@ else knows a loss by name: `CONTRIBUTING.md` says how to add one.
 No torch is imported: a formula uses the methods of the arrays that it is given, which are torch's.
 In formulas `lp` is the log-probability of the target under the policy now, `q` that under which it
 was sampled (both in nats), `A` the advantage, r = exp(lp - q). Values are losses: lower is better.
-Every array is [T]: the tokens of some datums, end to end.
+Every array is [T]: the tokens of some datums, end to end; where positions have K targets each, T
+counts every one of them.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class Loss(ABC):
     """What every datum must have beside `target_tokens`, float32 [T]."""
     weights: ClassVar[tuple[str, ...]] = ("weights", "loss_mask")
     """Names of the input, float32 [T], by which tokens are weighed: 1 where a datum has none."""
+    several: ClassVar[bool] = False
+    """Whether `target_tokens`, and all inputs with them, may be [T, K]: K at each position."""
     averaged: ClassVar[bool] = True
     """Whether the sum is divided by that of the weights, where no option says otherwise."""
     reads_entropy: ClassVar[bool] = False
@@ -130,9 +133,14 @@ class Loss(ABC):
 
 
 class CrossEntropy(Loss):
-    """-lp, the negative log-likelihood."""
+    """-lp, the negative log-likelihood.
+
+    With K targets at each position, weighed by a teacher's probabilities of them, it distils the
+    teacher into the policy (Hinton et al., arXiv:1503.02531), at the temperature that is given.
+    """
 
     name = "cross_entropy"
+    several = True
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
         return TokenLoss(-tokens.lp)
@@ -144,6 +152,7 @@ class Surrogate(Loss):
     name = "surrogate"
     inputs = ("surrogate_weights",)
     weights = ("surrogate_weights",)
+    several = True
     averaged = False
 
     def per_token(self, tokens: Tokens) -> TokenLoss:

@@ -96,8 +96,14 @@ class Sample(types.Value):
     """Text is encoded with the model's tokenizer; messages with its chat template."""
     params: types.SamplingParams = types.SamplingParams()
     num_samples: int = Field(default=1, ge=0, le=4096)
-    """0 with `include_prompt_logprobs` only scores the prompt: the verb `compute_logprobs`."""
+    """0 only scores the prompt: the verb `compute_logprobs`."""
     include_prompt_logprobs: bool = False
+    top_logprobs: fields.Alternatives = 0
+    """So many of the likeliest tokens are told of, at each place of the samples."""
+    prompt_top_logprobs: fields.Alternatives = 0
+    """As `top_logprobs`, at each place of the prompt."""
+    prompt_targets: fields.IntegerArray | None = None
+    """int64 [T] or [T, K]: tokens to be scored at each place of the prompt; -1 asks for nothing."""
     stream: bool = False
 
     @property

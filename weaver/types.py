@@ -22,7 +22,7 @@ from weaver.values import Value as Value
 __all__ = ["Datum", "EncodedTextChunk", "Message", "ModelInput"]
 __all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
 __all__ += ["ForwardBackwardResult", "OptimStepResult"]
-__all__ += ["SampleDelta", "SampleResult", "SampledSequence"]
+__all__ += ["SampleDelta", "SampleResult", "SampledSequence", "TopLogprobs"]
 __all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 
 TrainingMode = Literal["lora", "full_ft"]
@@ -107,8 +107,9 @@ class Datum(Value):
     """One training sequence and what its loss needs.
 
     `loss_fn_inputs` maps a name to an array of shape [T], T the length of `model_input`; position i
-    predicts token i+1. `target_tokens` is int64, everything else float32; lists, numpy arrays and
-    torch tensors are accepted. Example::
+    predicts token i+1. Some losses take K targets at each position, all arrays being [T, K] then.
+    `target_tokens` is int64, everything else float32; lists, numpy arrays and torch tensors are
+    accepted. Example::
 
         Datum(model_input=ModelInput.from_ints([5, 6, 7]),
               loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [0.0, 1.0, 1.0]})
@@ -228,7 +229,8 @@ class LoraConfig(Value):
 class ForwardBackwardResult(Value):
     """What `forward` and `forward_backward` answer; also reads as `{"result": {...}}`.
 
-    `loss_fn_outputs[i]["logprobs"]` is a float32 array [T] for datum i, one value per position.
+    `loss_fn_outputs[i]["logprobs"]` is a float32 array for datum i, one value for each of its
+    `target_tokens` and in their shape: [T], or [T, K].
     """
 
     _also = ("result",)
@@ -251,6 +253,18 @@ class OptimStepResult(Value):
         return self
 
 
+class TopLogprobs(Value):
+    """The likeliest tokens at each of N places, likeliest first: two arrays [N, K].
+
+    `top.tokens[i]` are those at place i and `top.logprobs[i]` their log-probabilities. Before the
+    first token of a prompt there is nothing: tokens are -1 there, and log-probabilities NaN.
+    """
+
+    tokens: fields.IntegerArray
+    logprobs: fields.FloatArray
+    """Under the policy: untempered, unfiltered; in nats."""
+
+
 class SampledSequence(Value):
     """One continuation. All lists have one entry for each of its tokens."""
 
@@ -265,12 +279,20 @@ class SampledSequence(Value):
     stop_reason: StopReason
     weights_version: int = 0
     """The optimizer step of the weights that sampled it; 0 for a base model."""
+    top_logprobs: TopLogprobs | None = None
+    """Of each of its tokens' places, if asked for."""
 
 
 class SampleResult(Value):
+    """What became of a prompt. What is said of the prompt itself is there if it was asked for."""
+
     sequences: tuple[SampledSequence, ...]
     prompt_tokens: fields.Integers = ()
     prompt_logprobs: fields.SomeFloats | None = None
+    """Of each token given those before it; None for the first."""
+    prompt_top_logprobs: TopLogprobs | None = None
+    prompt_target_logprobs: fields.FloatArray | None = None
+    """Those of the targets, in their shape; NaN for the first place, and where a target is -1."""
 
 
 class SampleDelta(Value):
@@ -282,6 +304,8 @@ class SampleDelta(Value):
     logprobs: fields.Floats
     stop_reason: StopReason | None = None
     """Set in the last piece of a sequence."""
+    top_logprobs: TopLogprobs | None = None
+    """At the places of these tokens, if asked for."""
 
 
 # --- descriptions -------------------------------------------------------------------------------

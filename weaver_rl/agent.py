@@ -167,7 +167,15 @@ class Agent:
         self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
 
     def _write(self, sequence: SampledSequence) -> Reply:
-        reply = Reply(**dict(sequence), prompt_tokens=self._tokens)
+        reply = Reply(
+            text=sequence.text,
+            tokens=sequence.tokens,
+            logprobs=sequence.logprobs,
+            sampling_logprobs=sequence.sampling_logprobs,
+            stop_reason=sequence.stop_reason,
+            weights_version=sequence.weights_version,
+            prompt_tokens=self._tokens,
+        )
         self._text += decode_behind(self.tokenizer, self._tokens, sequence.tokens)
         columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
         self._rows += [

@@ -64,6 +64,24 @@ async def test_it_equals_the_built_in_loss(tmp_path: Path) -> None:
             )
 
 
+async def test_it_may_be_of_several_targets_at_a_position(tmp_path: Path) -> None:
+    several = Datum(
+        model_input=[72, 101],
+        loss_fn_inputs={
+            "target_tokens": [[101, 108], [108, 97]],
+            "weights": [[0.0, 1.0], [0.5, 0.25]],
+        },
+    )
+    async with fake_client(tmp_path) as client:
+        built_in, custom = await client.create_model("fake"), await client.create_model("fake")
+        one = await built_in.forward_backward([several])
+        other = await custom.forward_backward_custom([several], mean_nll)
+        assert other.metrics["loss"] == pytest.approx(one.metrics["loss"])
+        assert other.loss_fn_outputs[0]["logprobs"].shape == (2, 2)
+        norms = [(await each.optim_step(STEP)).metrics["grad_norm"] for each in (built_in, custom)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 async def test_datums_may_carry_whatever_the_function_reads(tmp_path: Path) -> None:
     def loss(
         datums: list[Datum], logprobs: list[torch.Tensor]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
 import pytest
+import torch
 
 from tests.client.helpers import DATUMS, STEP, fake_client
 from tests.fake_engine import FakeEngine
@@ -18,13 +19,18 @@ from weaver.errors import (
     ClosedError,
     ContextLengthError,
     InvalidDatumError,
+    InvalidParamsError,
     InvalidRequestError,
     OperationCancelledError,
+    TokenOutOfRangeError,
 )
 from weaver.server.service import LocalService
+from weaver.tensors import TensorData
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from weaver.errors import WeaverError
 
 pytestmark = pytest.mark.anyio
 SHORT = SamplingParams(max_tokens=5, seed=1)
@@ -90,6 +96,63 @@ async def test_logprobs_of_a_prompt(tmp_path: Path) -> None:
         assert len(await sampler.compute_logprobs([65] * 16)) == 16
         with pytest.raises(ContextLengthError):
             sampler.compute_logprobs([65] * 17)
+
+
+async def test_what_is_said_of_a_prompt_beside_its_tokens(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        prompt, plain = list(b"Hello"), await sampler.compute_logprobs("Hello")
+        for text in (prompt, "Hello"):
+            top = await sampler.compute_logprobs(text, top_k=3)
+            assert list(top.prompt_logprobs or ()) == plain and top.sequences == ()
+            assert top.prompt_top_logprobs is not None and top.prompt_target_logprobs is None
+            assert top.prompt_top_logprobs.tokens.shape == (5, 3)
+            for targets in (prompt, np.array(prompt), torch.tensor(prompt), TensorData(prompt)):
+                told = (
+                    await sampler.compute_logprobs(text, targets=targets)
+                ).prompt_target_logprobs
+                assert told is not None and told.shape == (5,)
+                np.testing.assert_allclose(told.to_numpy()[1:], plain[1:], rtol=1e-6)
+        with pytest.raises(InvalidDatumError, match="the prompt has 5 tokens"):
+            await sampler.compute_logprobs("Hello", targets=[1, 2])
+        both = await sampler.compute_logprobs(prompt, top_k=2, targets=[[1, 2, -1]] * 5)
+        assert both.prompt_target_logprobs is not None and both.prompt_top_logprobs is not None
+        assert both.prompt_target_logprobs.shape == (5, 3)
+        sampled = await sampler.sample(prompt, SHORT, top_logprobs=2, prompt_top_logprobs=2)
+        assert sampled.prompt_top_logprobs == both.prompt_top_logprobs
+        assert sampled["sequences"][0]["top_logprobs"]["tokens"].shape[1] == 2
+        async for delta in sampler.stream(prompt, SHORT, top_logprobs=2):
+            assert delta.top_logprobs is not None and delta.top_logprobs.tokens.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "match"),
+    [
+        ({"top_k": 0}, InvalidParamsError, "top_k"),
+        ({"top_k": 257}, InvalidParamsError, "top_k"),
+        ({"top_k": True}, InvalidParamsError, "top_k"),
+        ({"top_k": "3"}, InvalidParamsError, "top_k"),
+        ({"targets": [1, 2, 3]}, InvalidDatumError, "targets.*prompt has 5"),
+        ({"targets": [[[1]]] * 5}, InvalidDatumError, "targets"),
+        ({"targets": [[]] * 5}, InvalidDatumError, "targets"),
+        ({"targets": [[1] * 257] * 5}, InvalidDatumError, "K up to 256"),
+        ({"targets": [0.5] * 5}, InvalidDatumError, "targets"),
+        ({"targets": [[1], [2, 3], [1], [1], [1]]}, InvalidDatumError, "targets"),
+        ({"targets": [1, 2, 3, 4, 257]}, TokenOutOfRangeError, "targets"),
+        ({"targets": [1, 2, 3, 4, -2]}, TokenOutOfRangeError, "targets"),
+    ],
+)
+async def test_what_cannot_be_said_of_a_prompt_is_refused_at_the_call(
+    tmp_path: Path, asked: dict[str, Any], error: type[WeaverError], match: str
+) -> None:
+    async with fake_client(tmp_path) as client:
+        sampler = await client.create_sampling_client(base_model="fake")
+        with pytest.raises(error, match=match):
+            sampler.compute_logprobs(list(b"Hello"), **asked)
+        for name in ("top_logprobs", "prompt_top_logprobs"):
+            for count in (-1, 257, 2.5):
+                with pytest.raises(InvalidParamsError, match=name):
+                    sampler.sample("Hello", SHORT, **{name: count})
 
 
 async def test_a_snapshot_does_not_move_with_training(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from tests.contracts.caller import GRADIENT, STEP, Caller
@@ -12,6 +13,7 @@ from tests.fake_engine import FakeEngine
 from weaver.errors import NotFoundError, OperationCancelledError
 from weaver.protocol import (
     CheckpointSaved,
+    ForwardBackward,
     GradientsDone,
     OpenSampler,
     ReleaseSampler,
@@ -22,7 +24,8 @@ from weaver.protocol import (
     SaveCheckpoint,
     StepDone,
 )
-from weaver.types import Message, ModelInput, SampleDelta, SamplingParams
+from weaver.tensors import TensorData
+from weaver.types import Datum, Message, ModelInput, SampleDelta, SamplingParams
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +79,50 @@ async def test_a_prompt_is_scored_alone(caller: Caller) -> None:
     assert first is None and second is not None and second < 0
 
 
+async def test_likeliest_tokens_and_targets_are_told_of_prompt_and_samples(caller: Caller) -> None:
+    targets = np.array([[-1, 3, 5], [105, -1, 104]])
+    asked = {"num_samples": 2, "top_logprobs": 4, "prompt_top_logprobs": 3}
+    result = await sample(caller, BASE, **asked, prompt_targets=TensorData(targets))
+    assert result.prompt_logprobs is None
+    top, scores = result.prompt_top_logprobs, result.prompt_target_logprobs
+    assert top is not None and scores is not None
+    assert top.tokens.tolist()[0] == [-1] * 3 and np.isnan(top.logprobs[0]).all()
+    assert scores.dtype == top.logprobs.dtype == "float32"
+    assert np.isnan(scores.to_numpy()).tolist() == [[True] * 3, [False, True, False]]
+    one = await sample(caller, BASE, num_samples=0, include_prompt_logprobs=True)
+    assert one.prompt_logprobs is not None
+    assert scores[1][0] == pytest.approx(one.prompt_logprobs[1])  # "i" is where it stands
+    for sequence in result.sequences:
+        of_tokens = sequence.top_logprobs
+        assert of_tokens is not None and of_tokens.tokens.shape == (8, 4)
+        assert of_tokens.tokens[0].tolist()[0] == sequence.tokens[0]  # greedy
+        assert of_tokens.logprobs[0][0] == pytest.approx(sequence.logprobs[0])
+        assert (np.diff(of_tokens.logprobs.to_numpy()) <= 0).all()
+    flat = await sample(caller, BASE, num_samples=0, prompt_targets=TensorData([104, 105]))
+    assert flat.prompt_target_logprobs is not None
+    assert flat.prompt_target_logprobs.tolist()[1] == pytest.approx(one.prompt_logprobs[1])
+
+
+async def test_several_targets_at_a_position_are_trained(caller: Caller) -> None:
+    run = await caller.create()
+    targets, weights = [[101, 104], [108, 111]], [[0.5, 0.5], [1.0, 0.25]]
+    inputs = {"target_tokens": targets, "weights": weights}
+    operation = ForwardBackward(
+        datums=(Datum(model_input=[104, 101], loss_fn_inputs=inputs),), loss_fn="cross_entropy"
+    )
+    losses = []
+    for _ in range(2):
+        done = await caller.do(operation, GradientsDone, run_id=run)
+        await caller.do(STEP, StepDone, run_id=run)
+        lp = done.output.loss_fn_outputs[0]["logprobs"]
+        assert lp.shape == (2, 2)
+        assert done.output.metrics["loss"] == pytest.approx(
+            -(lp.to_numpy() * weights).sum() / 2.25, rel=1e-6
+        )
+        losses.append(done.output.metrics["loss"])
+    assert losses[1] < losses[0]
+
+
 async def test_a_seed_repeats_whatever_runs_beside_it(caller: Caller) -> None:
     alone = await sample(caller, BASE, params=LONG)
     others = [await caller.start(Sample(sampler_id=BASE, prompt=HI, params=LONG)) for _ in range(9)]
@@ -93,6 +140,29 @@ async def test_a_seed_repeats_whatever_runs_beside_it(caller: Caller) -> None:
         (Sample(sampler_id="weaver://r/sampler/x", prompt=HI), "checkpoint_not_found"),
         (Sample(sampler_id="weaver://r", prompt=HI), "invalid_name"),
         (Sample(sampler_id=BASE, prompt=HI, params=SHORT, num_samples=0), "invalid_params"),
+        (Sample(sampler_id=BASE, prompt=HI, num_samples=0, top_logprobs=1), "invalid_params"),
+        (
+            Sample(sampler_id=BASE, prompt=HI, params=SHORT, prompt_targets=TensorData([1])),
+            "invalid_datum",
+        ),
+        (
+            Sample(sampler_id=BASE, prompt=HI, params=SHORT, prompt_targets=TensorData([[], []])),
+            "invalid_datum",
+        ),
+        (
+            Sample(sampler_id=BASE, prompt=HI, params=SHORT, prompt_targets=TensorData([0, 257])),
+            "token_out_of_range",
+        ),
+        (
+            Sample(sampler_id=BASE, prompt=HI, params=SHORT, prompt_targets=TensorData([0, -2])),
+            "token_out_of_range",
+        ),
+        (
+            Sample(
+                sampler_id=BASE, prompt=HI, params=SHORT, prompt_targets=TensorData([[1] * 257] * 2)
+            ),
+            "invalid_datum",
+        ),
         (Sample(sampler_id=BASE, prompt=ModelInput.from_ints([])), "invalid_datum"),
         (Sample(sampler_id=BASE, prompt=ModelInput.from_ints([257])), "token_out_of_range"),
         (
@@ -198,7 +268,9 @@ async def read(service: Service, caller: Caller, submission_id: str) -> list[Sam
 
 async def test_a_stream_is_the_sample_in_pieces(caller: Caller, service: Service) -> None:
     params = SamplingParams(max_tokens=40, seed=3, stop=["e", "oz"])
-    operation = Sample(sampler_id=BASE, prompt=HI, params=params, num_samples=3, stream=True)
+    operation = Sample(
+        sampler_id=BASE, prompt=HI, params=params, num_samples=3, stream=True, top_logprobs=2
+    )
     submission_id = await caller.start(operation)
     pieces = await read(service, caller, submission_id)
     result = await caller.result(submission_id)
@@ -208,6 +280,9 @@ async def test_a_stream_is_the_sample_in_pieces(caller: Caller, service: Service
         assert tuple(token for piece in mine for token in piece.tokens) == sequence.tokens
         assert "".join(piece.text for piece in mine) == sequence.text
         assert [p.stop_reason for p in mine] == [None] * (len(mine) - 1) + [sequence.stop_reason]
+        assert sequence.top_logprobs is not None
+        told = [row for p in mine if p.top_logprobs for row in p.top_logprobs.tokens.tolist()]
+        assert told == sequence.top_logprobs.tokens.tolist()
 
 
 async def test_a_stream_ends_with_the_error_of_its_sample(caller: Caller, service: Service) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.torch.sampler import TorchSampler
+    from weaver.tensors import TensorData
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LETTERS = (string.ascii_lowercase + string.digits + string.ascii_uppercase)[: VOCAB - len(SPECIAL)]
@@ -40,6 +41,9 @@ def sample_job(
     n: int = 1,
     prompt_logprobs: bool = False,
     stream: bool = False,
+    top_logprobs: int = 0,
+    prompt_top_logprobs: int = 0,
+    prompt_targets: TensorData | None = None,
     **params: Any,
 ) -> SampleJob:
     return SampleJob(
@@ -49,6 +53,9 @@ def sample_job(
         params=SamplingParams(**{"max_tokens": 12, **params}),
         num_samples=n,
         include_prompt_logprobs=prompt_logprobs,
+        top_logprobs=top_logprobs,
+        prompt_top_logprobs=prompt_top_logprobs,
+        prompt_targets=prompt_targets,
         stream=stream,
     )
 

@@ -24,12 +24,15 @@ LOSSES: dict[str, dict[str, list[float]]] = {
     "dro": INPUTS,
     "surrogate": {"surrogate_weights": [1.0, -2.0, 0.5]},
 }
+SEVERAL = {
+    "target_tokens": [[6, 200], [7, 7], [200, 1]],
+    "weights": [[0.5, 0.2], [1.0, 2.0], [0.0, 1.0]],
+}
 
 
-def job(loss_fn: str, *, temperature: float = 1.0) -> GradientJob:
-    datum = Datum(
-        model_input=[5, 6, 7], loss_fn_inputs={"target_tokens": [6, 7, 200], **LOSSES[loss_fn]}
-    )
+def job(loss_fn: str, *, temperature: float = 1.0, several: bool = False) -> GradientJob:
+    inputs = SEVERAL if several else {"target_tokens": [6, 7, 200], **LOSSES[loss_fn]}
+    datum = Datum(model_input=[5, 6, 7], loss_fn_inputs=inputs)
     return GradientJob(
         run_id="run",
         datums=[datum],
@@ -52,12 +55,14 @@ def engine() -> FakeEngine:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("loss_fn", list(LOSSES))
+@pytest.mark.parametrize(
+    ("loss_fn", "several"), [*((name, False) for name in LOSSES), ("cross_entropy", True)]
+)
 def test_the_gradient_is_the_slope_of_the_loss(
-    engine: FakeEngine, loss_fn: str, temperature: float
+    engine: FakeEngine, loss_fn: str, several: bool, temperature: float
 ) -> None:
     run = engine.trainer._runs["run"]
-    of = job(loss_fn, temperature=temperature)
+    of = job(loss_fn, temperature=temperature, several=several)
     loss(engine, of)
     gradient = run.gradient
     assert gradient is not None

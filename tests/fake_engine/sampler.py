@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from tests.fake_engine.model import (
 from weaver.engine.base import SampleProgress
 from weaver.engine.torch.admission import in_turn
 from weaver.engine.torch.text import Draft, Stops
-from weaver.types import SampleDelta, SampleResult
+from weaver.tensors import TensorData
+from weaver.types import SampleDelta, SampleResult, TopLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,13 +51,28 @@ class _Job:
         return SampleResult(
             sequences=tuple(row.draft.sequence(version=self.version) for row in self.rows),
             prompt_tokens=tuple(self.job.prompt),
-            prompt_logprobs=self._scores() if self.job.include_prompt_logprobs else None,
+            **(self._scores() if self.job.scores_prompt else {}),
         )
 
-    def _scores(self) -> tuple[float | None, ...]:
-        prompt = np.array(self.job.prompt)
-        lp = log_softmax(logits(self.weights, prompt)[0])
-        return (None, *lp[np.arange(len(prompt) - 1), prompt[1:]].tolist())
+    def _scores(self) -> dict[str, Any]:
+        """What is asked of the prompt [T]: behind each token of what follows it."""
+        prompt, targets = np.array(self.job.prompt), self.job.prompt_targets
+        lp = np.full((len(prompt), VOCAB), np.nan)
+        lp[1:] = log_softmax(logits(self.weights, prompt)[0])[:-1]
+        told: dict[str, Any] = {}
+        at = np.arange(len(prompt))
+        if self.job.include_prompt_logprobs:
+            told["prompt_logprobs"] = (None, *lp[at, prompt].tolist()[1:])
+        if count := self.job.prompt_top_logprobs:
+            tokens = (-lp).argsort(1)[:, :count]
+            tokens[0] = -1
+            scores = np.take_along_axis(lp, tokens, 1)
+            told["prompt_top_logprobs"] = TopLogprobs(tokens=tokens, logprobs=scores)
+        if targets is not None:
+            given = targets.to_numpy().reshape(len(prompt), -1)
+            scores = np.where(given < 0, np.nan, np.take_along_axis(lp, given, 1))
+            told["prompt_target_logprobs"] = TensorData(scores.reshape(targets.shape))
+        return told
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +173,11 @@ def _draw(rows: Sequence[_Row]) -> None:
     picks = np.where(greedy, policy.argmax(axis=1), np.minimum(picks, VOCAB - 1))
     at = np.arange(len(rows))
     sampled = np.where(greedy, 0.0, drawn_from[at, picks])
-    for row, token, lp, sampled_lp in zip(
-        rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), strict=True
+    for row, token, lp, sampled_lp, all_lp in zip(
+        rows, picks.tolist(), policy[at, picks].tolist(), sampled.tolist(), policy, strict=True
     ):
-        row.job.deltas += row.draft.take(token, logprob=lp, sampling_logprob=sampled_lp)
+        top = None
+        if count := row.job.job.top_logprobs:
+            likeliest = (-all_lp).argsort()[:count]
+            top = likeliest.tolist(), all_lp[likeliest].tolist()
+        row.job.deltas += row.draft.take(token, logprob=lp, sampling_logprob=sampled_lp, top=top)

@@ -39,7 +39,7 @@ class _Run:
 
 
 def _token_losses(datum: Datum, lp: Floats, job: GradientJob) -> tuple[Floats, Floats]:
-    """Per-token losses [T] and their derivatives by `lp` [T]; see `weaver.losses`."""
+    """Losses and their derivatives by `lp`, in its shape, [T] or [T, K]; see `weaver.losses`."""
     data = {name: value.to_numpy().astype(float) for name, value in datum.loss_fn_inputs.items()}
     options = {k: float(v) for k, v in job.loss_fn_config.items() if not isinstance(v, str)}
     if job.loss_fn == "surrogate":
@@ -101,10 +101,12 @@ class FakeTrainer:
                 targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
                 row_logits, distances = logits(run.weights, tokens)
                 all_lp = log_softmax(row_logits / temperature)
-                lp = all_lp[np.arange(len(tokens)), targets]
+                at = np.arange(len(tokens))[:, None], targets.reshape(len(tokens), -1)
+                lp = all_lp[at].reshape(targets.shape)
                 losses, slopes = _token_losses(datum, lp, job)
-                by_logit = -slopes[:, None] * np.exp(all_lp)
-                by_logit[np.arange(len(tokens)), targets] += slopes
+                slopes = slopes.reshape(len(tokens), -1)
+                by_logit = -slopes.sum(1, keepdims=True) * np.exp(all_lp)
+                np.add.at(by_logit, at, slopes)
                 gradient[0] += by_logit.sum(0) / temperature
                 gradient[1] += np.bincount(distances.ravel(), by_logit.ravel(), VOCAB) / temperature
                 loss_sum += float(losses.sum())

@@ -40,6 +40,7 @@ from weaver.server.journal import Journal
 from weaver.server.keys import Caller
 from weaver.server.service import LocalService
 from weaver.server.settings import Durability, Limits
+from weaver.tensors import TensorData
 from weaver.types import Datum, MetricPoint, ModelInput, SamplingParams
 
 if TYPE_CHECKING:
@@ -241,7 +242,20 @@ async def test_tokens_of_an_operation(home: Path, kind: str) -> None:
         )
         assert await client.refused(much) == "too_large"
         await client.do(much.model_copy(update={"num_samples": 1}), Sampled)
+        for more in (
+            {"top_logprobs": 1},
+            {"prompt_top_logprobs": 2},
+            {"prompt_targets": TensorData([[1, 2], [3, 4]])},
+        ):
+            assert (
+                await client.refused(much.model_copy(update={"num_samples": 1, **more}))
+                == "too_large"
+            )
         assert await client.refused(GRADIENT, run_id=run) == "too_large"
+        targets = {"target_tokens": [[1] * 5] * 2, "weights": [[1] * 5] * 2}
+        wide = Datum(model_input=[1, 2], loss_fn_inputs=targets)
+        several = GRADIENT.model_copy(update={"datums": (wide,)})
+        assert await client.refused(several, run_id=run) == "too_large"
         assert await client.refused(STEP, run_id=run) == "gradients_discarded"
 
 

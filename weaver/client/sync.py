@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from weaver import types
 from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
@@ -18,6 +18,9 @@ from weaver.client.portal import Handle, Portal, Twin, blocking, making, queued
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
 from weaver.client.training import AsyncTrainingClient
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Now = Literal[True]
 Later = Literal[False]
@@ -42,6 +45,8 @@ class SamplingClient(Twin[AsyncSamplingClient]):
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
+        top_logprobs: int = ...,
+        prompt_top_logprobs: int = ...,
         wait: Now = ...,
     ) -> types.SampleResult: ...
     @overload
@@ -52,6 +57,8 @@ class SamplingClient(Twin[AsyncSamplingClient]):
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
+        top_logprobs: int = ...,
+        prompt_top_logprobs: int = ...,
         wait: Later,
     ) -> Handle[types.SampleResult]: ...
     @overload
@@ -62,6 +69,8 @@ class SamplingClient(Twin[AsyncSamplingClient]):
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
+        top_logprobs: int = ...,
+        prompt_top_logprobs: int = ...,
         wait: Now = ...,
     ) -> list[types.SampleResult]: ...
     @overload
@@ -72,6 +81,8 @@ class SamplingClient(Twin[AsyncSamplingClient]):
         *,
         num_samples: int = ...,
         include_prompt_logprobs: bool = ...,
+        top_logprobs: int = ...,
+        prompt_top_logprobs: int = ...,
         wait: Later,
     ) -> Handle[list[types.SampleResult]]: ...
     @queued(AsyncSamplingClient.sample, wait=True)
@@ -81,6 +92,22 @@ class SamplingClient(Twin[AsyncSamplingClient]):
     def compute_logprobs(self, prompt: Prompt, *, wait: Now = ...) -> list[float | None]: ...
     @overload
     def compute_logprobs(self, prompt: Prompt, *, wait: Later) -> Handle[list[float | None]]: ...
+    @overload
+    def compute_logprobs(
+        self, prompt: Prompt, *, top_k: int, targets: npt.ArrayLike | None = ..., wait: Now = ...
+    ) -> types.SampleResult: ...
+    @overload
+    def compute_logprobs(
+        self, prompt: Prompt, *, top_k: int, targets: npt.ArrayLike | None = ..., wait: Later
+    ) -> Handle[types.SampleResult]: ...
+    @overload
+    def compute_logprobs(
+        self, prompt: Prompt, *, targets: npt.ArrayLike, wait: Now = ...
+    ) -> types.SampleResult: ...
+    @overload
+    def compute_logprobs(
+        self, prompt: Prompt, *, targets: npt.ArrayLike, wait: Later
+    ) -> Handle[types.SampleResult]: ...
     @queued(AsyncSamplingClient.compute_logprobs, wait=True)
     def compute_logprobs(self, *args: Any, **kwargs: Any) -> Any: ...
 

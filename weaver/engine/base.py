@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from weaver import types
     from weaver.errors import WeaverError
+    from weaver.tensors import TensorData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +54,22 @@ class SampleJob:
     num_samples: int
     """0: only score the prompt."""
     include_prompt_logprobs: bool = False
+    top_logprobs: int = 0
+    """So many of the likeliest tokens are wanted at each place of the samples."""
+    prompt_top_logprobs: int = 0
+    """As `top_logprobs`, at each place of the prompt."""
+    prompt_targets: TensorData | None = None
+    """int64 [T] or [T, K]: tokens to be scored at each place of the prompt; -1 asks for nothing."""
     stream: bool = False
     """Whether `SampleProgress.deltas` is wanted."""
     tenant: str = ""
     """Tenants get places in turn, however many jobs each has."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether anything is wanted of each place of the prompt."""
+        some = self.include_prompt_logprobs or self.prompt_top_logprobs > 0
+        return some or self.prompt_targets is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weaver.server.runs import Run
     from weaver.server.sessions import Session, Ticket
     from weaver.server.settings import Limits
+    from weaver.types import Datum
 
 ORDERED = (
     protocol.ForwardBackward,
@@ -231,10 +232,25 @@ def _check_size(operation: protocol.Operation | None, limits: Limits) -> None:
         case protocol.CreateModel(user_metadata=metadata):
             limits.check_metadata(metadata)
         case protocol.ForwardBackward(datums=datums):
-            limits.check_tokens(sum(datum.model_input.length for datum in datums))
-        case protocol.Sample(prompt=prompt, num_samples=count, params=params):
-            read = prompt.length if isinstance(prompt, ModelInput) else 0
-            limits.check_tokens(read + count * params.max_tokens)
+            limits.check_tokens(sum(map(_tokens_trained, datums)))
+        case protocol.Sample():
+            limits.check_tokens(_tokens_sampled(operation))
+
+
+def _tokens_trained(datum: Datum) -> int:
+    """Each target counts as one."""
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    several = 0 if targets is None else targets.to_numpy().size
+    return max(datum.model_input.length, several)
+
+
+def _tokens_sampled(operation: protocol.Sample) -> int:
+    """Each token of which a log-probability is told, beside the one at its place, counts as one."""
+    prompt, targets = operation.prompt, operation.prompt_targets
+    read = prompt.length if isinstance(prompt, ModelInput) else 0
+    drawn = operation.num_samples * operation.params.max_tokens
+    asked = 0 if targets is None else targets.to_numpy().size
+    return read * (1 + operation.prompt_top_logprobs) + asked + drawn * (1 + operation.top_logprobs)
 
 
 def _check(submission: protocol.Submission, run: Run | None) -> None:

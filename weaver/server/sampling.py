@@ -17,7 +17,7 @@ from anyio import to_thread
 
 from weaver import errors
 from weaver.boundary import attempt, attempt_async, blocking
-from weaver.checks import check_tokens
+from weaver.checks import check_targets, check_tokens, check_top
 from weaver.engine.base import SampleJob, WeightsRef
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.checkpoints import MANIFEST, SCHEME
@@ -158,6 +158,9 @@ class Samplers:
             params=params,
             num_samples=operation.num_samples,
             include_prompt_logprobs=operation.include_prompt_logprobs,
+            top_logprobs=operation.top_logprobs,
+            prompt_top_logprobs=operation.prompt_top_logprobs,
+            prompt_targets=operation.prompt_targets,
             stream=operation.stream,
             tenant=project,
         )
@@ -236,9 +239,13 @@ class Samplers:
 
 
 def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) -> None:
-    if operation.num_samples == 0 and not operation.include_prompt_logprobs:
+    top, targets = operation.prompt_top_logprobs, operation.prompt_targets
+    scored = operation.include_prompt_logprobs or top or targets is not None
+    if operation.num_samples == 0 and (operation.top_logprobs or not scored):
         raise errors.InvalidParamsError(
-            "is 0.", field="num_samples", hint="Ask for a sample, or for the prompt's logprobs."
+            "is 0.",
+            field="num_samples",
+            hint="Ask for a sample, or for what is said of the prompt.",
         )
     if operation.stream and operation.num_samples == 0:
         raise errors.InvalidRequestError(
@@ -246,6 +253,10 @@ def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) ->
         )
     max_new_tokens = operation.params.max_tokens if operation.num_samples else 0
     check_tokens(tokens, model, field="prompt", max_new_tokens=max_new_tokens)
+    check_top(operation.top_logprobs, model, field="top_logprobs")
+    check_top(top, model, field="prompt_top_logprobs")
+    if targets is not None:
+        check_targets(targets, len(tokens), model)
     named = {
         "stop_token_ids": operation.params.stop_token_ids,
         "logit_bias": [token for token, _ in operation.params.logit_bias],

@@ -36,7 +36,8 @@ class Limits:
     """One request has at most so many."""
     operation_tokens: int | None = setting(
         2**22,
-        "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw.",
+        "Tokens of the datums of a gradient pass, or of a sample's prompt and what it may draw; "
+        "each further target, and each of the likeliest tokens that are asked for, counts as one.",
         name="max_operation_tokens",
         least=1,
     )

@@ -1,7 +1,7 @@
 """Log-probabilities of target tokens (and entropies), exact over large vocabularies.
 
 The trainer asks `target_scores`, which goes through the rows in chunks, so that a [T, V] array
-never exists for a whole batch; sampler and trainer share `token_scores`.
+never exists for a whole batch; sampler and trainer share `token_scores`. Rows may have K targets.
 
 `torch.log_softmax` and `torch.softmax` add the V exponentials of a row in a few running sums, which
 costs up to 1e-4 nats at V = 262,144 where logits spread as in real models. `torch.sum` adds in a
@@ -11,13 +11,13 @@ take 0.35 to 0.71 of the time of torch's functions over all rows, and up to twic
 rows of 32k without an entropy (`python -m tests.benchmarks softmax`). Everything is relative to a
 row's largest logit, so that neither a large one nor a low temperature costs digits.
 
-T rows of a batch, H hidden, V vocabulary, C rows of a chunk, N rows of logits.
+T rows of a batch, H hidden, V vocabulary, C rows of a chunk, N rows of logits, K targets of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from weaver.engine.torch.models import Head, LoadedModel
 from weaver.engine.torch.packing import PackedBatch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""Log-probabilities and entropies, float32 [N] each, in nats."""
+"""Log-probabilities, float32 [N] or [N, K] as the targets, and entropies, [N]; in nats."""
 CACHED_ELEMENTS = 2**17
 """What one core holds at once: half a MiB in float32."""
 
@@ -39,6 +39,7 @@ class Scores:
     """float32 [T] in nats; `entropy` is that of the tempered policy, None where not asked."""
 
     logprobs: torch.Tensor
+    """[T, K] where rows have several targets."""
     entropy: torch.Tensor | None
 
     def rows(self, start: int, stop: int) -> Scores:
@@ -51,7 +52,7 @@ class Queries:
     """What is asked of each row, all [T]."""
 
     targets: torch.Tensor
-    """int64"""
+    """int64; [T, K] where rows have several, those of fewer filled up with -1."""
     temperature: torch.Tensor
     """float32; the logits are divided by it."""
     active: torch.Tensor
@@ -89,6 +90,9 @@ def target_scores(
     )
     sequence = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
     general = trained[sequence] | entropy_gradient
+    if queries.targets.ndim == 2:
+        general |= queries.targets[:, 1].cpu() >= 0
+        queries = replace(queries, targets=queries.targets.clamp(min=0))
     active = queries.active.cpu() & torch.is_grad_enabled()
     pieces: list[Pair] = []
     order: list[torch.Tensor] = []
@@ -126,7 +130,7 @@ def _general(
     chunk: int,
     entropy: bool,
 ) -> Pair:
-    """For a trained head: chunks, each computed again in the backward pass instead of kept.
+    """For a trained head, or several targets: chunks that are computed again in the backward pass.
 
     What fits a quarter of a chunk is kept after all: there the time counts, not the memory.
     `sequence` int64 [N] says of which sequence of the batch each row is.
@@ -153,10 +157,11 @@ def _joined(pieces: Sequence[Pair]) -> Pair:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """For a frozen head: [N, H] -> log-probabilities and entropies [N].
+    """For a frozen head: [N, H] -> log-probabilities and entropies.
 
     The forward pass also computes g_t = d lp_t / d h_t = (1[target] - softmax) W / temperature, so
-    that the backward pass is a product by rows and nothing is computed twice.
+    that the backward pass is a product by rows and nothing is computed twice. Where a gradient is
+    wanted each row has one target, the first.
     """
 
     @staticmethod
@@ -165,8 +170,8 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Pair:
         linear = head.linear
         assert isinstance(linear, FrozenLinear)
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropies = torch.zeros_like(logprobs)
+        logprobs = torch.empty(queries.targets.shape, dtype=torch.float32, device=hidden.device)
+        entropies = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), linear.out_features, chunk):
             logits = head.finish(linear.projection.project(hidden[rows]).float())
@@ -177,7 +182,8 @@ class _FrozenHead(torch.autograd.Function):
                 logits, targets, temperature, entropy=entropy, policy=p
             )
             if gradient is not None and p is not None:
-                p.neg_()[torch.arange(len(p)), targets] += 1
+                first = targets if targets.ndim == 1 else targets[:, 0]
+                p.neg_()[torch.arange(len(p)), first] += 1
                 if temperature is not None:
                     p.div_(temperature)
                 d_z = head.finish_back(p, logits).to(hidden.dtype)
@@ -189,7 +195,8 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_logprobs: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * g_logprobs[:, None].to(gradient.dtype), None, None, None, None
+        first = g_logprobs[:, None] if g_logprobs.ndim == 1 else g_logprobs[:, :1]
+        return gradient * first.to(gradient.dtype), None, None, None, None
 
 
 _frozen: Callable[..., Pair] = _FrozenHead.apply
@@ -209,30 +216,32 @@ def token_scores(
     entropy: bool = False,
     policy: torch.Tensor | None = None,
 ) -> Pair:
-    """Log-probabilities of `targets` [N], and entropies, in nats: float32 [N] each; no gradient.
+    """Log-probabilities of `targets`, and entropies, as a `Pair`; no gradient.
 
     Args:
         logits: float32 [N, V].
+        targets: int64 [N] or [N, K].
         temperature: float32 [N, 1] by which they are divided; None is 1.
         entropy: whether it is asked for; zeros where not.
         policy: float32 [N, V], filled with the probabilities.
     """
-    logprobs = logits.new_empty(len(logits))
-    entropies = torch.zeros_like(logprobs)
+    columns = targets.reshape(len(targets), -1)
+    logprobs = logits.new_empty(columns.shape)
+    entropies = logits.new_zeros(len(logits))
     for rows in _blocks(logits):
         shifted = _shift(logits, temperature, rows)
-        chosen = shifted.gather(1, targets[rows, None])
+        chosen = shifted.gather(1, columns[rows])
         kept = None if entropy else shifted
         weights = torch.exp(shifted, out=kept if policy is None else policy[rows])
         total = weights.sum(-1, keepdim=True)
         log_total = total.double().log()
-        logprobs[rows] = (chosen - log_total).squeeze(1).float()
+        logprobs[rows] = (chosen - log_total).float()
         if entropy:
             mean = shifted.mul_(weights).sum(-1, keepdim=True).double() / total
             entropies[rows] = (log_total - mean).squeeze(1).float()
         if policy is not None:
             weights.div_(total)
-    return logprobs, entropies
+    return logprobs.view(targets.shape), entropies
 
 
 class _Scored(torch.autograd.Function):
@@ -258,8 +267,9 @@ class _Scored(torch.autograd.Function):
         """d lp / d z = (1[target] - p) / temperature; d H / d z = -p (log p + H) / temperature."""
         logits, targets, temperature, entropies = ctx.saved_tensors
         gradient = torch.empty_like(logits)
+        columns, g_columns = (x.reshape(len(logits), -1) for x in (targets, g_logprobs))
         for rows in _blocks(logits):
-            g, target = g_logprobs[rows, None], targets[rows, None]
+            g = g_columns[rows].sum(-1, keepdim=True)
             shifted = _shift(logits, temperature, rows)
             p = torch.exp(shifted, out=gradient[rows])
             total = p.sum(-1, keepdim=True)
@@ -269,7 +279,7 @@ class _Scored(torch.autograd.Function):
             else:
                 log_p = shifted.sub_(total.log() - entropies[rows, None])
                 p.mul_(log_p.mul_(-g_entropies[rows, None]).sub_(g))
-            p.scatter_add_(1, target, g)
+            p.scatter_add_(1, columns[rows], g_columns[rows])
             if temperature is not None:
                 p.div_(temperature[rows])
         return gradient, None, None, None
@@ -277,6 +287,15 @@ class _Scored(torch.autograd.Function):
 
 scored: Callable[..., Pair] = _Scored.apply
 """A function of (logits, targets, temperature, entropy), as in `token_scores`."""
+
+
+def top_scores(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest tokens of logits [N, V], likeliest first, and their log-probabilities.
+
+    int64 and float32, [N, count] each.
+    """
+    tokens = logits.topk(count).indices
+    return tokens, token_scores(logits, tokens)[0]
 
 
 def _shift(logits: torch.Tensor, temperature: torch.Tensor | None, rows: slice) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """`Objective`: one job's loss over several passes, weighed, summed, and reported as metrics.
 
 The trainer makes one for each `GradientJob` and feeds it the datums of every pass; the formulas are
-those of `weaver.losses`. T tokens of the datums given, D of them. Loss arithmetic is float64: it
-costs nothing beside the model.
+those of `weaver.losses`. D datums given, T tokens in them and N targets: one for each token, but
+where a datum has K. Loss arithmetic is float64: it costs nothing beside the model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weaver.checks import make_loss, weights_of
@@ -37,6 +38,7 @@ class Objective:
         self.job = job
         self.loss = make_loss(job.loss_fn, job.loss_fn_config)
         self.lengths = [datum.model_input.length for datum in job.datums]
+        self._targets = [datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in job.datums]
         self._weights = [weights_of(datum, self.loss) for datum in job.datums]
         self.weight_sum = float(sum(float(w.sum(dtype=np.float64)) for w in self._weights))
         self._factor = self._reduction()
@@ -44,18 +46,29 @@ class Objective:
 
     def active(self, indices: Sequence[int]) -> torch.Tensor:
         """bool [T]: tokens of these datums that the loss depends on."""
-        return self._weight(indices) != 0
+        felt = [self._weights[i].reshape(self.lengths[i], -1) != 0 for i in indices]
+        return torch.from_numpy(np.concatenate([one.any(1) for one in felt]))
 
-    def targets(self, indices: Sequence[int]) -> torch.Tensor:
-        """int64 [T]"""
-        return self._input("target_tokens", indices)
+    def targets(self, indices: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+        """Of each of these datums, in its own shape: [T] or [T, K]."""
+        return [self._targets[i] for i in indices]
+
+    def of_datums(self, indices: Sequence[int], logprobs: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each of these datums out of [T] or [T, W], in the shape of its targets."""
+        wide = logprobs[:, None] if logprobs.ndim == 1 else logprobs
+        rows = torch.split(wide, [self.lengths[i] for i in indices])
+        shapes = [self._targets[i].shape for i in indices]
+        return [
+            row[:, : math.prod(shape[1:])].reshape(shape)
+            for row, shape in zip(rows, shapes, strict=True)
+        ]
 
     def add(self, indices: Sequence[int], scores: Scores) -> torch.Tensor:
         """The share of these datums in the loss: float64 [D], reduced, differentiable."""
         device = scores.logprobs.device
-        lengths = torch.tensor([self.lengths[i] for i in indices])
+        sizes = torch.tensor([self._targets[i].size for i in indices])
         w = self._weight(indices).to(device, torch.float64)
-        datum = torch.arange(len(indices)).repeat_interleave(lengths).to(device)
+        datum = torch.arange(len(indices)).repeat_interleave(sizes).to(device)
         values = self._values(indices, scores, w=w, datum=datum)
         sums = values.new_zeros(len(indices)).index_add(0, datum, values)
         self.totals.loss += float(sums.detach().sum())
@@ -81,8 +94,10 @@ class Objective:
     def _values(
         self, indices: Sequence[int], scores: Scores, *, w: torch.Tensor, datum: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted per-token losses, float64 [T]."""
+        """Weighted per-target losses, float64 [N]."""
         lp = scores.logprobs.double()
+        if lp.ndim == 2:
+            lp = torch.cat([one.flatten() for one in self.of_datums(indices, lp)])
         counted = w != 0
         neutral = {"logprobs": lp.detach()}
         entropy = None if scores.entropy is None else scores.entropy.double()
@@ -121,9 +136,10 @@ class Objective:
         return 1 / self.weight_sum if self.weight_sum else 0.0
 
     def _weight(self, indices: Sequence[int]) -> torch.Tensor:
-        """float32 [T]"""
-        return torch.from_numpy(np.concatenate([self._weights[i] for i in indices]))
+        """float32 [N]"""
+        return torch.from_numpy(np.concatenate([self._weights[i].ravel() for i in indices]))
 
     def _input(self, name: str, indices: Sequence[int]) -> torch.Tensor:
-        arrays = [self.job.datums[i].loss_fn_inputs[name].to_numpy() for i in indices]
+        """float32 [N]"""
+        arrays = [self.job.datums[i].loss_fn_inputs[name].to_numpy().ravel() for i in indices]
         return torch.from_numpy(np.concatenate(arrays))

@@ -15,6 +15,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AttentionInterface
 
@@ -80,6 +82,23 @@ def pack(
         adapters=tuple(adapters),
         cache=cache,
     )
+
+
+def stacked(targets: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+    """Targets of sequences, [T] or [T, K] each, end to end: int64 [T], or [T, W] for the widest.
+
+    Those of fewer are filled up with -1.
+    """
+    columns = [one.reshape(len(one), -1) for one in targets]
+    width = max(one.shape[1] for one in columns)
+    if width == 1:
+        return torch.from_numpy(np.concatenate([one[:, 0] for one in columns]))
+    filled = np.full((sum(map(len, columns)), width), -1)
+    start = 0
+    for one in columns:
+        filled[start : start + len(one), : one.shape[1]] = one
+        start += len(one)
+    return torch.from_numpy(filled)
 
 
 @dataclass(frozen=True, slots=True)

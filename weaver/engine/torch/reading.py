@@ -18,11 +18,11 @@ import torch
 
 from weaver.engine.base import SampleJob
 from weaver.engine.torch.kv_cache import KVCache
-from weaver.engine.torch.logprobs import token_scores
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.packing import pack
 from weaver.engine.torch.prefixes import Owner, Prefixes
+from weaver.engine.torch.prompt_scores import PromptScores
 from weaver.engine.torch.sample_jobs import Prompt, Row, RunningJob
 
 PIECE_TOKENS = 512
@@ -63,14 +63,14 @@ class Reader:
         One whose every token is scored is read for itself.
         """
         owner, tokens = Owner(weights, job.tenant), tuple(job.prompt)
-        shared = None if job.include_prompt_logprobs else self._prompts.get((owner, tokens))
+        shared = None if job.scores_prompt else self._prompts.get((owner, tokens))
         if shared is not None:
             return shared
         if weights.model not in self._caches:
             self._caches[weights.model] = weights.model.new_cache()
         prompt = Prompt(list(tokens), owner, self._caches[weights.model])
-        if job.include_prompt_logprobs:
-            prompt.logprobs = [None]
+        if job.scores_prompt:
+            prompt.scores = PromptScores(job)
         return prompt
 
     def begin(self, job: RunningJob) -> None:
@@ -79,7 +79,7 @@ class Reader:
         self.prompt_tokens += len(prompt.tokens)
         if prompt.jobs:
             self.reused_tokens += len(prompt.tokens)
-        elif prompt.logprobs is None:
+        elif prompt.scores is None:
             self._prompts[prompt.owner, tuple(prompt.tokens)] = prompt
         prompt.jobs += 1
         job.has_prompt = True
@@ -95,7 +95,7 @@ class Reader:
             if prompt.cached is not None:
                 prompt.cache.end(prompt.cached)
             prompt.cached = prompt.logits = None
-            if prompt.logprobs is None:
+            if prompt.scores is None:
                 del self._prompts[prompt.owner, tuple(prompt.tokens)]
 
     def read(self, unread: Sequence[Prompt], *, limit: int) -> None:
@@ -109,10 +109,8 @@ class Reader:
         ended: list[tuple[Prompt, torch.Tensor]] = []
         rows = torch.split(hidden, [size for _, size in parts])
         for (prompt, size), some in zip(parts, rows, strict=True):
-            if prompt.logprobs is not None:
-                scores = _score(prompt, some)
-                prompt.logprobs += scores
-                prompt.finite = prompt.finite and all(map(math.isfinite, scores))
+            if prompt.scores is not None:
+                _score(prompt, some, prompt.scores)
             prompt.read += size
             if prompt.cached is not None:
                 sequence = prompt.cached
@@ -158,7 +156,7 @@ class Reader:
     def _open(self, prompt: Prompt, reading: set[tuple[Owner, int]]) -> bool:
         """Begins a prompt with what is there, unless that is just getting more."""
         found, most, block = [], 0, prompt.cache.block_tokens
-        if prompt.logprobs is None:
+        if prompt.scores is None:
             # blocks between two places where reuse may end
             grain = math.lcm(block, self._piece_tokens) // block if self._deterministic else 1
             most = (len(prompt.tokens) - LEAST_TOKENS) // block // grain * grain
@@ -186,13 +184,11 @@ class Reader:
         )
 
 
-def _score(prompt: Prompt, hidden: torch.Tensor) -> list[float]:
-    """Log-probabilities of the prompt's tokens that follow the rows of `hidden` [T, H]."""
-    weights, scores = prompt.owner.weights, list[float]()
-    targets = prompt.tokens[prompt.read + 1 : prompt.read + 1 + len(hidden)]
-    for start in range(0, len(targets), SCORED_ROWS):
-        some = targets[start : start + SCORED_ROWS]
-        adapters = [weights.adapter] * len(some)
-        logits = weights.model.logits(hidden[start : start + len(some)], adapters)
-        scores += token_scores(logits, torch.tensor(some, device=logits.device))[0].tolist()
-    return scores
+def _score(prompt: Prompt, hidden: torch.Tensor, scores: PromptScores) -> None:
+    """Scores what follows the rows of `hidden` [T, H], which are the prompt's next."""
+    weights = prompt.owner.weights
+    hidden = hidden[: len(prompt.tokens) - 1 - prompt.read]  # nothing is asked behind the last
+    for start in range(0, len(hidden), SCORED_ROWS):
+        some = hidden[start : start + SCORED_ROWS]
+        logits = weights.model.logits(some, [weights.adapter] * len(some))
+        scores.add(logits, prompt.read + start)

@@ -15,8 +15,9 @@ from weaver.engine.base import SampleJob
 from weaver.engine.torch.kv_cache import Cached, KVCache
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.prefixes import Owner
+from weaver.engine.torch.prompt_scores import PromptScores
 from weaver.engine.torch.sampling import counts_tokens, stream_keys
-from weaver.engine.torch.text import Draft, Stops
+from weaver.engine.torch.text import Draft, Stops, Top
 from weaver.errors import NonFiniteError, WeaverError
 from weaver.types import SampleDelta, SampleResult
 
@@ -35,10 +36,8 @@ class Prompt:
     """Their keys and values, once it is begun."""
     logits: torch.Tensor | None = None
     """float32 [1, V] behind it, once it is read."""
-    logprobs: list[float | None] | None = None
-    """Of its tokens, where they are wanted; None for the first."""
-    finite: bool = True
-    """Whether they are."""
+    scores: PromptScores | None = None
+    """Of its places, where they are wanted."""
     jobs: int = 0
     """That need it."""
     marks: list[int] = field(init=False)
@@ -141,16 +140,20 @@ class RunningJob:
 
     def check_scores(self) -> None:
         """Fails the job if a log-probability of its prompt is not finite."""
-        if not self.prompt.finite:
+        if self.prompt.scores is not None and not self.prompt.scores.finite:
             self.error = _not_finite("in the prompt")
 
-    def take(self, row: Row, token: int, *, logprob: float, sampling_logprob: float) -> None:
+    def take(
+        self, row: Row, token: int, *, logprob: float, sampling_logprob: float, top: Top | None
+    ) -> None:
         """Adds a drawn token to a row, which may end it, or fail the job."""
         if not (math.isfinite(logprob) and math.isfinite(sampling_logprob)):
             at = f"at sample {row.draft.index}, token {len(row.draft.logprobs)}"
             self.error = _not_finite(at)
             return
-        self.deltas += row.draft.take(token, logprob=logprob, sampling_logprob=sampling_logprob)
+        self.deltas += row.draft.take(
+            token, logprob=logprob, sampling_logprob=sampling_logprob, top=top
+        )
         if row.seen is not None:
             row.seen[token] = True
         if row.counts is not None:
@@ -161,11 +164,13 @@ class RunningJob:
 
     def result(self) -> SampleResult:
         """Once it is done."""
-        version, logprobs = self.weights.version, self.prompt.logprobs
+        version, scores = self.weights.version, self.prompt.scores
         return SampleResult(
             sequences=tuple(draft.sequence(version=version) for draft in self._drafts),
             prompt_tokens=tuple(self.prompt.tokens),
-            prompt_logprobs=None if logprobs is None else tuple(logprobs),
+            prompt_logprobs=scores and scores.logprobs,
+            prompt_top_logprobs=scores and scores.top,
+            prompt_target_logprobs=scores and scores.targets,
         )
 
 

@@ -21,11 +21,13 @@ from weaver.engine.torch.admission import Admission
 from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.checkpoints import read_snapshot
 from weaver.engine.torch.kv_cache import CachedRows
+from weaver.engine.torch.logprobs import top_scores
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.reading import Reader
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
+from weaver.engine.torch.text import Top
 from weaver.errors import NotFoundError
 
 PREFIX_SHARE = 4
@@ -289,8 +291,24 @@ def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
         counts=torch.stack(counts) if counts else None,
     )
     columns = torch.stack([column.double() for column in draws], dim=1)  # exact, and one copy
-    for row, (token, logprob, sampling_logprob) in zip(rows, columns.tolist(), strict=True):
-        row.job.take(row, int(token), logprob=logprob, sampling_logprob=sampling_logprob)
+    tops = _tops(rows, logits)
+    for row, (token, logprob, sampling_logprob), top in zip(
+        rows, columns.tolist(), tops, strict=True
+    ):
+        row.job.take(row, int(token), logprob=logprob, sampling_logprob=sampling_logprob, top=top)
+
+
+def _tops(rows: Sequence[Row], logits: torch.Tensor) -> list[Top | None]:
+    """The likeliest tokens of logits [B, V], where they are wanted."""
+    tops: list[Top | None] = [None] * len(rows)
+    counts = [row.job.job.top_logprobs for row in rows]
+    wanted = [i for i, count in enumerate(counts) if count]
+    if wanted:
+        some = logits if len(wanted) == len(rows) else logits[wanted]
+        tokens, logprobs = top_scores(some, max(counts))
+        for i, ids, scores in zip(wanted, tokens.tolist(), logprobs.tolist(), strict=True):
+            tops[i] = ids[: counts[i]], scores[: counts[i]]
+    return tops
 
 
 def _row_params(rows: Sequence[Row], model: LoadedModel) -> RowParams:

@@ -21,9 +21,20 @@ from typing import Any
 from weaver.boundary import converting
 from weaver.engine.base import Tokenizer
 from weaver.errors import InvalidRequestError, UnsupportedError
+from weaver.tensors import TensorData
 from weaver.tokenizers import encode_text
-from weaver.types import JsonDict, Message, SampleDelta, SampledSequence, SamplingParams, StopReason
+from weaver.types import (
+    JsonDict,
+    Message,
+    SampleDelta,
+    SampledSequence,
+    SamplingParams,
+    StopReason,
+    TopLogprobs,
+)
 
+Top = tuple[Sequence[int], Sequence[float]]
+"""The likeliest tokens at a place, and their log-probabilities."""
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16
 
@@ -133,6 +144,7 @@ class Draft:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
+        self._top: list[Top] = []
         self.text = ""
         """Complete once it has ended: before the stop string or token, without specials."""
         self.stop_reason: StopReason | None = None
@@ -149,11 +161,18 @@ class Draft:
     def ended(self) -> bool:
         return self.stop_reason is not None
 
-    def take(self, token: int, *, logprob: float, sampling_logprob: float) -> list[SampleDelta]:
-        """Adds a token, which may end the sample; answers what a reader of a stream sees of it."""
+    def take(
+        self, token: int, *, logprob: float, sampling_logprob: float, top: Top | None = None
+    ) -> list[SampleDelta]:
+        """Adds a token, which may end the sample; answers what a reader of a stream sees of it.
+
+        `top`: the likeliest tokens at its place, where they are wanted.
+        """
         text = self.push(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
+        if top is not None:
+            self._top.append(top)
         if not self._streams:
             return []
         delta = SampleDelta(
@@ -162,6 +181,7 @@ class Draft:
             text=text,
             logprobs=(logprob,),
             stop_reason=self.stop_reason,
+            top_logprobs=None if top is None else _top_logprobs([top]),
         )
         return [delta]
 
@@ -175,6 +195,7 @@ class Draft:
             sampling_logprobs=tuple(self.sampling_logprobs),
             stop_reason=self.stop_reason,
             weights_version=version,
+            top_logprobs=_top_logprobs(self._top) if self._top else None,
         )
 
     def push(self, token: int) -> str:
@@ -210,6 +231,11 @@ class Draft:
             unfinished = stream.flush() if at == len(self.text) else ""
             self.text = self.text[:at] + unfinished
             self.stop_reason = "stop"
+
+
+def _top_logprobs(places: Sequence[Top]) -> TopLogprobs:
+    tokens, logprobs = zip(*places, strict=True)
+    return TopLogprobs(tokens=TensorData(tokens), logprobs=TensorData(logprobs))
 
 
 def _find(text: str, stop: Sequence[str], *, new: int) -> list[int]:

@@ -32,7 +32,7 @@ from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_trai
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
-from weaver.engine.torch.packing import Share, pack, plan_passes, split_passes
+from weaver.engine.torch.packing import Share, pack, plan_passes, split_passes, stacked
 from weaver.tensors import TensorData
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,7 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device, pla
     objectives = [(task.objective, share.datums) for task, share in alive]
     lengths = [sum(o.lengths[i] for i in datums) for o, datums in objectives]
     queries = Queries(
-        targets=torch.cat([o.targets(i) for o, i in objectives]).to(device),
+        targets=stacked([one for o, i in objectives for one in o.targets(i)]).to(device),
         temperature=torch.tensor([o.loss.temperature for o, _ in objectives])
         .repeat_interleave(torch.tensor(lengths))
         .to(device),
@@ -377,10 +377,9 @@ def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device, pla
 def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
     """The share's loss; keeps its log-probabilities, or marks the task as failed."""
     loss_D = task.objective.add(share.datums, scores)
-    values: Any = scores.logprobs.detach().cpu().numpy()
-    sizes = [task.objective.lengths[i] for i in share.datums]
-    pieces = np.split(values, np.cumsum(sizes)[:-1])
-    for datum, piece, loss in zip(share.datums, pieces, loss_D.tolist(), strict=True):
+    pieces = task.objective.of_datums(share.datums, scores.logprobs.detach().cpu())
+    for datum, lp, loss in zip(share.datums, pieces, loss_D.tolist(), strict=True):
+        piece: Any = lp.numpy()
         if not np.isfinite(piece).all():
             task.fail("a log-probability", field=f"datums[{datum}]")
         elif not np.isfinite(loss):
