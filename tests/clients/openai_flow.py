@@ -39,6 +39,13 @@ def main(base_model: str, run: str) -> None:
             model=model, prompt=["ab", "c"], max_tokens=4, temperature=0, logprobs=1
         )
         assert len(completed.choices) == 2
+        scored = client.completions.create(
+            model=model, prompt="abcd", max_tokens=0, temperature=0, logprobs=1, echo=True
+        ).choices[0]
+        assert scored.text == "abcd" and scored.logprobs.token_logprobs[0] is None
+        assert all(value < 0 for value in scored.logprobs.token_logprobs[1:])
+        shown = client.chat.completions.create(**given, logprobs=True, top_logprobs=3)
+        assert all(len(t.top_logprobs) == 3 for t in shown.choices[0].logprobs.content)
         assert len(completed.choices[0].logprobs.token_logprobs) <= 4
     differ = [
         client.chat.completions.create(model=m, messages=CHAT, max_tokens=3, logprobs=True, seed=1)

@@ -103,6 +103,59 @@ async def test_completions_take_texts_and_tokens(http: httpx.AsyncClient) -> Non
     assert (await ask(http, "completions", prompt="ab"))["usage"]["completion_tokens"] <= 16
 
 
+async def test_a_chat_shows_the_likeliest_tokens(http: httpx.AsyncClient) -> None:
+    given = {"messages": CHAT, "max_tokens": 4, "seed": 1, "n": 2, "logprobs": True}
+    answer = await ask(http, "chat/completions", **given, top_logprobs=3)
+    for choice in answer["choices"]:
+        for token in choice["logprobs"]["content"]:
+            assert len(token["top_logprobs"]) == 3
+            values = [one["logprob"] for one in token["top_logprobs"]]
+            assert values == sorted(values, reverse=True) and values[0] >= token["logprob"]
+            assert all(one["token"].startswith("token_id:") for one in token["top_logprobs"])
+    whole = [c["logprobs"]["content"] for c in answer["choices"]]
+    streamed = await events(http, "chat/completions", **given, top_logprobs=3)
+    for index, content in enumerate(whole):
+        pieces = [p for e in streamed for p in e["choices"] if p["index"] == index]
+        assert [t for p in pieces for t in p["logprobs"]["content"]] == content
+    plain = await ask(http, "chat/completions", **given)
+    assert plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_a_completion_repeats_its_prompt_and_scores_it(http: httpx.AsyncClient) -> None:
+    """As lm-eval asks: its tokens, and whether each was the likeliest."""
+    given = {"prompt": ["abc", "d"], "temperature": 0, "logprobs": 2, "echo": True}
+    for more in (1, 0):
+        answer = await ask(http, "completions", **given, max_tokens=more)
+        assert [c["index"] for c in answer["choices"]] == [0, 1]
+        for choice, prompt in zip(answer["choices"], given["prompt"], strict=True):
+            shown = choice["logprobs"]
+            assert choice["text"].startswith(prompt) and len(choice["text"]) == len(prompt) + more
+            assert len(shown["tokens"]) == len(prompt) + more
+            assert shown["tokens"][: len(prompt)] == [f"token_id:{t}" for t in prompt.encode()]
+            assert shown["token_logprobs"][0] is shown["top_logprobs"][0] is None
+            ends = [0, *(len("".join(shown["tokens"][: i + 1])) for i in range(len(prompt)))]
+            assert shown["text_offset"] == ends[: len(shown["tokens"])]
+            for token, value, top in list(
+                zip(*(shown[n] for n in ("tokens", "token_logprobs", "top_logprobs")), strict=True)
+            )[1:]:
+                assert 2 <= len(top) <= 3 and top[token] == pytest.approx(value)
+                assert max(top.values()) >= value
+        assert answer["usage"]["completion_tokens"] == 2 * more
+    tokens = await ask(http, "completions", **{**given, "prompt": [[97, 98, 99], [100]]})
+    assert tokens["choices"][0]["logprobs"]["tokens"][:3] == [
+        "token_id:97",
+        "token_id:98",
+        "token_id:99",
+    ]
+    two = await ask(http, "completions", **given, max_tokens=0, n=2)
+    assert [c["text"] for c in two["choices"]] == ["abc", "abc", "d", "d"]
+    plain = await ask(http, "completions", prompt="ab", echo=True, max_tokens=2, seed=1)
+    (choice,) = plain["choices"]
+    assert choice["logprobs"] is None and choice["text"].startswith("ab")
+    (bare,) = (await ask(http, "completions", prompt="ab", logprobs=0, echo=True))["choices"]
+    assert bare["logprobs"]["top_logprobs"] is None and len(bare["logprobs"]["tokens"]) > 2
+
+
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 async def test_a_stream_has_the_same_tokens(http: httpx.AsyncClient, path: str) -> None:
     prompt: dict[str, Any] = {"messages": CHAT} if "chat" in path else {"prompt": "hi"}
@@ -263,7 +316,11 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("completions", {**ABC, "stop": 3}, 400, None),
     ("completions", {**ABC, "seed": -1}, 422, "seed"),
     ("completions", {**ABC, "best_of": 3}, 422, "best_of"),
-    ("completions", {**ABC, "echo": True}, 422, "echo"),
+    ("completions", {**ABC, "echo": True, "stream": True}, 422, "echo"),
+    ("completions", {**ABC, "max_tokens": 0}, 422, "max_tokens"),
+    ("completions", {**ABC, "logprobs": 21}, 400, "logprobs"),
+    ("completions", {**ABC, "logprobs": -1}, 400, "logprobs"),
+    ("completions", {**ABC, "logprobs": 1, "top_logprobs": 1}, 400, "top_logprobs"),
     ("completions", {**ABC, "suffix": "x"}, 422, "suffix"),
     ("completions", {**ABC, "logit_bias": {"1": 101}}, 422, "logit_bias.0.1"),
     ("completions", {**ABC, "logit_bias": {"one": 1}}, 422, "logit_bias.0.0"),
@@ -306,7 +363,10 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("chat/completions", {**SAY, "presence_penalty": 2.5}, 422, "presence_penalty"),
     ("chat/completions", {**SAY, "frequency_penalty": -2.5}, 422, "frequency_penalty"),
     ("chat/completions", {**SAY, "frequency_penalty": "x"}, 400, "frequency_penalty"),
-    ("chat/completions", {**SAY, "top_logprobs": 3}, 422, "top_logprobs"),
+    ("chat/completions", {**SAY, "top_logprobs": 3}, 400, "top_logprobs"),
+    ("chat/completions", {**SAY, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ("chat/completions", {**SAY, "logprobs": True, "top_logprobs": -1}, 400, "top_logprobs"),
+    ("chat/completions", {**SAY, "echo": True}, 400, "echo"),
     ("chat/completions", {**SAY, "stream_options": 3}, 400, "stream_options"),
     ("tokenize", {"prompt": "a", "messages": CHAT}, 400, "body"),
 ]

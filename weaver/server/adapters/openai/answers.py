@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weaver.server.adapters.openai.tools import certain, split_calls
 
@@ -54,6 +55,10 @@ class Writer:
     model: str
     chat: bool
     logprobs: bool
+    top: int = 0
+    """Likeliest tokens that are shown at each place, if log-probabilities are."""
+    echo: Sequence[str | Sequence[int]] = ()
+    """Prompts as they came, to be repeated before what follows them."""
     token_ids: bool
     tools: bool
     """Whether calls of tools are looked for."""
@@ -62,16 +67,21 @@ class Writer:
     """The tokens of each."""
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters of each choice so far."""
+    _texts: dict[int, str] = field(default_factory=dict)
+    """Of single tokens."""
     _unsaid: dict[int, str] = field(default_factory=dict)
     """What a stream has not been told of a choice, since it may be a call."""
 
     def whole(self, results: Sequence[types.SampleResult]) -> types.JsonDict:
-        """Of all prompts, in their order."""
+        """Of all prompts, in their order; may be slow where it shows log-probabilities."""
         choices = []
         for at, result in enumerate(results):
             for i, sequence in enumerate(result.sequences):
                 index = at * len(result.sequences) + i
-                choices.append(self._choice(index, sequence, prompt=result.prompt_tokens))
+                choice = self._choice(index, sequence, result)
+                if self.echo:
+                    choice["text"] = self._echoed(self.echo[at]) + choice["text"]
+                choices.append(choice)
         tokens = [len(s.tokens) for result in results for s in result.sequences]
         usage = self.usage(sum(tokens))
         shown = {"prompt_token_ids": list(self.prompts[0])} if self.token_ids and self.chat else {}
@@ -101,7 +111,8 @@ class Writer:
                     choice["finish_reason"] = "tool_calls"
             else:
                 choice["text"] = delta.text
-            choice["logprobs"] = self._logprobs(delta.index, delta.tokens, delta.logprobs)
+            places = _places(delta.tokens, delta.logprobs, delta.top_logprobs)
+            choice["logprobs"] = self._logprobs(delta.index, places)
             if self.token_ids:
                 choice["token_ids"] = list(delta.tokens)
             texts.append(self.event({**self._head("chat.completion.chunk"), "choices": [choice]}))
@@ -125,7 +136,7 @@ class Writer:
         }
 
     def _choice(
-        self, index: int, sequence: types.SampledSequence, *, prompt: Sequence[int]
+        self, index: int, sequence: types.SampledSequence, result: types.SampleResult
     ) -> types.JsonDict:
         choice: types.JsonDict = {"index": index, "finish_reason": sequence.stop_reason}
         if self.chat:
@@ -136,11 +147,15 @@ class Writer:
                 choice["finish_reason"] = "tool_calls"
         else:
             choice["text"] = sequence.text
-        choice["logprobs"] = self._logprobs(index, sequence.tokens, sequence.logprobs)
+        places = _places(sequence.tokens, sequence.logprobs, sequence.top_logprobs)
+        if self.echo and result.prompt_logprobs is not None:
+            top = result.prompt_top_logprobs
+            places = _places(result.prompt_tokens, result.prompt_logprobs, top) + places
+        choice["logprobs"] = self._logprobs(index, places)
         if self.token_ids:
             choice["token_ids"] = list(sequence.tokens)
             if not self.chat:
-                choice["prompt_token_ids"] = list(prompt)
+                choice["prompt_token_ids"] = list(result.prompt_tokens)
         return choice
 
     def _told(self, delta: types.SampleDelta) -> tuple[str, list[types.JsonDict]]:
@@ -154,38 +169,70 @@ class Writer:
         self._unsaid[delta.index] = text[size:]
         return text[:size], []
 
-    def _logprobs(
-        self, index: int, tokens: Sequence[int], logprobs: Sequence[float]
-    ) -> types.JsonDict | None:
+    def _logprobs(self, index: int, places: Sequence[Place]) -> types.JsonDict | None:
         """Under the policy: untempered, unfiltered, in nats."""
         offset = self._offsets.setdefault(index, 0)
         if not self.logprobs:
             return None
-        texts = [self._text(token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
         if self.chat:
             content = [
                 {
-                    "token": text,
-                    "logprob": logprob,
-                    "bytes": list(text.encode()),
-                    "top_logprobs": [],
+                    **self._token(place.token, place.logprob),
+                    "top_logprobs": [self._token(*one) for one in place.top],
                 }
-                for text, logprob in zip(texts, logprobs, strict=True)
+                for place in places
             ]
             return {"content": content, "refusal": None}
+        texts = [self._text(place.token) for place in places]
+        offsets = list(accumulate(map(len, texts), initial=offset))
+        self._offsets[index] = offsets.pop()
         return {
             "tokens": texts,
-            "token_logprobs": list(logprobs),
-            "top_logprobs": None,
+            "token_logprobs": [place.logprob for place in places],
+            "top_logprobs": [self._top(place) for place in places] if self.top else None,
             "text_offset": offsets,
         }
+
+    def _token(self, token: int, logprob: float | None) -> types.JsonDict:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _top(self, place: Place) -> dict[str, float] | None:
+        """Of a completion, by their texts, the token itself with them; none before the first."""
+        if place.logprob is None:
+            return None
+        shown = {self._text(token): logprob for token, logprob in reversed(place.top)}
+        return {self._text(place.token): place.logprob, **shown}
+
+    def _echoed(self, prompt: str | Sequence[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            return "".join(map(self._text, prompt))
+        return str(self.tokenizer.decode(list(prompt)))
 
     def _text(self, token: int) -> str:
         if self.tokenizer is None:
             return f"token_id:{token}"
-        return str(self.tokenizer.decode([token]))
+        if token not in self._texts:
+            self._texts[token] = str(self.tokenizer.decode([token]))
+        return self._texts[token]
+
+
+class Place(NamedTuple):
+    """A token of a choice, and the likeliest ones in its place."""
+
+    token: int
+    logprob: float | None
+    """None for the first of a prompt."""
+    top: Sequence[tuple[int, float]]
+
+
+def _places(
+    tokens: Sequence[int], logprobs: Sequence[float | None], top: types.TopLogprobs | None
+) -> list[Place]:
+    if top is None:
+        return [Place(*one, ()) for one in zip(tokens, logprobs, strict=True)]
+    rows = zip(top.tokens.tolist(), top.logprobs.tolist(), strict=True)
+    likeliest = [list(zip(*row, strict=True)) for row in rows]
+    return [Place(*one) for one in zip(tokens, logprobs, likeliest, strict=True)]

@@ -18,12 +18,16 @@ from weaver.server.http.body import Body
 MOST_PROMPTS = 256
 COMPLETION_TOKENS = 16
 """Those of a completion whose request does not say."""
+MOST_TOP = 20
+"""Likeliest tokens at each place."""
+NOTHING = types.SampledSequence(
+    tokens=(), text="", logprobs=(), sampling_logprobs=(), stop_reason="length"
+)
+"""What follows a prompt of which only the log-probabilities are asked for."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "top_logprobs": (0, None),
     "functions": ([], None),
     "tool_choice": ("none", "auto", None),
     "response_format": ({"type": "text"}, None),
-    "echo": (False, None),
     "suffix": ("", None),
     "modalities": (["text"], None),
     "audio": (None,),
@@ -101,7 +105,10 @@ class CompletionBody(SampleBody):
         | Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[tuple[tuple[int, ...], ...], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
-    logprobs: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: Literal[0] | None = None
+    """Of chats."""
+    echo: bool | None = False
     best_of: int | None = None
 
     @property
@@ -175,6 +182,9 @@ class ChatBody(SampleBody):
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    echo: Literal[False] | None = False
+    """Of completions."""
     tools: Annotated[tuple[Tool, ...], Field(max_length=128)] | None = None
     tool_choice: Any = None
 

@@ -14,7 +14,7 @@ import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from weaver import errors, protocol, types
+from weaver import errors, protocol, types, wire
 from weaver.server.adapters.openai import bodies
 from weaver.server.adapters.openai.answers import Writer, failed, model_json
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry, Note
@@ -114,7 +114,6 @@ async def complete(request: Request, caller: CallerDep) -> Response:
         await caller.service.encode(base_model, one) if isinstance(one, str) else list(one)
         for one in body.prompts
     ]
-    wanted = body.max_tokens or bodies.COMPLETION_TOKENS
     return await _answer(
         request,
         caller,
@@ -122,14 +121,19 @@ async def complete(request: Request, caller: CallerDep) -> Response:
         sampler_id,
         base_model,
         prompts=prompts,
-        max_tokens=wanted,
-        logprobs=body.logprobs is not None,
+        max_tokens=bodies.COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+        top=body.logprobs,
+        echo=body.prompts if body.echo else (),
     )
 
 
 @router.post("/chat/completions")
 async def chat(request: Request, caller: CallerDep) -> Response:
     body = await bodies.ChatBody.read(request)
+    if body.top_logprobs and not body.logprobs:
+        raise errors.InvalidRequestError(
+            "needs logprobs.", field="top_logprobs", hint="Set logprobs to true."
+        )
     sampler_id, base_model = await _weights(caller.service, body.model)
     prompt = await caller.service.encode(base_model, body.chat(), tools=body.functions)
     return await _answer(
@@ -140,7 +144,7 @@ async def chat(request: Request, caller: CallerDep) -> Response:
         base_model,
         prompts=[prompt],
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=bool(body.logprobs),
+        top=body.top_logprobs or 0 if body.logprobs else None,
     )
 
 
@@ -153,40 +157,65 @@ async def _answer(
     *,
     prompts: Sequence[Sequence[int]],
     max_tokens: int | None,
-    logprobs: bool,
+    top: int | None,
+    echo: Sequence[str | Sequence[int]] = (),
 ) -> Response:
+    """`top`: so many of the likeliest tokens beside log-probabilities; None is without any."""
     service, chat = caller.service, isinstance(body, bodies.ChatBody)
+    logprobs, top = top is not None, top or 0
     model = await service.get_model(base_model)
     if body.stream and len(prompts) != 1:
         raise errors.UnsupportedError(
             "has several prompts for one stream.", field="prompt", hint="Send one at a time."
         )
+    if body.stream and echo:
+        raise errors.UnsupportedError("is not streamed.", field="echo", hint="Leave stream off.")
+    scored_alone = bool(echo) and max_tokens == 0
+    if max_tokens is None or scored_alone:
+        max_tokens = max(model.context_length - max(map(len, prompts)), 1)
+    operations = [
+        protocol.Sample(
+            sampler_id=sampler_id,
+            prompt=types.ModelInput.from_ints(prompt),
+            params=body.params(max_tokens),
+            num_samples=0 if scored_alone else body.count,
+            include_prompt_logprobs=scored_alone or (logprobs and bool(echo)),
+            top_logprobs=0 if scored_alone else top,
+            prompt_top_logprobs=top if echo else 0,
+            stream=bool(body.stream),
+        )
+        for prompt in prompts
+    ]
     writer = Writer(
         id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=body.model,
         chat=chat,
         logprobs=logprobs,
+        top=top,
+        echo=echo,
         token_ids=bool(body.return_token_ids),
         tools=isinstance(body, bodies.ChatBody) and bool(body.functions),
-        tokenizer=await service.tokenizer(base_model) if logprobs else None,
+        tokenizer=await service.tokenizer(base_model) if logprobs or echo else None,
         prompts=prompts,
     )
-    operations = [
-        protocol.Sample(
-            sampler_id=sampler_id,
-            prompt=types.ModelInput.from_ints(prompt),
-            params=body.params(max_tokens or max(model.context_length - len(prompt), 1)),
-            num_samples=body.count,
-            stream=bool(body.stream),
-        )
-        for prompt in prompts
-    ]
     entries = [await caller.submit(operation, Note()) for operation in operations]
     if body.stream:
         stream = caller.stream(entries[0])
         turns = request.state.gateway.own(Turns)
         return SampleEvents(stream, turns, writer, caller, entries[0], usage=body.include_usage)
+    results = await _results(request, caller, entries)
+    if scored_alone:
+        nothing = {"sequences": (bodies.NOTHING,) * body.count}
+        results = [result.model_copy(update=nothing) for result in results]
+    size = wire.about_bytes(results) * (8 if logprobs else 1)  # each token becomes text
+    return await wire.beside(size, lambda: JSONResponse(writer.whole(results)))
+
+
+async def _results(
+    request: Request, caller: CallerSession, entries: Sequence[Entry]
+) -> list[types.SampleResult]:
+    """Raises WeaverError: why one of them failed."""
     await _wait(request, caller, entries)
     results = []
     for entry in entries:
@@ -195,7 +224,7 @@ async def _answer(
             raise entry.outcome.error.to_error()
         assert isinstance(entry.outcome.result, protocol.Sampled)
         results.append(entry.outcome.result.output)
-    return JSONResponse(writer.whole(results))
+    return results
 
 
 async def _wait(request: Request, caller: CallerSession, entries: Sequence[Entry]) -> None:
