@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import tinker
+import torch
 from tinker import types
 
 MODEL = "weaver-nano"
@@ -26,6 +27,47 @@ def datum(**inputs: list[float]) -> types.Datum:
 def now(future):  # type: ignore[no-untyped-def]
     """Some methods answered results where later releases answer futures."""
     return future.result() if hasattr(future, "result") else future
+
+
+def places(trainer, sampler) -> None:  # type: ignore[no-untyped-def]
+    """Likeliest tokens and targets of a prompt; then these as what a student is trained on."""
+    asked = inspect.signature(sampler.sample).parameters
+    given = {"topk_prompt_logprobs": 4}
+    prompt = types.ModelInput.from_ints([*TOKENS, 9])
+    if "target_prompt_logprobs" in asked:
+        targets = torch.tensor([[6, -1], [-1, -1], [8, 3], [9, -1]])
+        given["target_prompt_logprobs"] = types.TensorData.from_torch_sparse(targets, pad_value=-1)
+        given["topk_sample_logprobs"] = 3
+    params = types.SamplingParams(max_tokens=3, seed=1, temperature=0.5)
+    told = sampler.sample(
+        prompt, num_samples=1, sampling_params=params, include_prompt_logprobs=True, **given
+    ).result()
+    top = told.topk_prompt_logprobs
+    assert top[0] is None and [len(row) for row in top[1:]] == [4] * 4
+    if "target_prompt_logprobs" in asked:
+        found = told.target_prompt_logprobs.to_torch()
+        assert found.shape == (4, 2) and found[1].tolist() == [0, 0] and found[2, 1] < 0
+        assert np.allclose(found[[0, 2, 3], 0], [told.prompt_logprobs[i] for i in (1, 3, 4)])
+        (sequence,) = told.sequences
+        for token, lp, row in zip(
+            sequence.tokens, sequence.logprobs, sequence.topk_logprobs, strict=True
+        ):
+            assert (
+                dict(row).get(token, lp) - lp < 1e-4
+                and sum(np.exp(dict(row)[t]) for t in dict(row)) <= 1.001
+            )
+    tokens = torch.tensor([[t for t, _ in row] for row in top[1:]])
+    weights = torch.tensor([[lp for _, lp in row] for row in top[1:]]).exp()
+    weights[0] = 0.0
+    soft = types.Datum(
+        model_input=types.ModelInput.from_ints(TOKENS),
+        loss_fn_inputs={"target_tokens": tokens, "weights": weights},
+    )
+    passed = trainer.forward([soft, datum(weights=[0.0, 0.0, 0.0, 0.0])], "cross_entropy").result()
+    lp, flat = (one["logprobs"].to_torch() for one in passed.loss_fn_outputs)
+    assert lp.shape == (4, 4) and flat.shape == (4,)
+    loss = float(-(lp * weights).sum())
+    assert math.isclose(passed.metrics["loss:sum"], loss, rel_tol=1e-4), (passed.metrics, loss)
 
 
 def main() -> None:
@@ -88,6 +130,7 @@ def main() -> None:
     now_lp = trainer.forward(supervised, "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
     assert scored[0] is None
     assert np.allclose(scored[1:], now_lp.to_numpy(), atol=1e-4), (scored, now_lp)
+    places(trainer, sampler)
     other = now(service.create_sampling_client(model_path=named))
     same = other.sample(PROMPT, num_samples=2, sampling_params=params).result()
     assert [s.tokens for s in same.sequences] == [s.tokens for s in reply.sequences]

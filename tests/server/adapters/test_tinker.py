@@ -350,6 +350,144 @@ def test_stops_replace_the_models_own(
     assert params.max_tokens == 9
 
 
+def several(model_id: str, shape: tuple[int, int], **inputs: dict[str, Any]) -> bytes:
+    """A pass whose inputs are [N, K], sparse where they have row pointers."""
+    request = messages.ForwardBackwardRequest.FromString(passing(model_id, 1))
+    for name, given in inputs.items():
+        tensor = request.data[0].loss_fn_inputs[name]
+        whole = name == "target_tokens"
+        values = np.array(given["data"], "<i8" if whole else "<f4").tobytes()
+        if "crow" in given:
+            tensor.sparse_csr.values = values
+            tensor.sparse_csr.crow_indices = np.array(given["crow"], "<i8").tobytes()
+            tensor.sparse_csr.col_indices = np.array(given["col"], "<i8").tobytes()
+        else:
+            tensor.dense = values
+        tensor.dtype = messages.INT64 if whole else messages.FLOAT32
+        del tensor.shape[:]
+        tensor.shape.extend(shape)
+    return bytes(request.SerializeToString())
+
+
+async def test_a_position_may_have_several_targets_dense_or_sparse(api: Tinker) -> None:
+    dense = {
+        "target_tokens": {"data": [5, 0, 0, 6, 7, 8]},
+        "weights": {"data": [0.5, 0, 0, 0, 0.25, 0.25]},
+    }
+    sparse = {
+        "target_tokens": {"data": [5, 6, 7, 8], "crow": [0, 1, 2, 4], "col": [0, 1, 0, 1]},
+        "weights": {"data": [0.5, 0.25, 0.25], "crow": [0, 1, 1, 3], "col": [0, 0, 1]},
+    }
+    made = [
+        passes._proto_pass(several("m", (3, 2), **given)).operation for given in (dense, sparse)
+    ]
+    assert made[0] == made[1]
+    inputs = made[0].datums[0].loss_fn_inputs
+    assert inputs["target_tokens"].tolist() == [[5, 0], [0, 6], [7, 8]]
+
+    model_id = await api.model()
+    content = several(model_id, (3, 2), **sparse)
+    headers = {"Content-Type": messages.MEDIA_TYPE}
+    reply = await api.http.post("/api/v1/forward_backward", content=content, headers=headers)
+    assert reply.status_code == 200, reply.text
+    passed = messages.ForwardBackwardOutput.FromString(await api.binary(reply.json()))
+    batch = passed.loss_fn_outputs[0].fields["logprobs"]
+    lp = np.frombuffer(batch.data, "<f4").reshape(3, 2)
+    assert list(batch.trailing_shape) == [2]
+    weights = inputs["weights"].to_numpy()
+    assert passed.metrics["loss:sum"] == pytest.approx(-(lp * weights).sum(), rel=1e-5)
+
+    tensors = {
+        "target_tokens": {"data": [5, 0, 0, 6, 7, 8], "dtype": "int64", "shape": [3, 2]},
+        "weights": {
+            "data": [0.5, 0.25, 0.25],
+            "dtype": "float32",
+            "shape": [3, 2],
+            "sparse_crow_indices": [0, 1, 1, 3],
+            "sparse_col_indices": [0, 0, 1],
+        },
+    }
+    datum = {"model_input": PROMPT, "loss_fn_inputs": tensors}
+    body = {
+        "model_id": model_id,
+        "seq_id": 2,
+        "forward_input": {"data": [datum], "loss_fn": "cross_entropy"},
+    }
+    told = await api.result(await api.call("forward", body))
+    assert told["loss_fn_outputs"][0]["logprobs"]["shape"] == [3, 2]
+    np.testing.assert_allclose(
+        told["loss_fn_outputs"][0]["logprobs"]["data"], lp.ravel(), rtol=1e-6
+    )
+
+
+def test_passes_of_different_widths_have_a_record_each() -> None:
+    shapes = [(2,), (3,), (2, 2), (1, 2), (2, 1), (1,)]
+    outputs = [{"logprobs": TensorData(np.full(shape, -1.0))} for shape in shapes]
+    output = types.ForwardBackwardResult(loss_fn_outputs=tuple(outputs), metrics={"loss_sum": 1.5})
+    answer = answers.future_answer(of(protocol.GradientsDone(output=output)), binary=True)
+    records = messages.ForwardBackwardOutput.FromString(bytes(answer.body)).loss_fn_outputs
+    assert [r.num_datums for r in records] == [2, 2, 1, 1]
+    assert [list(r.fields["logprobs"].trailing_shape) for r in records] == [[], [2], [1], []]
+
+
+async def test_a_prompt_is_scored_at_each_place(api: Tinker) -> None:
+    session_id = await api.session()
+    body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "fake"}
+    called = (await api.call("create_sampling_session", body))["sampling_session_id"]
+    given = {"prompt_logprobs": True, "topk_prompt_logprobs": 4, "topk_sample_logprobs": 2}
+    dense = {"data": [2, 50, 3, -1], "dtype": "int64", "shape": [2, 2]}
+    future = await api.sample(called, 0, **given, target_prompt_logprobs=dense)
+    told = messages.SampleResponse.FromString(await api.binary(future))
+    top = told.topk_prompt_logprobs
+    assert (top.length, top.k) == (3, 4)
+    ids = np.frombuffer(top.token_ids, "<i4").reshape(3, 4)
+    logprobs = np.frombuffer(top.logprobs, "<f4").reshape(3, 4)
+    assert ids[0].tolist() == [0] * 4 and logprobs[0].tolist() == [-99999.0] * 4
+    assert (np.diff(logprobs[1:]) <= 0).all()
+    prompt = np.frombuffer(told.prompt_logprobs, "<f4")
+    targets = np.frombuffer(told.target_prompt_logprobs.dense, "<f4").reshape(2, 2)
+    assert list(told.target_prompt_logprobs.shape) == [2, 2] and targets[1, 1] == 0
+    np.testing.assert_allclose(targets[:, 0], prompt[1:], rtol=1e-6)  # the prompt is 1, 2, 3
+    (sequence,) = told.sequences
+    of_sample = sequence.topk_sampled_logprobs
+    assert (of_sample.length, of_sample.k) == (len(sequence.tokens) // 4, 2)
+
+    sparse = {**dense, "data": [2, 50, 3], "sparse_crow_indices": [0, 2, 3]}
+    sparse["sparse_col_indices"] = [0, 1, 0]
+    future = await api.sample(called, 1, target_prompt_logprobs=sparse)
+    told = messages.SampleResponse.FromString(await api.binary(future))
+    assert not told.HasField("topk_prompt_logprobs") and not told.prompt_logprobs
+    csr = told.target_prompt_logprobs.sparse_csr
+    assert np.frombuffer(csr.crow_indices, "<i8").tolist() == [0, 2, 3]
+    assert np.frombuffer(csr.col_indices, "<i8").tolist() == [0, 1, 0]
+    values = np.frombuffer(csr.values, "<f4")
+    np.testing.assert_array_equal(values, [*targets[0], targets[1, 0]])
+
+    future = await api.sample(called, 2, topk_prompt_logprobs=1)
+    told = await api.result(future)
+    assert told["topk_prompt_logprobs"][0] is None and len(told["topk_prompt_logprobs"][1]) == 1
+
+
+async def test_the_likeliest_tokens_are_tempered_as_what_was_drawn(api: Tinker) -> None:
+    session_id = await api.session()
+    body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "fake"}
+    called = (await api.call("create_sampling_session", body))["sampling_session_id"]
+    for seq_id, temperature in enumerate((1.0, 0.5)):
+        params = {"max_tokens": 6, "seed": 1, "temperature": temperature}
+        given = {"topk_sample_logprobs": 256, "sampling_params": params}
+        future = await api.sample(called, seq_id, **given)
+        told = messages.SampleResponse.FromString(await api.binary(future))
+        (sequence,) = told.sequences
+        top = sequence.topk_sampled_logprobs
+        p = np.exp(np.frombuffer(top.logprobs, "<f4").reshape(-1, 256))
+        assert 0.99 < p.sum(1).min() <= p.sum(1).max() < 1.00001  # the fake has 257
+        ids = np.frombuffer(top.token_ids, "<i4").reshape(-1, 256)
+        drawn = np.frombuffer(sequence.tokens, "<i4")
+        lp = np.frombuffer(sequence.logprobs, "<f4")
+        at = (ids == drawn[:, None]).argmax(1)
+        np.testing.assert_allclose(np.log(p[np.arange(len(p)), at]), lp, atol=1e-5)
+
+
 async def test_clients_before_protobuf_send_and_read_json(api: Tinker) -> None:
     model_id = await api.model()
     targets = {"data": [2, 3, 4], "dtype": "int64", "shape": [3]}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from tests.server.adapters.tinker import ADAM, PROMPT, Tinker, passing, tinker
 from tests.server.http.helpers import running
 from weaver.server.adapters.tinker import messages, passes
+from weaver.server.adapters.tinker.tensors import MOST_CELLS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -125,7 +127,7 @@ BAD: list[tuple[str, str, Any, int]] = [
                 "data": [
                     {
                         "model_input": PROMPT,
-                        "loss_fn_inputs": {"target_tokens": {"data": [1], "shape": [1, 1]}},
+                        "loss_fn_inputs": {"target_tokens": {"data": [1], "shape": [1, 1, 1]}},
                     }
                 ],
             },
@@ -165,8 +167,33 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("POST", "asample", {**SAMPLE, "sampling_params": {"max_tokens": -3}}, 422),
     ("POST", "asample", {**SAMPLE, "sampling_params": {"stop": {"a": 1}}}, 400),
     ("POST", "asample", {**SAMPLE, "sampling_params": {"stop": ["", "a"]}}, 422),
-    ("POST", "asample", {**SAMPLE, "topk_prompt_logprobs": 3}, 422),
-    ("POST", "asample", {**SAMPLE, "target_prompt_logprobs": {}}, 422),
+    ("POST", "asample", {**SAMPLE, "topk_prompt_logprobs": 257}, 400),
+    ("POST", "asample", {**SAMPLE, "topk_prompt_logprobs": -1}, 400),
+    ("POST", "asample", {**SAMPLE, "topk_sample_logprobs": 2**40}, 400),
+    ("POST", "asample", {**SAMPLE, "topk_sample_logprobs": "x"}, 400),
+    ("POST", "asample", {**SAMPLE, "prompt_alt_tokens_k": 1}, 422),
+    *(
+        ("POST", "asample", {**SAMPLE, "target_prompt_logprobs": wrong}, 422)
+        for wrong in (
+            {},
+            {"data": [1, 2], "shape": [2]},
+            {"data": [1, 2, 3], "shape": [3, 1]},
+            {"data": [1, 2, 3], "shape": [2, 1]},
+            {"data": [0.5, 2.0], "shape": [2, 1]},
+            {"data": ["a", "b"], "shape": [2, 1]},
+            {"data": [1], "shape": [2, 1], "sparse_crow_indices": [0, 1]},
+            {
+                "data": [1],
+                "shape": [2, 1],
+                "sparse_crow_indices": [0, 1, 1],
+                "sparse_col_indices": [1],
+            },
+            {"data": [1], "shape": [2, 1], "sparse_crow_indices": [0, 1, 1]},
+            {"data": [1], "shape": [2, 10**9], "sparse_crow_indices": "abc"},
+        )
+    ),
+    ("POST", "asample", {**SAMPLE, "target_prompt_logprobs": 3}, 400),
+    ("POST", "asample", {**SAMPLE, "target_prompt_logprobs": {"shape": "x"}}, 400),
     ("POST", "retrieve_future", {}, 400),
     ("POST", "retrieve_future", {"request_id": LONG}, 400),
     ("POST", "retrieve_future", {"request_id": "x"}, 400),
@@ -282,7 +309,9 @@ def tensors(**changes: Any) -> bytes:
             del tensor.shape[:]
             tensor.shape.extend(value)
         elif name == "sparse":
-            tensor.sparse_csr.values = value
+            tensor.sparse_csr.values = np.array(value.get("values", []), "<i8").tobytes()
+            tensor.sparse_csr.crow_indices = np.array(value.get("crow", []), "<i8").tobytes()
+            tensor.sparse_csr.col_indices = np.array(value.get("col", []), "<i8").tobytes()
         elif name == "image":
             request.data[0].model_input.add().image.data = value
         else:
@@ -299,9 +328,25 @@ def tensors(**changes: Any) -> bytes:
         {"dtype": 17},
         {"shape": [2**62]},
         {"shape": [-1]},
-        {"shape": [3, 1]},
+        {"shape": [1, 3, 1]},
+        {"shape": [3, 2]},
+        {"shape": [0, 2**62]},
+        {"shape": [3, 257], "dense": b"0" * 8 * 3 * 257},
         {"shape": [1] * 30_000},
-        {"sparse": b""},
+        {"sparse": {}},
+        {"shape": [3, 2], "sparse": {"crow": [0, 1, 1], "col": [0], "values": [5]}},
+        {"shape": [3, 2], "sparse": {"crow": [0, 1, 1, 2], "col": [0], "values": [5]}},
+        {"shape": [3, 2], "sparse": {"crow": [0, 2, 1, 1], "col": [0], "values": [5]}},
+        {"shape": [3, 2], "sparse": {"crow": [1, 1, 1, 1], "col": [0], "values": [5]}},
+        {
+            "shape": [3, 2],
+            "sparse": {"crow": [0, 2**63 - 1, -(2**63), 1], "col": [0], "values": [5]},
+        },
+        {"shape": [3, 2], "sparse": {"crow": [0, 1, 1, 1], "col": [2], "values": [5]}},
+        {"shape": [3, 2], "sparse": {"crow": [0, 1, 1, 1], "col": [-1], "values": [5]}},
+        {"shape": [3, 257], "sparse": {"crow": [0, 1, 1, 1], "col": [0], "values": [5]}},
+        {"shape": [-1, 2], "sparse": {"crow": [], "col": [], "values": []}},
+        {"shape": [3, 0], "sparse": {"crow": [0] * 4, "col": [], "values": []}},
         {"image": b"x"},
     ],
     ids=str,
@@ -314,6 +359,19 @@ async def test_tensors_that_cannot_be_are_refused(api: Tinker, changes: dict[str
     )
     assert reply.status_code == 422, reply.text
     assert "loss_fn_inputs" in reply.text or "model_input" in reply.text
+
+
+async def test_a_few_bytes_do_not_become_many_cells(api: Tinker) -> None:
+    rows = MOST_CELLS // 256 + 1
+    request = messages.ForwardBackwardRequest.FromString(passing("m", 1, tokens=[1] * rows))
+    tensor = request.data[0].loss_fn_inputs["target_tokens"]
+    tensor.sparse_csr.crow_indices = np.zeros(rows + 1, "<i8").tobytes()
+    del tensor.shape[:]
+    tensor.shape.extend([rows, 256])
+    headers = {"Content-Type": messages.MEDIA_TYPE}
+    content = request.SerializeToString()
+    reply = await api.http.post("/api/v1/forward_backward", content=content, headers=headers)
+    assert reply.status_code == 413 and "target_tokens" in reply.json()["detail"]
 
 
 async def test_bad_datums_are_failures_of_their_request(api: Tinker) -> None:

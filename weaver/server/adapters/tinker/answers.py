@@ -11,19 +11,20 @@ called; a run that another protocol made is called by its own id.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi.responses import JSONResponse, Response
 
 from weaver import errors, protocol, types
-from weaver.server.adapters.tinker import messages
+from weaver.server.adapters.tinker import messages, tensors
 from weaver.server.adapters.tinker.session import run_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weaver.server.adapters.tinker.session import Future
+    from weaver.server.adapters.tinker.session import Future, Note
     from weaver.server.http.errors import Refusal
     from weaver.tensors import TensorData
 
@@ -33,6 +34,8 @@ KINDS = {"weights": "training", "weights_and_optimizer": "training", "sampler": 
 SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
 STATUSES = {409: 400, 500: 400, 503: 408, 504: 408, 507: 400}
 """Clients send a request that got another status again for minutes, some without a pause."""
+NO_LOGPROB = -99999.0
+"""That of a token which is none, by which clients know it."""
 OURS = ("engine_error", "storage_error", "connection_failed", "timeout")
 """Codes of failures that are no mistake of the client."""
 SUFFIXES = {
@@ -76,8 +79,8 @@ def future_answer(future: Future, *, binary: bool) -> Response:
             return _message(_pass_message(logprobs, metrics))
         case protocol.Sampled(output=sampled):
             if not binary:
-                return JSONResponse(_sample_json(sampled, tempered=note.tempered))
-            return _message(_sample_message(sampled, tempered=note.tempered))
+                return JSONResponse(_sample_json(sampled, note))
+            return _message(_sample_message(sampled, note))
         case protocol.ModelCreated():
             return JSONResponse({"model_id": note.model_id, "type": "create_model"})
         case protocol.StepDone(output=step):
@@ -116,7 +119,13 @@ def _pass_metrics(metrics: Mapping[str, float], *, loss_fn: str) -> dict[str, fl
 
 def _pass_json(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) -> types.JsonDict:
     outputs = [
-        {"logprobs": {"data": one.tolist(), "dtype": "float32", "shape": [len(one)]}}
+        {
+            "logprobs": {
+                "data": one.to_numpy().ravel().tolist(),
+                "dtype": "float32",
+                "shape": list(one.shape),
+            }
+        }
         for one in logprobs
     ]
     return {
@@ -127,13 +136,17 @@ def _pass_json(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) -> 
 
 
 def _pass_message(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) -> Any:
+    """One record for each run of datums with as many targets at a position."""
     arrays = [np.ascontiguousarray(one.to_numpy(), "<f4") for one in logprobs]
     message = messages.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
-    record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(arrays))
-    batch = record.fields["logprobs"]
-    batch.data = b"".join(array.tobytes() for array in arrays)
-    batch.offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype="<i8").tobytes()
-    batch.dtype = messages.FLOAT32
+    for trailing, alike in groupby(arrays, lambda array: array.shape[1:]):
+        some = list(alike)
+        record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(some))
+        batch = record.fields["logprobs"]
+        batch.data = b"".join(array.tobytes() for array in some)
+        batch.offsets = np.cumsum([0, *(array.nbytes for array in some)], dtype="<i8").tobytes()
+        batch.dtype = messages.FLOAT32
+        batch.trailing_shape.extend(trailing)
     message.metrics.update(metrics)
     return message
 
@@ -141,38 +154,72 @@ def _pass_message(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) 
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def _logprobs(sequence: types.SampledSequence, *, tempered: bool) -> Sequence[float]:
-    return sequence.sampling_logprobs if tempered else sequence.logprobs
+def _logprobs(sequence: types.SampledSequence, note: Note) -> Sequence[float]:
+    return sequence.logprobs if note.temperature == 1 else sequence.sampling_logprobs
 
 
-def _sample_json(output: types.SampleResult, *, tempered: bool) -> types.JsonDict:
+def _top(sequence: types.SampledSequence, note: Note) -> types.TopLogprobs | None:
+    """Under the temperature, too: what it does to the token drawn it does to those beside it."""
+    top = sequence.top_logprobs
+    if top is None or note.temperature == 1:
+        return top
+    drawn, tempered = (
+        np.array(x)[:, None] for x in (sequence.logprobs, sequence.sampling_logprobs)
+    )
+    moved = (top.logprobs.to_numpy() - drawn) / note.temperature + tempered
+    return types.TopLogprobs(tokens=top.tokens, logprobs=moved)
+
+
+def _sample_json(output: types.SampleResult, note: Note) -> types.JsonDict:
     return {
         "type": "sample",
         "sequences": [
             {
                 "tokens": list(one.tokens),
-                "logprobs": list(_logprobs(one, tempered=tempered)),
+                "logprobs": list(_logprobs(one, note)),
                 "stop_reason": one.stop_reason,
             }
             for one in output.sequences
         ],
         "prompt_logprobs": output.prompt_logprobs and list(output.prompt_logprobs),
+        "topk_prompt_logprobs": _top_json(output.prompt_top_logprobs),
     }
 
 
-def _sample_message(output: types.SampleResult, *, tempered: bool) -> Any:
+def _top_json(top: types.TopLogprobs | None) -> list[list[tuple[int, float]] | None] | None:
+    if top is None:
+        return None
+    rows = zip(top.tokens.tolist(), top.logprobs.tolist(), strict=True)
+    return [None if ids[0] < 0 else list(zip(ids, lps, strict=True)) for ids, lps in rows]
+
+
+def _sample_message(output: types.SampleResult, note: Note) -> Any:
     message = messages.SampleResponse()
     for one in output.sequences:
         reason = messages.STOP if one.stop_reason == "stop" else messages.LENGTH
-        message.sequences.add(
+        sequence = message.sequences.add(
             stop_reason=reason,
             tokens=np.asarray(one.tokens, "<i4").tobytes(),
-            logprobs=np.asarray(_logprobs(one, tempered=tempered), "<f4").tobytes(),
+            logprobs=np.asarray(_logprobs(one, note), "<f4").tobytes(),
         )
+        if (top := _top(one, note)) is not None:
+            _write_top(sequence.topk_sampled_logprobs, top)
     if output.prompt_logprobs is not None:
         floats = [np.nan if one is None else one for one in output.prompt_logprobs]
         message.prompt_logprobs = np.asarray(floats, "<f4").tobytes()
+    if output.prompt_top_logprobs is not None:
+        _write_top(message.topk_prompt_logprobs, output.prompt_top_logprobs)
+    if output.prompt_target_logprobs is not None:
+        of_targets = output.prompt_target_logprobs.to_numpy()[1:]
+        tensors.write(message.target_prompt_logprobs, of_targets, sparse=note.sparse_targets)
     return message
+
+
+def _write_top(message: Any, top: types.TopLogprobs) -> None:
+    tokens, logprobs = top.tokens.to_numpy(), top.logprobs.to_numpy()
+    message.length, message.k = tokens.shape
+    message.token_ids = tokens.clip(min=0).astype("<i4").tobytes()
+    message.logprobs = np.nan_to_num(logprobs, nan=NO_LOGPROB).astype("<f4").tobytes()
 
 
 # --- runs and checkpoints -------------------------------------------------------------------------

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AliasChoices, Field
 
 from weaver import errors, protocol, types
+from weaver.fields import MOST_ALTERNATIVES
+from weaver.server.adapters.tinker.tensors import JsonTensor, Tensors
 from weaver.server.http.body import Body
+from weaver.tensors import TensorData
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Seq = Annotated[int, Field(ge=0, lt=2**62)]
@@ -188,6 +192,9 @@ class Params(Body):
         )
 
 
+Top = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)]
+
+
 class SampleBody(Body):
     sampling_session_id: Name
     seq_id: Seq = 0
@@ -195,17 +202,18 @@ class SampleBody(Body):
     prompt: Prompt
     sampling_params: Params = Params()
     prompt_logprobs: bool | None = False
-    topk_prompt_logprobs: int = 0
-    topk_sample_logprobs: int = 0
+    topk_prompt_logprobs: Top = 0
+    topk_sample_logprobs: Top = 0
     prompt_alt_tokens_k: int = 0
-    target_prompt_logprobs: Any = None
+    target_prompt_logprobs: JsonTensor | None = None
 
     def operation(self, *, sampler_id: str, context: int) -> protocol.Sample:
-        for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-            if getattr(self, name):
-                raise _not_yet(name)
-        if self.target_prompt_logprobs is not None:
-            raise _not_yet("target_prompt_logprobs")
+        if self.prompt_alt_tokens_k:
+            raise errors.UnsupportedError(
+                "is not computed here.",
+                field="prompt_alt_tokens_k",
+                hint="Ask for topk_prompt_logprobs.",
+            )
         tokens = self.prompt.to_ints()
         return protocol.Sample(
             sampler_id=sampler_id,
@@ -213,11 +221,30 @@ class SampleBody(Body):
             params=self.sampling_params.native(room=context - len(tokens)),
             num_samples=self.num_samples,
             include_prompt_logprobs=bool(self.prompt_logprobs),
+            top_logprobs=self.topk_sample_logprobs,
+            prompt_top_logprobs=self.topk_prompt_logprobs,
+            prompt_targets=self._targets(len(tokens)),
         )
 
+    @property
+    def sparse_targets(self) -> bool:
+        """The answer has their layout."""
+        given = self.target_prompt_logprobs
+        return given is not None and given.sparse_crow_indices is not None
 
-def _not_yet(name: str) -> errors.UnsupportedError:
-    return errors.UnsupportedError("is not computed yet.", field=name, hint="Leave it out.")
+    def _targets(self, length: int) -> TensorData | None:
+        """A row for the first token, too, of which nothing is asked."""
+        if self.target_prompt_logprobs is None:
+            return None
+        field = "target_prompt_logprobs"
+        given = Tensors().of_json(self.target_prompt_logprobs, dtype="int64", field=field, fill=-1)
+        if given.ndim != 2 or len(given) != length - 1:
+            raise errors.InvalidDatumError(
+                f"has the shape {list(given.shape)}, the prompt has {length} tokens.",
+                field=field,
+                hint="Send [len(prompt) - 1, K]; -1 asks for nothing.",
+            )
+        return TensorData(np.pad(given, ((1, 0), (0, 0)), constant_values=-1))
 
 
 # --- futures and checkpoints ----------------------------------------------------------------------

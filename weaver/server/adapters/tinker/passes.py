@@ -17,6 +17,7 @@ from pydantic import AliasChoices, Field
 from weaver import errors, protocol, types
 from weaver.server.adapters.tinker import messages
 from weaver.server.adapters.tinker.bodies import InTurn, Prompt, no_images
+from weaver.server.adapters.tinker.tensors import JsonTensor, Tensors, numbers
 from weaver.server.http.body import Body, json_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST_FIELDS = 100_000
 """Messages within a protobuf message; a client sends 1,024 datums of some ten at once."""
-DTYPES = {messages.FLOAT32: "<f4", messages.INT64: "<i8"}
 OPTIONS = {
     "gspo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
     "stable_reinforce": {"ratio_cap": 1.0},
@@ -46,12 +46,6 @@ class Pass(NamedTuple):
     loss_fn: str
     """By the name that the client has given."""
     operation: protocol.ForwardBackward
-
-
-class JsonTensor(Body):
-    data: Any = ()
-    shape: tuple[int, ...] | None = None
-    sparse_crow_indices: Any = None
 
 
 class JsonDatum(Body):
@@ -89,11 +83,18 @@ async def read_pass(request: Request, *, forward_only: bool) -> Pass:
 
 
 def _json_pass(data: bytes, forward_only: bool) -> Pass:
-    body = PassBody.of(json_of(data))
+    body, tensors = PassBody.of(json_of(data)), Tensors()
     datums = [
         (
             datum.model_input.to_ints(),
-            {n: _json_array(n, v) for n, v in datum.loss_fn_inputs.items()},
+            {
+                name: tensors.of_json(
+                    tensor,
+                    dtype="int64" if name == "target_tokens" else "float32",
+                    field=_field(name),
+                )
+                for name, tensor in datum.loss_fn_inputs.items()
+            },
         )
         for datum in body.given.data
     ]
@@ -107,12 +108,6 @@ def _json_pass(data: bytes, forward_only: bool) -> Pass:
     )
 
 
-def _json_array(name: str, value: JsonTensor) -> Any:
-    if len(value.shape or (1,)) != 1 or value.sparse_crow_indices is not None:
-        raise _two_dimensional(name)
-    return value.data
-
-
 def _proto_pass(data: bytes) -> Pass:
     _check_count(data)
     try:
@@ -124,10 +119,14 @@ def _proto_pass(data: bytes) -> Pass:
     options: dict[str, float | str] = dict(given.loss_fn_config)
     for name, value in given.loss_fn_config_v2.items():
         options[name] = value.text if value.WhichOneof("value") == "text" else value.number
+    tensors = Tensors()
     datums = [
         (
             np.concatenate([_tokens(chunk) for chunk in datum.model_input] or [np.zeros(0, "<i4")]),
-            {name: _array(name, tensor) for name, tensor in datum.loss_fn_inputs.items()},
+            {
+                name: tensors.of_message(tensor, field=_field(name))
+                for name, tensor in datum.loss_fn_inputs.items()
+            },
         )
         for datum in given.data
     ]
@@ -186,29 +185,11 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 def _tokens(chunk: Any) -> Any:
     if chunk.WhichOneof("chunk") != "text":
         raise no_images()
-    return _numbers(chunk.text.tokens, "<i4", field="model_input")
+    return numbers(chunk.text.tokens, "<i4", field="model_input")
 
 
-def _array(name: str, tensor: Any) -> Any:
-    if tensor.WhichOneof("encoding") == "sparse_csr" or len(tensor.shape) > 1:
-        raise _two_dimensional(name)
-    if tensor.dtype not in DTYPES:
-        raise errors.InvalidDatumError(
-            "is neither float32 nor int64.", field=f"loss_fn_inputs[{name[:80]!r}]"
-        )
-    array = _numbers(tensor.dense, DTYPES[tensor.dtype], field=f"loss_fn_inputs[{name[:80]!r}]")
-    if list(tensor.shape) not in ([], [len(array)]):
-        raise errors.InvalidDatumError(
-            f"has {len(array)} values for the shape {list(tensor.shape)}.",
-            field=f"loss_fn_inputs[{name[:80]!r}]",
-        )
-    return array
-
-
-def _numbers(data: bytes, dtype: str, *, field: str) -> Any:
-    if len(data) % np.dtype(dtype).itemsize:
-        raise errors.InvalidDatumError(f"has {len(data)} bytes of {dtype} values.", field=field)
-    return np.frombuffer(data, dtype)
+def _field(name: str) -> str:
+    return f"loss_fn_inputs[{name[:80]!r}]"
 
 
 def _pass(
@@ -239,11 +220,3 @@ def _pass(
         backward=not forward_only,
     )
     return Pass(model_id, seq_id, loss_fn, operation)
-
-
-def _two_dimensional(name: str) -> errors.UnsupportedError:
-    return errors.UnsupportedError(
-        "has two dimensions or is sparse, which is not computed yet.",
-        field=f"loss_fn_inputs[{name[:80]!r}]",
-        hint="Send one target for each position.",
-    )

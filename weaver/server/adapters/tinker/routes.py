@@ -289,9 +289,10 @@ async def asample(request: Request, service: ServiceDep) -> JsonDict:
     name = session.sampler(called)
     model = await service.get_model(name.base_model)
     operation = body.operation(sampler_id=name.sampler_id, context=model.context_length)
-    tempered = operation.params.temperature not in (0.0, 1.0)
+    temperature = operation.params.temperature or 1.0
     request_id = f"{called}:{body.seq_id}"
-    await session.submit(operation, request_id, Note(tempered=tempered))
+    note = Note(temperature=temperature, sparse_targets=body.sparse_targets)
+    await session.submit(operation, request_id, note)
     ids = [f"{request_id}:{i}" for i in range(body.num_samples)]
     return {"request_id": request_id, "sample_sequence_ids": ids}
 

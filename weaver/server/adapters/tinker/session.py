@@ -39,8 +39,10 @@ class Note(BaseModel):
     model_id: str = ""
     sampling_session: str = ""
     """What a sampler without a name is called."""
-    tempered: bool = False
-    """Whether a sample's log-probabilities are asked for under the temperature."""
+    temperature: float = 1.0
+    """Under which a sample's log-probabilities are asked for; 1 where it was greedy."""
+    sparse_targets: bool = False
+    """Whether those of targets are told in sparse rows."""
     loss_fn: str = ""
 
 
