@@ -5,7 +5,7 @@ Three levels, each written with the names of the one below: `train(model, tasks,
 Every module lists what it gives to users in `__all__`.
 """
 
-from weaver_rl import schedules
+from weaver_rl import credit, schedules
 from weaver_rl.advantages import *
 from weaver_rl.agent import *
 from weaver_rl.algorithms.policy import *
@@ -13,6 +13,7 @@ from weaver_rl.algorithms.rejection import *
 from weaver_rl.algorithms.run import *
 from weaver_rl.algorithms.supervised import *
 from weaver_rl.checks import *
+from weaver_rl.credit.marks import *
 from weaver_rl.data import *
 from weaver_rl.display import *
 from weaver_rl.evaluation import *

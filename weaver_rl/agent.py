@@ -12,11 +12,13 @@ would have drawn.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weaver import AsyncSamplingClient
+from weaver.errors import InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import ModelInput, SampledSequence, SamplingParams, StopReason
 from weaver_rl.conversations import decode_behind, encode_behind, render, reply_content
@@ -92,8 +94,8 @@ class Agent:
         self._done: list[Segment] = []
         self._messages: list[Mapping[str, str]] = []
         self._tools: Sequence[Mapping[str, Any]] = ()
-        self._turns = 0
-        self._sampled = 0
+        self._lengths: list[int] = []  # sampled tokens, by turn
+        self._rewards: dict[int, float] = {}  # by turn
         self._stop_reason: StopReason = "stop"
 
     def system(self, text: str) -> None:
@@ -140,8 +142,38 @@ class Agent:
             segments=tuple(segment for segment in segments if segment.tokens),
             messages=self.messages,
             stop_reason=self._stop_reason,
-            turns=self._turns,
+            turns=len(self._lengths),
+            reply_lengths=tuple(self._lengths),
+            turn_rewards=self._turn_rewards,
         )
+
+    def reward(self, value: float, *, turn: int = -1) -> None:
+        """What a turn was worth, in units of reward, for `credit.turns`; several are added.
+
+        The environment's own result is not changed by it.
+
+        Args:
+            turn: from 0; -1: the last, -2: the one before.
+
+        Raises:
+            InvalidRequestError: there is no such turn, or the value is not finite.
+        """
+        count = len(self._lengths)
+        if not -count <= turn < count:
+            raise InvalidRequestError(
+                f"is {turn}, and {count} turns were played.",
+                field="turn",
+                hint="Reward a turn behind its reply: -1 is the last, 0 the first.",
+            )
+        if not math.isfinite(value):
+            raise InvalidRequestError(f"is {value}.", field="value", hint="It must be finite.")
+        turn %= count
+        self._rewards[turn] = self._rewards.get(turn, 0.0) + float(value)
+
+    @property
+    def _turn_rewards(self) -> tuple[float, ...]:
+        every = range(len(self._lengths)) if self._rewards else ()
+        return tuple(self._rewards.get(turn, 0.0) for turn in every)
 
     @property
     def _tokens(self) -> tuple[int, ...]:
@@ -185,23 +217,23 @@ class Agent:
         stopped = sequence.stop_reason == "stop"
         said = reply_content(self.tokenizer, sequence.tokens, stopped=stopped)
         self._messages.append({"role": "assistant", "content": said})
-        self._turns += 1
-        self._sampled += len(sequence.tokens)
+        self._lengths.append(len(sequence.tokens))
         self._stop_reason = sequence.stop_reason
         return reply
 
     def _params(self, max_tokens: int | None) -> SamplingParams:
         """This turn's parameters, within what is left of the budget and the context."""
         budget, wanted = self._budget, max_tokens or self._sampling.max_tokens
-        if budget.turns is not None and self._turns >= budget.turns:
+        turns, sampled = len(self._lengths), sum(self._lengths)
+        if budget.turns is not None and turns >= budget.turns:
             raise BudgetExceeded(f"all {budget.turns} turns are used")
-        left = float("inf") if budget.tokens is None else budget.tokens - self._sampled
-        if self._turns:  # a first prompt that does not fit is an error of the task: sample names it
+        left = float("inf") if budget.tokens is None else budget.tokens - sampled
+        if turns:  # a first prompt that does not fit is an error of the task: sample names it
             room = self._sampler.model_info.context_length - len(self._rows)
             left = min(left, room)
         if left < 1:
-            raise BudgetExceeded(f"{self._sampled} tokens are sampled, and no more fit")
-        seed = derive_seed(self._seed, self._turns)
+            raise BudgetExceeded(f"{sampled} tokens are sampled, and no more fit")
+        seed = derive_seed(self._seed, turns)
         update = {"max_tokens": int(min(wanted, left)), "seed": seed}
         return self._sampling.model_copy(update=update)
 

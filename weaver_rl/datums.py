@@ -1,4 +1,4 @@
-"""Training sequences: from rollouts with advantages to the datums of a loss, exactly aligned.
+"""Training sequences: from rollouts with marks to the datums of a loss, exactly aligned.
 
 Called by `weaver_rl.algorithms.step`. A segment of T tokens becomes arrays of length N = T − 1:
 position i reads token i and predicts token i+1, so what belongs to token i+1 stands at i.
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from weaver.types import Datum, ModelInput
+from weaver_rl.credit.marks import Marks
 from weaver_rl.objectives import Aggregate, Behaviour, Objective
-from weaver_rl.types import FloatPG, Group, Segment
+from weaver_rl.types import Group, Rollout, Segment
 
 FloatN = npt.NDArray[np.float64]
 IntN = npt.NDArray[np.int64]
@@ -37,48 +38,70 @@ class Example:
     versions: IntN
     """Weights that sampled the target; -1 elsewhere."""
     advantages: FloatN
+    counts: FloatN
+    """How much each token counts, by its marks; 0 where mask is 0."""
     weights: FloatN
-    """Share of each token in the loss; 0 where mask is 0."""
+    """Share of each token in the loss; 0 where it does not count."""
     reference: FloatN
     """Log-probability of the target under the reference model, untempered; 0 where none is."""
     rollout: int
     """Which rollout of the batch it is part of, from 0."""
+    place: tuple[int, int, int]
+    """Group, rollout of the group, segment of the rollout; from 0."""
 
 
 def examples(
     groups: Sequence[Group],
-    advantages_P_G: FloatPG,
+    marks: Sequence[Sequence[Marks]],
     *,
     behaviour: Behaviour,
     aggregate: Aggregate | None,
 ) -> list[Example]:
-    """The segments of all rollouts that did not fail; those without a sampled token are left out.
+    """The segments of all rollouts that did not fail; those of which no token counts are left out.
 
-    Weights are the mask, for the aggregate "sequence" divided by the rollout's sampled tokens.
+    Weights are those of the marks, for the aggregate "sequence" divided by their sum in a rollout.
     """
     made: list[Example] = []
     number = 0
-    for group, advantages_G in zip(groups, advantages_P_G, strict=True):
-        for rollout, advantage in zip(group.rollouts, advantages_G, strict=False):
-            sampled = rollout.trajectory.num_sampled
-            if rollout.failure is not None or not sampled:
+    for p, (group, marks_G) in enumerate(zip(groups, marks, strict=True)):
+        for g, (rollout, one) in enumerate(zip(group.rollouts, marks_G, strict=True)):
+            total = float(one.weights.sum())
+            if rollout.failure is not None or not total:
                 continue
-            share = 1.0 / sampled if aggregate == "sequence" else 1.0
+            share = 1.0 / total if aggregate == "sequence" else 1.0
+            columns = by_segment(rollout, one.advantages), by_segment(rollout, one.weights)
+            segments = zip(rollout.trajectory.segments, *columns, strict=True)
             made.extend(
-                _example(segment, float(advantage), share, behaviour, number)
-                for segment in rollout.trajectory.segments
-                if any(segment.mask)
+                _example(segment, advantages, counts, share, behaviour, number, (p, g, s))
+                for s, (segment, advantages, counts) in enumerate(segments)
+                if counts[1:].any()
             )
             number += 1
     return made
 
 
+def by_segment(rollout: Rollout, values: FloatN) -> list[FloatN]:
+    """Numbers of the sampled tokens where they stand in each segment, [T] each, 0 elsewhere."""
+    made = []
+    begin = 0
+    for segment in rollout.trajectory.segments:
+        mask = np.array(segment.mask, dtype=np.bool_)
+        end = begin + int(mask.sum())
+        placed = np.zeros(len(mask))
+        placed[mask] = values[begin:end]
+        made.append(placed)
+        begin = end
+    return made
+
+
 def denominator(batch: Sequence[Example], aggregate: Aggregate | None, *, max_tokens: int) -> float:
-    """What the summed loss of a batch is divided by; see `Objective.aggregate`. At least 1."""
+    """What the summed loss of a batch is divided by; see `Objective.aggregate`. 1 of none."""
     rollouts = len({example.rollout for example in batch})
     if aggregate == "constant":
-        return float(max(rollouts * max_tokens, 1))
-    return float(max(rollouts if aggregate == "sequence" else sum(e.mask.sum() for e in batch), 1))
+        return float(rollouts * max_tokens) or 1.0
+    if aggregate == "sequence":
+        return float(rollouts) or 1.0
+    return float(sum(example.counts.sum() for example in batch)) or 1.0
 
 
 def to_datum(example: Example, loss_fn: str) -> Datum:
@@ -101,25 +124,6 @@ def kl_datum(example: Example) -> Datum:
         example, q=example.reference * example.mask, advantages=np.zeros_like(example.mask)
     )
     return to_datum(flat, "dro")
-
-
-def with_kl_rewards(batch: Sequence[Example], *, beta: float) -> list[Example]:
-    """Takes the penalties β·(log π − log π_ref) (untempered) off the advantages, as returns.
-
-    Each sampled token answers for its own penalty and for those behind it in its rollout, whose
-    segments follow each other in the batch, since it decided what came there (the reward of
-    arXiv:2501.03262). Its own alone is the gradient of a KL in the loss (arXiv:2510.01555). Left
-    out: a discount, and a baseline of the penalties.
-    """
-    behind: dict[int, float] = {}
-    made: list[Example] = []
-    for example in reversed(batch):
-        penalties = beta * (example.policy - example.reference) * example.mask
-        later = behind.get(example.rollout, 0.0)
-        to_go = np.cumsum(penalties[::-1])[::-1] + later
-        made.append(replace(example, advantages=example.advantages - to_go * example.mask))
-        behind[example.rollout] = later + float(penalties.sum())
-    return made[::-1]
 
 
 def corrected(
@@ -218,7 +222,13 @@ def _by_rollout(batch: Sequence[Example], values: Sequence[FloatN]) -> dict[int,
 
 
 def _example(
-    segment: Segment, advantage: float, share: float, behaviour: Behaviour, rollout: int
+    segment: Segment,
+    advantages: FloatN,
+    counts: FloatN,
+    share: float,
+    behaviour: Behaviour,
+    rollout: int,
+    place: tuple[int, int, int],
 ) -> Example:
     mask = np.array(segment.mask[1:], dtype=np.float64)
     policy = np.array(segment.logprobs[1:], dtype=np.float64)
@@ -229,8 +239,10 @@ def _example(
         q=(drawn if behaviour.tempered else policy) * mask,
         policy=policy * mask,
         versions=np.array(segment.versions[1:], dtype=np.int64),
-        advantages=advantage * mask,
-        weights=share * mask,
+        advantages=advantages[1:],
+        counts=counts[1:],
+        weights=share * counts[1:],
         reference=np.zeros_like(mask),
         rollout=rollout,
+        place=place,
     )

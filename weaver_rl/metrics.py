@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from weaver_rl.credit.marks import Marks
 from weaver_rl.plan import ROUNDING
 from weaver_rl.types import Group, Rollout
 
@@ -62,6 +63,40 @@ def rollout_metrics(
         values = [r.metrics[name] for r in scored if name in r.metrics]
         metrics[f"score/{name}"] = float(np.mean(values))
     return metrics
+
+
+def credit_metrics(groups: Sequence[Group], marks: Sequence[Sequence[Marks]]) -> dict[str, float]:
+    """The marks of a step: `credit/abs_max`, the parts of a sum, and what was measured for them.
+
+    Over the tokens that count, of the rollouts that did not fail.
+    """
+    of = [
+        one
+        for group, row in zip(groups, marks, strict=True)
+        for rollout, one in zip(group.rollouts, row, strict=True)
+        if rollout.failure is None and one.weights.any()
+    ]
+    sampled = sum(r.trajectory.num_sampled for g in groups for r in g.rollouts if not r.failure)
+    counted = sum(int((one.weights > 0).sum()) for one in of)
+    if not sampled or not of:
+        return {}
+
+    def gathered(kind: str, name: str) -> npt.NDArray[np.float64]:
+        return np.concatenate([getattr(one, kind)[name][one.weights > 0] for one in of])
+
+    A = np.concatenate([one.advantages[one.weights > 0] for one in of])
+    metrics = {
+        "credit/abs_max": float(np.abs(A).max()),
+        "credit/mean_abs": float(np.abs(A).mean()),
+        "credit/counted_fraction": counted / sampled,
+    }
+    for name in set(of[0].parts).intersection(*(one.parts for one in of[1:])):
+        values = gathered("parts", name)
+        metrics[f"credit/{name}/mean"] = float(values.mean())
+        metrics[f"credit/{name}/mean_abs"] = float(np.abs(values).mean())
+    for name in set(of[0].measured).intersection(*(one.measured for one in of[1:])):
+        metrics[name] = float(gathered("measured", name).mean())
+    return dict(sorted(metrics.items()))
 
 
 def train_metrics(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -237,11 +272,13 @@ def find_hints(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _by_design(history: Sequence[Mapping[str, float]]) -> bool:
-    """Whether kept samples teach, or the KL to a reference beside a reward of 0."""
+    """Whether kept samples teach, a teacher does, or the KL to a reference beside a reward of 0."""
     last = history[-1]
     ends = ("reward/mean", "reward/min", "reward/max")
     rewards = [row.get(end, 0.0) for row in history for end in ends]
-    return "rejection/kept" in last or ("train/kl_reference" in last and not any(rewards))
+    if "rejection/kept" in last or "kl/teacher" in last:
+        return True
+    return "kl/reference" in last and not any(rewards)
 
 
 def _fallen(history: Sequence[Mapping[str, float]]) -> str | None:

@@ -12,16 +12,15 @@ token under the policy now, `q` under the weights that sampled it, r = exp(lp �
 | `dro`                 | −(lp·A − ½β(lp−q)²)             | arXiv:2405.19107                    |
 | `cross_entropy`       | −lp·A, no ratio                 | REINFORCE                           |
 
-Two additions pull the policy towards a reference model (both need `reference=`). `kl_reward` is a
-penalty in the reward: β·(log π − log π_ref) of a token and of all behind it is taken off its
-advantage, the gradient of the KL of whole rollouts. `kl_loss` adds β·½(lp − lp_ref)² to the loss:
-on the policy's own samples, the gradient of each token's own KL, what comes behind it left out.
+`kl_loss` pulls the policy towards a reference model (`reference=` of the loop): it adds
+β·½(lp − lp_ref)² to the loss, which is, on the policy's own samples, the gradient of each token's
+own KL, what comes behind it left out. The KL in the reward is `weaver_rl.credit.kl`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Literal
 
 from weaver import losses
@@ -66,12 +65,19 @@ class Objective:
     rollout (truncated importance sampling; decoupled PPO, arXiv:2110.00641). none: nothing, on
     purpose. None: not said; the loss' own r."""
     correction_cap: float = 2.0
-    kl_reward: float = 0.0
-    """β of the KL penalty in the reward, in units of reward per nat."""
     kl_loss: float = 0.0
     """β of the KL penalty in the loss, per nat."""
+    kl_reward: InitVar[float | None] = None
+    """Refused, with the name that it has now."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, kl_reward: float | None) -> None:
+        if kl_reward is not None:
+            raise ConfigError(
+                "is a credit now.",
+                field="objective.kl_reward",
+                hint="Use Plan(credit=rl.credit.total(rl.credit.outcome(...), "
+                f"rl.credit.kl(reference, beta={kl_reward!r}))).",
+            )
         if self.aggregate is None:
             usual: Aggregate = "sequence" if self.loss_fn == "gspo" else "token"
             object.__setattr__(self, "aggregate", usual)
@@ -89,7 +95,7 @@ class Objective:
                 hint="Use sampling=SamplingParams(temperature=...) and aggregate=.",
             )
         check_loss(self.loss_fn, self.config)
-        for name in ("kl_reward", "kl_loss", "correction_cap"):
+        for name in ("kl_loss", "correction_cap"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"is {value!r}.", field=f"objective.{name}", hint="At least 0.")
@@ -102,7 +108,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_reward > 0 or self.kl_loss > 0
+        return self.kl_loss > 0
 
     @property
     def recomputes(self) -> bool:

@@ -13,7 +13,10 @@ from typing import Any, Literal, get_args
 
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
-from weaver_rl.advantages import AdvantageFn, advantage_fn
+from weaver_rl.advantages import AdvantageFn
+from weaver_rl.credit.combined import check_credits
+from weaver_rl.credit.marks import Credit
+from weaver_rl.credit.outcome import outcome
 from weaver_rl.guard import name_of
 from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.schedules import for_model
@@ -138,7 +141,11 @@ class Plan(Steps):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Its seed is not used: every sample's comes from `seed`."""
     objective: str | Objective = "importance_sampling"
-    advantage: str | AdvantageFn = "group_centred"
+    advantage: str | AdvantageFn | None = None
+    """Short for `credit=credit.outcome(advantage)`; None where a credit is given, else
+    "group_centred"."""
+    credit: Credit | None = None
+    """The advantage of each sampled token: one of `weaver_rl.credit`, or a function of yours."""
     zero_variance: ZeroVariance = "keep"
     passes: int = 1
     """How often each step's rollouts are trained on."""
@@ -160,7 +167,13 @@ class Plan(Steps):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )
-        advantage_fn(self.advantage)
+        if self.credit is not None and self.advantage is not None:
+            raise ConfigError(
+                "is given beside a credit.",
+                field="advantage",
+                hint="Use credit=rl.credit.total(rl.credit.outcome(advantage), ...).",
+            )
+        check_credits(self.credited)
         most = self.max_logprob_gap
         if most not in ("auto", None) and not (isinstance(most, int | float) and most >= 0):
             hint = '"auto", nats from 0 up, or None for any.'
@@ -189,9 +202,17 @@ class Plan(Steps):
         given = self.objective
         return given if isinstance(given, Objective) else Objective(loss_fn=given)
 
+    @property
+    def credited(self) -> Credit:
+        """The credit, or the one that `advantage` is short for."""
+        return self.credit or outcome(self.advantage or "group_centred")
+
     def as_config(self) -> dict[str, Any]:
         values = Steps.as_config(self)
         values["objective"] = {f.name: getattr(self.loss, f.name) for f in fields(Objective)}
-        if callable(self.advantage):
-            values["advantage"] = name_of(self.advantage)
+        if self.credit is not None:
+            values["credit"] = name_of(self.credit)
+        else:
+            given = self.advantage or "group_centred"
+            values["advantage"] = name_of(given) if callable(given) else given
         return values

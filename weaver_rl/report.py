@@ -1,7 +1,8 @@
 """`report.html`: a run in one page, made from what its folder holds. Loops write it at the end.
 
 Curves of every metric, hints, the best and the worst groups of any step with tokens coloured by
-log-probability gap, advantage, surprise or age, and the configuration. By hand: `weaver-rl report`.
+log-probability gap, advantage, its parts, surprise or age, and the configuration. By hand:
+`weaver-rl report`.
 
 A page has its style, its script and its data in one file and needs no network; the self-test writes
 one too. Data travels as JSON in a block that is never executed, and a content security policy names
@@ -173,7 +174,9 @@ def _rollout(record: Row) -> Row:
 
 def _segment(segment: Row) -> Row:
     """As the transcript has it, cut to what the page shows; a list that repeats another goes."""
-    cut = {name: values[:MAX_TOKENS] for name, values in segment.items()}
+    credit = {name: values[:MAX_TOKENS] for name, values in segment.get("credit", {}).items()}
+    cut = {k: values[:MAX_TOKENS] for k, values in segment.items() if k != "credit"}
+    cut |= {"credit": credit} if credit else {}
     if cut["sampling_logprobs"] == cut["logprobs"]:
         del cut["sampling_logprobs"]
     return cut | {"left_out": max(0, len(segment["tokens"]) - MAX_TOKENS)}

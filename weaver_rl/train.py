@@ -16,6 +16,7 @@ from weaver.types import SamplingParams
 from weaver_rl.advantages import AdvantageFn
 from weaver_rl.algorithms.policy import off_policy
 from weaver_rl.algorithms.run import Run, open_run
+from weaver_rl.credit.marks import Credit
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import evaluator
 from weaver_rl.objectives import Objective
@@ -54,7 +55,8 @@ def train(
     learning_rate: float | Schedule | None = None,
     sampling: SamplingParams | None = None,
     objective: str | Objective = "importance_sampling",
-    advantage: str | AdvantageFn = "group_centred",
+    advantage: str | AdvantageFn | None = None,
+    credit: Credit | None = None,
     max_staleness: int = 0,
     held_out: Sequence[Task] = (),
     evaluate_every: int = 10,
@@ -94,6 +96,7 @@ def train(
         sampling=sampling or SamplingParams(max_tokens=64),
         objective=objective,
         advantage=advantage,
+        credit=credit,
         max_staleness=max_staleness,
         evaluate_every=evaluate_every,
         max_logprob_gap=max_logprob_gap,

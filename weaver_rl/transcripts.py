@@ -7,9 +7,11 @@ One file a step, one line a rollout::
      "trained": true, "failure": null, "stop_reason": "stop", "turns": 1, "seconds": 0.2,
      "segments": [{"tokens": [...], "pieces": ["r", ...], "mask": [...], "logprobs": [...],
                    "sampling_logprobs": [...], "versions": [...], "advantages": [...],
-                   "gaps": [...]}]}
+                   "gaps": [...], "credit": {"outcome": [...], "kl/reference": [...]}}]}
 
-Lists of a segment have T entries. `gaps` is trainer − sampler in nats, null where not trained.
+Lists of a segment have T entries; the last three are there where it was trained on. `gaps` is
+trainer − sampler in nats, `credit` the parts of the advantages and what was measured for them. The
+rollout's `advantage` is the mean of those of its tokens that count.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from weaver_rl.datums import Example, FloatN
+from weaver_rl.credit.marks import Marks
+from weaver_rl.datums import Example, FloatN, by_segment
 from weaver_rl.storage import naming_storage, read_lines, write_lines
-from weaver_rl.types import FloatPG, Group, Rollout, Segment
+from weaver_rl.types import Group, Rollout, Segment
 
 MAX_BYTES = 512 * 2**20
 DIGITS = 5
@@ -33,7 +36,7 @@ def write_transcripts(
     step: int,
     *,
     groups: Sequence[Group],
-    advantages_P_G: FloatPG,
+    marks: Sequence[Sequence[Marks]],
     trained: Sequence[tuple[Example, FloatN]],
     dropped: Sequence[Group] = (),
     decode: Callable[[tuple[int, ...]], str],
@@ -42,8 +45,8 @@ def write_transcripts(
     """Writes the step's file, atomically, then thins out old steps to stay below `max_bytes`.
 
     Args:
-        groups: those that were trained on; `advantages_P_G` are theirs.
-        trained: what `datums.examples(groups, ...)` made, in its order, each with the trainer's
+        groups: those that were trained on; `marks` are theirs.
+        trained: what `datums.examples(groups, marks, ...)` made, each with the trainer's
             log-probabilities [N] before the step.
         dropped: groups that were sampled and left out.
         decode: the tokenizer's, special tokens included.
@@ -51,26 +54,27 @@ def write_transcripts(
     Raises:
         StorageError: disk full or not writable.
     """
-    left = iter(trained)
+    learned = {one[0].place: one for one in trained}
     # Samples of a step share most of their tokens and pieces.
     cached = lru_cache(maxsize=100_000)(decode)
     records = []
-    advantages = [*advantages_P_G.tolist(), *(None for _ in dropped)]
-    for p, (group, advantages_G) in enumerate(zip([*groups, *dropped], advantages, strict=True)):
+    for p, group in enumerate([*groups, *dropped]):
         for g, rollout in enumerate(group.rollouts):
-            learns = advantages_G is not None and rollout.failure is None
+            own = marks[p][g] if p < len(groups) and rollout.failure is None else None
             segments = [
-                _segment(one, next(left, None) if learns and any(one.mask) else None, cached)
-                for one in rollout.trajectory.segments
+                _segment(one, learned.get((p, g, s)), cached)
+                for s, one in enumerate(rollout.trajectory.segments)
             ]
+            if own is not None:
+                _add_credit(segments, rollout, own)
             records.append(
                 {
                     "step": step,
                     "group": p,
                     "rollout": g,
                     **_rollout(rollout),
-                    "advantage": advantages_G[g] if learns else None,
-                    "trained": learns,
+                    "advantage": None if own is None else _mean_advantage(own),
+                    "trained": own is not None and bool(own.weights.any() or not own.weights.size),
                     "segments": segments,
                 }
             )
@@ -142,6 +146,19 @@ def _segment(
         record["advantages"] = [0.0, *(round(float(a), DIGITS) for a in example.advantages)]
         record["gaps"] = [0.0, *(float(f"{gap:.3g}") for gap in gaps_N)]
     return record
+
+
+def _add_credit(segments: Sequence[dict[str, Any]], rollout: Rollout, marks: Marks) -> None:
+    for name, values in {**marks.parts, **marks.measured}.items():
+        for record, placed in zip(segments, by_segment(rollout, values), strict=True):
+            if "advantages" in record:
+                rounded = [round(x, DIGITS) for x in placed.tolist()]
+                record.setdefault("credit", {})[name] = rounded
+
+
+def _mean_advantage(marks: Marks) -> float | None:
+    counted = marks.advantages[marks.weights > 0]
+    return round(float(counted.mean()), DIGITS) if counted.size else None
 
 
 def _thin_out(folder: Path, max_bytes: int) -> None:

@@ -114,6 +114,10 @@ class Trajectory:
     """That of the last reply."""
     turns: int = 0
     """Replies sampled."""
+    reply_lengths: tuple[int, ...] = ()
+    """Sampled tokens of each turn; () where there is but one."""
+    turn_rewards: tuple[float, ...] = ()
+    """What `Agent.reward` gave each turn; () where it gave nothing."""
 
     @property
     def num_sampled(self) -> int:

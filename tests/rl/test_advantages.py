@@ -85,6 +85,18 @@ def test_equal_rewards_give_exactly_zero(name: str, reward: float) -> None:
     assert (got == 0).all()
 
 
+@pytest.mark.parametrize("name", ["standardised", "reinforce_pp", "reinforce_pp_baseline"])
+def test_the_deviation_divides_by_n_or_one_less(name: str) -> None:
+    rewards = REWARDS[:1] if name == "standardised" else REWARDS
+    centred = rewards - rewards.mean(axis=None if name == "reinforce_pp" else 1, keepdims=True)
+    for ddof in (0, 1):
+        got = advantage_fn(name, ddof=ddof)(rewards, np.ones(rewards.shape, dtype=bool))
+        np.testing.assert_allclose(got, centred / centred.std(ddof=ddof), atol=1e-5)
+    for wrong, ddof in (("raw", 1), (name, 2)):
+        with pytest.raises(ConfigError, match="ddof"):
+            advantage_fn(wrong, ddof=ddof)
+
+
 def test_names() -> None:
     assert advantage_fn("raw") is ADVANTAGES["raw"]
     assert advantage_fn(ADVANTAGES["raw"]) is ADVANTAGES["raw"]

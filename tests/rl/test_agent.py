@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from weaver.tokenizers import end_tokens
 from weaver.types import SamplingParams
 from weaver_rl import datums
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, respond_all
+from weaver_rl.credit.marks import level
 from weaver_rl.objectives import Behaviour
 from weaver_rl.types import Group, Rollout
 
@@ -82,7 +82,7 @@ def trained_tokens(trajectory: Trajectory) -> list[int]:
     """The targets that have a weight in the datums that a step would send."""
     group = Group(task={}, rollouts=(Rollout(task={}, trajectory=trajectory, reward=1.0),))
     made = datums.examples(
-        [group], np.ones((1, 1)), behaviour=Behaviour(True, 1.0), aggregate="token"
+        [group], [[level(group.rollouts[0])]], behaviour=Behaviour(True, 1.0), aggregate="token"
     )
     return [
         int(token)

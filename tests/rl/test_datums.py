@@ -14,6 +14,7 @@ from tests.rl.helpers import group, rollout, segment
 from weaver.checks import check_datums
 from weaver.losses import Gspo, Tokens
 from weaver_rl import datums
+from weaver_rl.credit.marks import Marks, spread
 from weaver_rl.objectives import LOSSES, Aggregate, Behaviour, Objective
 from weaver_rl.types import Group, Segment
 
@@ -22,8 +23,8 @@ ON_POLICY = Behaviour(True, 1.0)
 
 def made(*rollouts: object, aggregate: Aggregate = "token") -> list[datums.Example]:
     whole = Group(task={}, rollouts=rollouts)  # type: ignore[arg-type]
-    advantages = np.arange(1.0, len(rollouts) + 1)[None]
-    return datums.examples([whole], advantages, behaviour=ON_POLICY, aggregate=aggregate)
+    marks = spread([whole], np.arange(1.0, len(rollouts) + 1)[None])
+    return datums.examples([whole], marks, behaviour=ON_POLICY, aggregate=aggregate)
 
 
 def test_a_segment_by_hand() -> None:
@@ -42,9 +43,10 @@ def test_a_segment_by_hand() -> None:
     assert inputs["weights"].tolist() == [0, 1, 1, 0, 1]
     assert inputs["advantages"].tolist() == [0, 1, 1, 0, 1]
     np.testing.assert_allclose(inputs["logprobs"], [0, -0.3, -0.4, 0, -0.6], atol=1e-7)
+    whole = [Group(task={}, rollouts=(rollout(1.0, two_turns),))]
     (untempered,) = datums.examples(
-        [Group(task={}, rollouts=(rollout(1.0, two_turns),))],
-        np.ones((1, 1)),
+        whole,
+        spread(whole, np.ones((1, 1))),
         behaviour=Behaviour(False, 1.0),
         aggregate="token",
     )
@@ -142,59 +144,35 @@ def test_corrections_change_nothing_on_policy(name: str) -> None:
         np.testing.assert_array_equal(after.q, before.q)
 
 
-def test_kl_in_the_reward_and_in_the_loss() -> None:
+def test_kl_in_the_loss() -> None:
     (example,) = made(rollout(1.0, segment([1, 2], [3, 4], logprob=-0.5)))
     example = replace(example, reference=np.array([-9.0, -1.5, -0.51]))
-    got = datums.with_kl_rewards([example], beta=0.1)[0]
-    np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 0.0])
-    back = replace(example, reference=np.array([-9.0, -0.5, -1.51]))  # the penalty is behind
-    got = datums.with_kl_rewards([back], beta=0.1)[0]
-    np.testing.assert_allclose(got.advantages, [0.0, 1 - 0.1 * 1.0, 1 - 0.1 * 1.0])
     inputs = datums.kl_datum(example).loss_fn_inputs
     np.testing.assert_allclose(inputs["logprobs"], [0, -1.5, -0.51])
     assert not np.any(inputs["advantages"])
 
 
-def test_a_token_answers_for_penalties_of_later_segments_of_its_rollout_alone() -> None:
-    batch = made(
-        rollout(1.0, segment([1], [2, 3]), segment([1], [4])), rollout(1.0, segment([1], [5]))
-    )
-    batch = [replace(e, policy=e.mask * 0.0, reference=e.mask * -1.0) for e in batch]  # 1 nat each
-    got = datums.with_kl_rewards(batch, beta=0.1)
-    for example, advantages in zip(got, ([0.7, 0.8], [0.9], [1.9]), strict=True):
-        np.testing.assert_allclose(example.advantages, advantages)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_gradient_of_the_kl_reward_is_that_of_the_kl_of_whole_rollouts(seed: int) -> None:
-    """E[Σ β(log π − log π_ref)] of two tokens, summed exactly, against finite differences."""
-    rng = np.random.default_rng(seed)
-    theta, ref = rng.normal(size=(2, 4, 3))  # row 0: the first token; row 1 + a: behind a
-    beta, pairs = 0.5, [(a, b) for a in range(3) for b in range(3)]
-
-    def logs(of: np.ndarray) -> np.ndarray:
-        return of - np.log(np.exp(of).sum(1, keepdims=True))
-
-    def penalty(of: np.ndarray) -> float:
-        p, r = logs(of), logs(ref)
-        both = [(p[0, a] + p[1 + a, b], r[0, a] + r[1 + a, b]) for a, b in pairs]
-        return beta * sum(np.exp(lp) * (lp - lr) for lp, lr in both)
-
-    found, right = np.zeros((4, 3)), np.zeros((4, 3))
-    p, r = logs(theta), logs(ref)
-    for a, b in pairs:
-        (example,) = made(rollout(0.0, segment([0], [a, b])))
-        policy, reference = (np.array([of[0, a], of[1 + a, b]]) for of in (p, r))
-        example = replace(example, policy=policy, reference=reference, advantages=np.zeros(2))
-        A = datums.with_kl_rewards([example], beta=beta)[0].advantages
-        for row, token, advantage in ((0, a, A[0]), (1 + a, b, A[1])):
-            slope = np.eye(3)[token] - np.exp(p[row])  # ∇ log π(token)
-            found[row] -= np.exp(policy.sum()) * advantage * slope
-    for place in np.ndindex(4, 3):
-        step = np.zeros((4, 3))
-        step[place] = 1e-5
-        right[place] = (penalty(theta + step) - penalty(theta - step)) / 2e-5
-    np.testing.assert_allclose(found, right, atol=1e-8)
+@pytest.mark.parametrize(
+    ("aggregate", "want"), [("token", 1.5), ("sequence", 1.0), ("constant", 10.0)]
+)
+def test_tokens_count_by_their_marks(aggregate: Aggregate, want: float) -> None:
+    """One of three rollouts, and one of two segments, teaches nothing and is not computed."""
+    one = rollout(1.0, segment([1], [2, 3]), segment([1], [4]))
+    whole = [Group(task={}, rollouts=(one, rollout(1.0), rollout(None)))]
+    marks = [
+        [
+            Marks(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.5, 0.0])),
+            Marks(np.ones(2), np.zeros(2)),
+            Marks(np.ones(2), np.ones(2)),
+        ]
+    ]
+    (example,) = datums.examples(whole, marks, behaviour=ON_POLICY, aggregate=aggregate)
+    assert example.place == (0, 0, 0)
+    total = datums.denominator([example], aggregate, max_tokens=10)
+    assert total == want
+    np.testing.assert_allclose(example.advantages, [1.0, 2.0])
+    shares = np.array([1.0, 0.5]) / (1.5 if aggregate == "sequence" else 1.0)
+    np.testing.assert_allclose(example.weights, shares)
 
 
 @pytest.mark.parametrize("name", [None, "ratio", "token", "sequence", "none"])
@@ -275,7 +253,7 @@ def test_shorter_groups_of_a_batch() -> None:
     groups = [group(1.0, 0.0), group(1.0)]
     got = datums.examples(
         groups,
-        np.array([[1.0, -1.0], [2.0, 0.0]]),
+        spread(groups, np.array([[1.0, -1.0], [2.0, 0.0]])),
         behaviour=ON_POLICY,
         aggregate="token",
     )

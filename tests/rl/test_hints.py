@@ -85,7 +85,7 @@ def test_a_run_that_does_not_move(slope: float, change: dict[str, float], names:
 def test_silent_where_the_reward_is_zero_by_design() -> None:
     flat = {"reward/mean": 0.0, "reward/max": 0.0, "reward/std": 0.0}
     equal = {**RUN, **flat, "groups/zero_variance_fraction": 1.0}
-    assert find_hints([{**equal, "train/kl_reference": 0.3}] * 70) == {}
+    assert find_hints([{**equal, "kl/reference": 0.3}] * 70) == {}
     assert find_hints([{**equal, "rejection/kept": 8.0}] * 70) == {}
     assert list(find_hints([equal] * 70)) == ["rewards_equal"]
 

@@ -11,6 +11,7 @@ import pytest
 from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import AdamParams, ModelInfo, SamplingParams
+from weaver_rl import credit
 from weaver_rl.agent import derive_seed
 from weaver_rl.algorithms.policy import off_policy, on_policy
 from weaver_rl.algorithms.run import Run
@@ -108,7 +109,9 @@ VARIANTS = {
     "filtered": {"sampling": SamplingParams(max_tokens=6, temperature=0.7, top_p=0.999)},
     "token": {"objective": Objective(correction="token")},
     "sequence": {"objective": Objective(correction="sequence")},
-    "kl_reward": {"objective": Objective(kl_reward=0.01)},
+    "whitened": {"credit": credit.whitened(credit.total(credit.outcome("raw")))},
+    "turns": {"credit": credit.total(credit.outcome(), credit.turns())},
+    "unless": {"credit": credit.unless(lambda rollout: rollout.reward == 0, credit.outcome())},
     "kl_loss": {"objective": Objective(kl_loss=0.01)},
     "standardised": {"advantage": "standardised", "zero_variance": "drop"},
     "resample": {"zero_variance": "resample"},

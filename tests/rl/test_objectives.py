@@ -29,7 +29,7 @@ def test_every_name_is_a_loss_of_the_engine(name: str) -> None:
     [
         ({"loss_fn": "pppo"}, "Did you mean 'ppo'"),
         ({"config": {"denominator": 3.0}}, "set by the loop"),
-        ({"kl_reward": -1.0}, "At least 0"),
+        ({"kl_reward": 0.01}, r"rl.credit.kl\(reference, beta=0.01\)"),
         ({"kl_loss": float("nan")}, "At least 0"),
         ({"loss_fn": "cross_entropy", "correction": "ratio"}, "no ratio"),
         ({"loss_fn": "dro", "correction": "ratio"}, "no ratio"),

@@ -16,6 +16,7 @@ import pytest
 
 from tests.rl.helpers import group
 from weaver.errors import NotFoundError
+from weaver_rl.credit.marks import spread
 from weaver_rl.datums import examples
 from weaver_rl.objectives import Behaviour
 from weaver_rl.report import json_block, report_data, thinned, write_report
@@ -64,7 +65,10 @@ def make_run(path: Path, *, steps: int = 3) -> RunFolder:
         groups[0], rollouts=tuple(replace(r, task={"prompt": EVIL}) for r in groups[0].rollouts)
     )
     advantages_P_G = np.array([[0.5, -0.5], [0, 0], [0, 0], [0, 0], [0, 0]])
-    made = examples(groups, advantages_P_G, behaviour=Behaviour(True, 1.0), aggregate="token")
+    marks = spread(groups, advantages_P_G)
+    one = np.array([0.25, 0.5])
+    marks[0][0] = replace(marks[0][0], parts={EVIL: one}, measured={"kl/reference": one})
+    made = examples(groups, marks, behaviour=Behaviour(True, 1.0), aggregate="token")
     for step in range(1, steps + 1):
         gap = 0.01 if step == 2 else 1e-6
         row = {"reward/mean": step / 10, "gap/max": gap, EVIL: float(step)}
@@ -73,7 +77,7 @@ def make_run(path: Path, *, steps: int = 3) -> RunFolder:
             folder.transcripts,
             step,
             groups=groups,
-            advantages_P_G=advantages_P_G,
+            marks=marks,
             trained=[(one, one.q + 0.001) for one in made],
             decode=decode,
         )
@@ -99,6 +103,7 @@ def test_the_run_is_in_the_page(tmp_path: Path) -> None:
     assert segment["pieces"] == ["b", "c", EVIL, "e"]
     assert (segment["advantages"], segment["versions"]) == ([0, 0, 0.5, 0.5], [-1, -1, 0, 0])
     assert segment["gaps"] == [0, 0, 0.001, 0.001]
+    assert segment["credit"] == {EVIL: [0, 0, 0.25, 0.5], "kl/reference": [0, 0, 0.25, 0.5]}
     assert segment["sampling_logprobs"] != segment["logprobs"]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from tests.rl.helpers import group, rollout, segment
+from weaver_rl.credit.marks import spread
 from weaver_rl.datums import examples
 from weaver_rl.objectives import Behaviour
 from weaver_rl.transcripts import (
@@ -35,13 +37,17 @@ def test_every_rollout_with_what_training_knew(tmp_path: Path) -> None:
     )
     groups = [group(1.0, None, 0.0), two]
     advantages_P_G = np.array([[0.5, 0.0, -0.5], [0.25, -0.25, 0.0]])
-    made = examples(groups, advantages_P_G, behaviour=Behaviour(False, 1.0), aggregate="token")
+    marks = spread(groups, advantages_P_G)
+    parts = {"outcome": np.array([0.5, 0.5]), "turns": np.array([0.25, -0.25])}
+    measured = {"kl/reference": np.array([0.0, 0.125])}
+    marks[0][0] = replace(marks[0][0], parts=parts, measured=measured)
+    made = examples(groups, marks, behaviour=Behaviour(False, 1.0), aggregate="token")
     trained = [(one, one.q + 0.001 * (i + 1)) for i, one in enumerate(made)]
     write_transcripts(
         tmp_path,
         7,
         groups=groups,
-        advantages_P_G=advantages_P_G,
+        marks=marks,
         trained=trained,
         dropped=[group(0.0, 0.0)],
         decode=decode,
@@ -61,6 +67,10 @@ def test_every_rollout_with_what_training_knew(tmp_path: Path) -> None:
     ]  # fmt: skip
     first = rows[0]["segments"][0]
     assert first["advantages"] == [0, 0, 0.5, 0.5]
+    assert first["credit"] == {
+        "outcome": [0, 0, 0.5, 0.5], "turns": [0, 0, 0.25, -0.25], "kl/reference": [0, 0, 0, 0.125]
+    }  # fmt: skip
+    assert "credit" not in rows[2]["segments"][0]
     assert first["pieces"] == ["b", "c", "d", "e"]
     assert (first["mask"], first["versions"]) == ([0, 0, 1, 1], [-1, -1, 0, 0])
     assert read_transcripts(tmp_path, 8) == []
@@ -72,7 +82,7 @@ def test_old_steps_are_thinned_out(tmp_path: Path) -> None:
             tmp_path,
             step,
             groups=[group(1.0)],
-            advantages_P_G=np.zeros((1, 1)),
+            marks=spread([group(1.0)], np.zeros((1, 1))),
             trained=(),
             decode=decode,
             max_bytes=max_bytes,

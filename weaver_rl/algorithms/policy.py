@@ -2,7 +2,7 @@
 
 Each step: 1. publish the weights; 2. play P tasks G times with them, or take what older weights
 have played (`Pipeline`); 3. drop failed rollouts, and groups that teach nothing if so planned;
-4. advantages, datums, passes of forward_backward and optim_step (`policy_step`); 5. metrics,
+4. credit, datums, passes of forward_backward and optim_step (`policy_step`); 5. metrics,
 transcripts, checkpoint. Importance sampling with group-centred advantages is the default: at the
 first pass r = 1, and the gradient is that of REINFORCE with a baseline.
 """
@@ -24,6 +24,8 @@ from weaver_rl import rollouts
 from weaver_rl.agent import derive_seed
 from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.algorithms.step import policy_step
+from weaver_rl.credit.marks import models_of
+from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.data import TaskStream, check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
@@ -54,12 +56,13 @@ async def on_policy(
 
     Args:
         environment: an async function of (agent, task), or `single_turn(reward)`.
-        reference: the model of the objective's KL penalties.
+        reference: the model of the objective's KL penalty; the KL to it is logged.
         evaluate: called with the weights before the first step, behind every
             `plan.evaluate_every` steps and at the end; its numbers are logged as they are.
 
     Raises:
-        ConfigError: the plan is asynchronous, or lacks its reference.
+        ConfigError: the plan is asynchronous, lacks its reference, or its credit asks a model of
+            another vocabulary.
         InvalidRequestError: no tasks, or one without a field that the environment needs.
         RolloutsFailedError, LogprobGapError: see `Plan`.
     """
@@ -96,6 +99,9 @@ async def off_policy(
     _check(trainer, plan, run, reference)
     played = rollouts.as_group_environment(environment)
     check_tasks(tasks, fields=played.fields)
+    asked = [*models_of(plan.credited), *([] if reference is None else [reference])]
+    if asked:
+        await check_vocabulary(asked, await trainer.get_tokenizer())
     done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
     measure = evaluate and partial(evaluate, sampler)

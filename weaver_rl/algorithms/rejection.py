@@ -52,11 +52,16 @@ async def rejection(
 ) -> Result:
     """Runs `plan.steps` rounds, or what is left of them in a run that goes on.
 
-    The plan's objective, advantage and filter of groups are not used. Other arguments and errors
+    The plan's objective, credit and filter of groups are not used. Other arguments and errors
     are those of `on_policy`.
     """
     plan = replace(
-        plan, objective="cross_entropy", advantage=_ones, zero_variance="keep", max_staleness=0
+        plan,
+        objective="cross_entropy",
+        advantage=_ones,
+        credit=None,
+        zero_variance="keep",
+        max_staleness=0,
     )
     choose = partial(select, keep=keep)
     return await off_policy(

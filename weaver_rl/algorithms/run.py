@@ -103,7 +103,7 @@ class Run:
                 step,
                 groups=chosen.kept,
                 dropped=chosen.dropped,
-                advantages_P_G=stepped.advantages_P_G,
+                marks=stepped.marks,
                 trained=stepped.trained,
                 decode=self._decode,
             )

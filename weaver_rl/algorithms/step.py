@@ -1,6 +1,6 @@
 """One step of a policy: from groups of rollouts to new weights. Both RL loops call it.
 
-1. Advantages from rewards; datums from trajectories; the KL penalty in the reward, if any.
+1. Marks from the plan's credit, checked; datums from trajectories.
 2. A forward pass, if the objective replaces q by the policy of now, or the sampler told no q.
 3. For each pass and minibatch: forward_backward, a second one for the KL in the loss, optim_step;
    all are submitted before the first is awaited.
@@ -20,19 +20,20 @@ import numpy as np
 from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
 from weaver.types import ForwardBackwardResult, ModelInput, OptimStepResult
 from weaver_rl import datums
-from weaver_rl.advantages import advantage_fn
+from weaver_rl.credit.marks import Marks, check_marks, short_name
 from weaver_rl.datums import Example, FloatN
 from weaver_rl.guard import gather
-from weaver_rl.metrics import train_metrics
+from weaver_rl.metrics import credit_metrics, train_metrics
 from weaver_rl.objectives import behaviour
 from weaver_rl.plan import Plan, check_gap, rounding_gap
-from weaver_rl.types import FloatPG, Group, reward_matrix
+from weaver_rl.types import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stepped:
     metrics: dict[str, float]
-    advantages_P_G: FloatPG
+    marks: list[list[Marks]]
+    """Of each rollout of each group."""
     trained: tuple[tuple[Example, FloatN], ...]
     """With the sampler's q, each, and the trainer's log-probabilities [N] at the same temperature
     when it was first trained on; at the step's beginning where a forward pass came first."""
@@ -61,21 +62,22 @@ async def policy_step(
     Args:
         step: of the loop, from 0; decides the learning rate and the minibatches.
         version: optimizer steps of the run before it.
-        reference: the model of the KL penalties.
+        reference: the model of the KL in the loss, and of `kl/reference`.
 
     Raises:
+        InvalidRequestError: the credit's marks do not fit; before anything is trained.
         LogprobGapError: above `plan.max_logprob_gap`, on tokens that these very weights sampled.
     """
     objective, acted = plan.loss, behaviour(plan.sampling)
-    advantages_P_G = advantage_fn(plan.advantage)(*reward_matrix(list(groups)))
-    batch = datums.examples(groups, advantages_P_G, behaviour=acted, aggregate=objective.aggregate)
-    if not batch:  # every group was dropped, or nothing was sampled
-        metrics = {"train/skipped": 1.0}
-        return Stepped(metrics=metrics, advantages_P_G=advantages_P_G, trained=(), version=version)
-    if objective.needs_reference:
+    credit = plan.credited
+    marks = check_marks(await credit(groups), groups, source=short_name(credit))
+    credited = credit_metrics(groups, marks)
+    batch = datums.examples(groups, marks, behaviour=acted, aggregate=objective.aggregate)
+    if not batch:  # every group was dropped, nothing was sampled, or nothing counts
+        metrics = {**credited, "train/skipped": 1.0}
+        return Stepped(metrics=metrics, marks=marks, trained=(), version=version)
+    if reference is not None:
         batch = await _with_reference(batch, reference)
-    if objective.kl_reward:
-        batch = datums.with_kl_rewards(batch, beta=objective.kl_reward)
     sampled, now = batch, None
     if objective.recomputes or not acted.known:
         now = await _forward(trainer, batch, temperature=acted.told)
@@ -90,17 +92,17 @@ async def policy_step(
         part = [batch[i] for i in submitted[0].indices]
         gap = datums.logprob_gap(part, _logprobs(results[0]), version=version)
         now = _first_logprobs(submitted, results)
-    metrics = await _metrics(submitted, results)
+    metrics = credited | await _metrics(submitted, results)
     metrics |= datums.off_policy_metrics(sampled, now, objective=objective)
-    if objective.needs_reference:
-        metrics["train/kl_reference"] = _mean_kl(batch)
+    if reference is not None:
+        metrics["kl/reference"] = _mean_kl(batch)
     if gap is not None:
         model, told = trainer.model_info, acted.told
         metrics |= {"gap/max": gap, "gap/rounding": rounding_gap(model, temperature=told)}
         check_gap(gap, model, allowed=plan.max_logprob_gap, temperature=told)
     return Stepped(
         metrics=metrics,
-        advantages_P_G=advantages_P_G,
+        marks=marks,
         trained=tuple(zip(sampled, now, strict=True)),
         version=version + len(submitted),
     )
@@ -185,9 +187,8 @@ async def _forward(
 
 
 async def _with_reference(
-    batch: Sequence[Example], reference: AsyncSamplingClient | None
+    batch: Sequence[Example], reference: AsyncSamplingClient
 ) -> list[Example]:
-    assert reference is not None  # the loops check it before their first step
     score = reference.compute_logprobs
     scores = await gather([partial(score, ModelInput.from_ints(e.tokens)) for e in batch])
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from random import Random
 
@@ -18,6 +19,34 @@ def guess_number_tasks(count: int, *, upper: int = 7, seed: int = 0) -> list[rl.
 def optimal_guesses(upper: int) -> int:
     """Guesses that always suffice for whoever halves the range: 3 for 7, 7 for 100."""
     return upper.bit_length()
+
+
+async def guess_by_halving(agent: rl.Agent, task: rl.Task) -> rl.Score:
+    """An environment that rewards each guess: the bits it won, less the one that halving wins.
+
+    As a share of all bits: a number of 1 to N that is found has the reward 1 − guesses / log2(N),
+    the sum over its turns. It ends as `guess_number` does, and has the same metric `won`.
+    """
+    low, high = 1, task["upper"]
+    bits, best = math.log2(high), optimal_guesses(high)
+    said, total = f"Guess a number from 1 to {high}.", 0.0
+    for turn in range(2 * best):
+        text = (await agent.chat(said)).text.strip()
+        guess = int(text) if re.fullmatch(r"\d{1,9}", text) else 0
+        before = high - low + 1
+        if guess == task["answer"]:
+            low = high = guess
+        elif low <= guess <= high:
+            low, high = (guess + 1, high) if guess < task["answer"] else (low, guess - 1)
+        earned = (math.log2(before / (high - low + 1)) - 1) / bits
+        agent.reward(earned)
+        total += earned
+        if guess == task["answer"]:
+            return rl.Score(total, {"won": float(turn < best)})
+        if not guess:
+            break
+        said = "higher" if guess < task["answer"] else "lower"
+    return rl.Score(total, {"won": 0.0})
 
 
 async def guess_number(agent: rl.Agent, task: rl.Task) -> rl.Score:

@@ -33,7 +33,9 @@ for (const hint of D.hints) {
 const W = 320, H = 128, LEFT = 44, RIGHT = 8, TOP = 10, BOTTOM = 18;
 const SECTIONS = [
   ["Reward", ["reward/mean", "eval/mean", "eval", "reward", "score"]],
-  ["Training", ["train/loss", "train/kl_k3", "train/entropy", "gap", "train", "policy", "staleness"]],
+  ["Training", ["train/loss", "train/kl_k3", "train/entropy", "train", "policy"]],
+  ["Credit", ["credit", "kl"]],
+  ["Sampler and trainer", ["off_policy", "gap", "staleness"]],
   ["Rollouts", ["rollout", "groups", "tokens"]],
   ["Time", ["time"]],
 ];
@@ -176,7 +178,11 @@ const COLOURS = {
 const sampleSteps = Object.keys(D.samples).map(Number).sort((a, b) => a - b);
 let step = sampleSteps.at(-1);
 
-function segments() { return D.samples[step].flatMap((g) => g.rollouts.flatMap((r) => r.segments)); }
+function segmentsOf(at) { return D.samples[at].flatMap((g) => g.rollouts.flatMap((r) => r.segments)); }
+function segments() { return segmentsOf(step); }
+// The parts of an advantage, and what was measured for them, under the names that the run gave.
+for (const name of new Set(sampleSteps.flatMap((at) => segmentsOf(at).flatMap((s) => Object.keys(s.credit ?? {})))))
+  COLOURS["credit " + name] = { label: name.includes("/") ? name + " (nats)" : "credit: " + name, signed: true, of: (s, i) => s.credit?.[name]?.[i], alpha: COLOURS.advantage.alpha };
 
 function drawSamples() {
   $("groups").replaceChildren();
@@ -262,6 +268,7 @@ function describe(segment, i) {
   if (segment.mask[i]) {
     facts.push("log-probability " + number(segment.logprobs[i]), "when drawn " + number((segment.sampling_logprobs ?? segment.logprobs)[i]));
     if (segment.gaps) facts.push("gap " + number(segment.gaps[i]), "advantage " + number(segment.advantages[i]));
+    for (const [name, values] of Object.entries(segment.credit ?? {})) facts.push(name + " " + number(values[i]));
     facts.push("weights of optimizer step " + segment.versions[i]);
   } else facts.push("read, not sampled");
   $("detail").replaceChildren(el("code", {}, JSON.stringify(segment.pieces[i])), "  " + facts.join(" · "));
