@@ -100,7 +100,7 @@ bench: .venv/.installed-dev
 # Installs nothing: a rented machine has its own torch. Add --device cpu to see what would run.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
-	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu
+	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -12,7 +12,7 @@ import pytest
 from tests.benchmarks import figures
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.peers import machine, page, run, shapes
-from tests.benchmarks.peers.cases import CASES, Case, Load
+from tests.benchmarks.peers.cases import CASES, ON_CUDA, Case, Load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,13 @@ def test_every_case_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_case_of_a_gpu_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (run, page):
+        monkeypatch.setattr(module, "cases_of", lambda device: ON_CUDA)
+    assert len(smoke(tmp_path, ".")) == len(ON_CUDA)
+
+
+@pytest.mark.slow
 def test_the_peer_that_is_here_does_the_same(tmp_path: Path) -> None:
     load = Load(kind="train", lengths=(16, 8), rank=4, learned=0.5, tenants=2)
     with run.Pool() as pool:
@@ -65,7 +72,8 @@ def test_a_side_that_fails_is_named_and_the_rest_goes_on(
         Case(name="theirs", load=good, peer="weaver", against=bad),
         Case(name="none", load=good, peer="weaver"),
     )
-    monkeypatch.setattr(run, "CASES", cases)
+    for module in (run, page):
+        monkeypatch.setattr(module, "cases_of", lambda device: cases)
     monkeypatch.setattr(Load, "smaller", lambda self: self)
     out = tmp_path / "results.json"
     run.main(["--smoke", "--no-growth", "--out", str(out)])
@@ -75,7 +83,7 @@ def test_a_side_that_fails_is_named_and_the_rest_goes_on(
     assert "rank" in theirs["peer_error"]
     assert len(theirs["median_s"]) == 1
     assert len(none["median_s"]) == 2
-    assert "rank" in page.page([results])
+    assert "| ours | | | |  | not measured: " in page.page([results])
 
 
 def test_a_worker_that_hangs_or_dies_is_named(

@@ -37,6 +37,7 @@ def test_without_a_gpu_all_is_skipped_by_name(tmp_path: Path) -> None:
     suites = json.loads((tmp_path / "t.json").read_text())["suites"]
     (suite,) = suites.values()
     assert suite["passed"] == suite["failed"] == 0 < suite["skipped"]
+    assert done.stdout.count("skipped: needs a CUDA device") == 2
 
 
 def test_the_table_has_what_passed_failed_and_was_measured(tmp_path: Path) -> None:

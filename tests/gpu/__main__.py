@@ -2,7 +2,9 @@
 
 Needs torch, transformers, safetensors, pydantic, anyio, numpy and pytest; what needs more is
 skipped by name, and so is everything where torch finds no CUDA device. `--device cpu` runs the
-same suites on the CPU, to see that they are sound before a GPU is rented.
+same suites on the CPU, to see that they are sound before a GPU is rented. The benchmark is that of
+`make bench`, at the shapes of a 0.6B and an 8B model, against the peers that are installed; with
+`--no-tests` nothing else runs, with `--shapes ''` it does not.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ ELSEWHERE = {
 }
 """Modules of tests/engine that are left out, and why: what they test doesn't depend on a device."""
 SUITES = ["tests/engine"]
+FOR_BENCHMARKS = ("httpx", "sqlalchemy", "zstandard")
+"""What the embedded client that is measured needs beside."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--device", default=os.environ.get("WEAVER_TEST_DEVICE", "cuda"))
     parser.add_argument("--json", type=Path, help="also writes the table there")
+    parser.add_argument("--shapes", default="0.6b,8b", help="of the models that are measured")
+    parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("tests", nargs="*", default=SUITES, help="files and folders of tests")
     options = parser.parse_args(arguments)
     missing = [package for package in NEEDED if not find_spec(package)]
@@ -57,8 +63,12 @@ def main(arguments: list[str]) -> int:
         return 2
     machine = machine_of(options.device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
-    status, suites = run_tests(options.device, options.tests)
-    print(table(suites))
+    status, suites = 0, {}
+    if not options.no_tests:
+        status, suites = run_tests(options.device, options.tests)
+    print(table(suites), flush=True)
+    for shape in filter(None, options.shapes.split(",")):
+        status = run_benchmark(options.device, shape) or status
     if options.json:
         report = {"machine": machine, "suites": {name: vars(s) for name, s in suites.items()}}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -102,6 +112,26 @@ def run_tests(device: str, tests: list[str]) -> tuple[int, dict[str, Suite]]:
             env={**os.environ, "WEAVER_TEST_DEVICE": device},
         )
         return done.returncode, suites_of(report) if report.exists() else {}
+
+
+def run_benchmark(device: str, shape: str) -> int:
+    """Prints the cases of a shape as they are measured; the exit status."""
+    import torch
+
+    missing = [package for package in FOR_BENCHMARKS if not find_spec(package)]
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        missing = ["a CUDA device"]
+    print(f"\nbenchmark, shape {shape}", flush=True)
+    if missing:
+        print(f"skipped: needs {', '.join(missing)}")
+        return 0
+    module = "tests.benchmarks.peers.run"
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--shape", shape, "--no-growth"],
+        cwd=ROOT,
+        env={**os.environ, "WEAVER_TEST_DEVICE": device},
+    )
+    return done.returncode
 
 
 def suites_of(report: Path) -> dict[str, Suite]:

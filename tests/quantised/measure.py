@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tests.engine.conftest import datum, gradient_of, job, new_run, randomise, result_of
+from tests.engine.conftest import DEVICE, datum, gradient_of, job, new_run, randomise, result_of
 from tests.engine.sampler_kit import finish, sample_job
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.quantised import weights_bytes
@@ -53,9 +53,7 @@ class Form:
 
     def __init__(self, catalog: Catalog, name: str, form: str) -> None:
         self.dtype, self.kind = FORMS[form]
-        store = ModelStore(
-            catalog, device=torch.device("cpu"), dtype=self.dtype, threads=1, quantize=self.kind
-        )
+        store = ModelStore(catalog, device=DEVICE, dtype=self.dtype, threads=1, quantize=self.kind)
         self.size_bytes = weights_bytes(catalog.facts(name), dtype=self.dtype, quantize=self.kind)
         self.trainer, self._sampler = TorchTrainer(store), TorchSampler(store)
         new_run(self.trainer, architecture=name)
@@ -78,12 +76,12 @@ class Form:
         return torch.cat([g.flatten() for g in gradient_of(self.trainer, "run").values()])
 
 
-def measure(catalog: Catalog, name: str) -> list[Sheet]:
+def measure(catalog: Catalog, name: str, *, forms: Sequence[str] = tuple(FORMS)) -> list[Sheet]:
     reference = Form(catalog, name, "float32")
     texts = reference.sample()
     right, gradient = reference.logprobs(texts), reference.gradient()
     sheets = []
-    for form in FORMS:
+    for form in forms:
         one = Form(catalog, name, form)
         difference = (one.logprobs(texts) - right).abs()
         cosine = torch.cosine_similarity(one.gradient().double(), gradient.double(), dim=0)

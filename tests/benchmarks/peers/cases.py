@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Peer = Literal["peft", "vllm", "trl", "weaver"]
 MOST_RAGGED = 800
@@ -77,7 +80,7 @@ class Case:
     memory: float | None = None
     """To reach beside: the peer's bytes by ours."""
     share: float | None = None
-    """To reach: of the machine's limit in matrix products."""
+    """To reach: of the machine's limit, in matrix products or, of samples, in reading weights."""
     most_ms: float | None = None
     rounds: int = 5
     shape: str = "60m"
@@ -169,6 +172,27 @@ CASES = (
         shape="60m-152k",
     ),
 )
+
+ON_CUDA = (
+    Case(name="train 8 x 1024", load=_train(*(1024,) * 8), ratio=1.2, share=0.45),
+    Case(name="train 1 x 32768", load=_train(32_768), peer=None, rounds=1),
+    Case(name="train ragged 64 to 800", load=_train(*ragged()), rounds=3),
+    Case(
+        name="16 tenants of 2 x 64, theirs one after another",
+        load=_train(64, 64, tenants=16),
+        rounds=3,
+    ),
+    Case(name="sample 1 x 128", load=_sample(128), rounds=3),
+    Case(name="sample 64 x 128", load=_sample(*(128,) * 64), share=0.5, rounds=3),
+    Case(name="weights to the sampler", load=Load(kind="publish"), peer=None),
+)
+"""What `make gpu` measures, at `--shape 0.6b` and `8b`."""
+
+
+def cases_of(device: str | None) -> Sequence[Case]:
+    """Those of a machine, by the name of its CUDA device, if it has one."""
+    return CASES if device is None else ON_CUDA
+
 
 GROWTH: dict[str, list[tuple[int, Load, str]]] = {
     "trained tokens": [(128 * n, _train(*(128,) * n), "") for n in (1, 2, 4, 8, 16)],

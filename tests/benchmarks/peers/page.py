@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.benchmarks.peers.cases import CASES, Case
+from tests.benchmarks.peers.cases import Case, cases_of
 from tests.benchmarks.peers.shapes import FOLDER
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _service(result: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any]) -> str:
     rows = ["| case | ours | theirs | ratio | to reach | |", "|---|---|---|---|---|---|"]
-    for case in CASES:
+    for case in cases_of(result["machine"]["device"]):
         measured = result["cases"].get(case.name)
         if measured is None:
             continue
@@ -116,7 +116,7 @@ def _row(case: Case, measured: dict[str, Any], limits: dict[str, Any] | None) ->
         shown.append(f"{measured['memory_ratio']:.2f} of memory")
         verdicts.append(measured["memory_ratio"] >= case.memory)
     if case.share and limits:
-        share = measured["tokens_per_s"] / limits["train_tokens_per_s"]
+        share = measured["tokens_per_s"] / _limit(case, limits)
         shown.append(f"{share:.0%} of the limit")
         verdicts.append(share >= case.share)
     if case.most_ms:
@@ -125,6 +125,13 @@ def _row(case: Case, measured: dict[str, Any], limits: dict[str, Any] | None) ->
     failed = f"not measured: {measured['peer_error'][:80]}" if "peer_error" in measured else ""
     peer = theirs[0] if theirs else failed
     return f"| {case.name} | {ours} | {peer} | {', '.join(shown)} | {_goal(case)} | {verdict} |"
+
+
+def _limit(case: Case, limits: dict[str, Any]) -> float:
+    """Tokens a second: of samples, each step reads the weights once for all rows."""
+    if case.load.kind == "train":
+        return float(limits["train_tokens_per_s"])
+    return float(limits["decode_tokens_per_s"]) * len(case.load.lengths) * case.load.samples
 
 
 def _figure(case: Case, measured: dict[str, Any], side: int) -> str:

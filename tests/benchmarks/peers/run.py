@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.peers import machine, shapes
-from tests.benchmarks.peers.cases import CASES, GROWTH, Case, Load, Peer
+from tests.benchmarks.peers.cases import GROWTH, Case, Load, Peer, cases_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     keep()
     print(json.dumps({name: results.get(name) for name in ("machine", "limits")}), flush=True)
     with Pool() as pool:
-        for case in CASES:
+        for case in cases_of(results["machine"]["device"]):
             if not re.search(given.only, case.name) or _is_measured(results["cases"], case):
                 continue
             chosen = _chosen(case, given)
