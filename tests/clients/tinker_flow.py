@@ -35,7 +35,8 @@ def places(trainer, sampler) -> None:  # type: ignore[no-untyped-def]
     given = {"topk_prompt_logprobs": 4}
     prompt = types.ModelInput.from_ints([*TOKENS, 9])
     if "target_prompt_logprobs" in asked:
-        targets = torch.tensor([[6, -1], [-1, -1], [8, 3], [9, -1]])
+        targets = torch.full((4, 8), -1)  # so many are sent in sparse rows
+        targets[[0, 2, 3], 0], targets[2, 1] = torch.tensor([6, 8, 9]), 3
         given["target_prompt_logprobs"] = types.TensorData.from_torch_sparse(targets, pad_value=-1)
         given["topk_sample_logprobs"] = 3
     params = types.SamplingParams(max_tokens=3, seed=1, temperature=0.5)
@@ -46,26 +47,26 @@ def places(trainer, sampler) -> None:  # type: ignore[no-untyped-def]
     assert top[0] is None and [len(row) for row in top[1:]] == [4] * 4
     if "target_prompt_logprobs" in asked:
         found = told.target_prompt_logprobs.to_torch()
-        assert found.shape == (4, 2) and found[1].tolist() == [0, 0] and found[2, 1] < 0
+        assert told.target_prompt_logprobs.sparse_crow_indices == [0, 1, 1, 3, 4]
+        assert found.shape == (4, 8) and found[1].tolist() == [0] * 8 and found[2, 1] < 0
         assert np.allclose(found[[0, 2, 3], 0], [told.prompt_logprobs[i] for i in (1, 3, 4)])
         (sequence,) = told.sequences
         for token, lp, row in zip(
             sequence.tokens, sequence.logprobs, sequence.topk_logprobs, strict=True
         ):
-            assert (
-                dict(row).get(token, lp) - lp < 1e-4
-                and sum(np.exp(dict(row)[t]) for t in dict(row)) <= 1.001
-            )
-    tokens = torch.tensor([[t for t, _ in row] for row in top[1:]])
-    weights = torch.tensor([[lp for _, lp in row] for row in top[1:]]).exp()
-    weights[0] = 0.0
+            likeliest = dict(row)
+            assert math.isclose(likeliest.get(token, lp), lp, abs_tol=1e-4)
+            assert sum(map(math.exp, likeliest.values())) < 1.001
+    tokens, weights = torch.zeros((4, 12), dtype=torch.int64), torch.zeros((4, 12))
+    tokens[:, :4] = torch.tensor([[t for t, _ in row] for row in top[1:]])
+    weights[1:, :4] = torch.tensor([[lp for _, lp in row] for row in top[2:]]).exp()
     soft = types.Datum(
         model_input=types.ModelInput.from_ints(TOKENS),
         loss_fn_inputs={"target_tokens": tokens, "weights": weights},
     )
     passed = trainer.forward([soft, datum(weights=[0.0, 0.0, 0.0, 0.0])], "cross_entropy").result()
     lp, flat = (one["logprobs"].to_torch() for one in passed.loss_fn_outputs)
-    assert lp.shape == (4, 4) and flat.shape == (4,)
+    assert lp.shape == (4, 12) and flat.shape == (4,)
     loss = float(-(lp * weights).sum())
     assert math.isclose(passed.metrics["loss:sum"], loss, rel_tol=1e-4), (passed.metrics, loss)
 

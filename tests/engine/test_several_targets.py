@@ -12,8 +12,8 @@ import torch
 from tests.engine.conftest import DEVICE, VOCAB, gradient_of, job, new_run, result_of, sequences
 from tests.engine.sampler_kit import finish, sample_job, save_tokenizer
 from tests.engine.test_logprobs import head_adapter
-from tests.engine.test_softmax import BOUND, SPREADS, exact, logits_of
 from tests.engine.test_trainer import assert_close, flat_gradient, logprobs_of, ratio_datums
+from tests.engine.wide_logits import BOUND, SPREADS, exact, logits_of
 from weaver.engine.torch import logprobs as scoring
 from weaver.engine.torch.logprobs import Queries, scored, target_scores, token_scores, top_scores
 from weaver.engine.torch.memory import CHUNK_ELEMENTS, LEAST_ROWS

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import weaver_rl as rl
 from tests.engine.test_sampling import draw
+from tests.engine.wide_logits import BOUND, ROWS, SPREADS, exact, logits_of
 from weaver import ServiceClient, types
 from weaver.engine.torch.logprobs import scored, token_scores
 from weaver.types import SamplingParams
@@ -19,25 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.zoo import Zoo
-
-BOUND = 2e-5
-ROWS = 5
-SPREADS = ("equal", "wide", "sharp", "shifted")
-
-
-def logits_of(spread: str, vocab_size: int) -> torch.Tensor:
-    """float32 [ROWS, V]; those of real models have a deviation of 4 or more and reach 40."""
-    generator = torch.Generator().manual_seed(vocab_size)
-    z = torch.randn(ROWS, vocab_size, generator=generator)
-    if spread == "equal":
-        return z * 1e-3
-    if spread == "sharp":
-        z[:, 3] += 10
-    return z * 4 - (0 if spread != "shifted" else 40)
-
-
-def exact(z: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    return (z.double() / temperature).log_softmax(-1)
 
 
 @pytest.mark.parametrize("vocab_size", [7, 2**18])
@@ -108,11 +90,11 @@ def test_draws_weigh_as_float64_does(spread: str, vocab_size: int, params: Sampl
 
 
 @torch.no_grad()
-def right_logprobs(folder: Path, tokens: list[int]) -> Any:
-    """float64 [T-1]: transformers' own, of a model in float64."""
+def right_logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """float64 [T-1, V]: transformers' own, of a model in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    log_p = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
-    return log_p.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+    logits: torch.Tensor = model(torch.tensor([tokens])).logits
+    return logits[0, :-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize(("mode", "unembed"), [("lora", True), ("lora", False), ("full_ft", None)])
@@ -128,16 +110,36 @@ def test_trainer_and_sampler_agree_with_float64_on_a_large_vocabulary(
         drawn = sampler.sample(
             prompt=types.ModelInput.from_ints(prompt),
             sampling_params=SamplingParams(max_tokens=16, top_p=0.95, seed=1),
+            top_logprobs=20,
         )
         sequence = drawn.sequences[0]
         tokens = [*prompt, *sequence.tokens]
         scores = sampler.compute_logprobs(types.ModelInput.from_ints(tokens))[1:]
+        targets = np.random.default_rng(0).integers(
+            0, sampler.model_info.vocab_size, (len(tokens), 6)
+        )
+        more = sampler.compute_logprobs(tokens, top_k=20, targets=targets)
+        inputs = {"target_tokens": targets[1:]}
+        wide = [types.Datum(model_input=tokens[:-1], loss_fn_inputs=inputs)]
+        several = trainer.forward_backward(wide, wait=True).loss_fn_outputs[0]["logprobs"]
         data = [types.Datum(model_input=tokens[:-1], loss_fn_inputs={"target_tokens": tokens[1:]})]
         passes = [
             trainer.forward(data, wait=True),
             trainer.forward_backward(data, wait=True),
         ]
-    right = right_logprobs(folder, tokens)
+    log_p = right_logprobs(folder, tokens)
+    right = log_p.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+    likeliest = log_p.topk(20).values.numpy()
+    top, of_sample = more.prompt_top_logprobs, sequence.top_logprobs
+    assert top is not None and of_sample is not None and more.prompt_target_logprobs is not None
+    of_targets = log_p.gather(-1, torch.tensor(targets[1:])).numpy()
+    for ours, theirs in (
+        (top.logprobs[1:], likeliest),
+        (of_sample.logprobs, likeliest[len(prompt) - 1 :]),
+        (more.prompt_target_logprobs[1:], of_targets),
+        (several, of_targets),
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUND)
     found = [np.asarray(p.loss_fn_outputs[0]["logprobs"], dtype=np.float64) for p in passes]
     found.append(np.array(scores, dtype=np.float64))
     found.append(np.array([*right[: len(prompt) - 1], *sequence.logprobs], dtype=np.float64))

@@ -70,7 +70,8 @@ class AsyncTrainingClient:
         `weaver.losses`, explained on the docs page on losses.
 
         Returns:
-            `metrics["loss"]` and more; `loss_fn_outputs[i]["logprobs"]`, float32 [T], for datum i.
+            `metrics["loss"]` and more; `loss_fn_outputs[i]["logprobs"]`, float32 in the shape of
+            the targets of datum i, [T] or [T, K].
 
         Raises:
             InvalidDatumError, TokenOutOfRangeError, ContextLengthError, UnknownLossError,
@@ -86,7 +87,8 @@ class AsyncTrainingClient:
         """`forward_backward` with a loss of your own.
 
         `loss_fn(datums, logprobs)` is called in a worker thread with the datums and, for each, a
-        float32 tensor [T] of the log-probabilities of its `target_tokens`. It returns a scalar
+        float32 tensor of the log-probabilities of its `target_tokens`, in their shape: [T], or
+        [T, K] for several at each position. It returns a scalar
         tensor made from them and a dict of metrics. Beside `target_tokens` the datums may carry
         whatever inputs the function reads. It costs one more forward pass than a built-in loss.
 

@@ -463,6 +463,13 @@ async def test_a_prompt_is_scored_at_each_place(api: Tinker) -> None:
     values = np.frombuffer(csr.values, "<f4")
     np.testing.assert_array_equal(values, [*targets[0], targets[1, 0]])
 
+    future = await api.sample(called, 3, **given, prompt_logprobs_last_n=1)
+    told = messages.SampleResponse.FromString(await api.binary(future))
+    last = np.frombuffer(told.prompt_logprobs, "<f4")
+    assert np.isnan(last).tolist() == [True, True, False] and last[2] == prompt[2]
+    rows = np.frombuffer(told.topk_prompt_logprobs.logprobs, "<f4").reshape(3, 4)
+    assert (rows[:2] == -99999).all() and (rows[2] == logprobs[2]).all()
+
     future = await api.sample(called, 2, topk_prompt_logprobs=1)
     told = await api.result(future)
     assert told["topk_prompt_logprobs"][0] is None and len(told["topk_prompt_logprobs"][1]) == 1

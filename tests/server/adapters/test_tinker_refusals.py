@@ -172,6 +172,9 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("POST", "asample", {**SAMPLE, "topk_sample_logprobs": 2**40}, 400),
     ("POST", "asample", {**SAMPLE, "topk_sample_logprobs": "x"}, 400),
     ("POST", "asample", {**SAMPLE, "prompt_alt_tokens_k": 1}, 422),
+    ("POST", "asample", {**SAMPLE, "prompt_logprobs_last_n": 1}, 422),
+    ("POST", "asample", {**SAMPLE, "prompt_logprobs": True, "prompt_logprobs_last_n": 0}, 422),
+    ("POST", "asample", {**SAMPLE, "prompt_logprobs": True, "prompt_logprobs_last_n": 3}, 422),
     *(
         ("POST", "asample", {**SAMPLE, "target_prompt_logprobs": wrong}, 422)
         for wrong in (

@@ -77,7 +77,8 @@ def future_answer(future: Future, *, binary: bool) -> Response:
             if not binary:
                 return JSONResponse(_pass_json(logprobs, metrics))
             return _message(_pass_message(logprobs, metrics))
-        case protocol.Sampled(output=sampled):
+        case protocol.Sampled(output=whole):
+            sampled = _last(whole, note)
             if not binary:
                 return JSONResponse(_sample_json(sampled, note))
             return _message(_sample_message(sampled, note))
@@ -152,6 +153,21 @@ def _pass_message(logprobs: Sequence[TensorData], metrics: Mapping[str, float]) 
 
 
 # --- sampling -------------------------------------------------------------------------------------
+
+
+def _last(output: types.SampleResult, note: Note) -> types.SampleResult:
+    """Nothing is told of the tokens of a prompt before the last `last_n`."""
+    if note.last_n is None:
+        return output
+    gone = len(output.prompt_tokens) - note.last_n
+    told: dict[str, object] = {}
+    if output.prompt_logprobs is not None:
+        told["prompt_logprobs"] = (*(None,) * gone, *output.prompt_logprobs[gone:])
+    if (top := output.prompt_top_logprobs) is not None:
+        tokens, logprobs = top.tokens.to_numpy().copy(), top.logprobs.to_numpy().copy()
+        tokens[:gone], logprobs[:gone] = -1, np.nan
+        told["prompt_top_logprobs"] = types.TopLogprobs(tokens=tokens, logprobs=logprobs)
+    return output.model_copy(update=told)
 
 
 def _logprobs(sequence: types.SampledSequence, note: Note) -> Sequence[float]:

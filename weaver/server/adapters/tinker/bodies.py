@@ -206,6 +206,7 @@ class SampleBody(Body):
     topk_sample_logprobs: Top = 0
     prompt_alt_tokens_k: int = 0
     target_prompt_logprobs: JsonTensor | None = None
+    prompt_logprobs_last_n: int | None = None
 
     def operation(self, *, sampler_id: str, context: int) -> protocol.Sample:
         if self.prompt_alt_tokens_k:
@@ -214,7 +215,13 @@ class SampleBody(Body):
                 field="prompt_alt_tokens_k",
                 hint="Ask for topk_prompt_logprobs.",
             )
-        tokens = self.prompt.to_ints()
+        tokens, last = self.prompt.to_ints(), self.prompt_logprobs_last_n
+        if last is not None and not (self.prompt_logprobs and 1 <= last < len(tokens)):
+            raise errors.InvalidParamsError(
+                f"is {last}.",
+                field="prompt_logprobs_last_n",
+                hint="Give 1 to len(prompt) - 1, with prompt_logprobs.",
+            )
         return protocol.Sample(
             sampler_id=sampler_id,
             prompt=types.ModelInput.from_ints(tokens),

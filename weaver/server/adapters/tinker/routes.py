@@ -291,7 +291,11 @@ async def asample(request: Request, service: ServiceDep) -> JsonDict:
     operation = body.operation(sampler_id=name.sampler_id, context=model.context_length)
     temperature = operation.params.temperature or 1.0
     request_id = f"{called}:{body.seq_id}"
-    note = Note(temperature=temperature, sparse_targets=body.sparse_targets)
+    note = Note(
+        temperature=temperature,
+        sparse_targets=body.sparse_targets,
+        last_n=body.prompt_logprobs_last_n,
+    )
     await session.submit(operation, request_id, note)
     ids = [f"{request_id}:{i}" for i in range(body.num_samples)]
     return {"request_id": request_id, "sample_sequence_ids": ids}

@@ -43,6 +43,8 @@ class Note(BaseModel):
     """Under which a sample's log-probabilities are asked for; 1 where it was greedy."""
     sparse_targets: bool = False
     """Whether those of targets are told in sparse rows."""
+    last_n: int | None = None
+    """Of a prompt, no more than this many tokens' are told."""
     loss_fn: str = ""
 
 
