@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic_core import from_json
 
 from weaver.errors import InvalidParamsError, InvalidRequestError
 from weaver.tensors import Numbers, TensorData
@@ -105,6 +106,31 @@ Biases = Annotated[
     AfterValidator(_once),
 ]
 """Tokens and what is added to their logits; a mapping is taken, too."""
+MAX_STRUCTURE = 2**16
+"""Characters of a schema or a grammar."""
+
+
+def _schema(value: object) -> object:
+    """The JSON of a schema."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        fits = len(text) > MAX_STRUCTURE or isinstance(from_json(text, allow_inf_nan=False), dict)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {str(error)[:200]}") from None
+    if not fits:
+        raise ValueError("is no object")
+    return text
+
+
+def _encodable(text: str) -> str:
+    text.encode()
+    return text
+
+
+SchemaText = Annotated[str, Field(max_length=MAX_STRUCTURE), BeforeValidator(_schema)]
+GrammarText = Annotated[
+    str, Field(strict=True, min_length=1, max_length=MAX_STRUCTURE), AfterValidator(_encodable)
+]
 Options = Annotated[Mapping[ShortText, float | ShortText], BeforeValidator(few)]
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Calls = Annotated[tuple[JsonDict, ...], Field(max_length=128), AfterValidator(_bounded)]

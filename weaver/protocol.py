@@ -107,9 +107,9 @@ class Sample(types.Value):
     stream: bool = False
 
     @property
-    def encoded(self) -> bool:
-        """Whether the prompt is of tokens already."""
-        return isinstance(self.prompt, types.ModelInput)
+    def prepared(self) -> bool:
+        """Whether the prompt is of tokens, and the samples keep to nothing."""
+        return isinstance(self.prompt, types.ModelInput) and not self.params.structured
 
 
 class ReleaseSampler(types.Value):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from weaver import fields
 from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError
@@ -181,7 +181,8 @@ class SamplingParams(Value):
     """How tokens are drawn.
 
     The order is: logit bias, repetition penalty, frequency and presence penalty, temperature,
-    top-k, top-p, min-p. Temperature 0 is greedy. None changes `logprobs`: they are the policy's.
+    top-k, top-p, min-p; what a schema or a grammar does not allow is left out before temperature.
+    Temperature 0 is greedy. None of this changes `logprobs`: they are the policy's.
     """
 
     max_tokens: int = Field(default=100, ge=1)
@@ -208,8 +209,25 @@ class SamplingParams(Value):
     """Tokens that end a sequence, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Whether the model's own end-of-sequence tokens end nothing."""
+    json_schema: fields.SchemaText | None = None
+    """A JSON schema, a mapping or its JSON, that the text keeps to; `{"type": "object"}` is any."""
+    grammar: fields.GrammarText | None = None
+    """A grammar that the text keeps to, in llguidance's form of Lark: `start: "yes" | /no+/`."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Makes the samples reproducible, whatever else runs beside them."""
+
+    @property
+    def structured(self) -> bool:
+        """Whether the text keeps to a schema or a grammar."""
+        return self.json_schema is not None or self.grammar is not None
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Self:
+        if self.json_schema is not None and self.grammar is not None:
+            raise InvalidParamsError(
+                "is given beside json_schema.", field="grammar", hint="Give one of them."
+            )
+        return self
 
 
 class LoraConfig(Value):

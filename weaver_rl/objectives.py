@@ -140,10 +140,10 @@ def behaviour(params: SamplingParams) -> Behaviour:
     """The q for which r = 1 exactly on the policy's own samples.
 
     The policy at the temperature of sampling is what is trained (at 1 where that is 0). Temperature
-    alone: q is the distribution drawn from. With top-k, top-p, min-p, a penalty or a bias that is
-    not one that a loss can compute: q is then the policy at that temperature, unfiltered, so
-    r = 1 holds; what the filter did to the distribution is ignored. The sampler tells that q at
-    temperature 1 only; at another, `policy_step` asks the trainer for it.
+    alone: q is the distribution drawn from. With top-k, top-p, min-p, a penalty, a bias or a
+    grammar that is not one that a loss can compute: q is then the policy at that temperature,
+    unfiltered, so r = 1 holds; what the filter did to the distribution is ignored. The sampler
+    tells that q at temperature 1 only; at another, `policy_step` asks the trainer for it.
     """
     filtered = (
         params.temperature == 0
@@ -154,5 +154,6 @@ def behaviour(params: SamplingParams) -> Behaviour:
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or bool(params.logit_bias)
+        or params.structured
     )
     return Behaviour(not filtered, params.temperature or 1.0)

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.templates import HERMES, nano_with
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WEAVER = Path(sys.executable).with_name("weaver")
+TOOLS = "weaver-nano-tools"
+"""A model that is served beside the bundled one, whose chat template shows no tools."""
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         text=True,
         check=True,
     ).stdout
-    command = [WEAVER, "serve", "--port", "0", "--home", home, "--threads", "1"]
+    tools = f"{TOOLS}={nano_with(HERMES, folder / TOOLS)}"
+    command = [WEAVER, "serve", "--port", "0", "--home", home, "--threads", "1", "--model", tools]
     with log.open("w") as stderr, subprocess.Popen(command, env=plain, stderr=stderr) as process:
         while (address := re.search(r"Weaver at (\S+)", log.read_text())) is None:
             assert process.poll() is None, log.read_text()

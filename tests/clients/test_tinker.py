@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import WEAVER
+from tests.clients.conftest import TOOLS, WEAVER
 
 pytestmark = pytest.mark.clients
 
@@ -71,6 +71,7 @@ def test_its_whole_flow_runs(server: dict[str, str], tmp_path: Path, release: st
         "openai_flow.py",
         "weaver-nano",
         made[0]["run_id"],
+        TOOLS,
         server=server,
         cwd=tmp_path,
         release=release,

@@ -16,14 +16,14 @@ from tests.fake_engine.model import VOCAB, read_weights, tokenizer_files
 from tests.fake_engine.sampler import FakeSampler
 from tests.fake_engine.trainer import FakeTrainer
 from weaver.engine.threaded import ThreadedEngine
-from weaver.errors import UnknownModelError, nearest
+from weaver.errors import UnknownModelError, UnsupportedError, nearest
 from weaver.types import Message, ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from weaver.types import TrainingMode
+    from weaver.types import SamplingParams, TrainingMode
 
 
 class FakeEngine(ThreadedEngine):
@@ -94,6 +94,9 @@ class FakeEngine(ThreadedEngine):
             turns = "".join(f"{message.role}: {message.content}\n" for message in prompt)
             prompt = f"{turns}assistant: "
         return list(prompt.encode())
+
+    def check_structure(self, base_model: str, params: SamplingParams) -> None:
+        raise UnsupportedError("the fake engine knows no grammars.", field="json_schema")
 
     def tokenizer(self, base_model: str) -> None:
         """It has files alone."""

@@ -78,6 +78,7 @@ def test_staleness_wants_a_named_correction() -> None:
         (SamplingParams(presence_penalty=0.1), Behaviour(False, 1.0)),
         (SamplingParams(frequency_penalty=-0.1), Behaviour(False, 1.0)),
         (SamplingParams(temperature=0.7, logit_bias={3: 1.0}), Behaviour(False, 0.7)),
+        (SamplingParams(json_schema={}), Behaviour(False, 1.0)),
         (SamplingParams(temperature=0.0), Behaviour(False, 1.0)),
     ],
 )

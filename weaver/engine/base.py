@@ -221,6 +221,14 @@ class Engine(Trainer, Sampler, Protocol):
             InvalidRequestError: the template or the tokenizer refuses it, with its words.
         """
 
+    def check_structure(self, base_model: str, params: types.SamplingParams) -> None:
+        """Prepares for samples whose text keeps to a schema or a grammar, as these ask.
+
+        Raises:
+            InvalidParamsError: it cannot be understood, or is too large.
+            UnsupportedError, MissingDependencyError: not for this model, or not installed.
+        """
+
     def tokenizer(self, base_model: str) -> Any | None:
         """The transformers tokenizer that it works with, if it does; not to be changed."""
 

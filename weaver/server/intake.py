@@ -50,16 +50,16 @@ class Intake:
     limits: Limits
     gap_timeout_s: float
     now: Callable[[], datetime]
-    encode: Callable[[protocol.Sample], protocol.Sample]
-    """Makes tokens of a prompt that is text."""
+    prepare: Callable[[protocol.Sample], protocol.Sample]
+    """Makes tokens of a prompt that is text, and compiles what samples are to keep to."""
     max_tokens_trained: Callable[[str, TrainingMode], int | None]
     """The engine's."""
     fitting: dict[tuple[str, TrainingMode], int | None] = field(default_factory=dict)
     """What it answered."""
-    encoding: defaultdict[str, CapacityLimiter] = field(
+    preparing: defaultdict[str, CapacityLimiter] = field(
         default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
     )
-    """By project: one text at a time."""
+    """By project: one sample at a time."""
 
     async def take(self, session: Session, submissions: Sequence[protocol.Submission]) -> None:
         """Journals what is new and puts it in its place; a refused operation gets its outcome.
@@ -95,8 +95,8 @@ class Intake:
         check = partial(self._refusal, ticket, run, await self._fitting(run), access=access)
         error = ticket.error or await wire.beside(ticket.size_bytes, check)
         operation = submission.operation
-        if error is None and isinstance(operation, protocol.Sample) and not operation.encoded:
-            error = await self._encode(ticket, operation)
+        if error is None and isinstance(operation, protocol.Sample) and not operation.prepared:
+            error = await self._prepare(ticket, operation)
         if ticket.settled and run is None:  # it was cancelled meanwhile
             return
         if submission.operation is None and error is None:
@@ -131,14 +131,14 @@ class Intake:
             self.fitting[key] = told
         return self.fitting[key]
 
-    async def _encode(self, ticket: Ticket, operation: protocol.Sample) -> WeaverError | None:
-        """Beside the engine; answers why it cannot be encoded, or is too large then."""
-        limiter = self.encoding[ticket.session.caller.project]
-        encoded = await to_thread.run_sync(attempt, self.encode, operation, limiter=limiter)
-        if isinstance(encoded, WeaverError):
-            return encoded
-        ticket.replace(encoded)
-        return attempt(_check_size, encoded, self.limits)
+    async def _prepare(self, ticket: Ticket, operation: protocol.Sample) -> WeaverError | None:
+        """Beside the engine; answers why it cannot be done, or is too large then."""
+        limiter = self.preparing[ticket.session.caller.project]
+        prepared = await to_thread.run_sync(attempt, self.prepare, operation, limiter=limiter)
+        if isinstance(prepared, WeaverError):
+            return prepared
+        ticket.replace(prepared)
+        return attempt(_check_size, prepared, self.limits)
 
     def _watch(self, run: Run, session: Session) -> None:
         """Starts a timer if something waits for an operation that has not come."""

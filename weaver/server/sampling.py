@@ -105,11 +105,17 @@ class Samplers:
         loaded = Loaded(weights_id, model, version, pinned=pinned, expires_at=expires_at)
         await self._keep(sampler_id, loaded)
 
-    def encode(self, operation: Sample) -> Sample:
-        """The same with the tokens of its text; in any thread, beside whatever else runs."""
-        assert not isinstance(operation.prompt, ModelInput)
+    def prepare(self, operation: Sample) -> Sample:
+        """The same with the tokens of its text; in any thread, beside whatever else runs.
+
+        What its samples are to keep to is compiled.
+        """
         ready = self._loaded.get(operation.sampler_id)
         name = ready.model.name if ready else self._find(operation.sampler_id)[0]
+        if operation.params.structured:
+            self.engine.check_structure(name, operation.params)
+        if isinstance(operation.prompt, ModelInput):
+            return operation
         tokens = ModelInput.from_ints(self.engine.encode(name, operation.prompt))
         return operation.model_copy(update={"prompt": tokens})
 

@@ -107,7 +107,7 @@ class LocalService:
             limits,
             gap_timeout_s,
             now,
-            samplers.encode,
+            samplers.prepare,
             engine.max_tokens_trained,
         )
         self._parts = Parts(

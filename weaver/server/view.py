@@ -178,7 +178,7 @@ class View:
     ) -> list[int]:
         """See `Engine.encode`; of a project one text at a time, beside whatever else runs."""
         await self.get_model(base_model)
-        limiter = self.parts.intake.encoding[self._caller.project]
+        limiter = self.parts.intake.preparing[self._caller.project]
         encode = partial(self.parts.engine.encode, base_model, prompt, tools=tools)
         return await self._disk(encode, limiter=limiter)
 

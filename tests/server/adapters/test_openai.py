@@ -223,7 +223,7 @@ def test_calls_are_told_apart_from_what_is_said(
 
     def writer() -> Writer:
         head: dict[str, Any] = {"id": "a", "created": 0, "model": "m", "tokenizer": None}
-        return Writer(**head, chat=True, logprobs=False, token_ids=False, tools=True)
+        return Writer(**head, chat=True, logprobs=False, token_ids=False, tools=["add"])
 
     sequence = types.SampledSequence(
         tokens=(1,), text=text, logprobs=(0.0,), sampling_logprobs=(0.0,), stop_reason="stop"
@@ -357,9 +357,11 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ),
     ("chat/completions", {**SAY, "tools": [{}]}, 400, None),
     ("chat/completions", {**SAY, "tools": 3}, 400, None),
-    ("chat/completions", {**SAY, "tool_choice": "required"}, 422, "tool_choice"),
+    ("chat/completions", {**SAY, "tool_choice": "required"}, 400, "tool_choice"),
+    ("chat/completions", {**SAY, "tools": [TOOL], "tool_choice": "required"}, 422, "json_schema"),
     ("chat/completions", {**SAY, "functions": [{}]}, 422, "functions"),
-    ("chat/completions", {**SAY, "response_format": {"type": "x"}}, 422, "response_format"),
+    ("chat/completions", {**SAY, "response_format": {"type": "x"}}, 400, None),
+    ("chat/completions", {**SAY, "guided_json": {}}, 422, "json_schema"),
     ("chat/completions", {**SAY, "presence_penalty": 2.5}, 422, "presence_penalty"),
     ("chat/completions", {**SAY, "frequency_penalty": -2.5}, 422, "frequency_penalty"),
     ("chat/completions", {**SAY, "frequency_penalty": "x"}, 400, "frequency_penalty"),

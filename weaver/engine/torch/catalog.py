@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver import errors
 from weaver.boundary import converting
+from weaver.engine.torch.grammars import Grammars
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
 from weaver.threads import out_at_exit
 from weaver.tokenizers import end_tokens
@@ -134,6 +135,11 @@ class ModelFacts:
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end a reply, as the tokenizer and its chat template have them."""
         return frozenset(end_tokens(self.tokenizer).values())
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Errors: see there."""
+        return Grammars(self.tokenizer, name=self.info.name, vocab_size=self.info.vocab_size)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """File names and contents, as `save_pretrained` writes them; chat templates in one file."""

@@ -23,7 +23,7 @@ from weaver.engine.torch.quantised import check_kind
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.engine.torch.text import encode_prompt
 from weaver.engine.torch.trainer import TorchTrainer
-from weaver.types import JsonDict, Message, ModelInfo, Quantize, TrainingMode
+from weaver.types import JsonDict, Message, ModelInfo, Quantize, SamplingParams, TrainingMode
 
 
 class TorchEngine(ThreadedEngine):
@@ -163,6 +163,9 @@ class TorchEngine(ThreadedEngine):
         facts = self.facts(base_model)
         facts.check_text(prompt)
         return encode_prompt(facts.tokenizer, prompt, name=base_model, tools=tools)
+
+    def check_structure(self, base_model: str, params: SamplingParams) -> None:
+        self.facts(base_model).grammars.compiled(params)
 
     def tokenizer(self, base_model: str) -> Any:
         return self.facts(base_model).tokenizer

@@ -12,6 +12,7 @@ import torch
 
 from weaver.checks import check_length
 from weaver.engine.base import SampleJob
+from weaver.engine.torch.grammars import Guide
 from weaver.engine.torch.kv_cache import Cached, KVCache
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.prefixes import Owner
@@ -90,10 +91,15 @@ class RunningJob:
         """Whether it counts as one that needs the prompt; the reader's own."""
         self.error: WeaverError | None = None
         self._drafts: list[Draft] = []
+        self._guide: Guide | None = None
+        """That of its samples at their beginning."""
         if job.num_samples:
             facts = weights.model.facts
             ends = weights.model.eos_token_ids | facts.end_token_ids
             stops = Stops.of(job.params, facts.tokenizer, ends=ends)
+            if job.params.structured:
+                ends = frozenset() if job.params.ignore_eos else ends
+                self._guide = facts.grammars.guide(job.params, ends=ends)
             self._drafts = [
                 Draft(facts.tokenizer, stops, index=i, length=self.length, stream=job.stream)
                 for i in range(job.num_samples)
@@ -129,6 +135,9 @@ class RunningJob:
         first, self.begun = self.begun, self.begun + count
         self.running += count
         rows = [Row(self, self._drafts[i], self._keys[i]) for i in range(first, self.begun)]
+        if self._guide is not None:
+            for row in rows:
+                row.guide = self._guide.copy()
         if self.job.params.repetition_penalty != 1:
             for row in rows:
                 row.seen = torch.zeros_like(logits[0], dtype=torch.bool)
@@ -151,8 +160,13 @@ class RunningJob:
             at = f"at sample {row.draft.index}, token {len(row.draft.logprobs)}"
             self.error = _not_finite(at)
             return
+        try:
+            last = row.guide is not None and not row.guide.take(token)
+        except WeaverError as error:
+            self.error = error
+            return
         self.deltas += row.draft.take(
-            token, logprob=logprob, sampling_logprob=sampling_logprob, top=top
+            token, logprob=logprob, sampling_logprob=sampling_logprob, top=top, last=last
         )
         if row.seen is not None:
             row.seen[token] = True
@@ -188,6 +202,8 @@ class Row:
     """bool [V]: tokens of prompt and continuation; None without a repetition penalty."""
     counts: torch.Tensor | None = None
     """float32 [V]: how often the continuation has each; None without a penalty of that."""
+    guide: Guide | None = None
+    """What may follow; None without a schema or a grammar."""
 
 
 def _not_finite(where: str) -> NonFiniteError:

@@ -283,12 +283,14 @@ def _draw(rows: Sequence[Row], logits: torch.Tensor, params: RowParams) -> None:
     positions = np.array([len(row.draft.logprobs) for row in rows], dtype=np.uint64)
     seen = [row.seen for row in rows if row.seen is not None]
     counts = [row.counts for row in rows if row.counts is not None]
+    allowed = [row.guide.allowed for row in rows if row.guide is not None]
     draws = sample(
         logits,
         params,
         uniforms=draw_uniforms(keys, positions).to(logits.device),
         seen=torch.stack(seen) if seen else None,
         counts=torch.stack(counts) if counts else None,
+        allowed=torch.stack(allowed).to(logits.device) if allowed else None,
     )
     columns = torch.stack([column.double() for column in draws], dim=1)  # exact, and one copy
     tops = _tops(rows, logits)

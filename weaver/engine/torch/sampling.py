@@ -2,8 +2,8 @@
 
 Shapes: B rows, V vocabulary, F rows of one kind, K candidates of a row. Every row has its own
 parameters and its own uniform number, so what a row draws never depends on its neighbours. The
-order is: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p,
-min-p. Log-probabilities are in nats.
+order is: logit bias, repetition penalty, frequency and presence penalty, what a grammar allows,
+temperature, top-k, top-p, min-p. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class RowParams:
     """int64: rows with a repetition penalty, of any kind."""
     counted_rows: torch.Tensor
     """int64: rows with a presence or frequency penalty, of any kind."""
+    guided_rows: torch.Tensor
+    """int64: rows whose text keeps to a schema or a grammar, of any kind."""
     tempered: bool
     """Whether a temperature is not 1; known here, so that no draw waits for the device to tell."""
     has_min_p: bool
@@ -90,6 +92,7 @@ def row_params(
     tempered = any(p.temperature not in (0, 1) for p in params)
     penalised = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
     counted = [i for i, p in enumerate(params) if counts_tokens(p)]
+    guided = [i for i, p in enumerate(params) if p.structured]
     biases = [(i, token, value) for i, p in enumerate(params) for token, value in p.logit_bias]
     row, token, value = zip(*biases, strict=True) if biases else ((), (), ())
     filtered = ~greedy & ((top_k < vocab_size) | (top_p < 1))
@@ -107,6 +110,7 @@ def row_params(
         greedy_rows=rows(greedy),
         penalised_rows=index(penalised),
         counted_rows=index(counted),
+        guided_rows=index(guided),
         tempered=tempered,
         has_min_p=any(p.min_p > 0 for p in params),
     )
@@ -119,15 +123,20 @@ def sample(
     uniforms: torch.Tensor,
     seen: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> Draws:
     """Draws one token for each row by inverting its cumulative distribution.
 
     `logits` [B, V] float32; `uniforms` [B] float64 in [0, 1); for rows that need it `seen`, bool
-    [penalised rows, V], the tokens of prompt and continuation so far, and `counts`, float32
-    [counted rows, V], how often the continuation has each.
+    [penalised rows, V], the tokens of prompt and continuation so far, `counts`, float32
+    [counted rows, V], how often the continuation has each, and `allowed`, bool [guided rows, V].
     """
     policy = logits.softmax(-1)
     scaled = shift(logits, params, seen=seen, counts=counts)
+    if len(params.guided_rows):
+        assert allowed is not None
+        left = scaled[params.guided_rows].masked_fill(~allowed, -torch.inf)
+        scaled = scaled.index_copy(0, params.guided_rows, left)
     if params.tempered:
         # the likeliest becomes 0 first, so that no temperature overflows
         scaled = scaled.sub(scaled.amax(-1, keepdim=True)).div_(params.temperature)

@@ -162,13 +162,19 @@ class Draft:
         return self.stop_reason is not None
 
     def take(
-        self, token: int, *, logprob: float, sampling_logprob: float, top: Top | None = None
+        self,
+        token: int,
+        *,
+        logprob: float,
+        sampling_logprob: float,
+        top: Top | None = None,
+        last: bool = False,
     ) -> list[SampleDelta]:
         """Adds a token, which may end the sample; answers what a reader of a stream sees of it.
 
-        `top`: the likeliest tokens at its place, where they are wanted.
+        `top`: the likeliest tokens at its place, where they are wanted. `last`: nothing may follow.
         """
-        text = self.push(token)
+        text = self.push(token, last=last)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
         if top is not None:
@@ -198,14 +204,15 @@ class Draft:
             top_logprobs=_top_logprobs(self._top) if self._top else None,
         )
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, *, last: bool = False) -> str:
         """Takes the next token and answers the text that a reader may see now."""
         self.tokens.append(token)
         ended_by_token = token in self._stops.token_ids
         if self._stream is not None:
             self._grow(self._stream, token, ended_by_token)
-        if not self.ended and (ended_by_token or len(self.tokens) == self._length):
-            self.stop_reason = "stop" if ended_by_token else "length"
+        last = last or ended_by_token
+        if not self.ended and (last or len(self.tokens) == self._length):
+            self.stop_reason = "stop" if last else "length"
             if self._stream is not None:
                 self.text += self._stream.flush()
             else:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weaver.server.adapters.openai.tools import certain, split_calls
+from weaver.server.adapters.openai.tools import CallStream, split_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from fastapi.responses import JSONResponse
 
@@ -60,8 +60,8 @@ class Writer:
     echo: Sequence[str | Sequence[int]] = ()
     """Prompts as they came, to be repeated before what follows them."""
     token_ids: bool
-    tools: bool
-    """Whether calls of tools are looked for."""
+    tools: Collection[str]
+    """Their names; without any, calls are not looked for."""
     tokenizer: Any
     prompts: Sequence[Sequence[int]] = ()
     """The tokens of each."""
@@ -69,8 +69,8 @@ class Writer:
     """Characters of each choice so far."""
     _texts: dict[int, str] = field(default_factory=dict)
     """Of single tokens."""
-    _unsaid: dict[int, str] = field(default_factory=dict)
-    """What a stream has not been told of a choice, since it may be a call."""
+    _calls: dict[int, CallStream] = field(default_factory=dict)
+    """Of each choice of a stream."""
 
     def whole(self, results: Sequence[types.SampleResult]) -> types.JsonDict:
         """Of all prompts, in their order; may be slow where it shows log-probabilities."""
@@ -140,7 +140,8 @@ class Writer:
     ) -> types.JsonDict:
         choice: types.JsonDict = {"index": index, "finish_reason": sequence.stop_reason}
         if self.chat:
-            said, calls = split_calls(sequence.text) if self.tools else (sequence.text, [])
+            none: tuple[str, list[types.JsonDict]] = sequence.text, []
+            said, calls = split_calls(sequence.text, self.tools) if self.tools else none
             choice["message"] = {"role": "assistant", "content": said, "refusal": None}
             if calls:
                 choice["message"] |= {"content": said or None, "tool_calls": calls}
@@ -162,12 +163,10 @@ class Writer:
         """What a stream is told now: text that is no part of a call, and at the end the calls."""
         if not self.tools:
             return delta.text, []
-        text = self._unsaid.pop(delta.index, "") + delta.text
+        calls = self._calls.setdefault(delta.index, CallStream(self.tools))
         if delta.stop_reason is not None:
-            return split_calls(text)
-        size = certain(text)
-        self._unsaid[delta.index] = text[size:]
-        return text[:size], []
+            return calls.end(delta.text)
+        return calls.push(delta.text), []
 
     def _logprobs(self, index: int, places: Sequence[Place]) -> types.JsonDict | None:
         """Under the policy: untempered, unfiltered, in nats."""

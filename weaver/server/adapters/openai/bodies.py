@@ -13,7 +13,9 @@ from pydantic import Field
 from pydantic_core import from_json
 
 from weaver import errors, types
+from weaver.server.adapters.openai.forms import Form, ResponseFormat, Structure, one_of
 from weaver.server.http.body import Body
+from weaver.types import JsonDict
 
 MOST_PROMPTS = 256
 COMPLETION_TOKENS = 16
@@ -26,8 +28,7 @@ NOTHING = types.SampledSequence(
 """What follows a prompt of which only the log-probabilities are asked for."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": ([], None),
-    "tool_choice": ("none", "auto", None),
-    "response_format": ({"type": "text"}, None),
+    "guided_whitespace_pattern": (None,),
     "suffix": ("", None),
     "modalities": (["text"], None),
     "audio": (None,),
@@ -59,6 +60,12 @@ class SampleBody(Body):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     return_token_ids: bool | None = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structure | None = None
+    guided_json: JsonDict | str | None = None
+    guided_regex: str | None = None
+    guided_choice: tuple[str, ...] | None = None
+    guided_grammar: str | None = None
 
     @classmethod
     def of(cls, content: Any) -> Self:
@@ -78,8 +85,18 @@ class SampleBody(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, max_tokens: int) -> types.SamplingParams:
-        """Raises InvalidParamsError."""
+    @property
+    def forms(self) -> list[Form]:
+        """That the text is to have, one for each that is given. Raises InvalidRequestError."""
+        names = ("json", "regex", "choice", "grammar")
+        guided = Structure.of({name: getattr(self, f"guided_{name}") for name in names})
+        wanted = [] if self.response_format is None else [self.response_format.form]
+        for structure in (self.structured_outputs, guided):
+            wanted += structure.forms if structure is not None else []
+        return wanted
+
+    def params(self, max_tokens: int, *forms: Form) -> types.SamplingParams:
+        """Raises InvalidRequestError."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         return types.SamplingParams(
             max_tokens=max_tokens,
@@ -95,6 +112,7 @@ class SampleBody(Body):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             seed=self.seed,
+            **one_of([*self.forms, *forms]),
         )
 
 
@@ -193,6 +211,37 @@ class ChatBody(SampleBody):
         """What the model may call."""
         shown = () if self.tool_choice == "none" else self.tools or ()
         return [tool.model_dump() for tool in shown]
+
+    @property
+    def names(self) -> list[str]:
+        """Those of `functions`."""
+        return [tool["function"]["name"] for tool in self.functions]
+
+    @property
+    def required(self) -> list[types.JsonDict]:
+        """Functions of which one has to be called; none where the model may choose.
+
+        Raises:
+            InvalidRequestError: it asks for none that is there.
+        """
+        match self.tool_choice:
+            case None | "none" | "auto":
+                return []
+            case "required":
+                wanted = self.names
+            case {"type": "function", "function": {"name": str(name)}}:
+                wanted = [name]
+            case _:
+                wanted = []
+        found = [one["function"] for one in self.functions if one["function"]["name"] in wanted]
+        if not found:
+            raise errors.InvalidRequestError(
+                "asks for no function that `tools` has.",
+                field="tool_choice",
+                hint='Give "none", "auto", "required" or '
+                '{"type": "function", "function": {"name": ...}}.',
+            )
+        return found
 
     def chat(self) -> tuple[types.Message, ...]:
         return tuple(message.native(at) for at, message in enumerate(self.messages))

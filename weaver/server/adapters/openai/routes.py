@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from weaver import errors, protocol, types, wire
 from weaver.server.adapters.openai import bodies
 from weaver.server.adapters.openai.answers import Writer, failed, model_json
+from weaver.server.adapters.openai.tools import grammar_of
 from weaver.server.http.caller_session import CallerDep, CallerSession, Entry, Note
 from weaver.server.http.gateway import ServiceDep
 from weaver.server.http.streaming import EventStream, Turns, until_gone
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from weaver.server.adapters.openai.forms import Form
     from weaver.server.streams import SampleStream
     from weaver.server.view import View
 
@@ -135,7 +137,12 @@ async def chat(request: Request, caller: CallerDep) -> Response:
             "needs logprobs.", field="top_logprobs", hint="Set logprobs to true."
         )
     sampler_id, base_model = await _weights(caller.service, body.model)
+    required = body.required
     prompt = await caller.service.encode(base_model, body.chat(), tools=body.functions)
+    forms = []
+    if required:
+        template = getattr(await caller.service.tokenizer(base_model), "chat_template", None)
+        forms = [{"grammar": grammar_of(required, str(template))}]
     return await _answer(
         request,
         caller,
@@ -143,6 +150,7 @@ async def chat(request: Request, caller: CallerDep) -> Response:
         sampler_id,
         base_model,
         prompts=[prompt],
+        forms=forms,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         top=body.top_logprobs or 0 if body.logprobs else None,
     )
@@ -159,6 +167,7 @@ async def _answer(
     max_tokens: int | None,
     top: int | None,
     echo: Sequence[str | Sequence[int]] = (),
+    forms: Sequence[Form] = (),
 ) -> Response:
     """`top`: so many of the likeliest tokens beside log-probabilities; None is without any."""
     service, chat = caller.service, isinstance(body, bodies.ChatBody)
@@ -177,7 +186,7 @@ async def _answer(
         protocol.Sample(
             sampler_id=sampler_id,
             prompt=types.ModelInput.from_ints(prompt),
-            params=body.params(max_tokens),
+            params=body.params(max_tokens, *forms),
             num_samples=0 if scored_alone else body.count,
             include_prompt_logprobs=scored_alone or (logprobs and bool(echo)),
             top_logprobs=0 if scored_alone else top,
@@ -195,7 +204,7 @@ async def _answer(
         top=top,
         echo=echo,
         token_ids=bool(body.return_token_ids),
-        tools=isinstance(body, bodies.ChatBody) and bool(body.functions),
+        tools=body.names if isinstance(body, bodies.ChatBody) else (),
         tokenizer=await service.tokenizer(base_model) if logprobs or echo else None,
         prompts=prompts,
     )
