@@ -271,7 +271,8 @@ class Cispo(Clipped):
 class Gspo(Clipped):
     """-min(s·A, clip(s)·A), s = exp(mean(lp - q)) over a datum: GSPO (arXiv:2507.18071, eq. 5).
 
-    The mean is over the counted tokens. Left out: the GSPO-token variant.
+    The mean is over the counted tokens. In the token variant (eq. 13, 14): a token has its own A
+    and moves by its own ∇lp, s·A·∇lp, which is GSPO's where A and weight are a datum's.
     """
 
     name = "gspo"
@@ -279,9 +280,10 @@ class Gspo(Clipped):
     clip_high_threshold: float = option(1 + 4e-4, at_least=0.0)
 
     def per_token(self, tokens: Tokens) -> TokenLoss:
-        ratio = tokens.mean_of_datum(tokens.lp - tokens.q).exp()
-        value, clipped = self.lesser(ratio, tokens.A)
-        return TokenLoss(-value, ratio.detach(), clipped)
+        lp = tokens.lp.detach()
+        ratio = tokens.mean_of_datum(lp - tokens.q).exp()
+        value, clipped = self.lesser(ratio * (tokens.lp - lp).exp(), tokens.A)
+        return TokenLoss(-value, ratio, clipped)
 
 
 class Dro(RatioLoss):

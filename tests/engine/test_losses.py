@@ -136,7 +136,7 @@ def np_dro(c: Case, beta: float = 0.05) -> tuple[Array, Array]:
 
 
 def np_weighted(c: Case, loss_fn: str, config: Mapping[str, Any]) -> tuple[float, Array]:
-    """Σ w·value and its gradient; GSPO, whose gradient mixes tokens, is written out here."""
+    """Σ w·value and its gradient; GSPO, whose ratio is a sequence's, is written out here."""
     options = {k: v for k, v in config.items() if k in LOSSES[loss_fn].options()}
     entropy_coef, kl_coef = options.pop("entropy_coef", 0.0), options.pop("kl_coef", 0.0)
     if loss_fn == "gspo":
@@ -172,7 +172,7 @@ def np_gspo(
         for t in rows:
             loss -= c.w[t] * min(s * c.A[t], bounded * c.A[t])
             if s * c.A[t] <= bounded * c.A[t]:
-                gradient[rows] -= c.w[t] * c.A[t] * s / len(rows)
+                gradient[t] -= c.w[t] * c.A[t] * s
     return loss, gradient
 
 
@@ -317,6 +317,19 @@ def test_gspo_clips_where_its_paper_does() -> None:
         token = formula("gspo", lp, q, torch.full((2,), A))
         (slope,) = torch.autograd.grad(token.value.sum(), lp)
         assert bool(slope.any()) is learns
+
+
+def test_gspo_is_that_of_whole_sequences_where_they_have_one_advantage() -> None:
+    """The token variant (eq. 13) has the gradient of eq. 5 then."""
+    q, A = torch.tensor([-1.0, -2.0, -0.5]).double(), torch.full((3,), 1.5)
+    slopes = []
+    for whole in (False, True):
+        lp = (q + torch.tensor([0.1, -0.3, 0.05])).requires_grad_()
+        value = formula("gspo", lp, q, A, clip_low_threshold=0.5, clip_high_threshold=2.0).value
+        value = -3 * (lp - q).mean().exp() * 1.5 if whole else value.sum()
+        slopes.append((value.item(), torch.autograd.grad(value, lp)[0].tolist()))
+    assert slopes[0][0] == pytest.approx(slopes[1][0])
+    assert slopes[0][1] == pytest.approx(slopes[1][1])
 
 
 @pytest.mark.parametrize("loss_fn", sorted(RATIO_LOSSES))
