@@ -200,6 +200,10 @@ async def test_checkpoints_are_listed_limited_and_deleted(api: Tinker) -> None:
     await api.call(f"{of_run}/weights/b", method="DELETE", status=204)
     (left,) = (await api.get(of_run))["checkpoints"]
     assert (left["checkpoint_id"], left["expires_at"]) == ("weights/a", None)
+    used = await api.get("billing/usage/checkpoints/current?project_id=default")
+    (mine,) = used["data"]
+    assert (mine["checkpoint_count"], mine["size_bytes"]) == (1, left["size_bytes"])
+    assert (await api.get("billing/usage/checkpoints/current?project_id=x"))["data"] == []
     taken = {"model_id": model_id, "path": "a", "seq_id": 3}
     refused = await api.result(await api.call("save_weights", taken))
     assert refused["category"] == "user" and "a" in refused["error"]
@@ -270,6 +274,37 @@ async def test_a_sampling_session_is_polled_as_a_whole(api: Tinker) -> None:
         **{one["request_id"]: "finished" for one in futures},
         bad["request_id"]: "failed",
     }
+
+
+async def test_weights_in_flight_are_those_of_the_last_save(api: Tinker) -> None:
+    model_id = await api.model()
+    session_id = model_id.partition(":")[0]
+
+    async def publish(number: int, seq_id: int, kind: str) -> str:
+        body = {"model_id": model_id, "sampling_session_seq_id": number, "seq_id": seq_id}
+        future = await api.call("save_weights_for_sampler", {**body, "kind": kind})
+        return str((await api.result(future))["sampling_session_id"])
+
+    async def scored(called: str, seq_id: int) -> bytes:
+        future = await api.sample(called, seq_id, prompt_logprobs=True)
+        again = await api.sample(called, seq_id, prompt_logprobs=True)
+        assert future == again
+        sampled = messages.SampleResponse.FromString(await api.binary(future))
+        return bytes(sampled.prompt_logprobs)
+
+    kept, flying = await publish(0, 1, "snapshot"), await publish(1, 2, "inflight")
+    assert flying == f"{session_id}:sample:1"
+    before = await scored(kept, 1)
+    assert await scored(flying, 1) == before
+    early = await api.sample(flying, 7, prompt_logprobs=True)
+    await api.result(await api.backward(model_id, 3))
+    await api.result(await api.step(model_id, 4))
+    later = await publish(2, 5, "inflight")
+    assert await scored(kept, 2) == before
+    after = await scored(later, 2)
+    assert after != before
+    assert await scored(flying, 2) == after
+    assert await api.sample(flying, 7, prompt_logprobs=True) == early  # a resend, of older weights
 
 
 async def test_a_name_that_cannot_be_written_down_is_given_when_it_can(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weaver.server.adapters.tinker import messages, records, routes
+from weaver.server.adapters.tinker import absent, downloads, messages, records, routes
 from weaver.server.adapters.tinker.answers import refused
 from weaver.server.http.gateway import Adapter
 
@@ -12,7 +12,7 @@ PASS_BYTES = 64 * 2**20
 
 SESSIONS = f"{routes.PREFIX}/sessions/session-"
 """Below which all is this protocol's, though another one has routes of sessions, too."""
-ROUTES = [*routes.router.routes, *records.router.routes]
+ROUTES = [route for part in (routes, records, downloads, absent) for route in part.router.routes]
 LIMITS = {messages.MEDIA_TYPE: PASS_BYTES, "": JSON_BYTES}
 
 TINKER = tuple(
@@ -21,6 +21,7 @@ TINKER = tuple(
         prefix=SESSIONS if own else routes.PREFIX,
         envelope=refused,
         body_limits=LIMITS,
+        open_below=(downloads.FILES,),
     )
     for own in (True, False)
 )

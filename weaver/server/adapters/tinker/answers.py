@@ -4,6 +4,7 @@
 |---------------------------------------|-----------------------------------|
 | tinker://<model>/weights/<name>       | weaver://<run>/weights/<name>     |
 | tinker://<model>/sampler_weights/<..> | weaver://<run>/sampler/<name>     |
+| tinker://<model>/external_weights/<.> | weaver://<run>/weights/external-<> |
 
 A model's id says of which run it is (`session.run_of`), and a run's metadata what its model is
 called; a run that another protocol made is called by its own id.
@@ -29,9 +30,19 @@ if TYPE_CHECKING:
     from weaver.tensors import TensorData
 
 SCHEME = "tinker://"
-GROUPS = {"weights": "weights", "sampler_weights": "sampler"}
-KINDS = {"weights": "training", "weights_and_optimizer": "training", "sampler": "sampler"}
-SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
+EXTERNAL = "external-"
+"""How the names of weights begin that were saved to be downloaded; they have no optimizer."""
+GROUPS = {
+    "weights": "weights/",
+    "sampler_weights": "sampler/",
+    "external_weights": f"weights/{EXTERNAL}",
+}
+SEGMENTS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
+SAVED = {
+    "training": "save_weights",
+    "sampler": "save_weights_for_sampler",
+    "external": "save_weights_external",
+}
 STATUSES = {409: 400, 500: 400, 503: 408, 504: 408, 507: 400}
 """Clients send a request that got another status again for minutes, some without a pause."""
 NO_LOGPROB = -99999.0
@@ -87,9 +98,8 @@ def future_answer(future: Future, *, binary: bool) -> Response:
         case protocol.StepDone(output=step):
             return JSONResponse({"metrics": dict(step.metrics), "type": "optim_step"})
         case protocol.CheckpointLoaded(checkpoint=info):
-            path = info.path if "://" in info.path else f"{SCHEME}{info.path}"
             return JSONResponse(
-                {"path": tinker_path(path, {}), "model_id": note.model_id, "type": "load_weights"}
+                {"path": tinker_path(info, {}), "model_id": note.model_id, "type": "load_weights"}
             )
         case protocol.CheckpointSaved() if note.sampling_session:
             return JSONResponse(
@@ -97,8 +107,8 @@ def future_answer(future: Future, *, binary: bool) -> Response:
             )
         case protocol.CheckpointSaved(checkpoint=info):
             names = {info.run_id: note.model_id}
-            kind = "save_weights_for_sampler" if info.kind == "sampler" else "save_weights"
-            return JSONResponse({"path": tinker_path(info.path, names), "type": kind})
+            answer = {"path": tinker_path(info, names), "type": SAVED[kind_of(info)]}
+            return JSONResponse(answer)
     raise AssertionError(future.id)
 
 
@@ -252,11 +262,22 @@ def metadata_of(run: types.TrainingRun) -> dict[str, str]:
     return {name: str(value) for name, value in run.user_metadata.items() if name != "tinker"}
 
 
-def tinker_path(path: str, names: Mapping[str, str]) -> str:
+def kind_of(info: types.CheckpointInfo) -> str:
+    """Its type there."""
+    if info.kind == "weights" and info.name.startswith(EXTERNAL):
+        return "external"
+    return "sampler" if info.kind == "sampler" else "training"
+
+
+def checkpoint_id(info: types.CheckpointInfo) -> str:
+    kind = kind_of(info)
+    name = info.name.removeprefix(EXTERNAL) if kind == "external" else info.name
+    return f"{SEGMENTS[kind]}/{name}"
+
+
+def tinker_path(info: types.CheckpointInfo, names: Mapping[str, str]) -> str:
     """`names`: what runs are called."""
-    run_id, group, name = path.partition("://")[2].split("/")
-    segment = "sampler_weights" if group == "sampler" else "weights"
-    return f"{SCHEME}{names.get(run_id) or run_id}/{segment}/{name}"
+    return f"{SCHEME}{names.get(info.run_id) or info.run_id}/{checkpoint_id(info)}"
 
 
 def native_path(path: str) -> str:
@@ -268,7 +289,7 @@ def native_path(path: str) -> str:
             field="path",
             hint="Such as tinker://<model>/weights/<name> or tinker://<model>/sampler_weights/<name>.",
         )
-    return f"weaver://{run_of(parts[0])}/{GROUPS[parts[1]]}/{parts[2]}"
+    return f"weaver://{run_of(parts[0])}/{GROUPS[parts[1]]}{parts[2]}"
 
 
 def run_json(
@@ -277,7 +298,7 @@ def run_json(
     names = {run.run_id: model_of(run)}
     newest: dict[str, types.JsonDict] = {}
     for info in sorted(checkpoints, key=lambda one: one.created_at):
-        newest[KINDS[info.kind]] = checkpoint_json(info, names)
+        newest[kind_of(info)] = checkpoint_json(info, names)
     return {
         "training_run_id": model_of(run),
         "base_model": run.base_model,
@@ -292,12 +313,11 @@ def run_json(
 
 
 def checkpoint_json(info: types.CheckpointInfo, names: Mapping[str, str]) -> types.JsonDict:
-    kind = KINDS[info.kind]
     return {
-        "checkpoint_id": f"{SEGMENTS[kind]}/{info.name}",
-        "checkpoint_type": kind,
+        "checkpoint_id": checkpoint_id(info),
+        "checkpoint_type": kind_of(info),
         "time": info.created_at.isoformat(),
-        "tinker_path": tinker_path(info.path, names),
+        "tinker_path": tinker_path(info, names),
         "size_bytes": info.size_bytes,
         "expires_at": info.expires_at and info.expires_at.isoformat(),
     }

@@ -5,7 +5,7 @@ They are JSON, but for training passes: `passes.py` reads those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -113,9 +113,28 @@ class SaveBody(InTurn):
         )
 
 
+class ExternalBody(InTurn):
+    path: Name
+    ttl_seconds: Ttl = None
+    age_encryption_recipients: Sequence[str] | None = None
+
+    def operation(self, name: str) -> protocol.SaveCheckpoint:
+        """Weights without the optimizer, under a name of this server's."""
+        if self.age_encryption_recipients:
+            raise errors.UnsupportedError(
+                "is given, and this server encrypts nothing.",
+                field="age_encryption_recipients",
+                hint="Leave it out, and encrypt what you download.",
+            )
+        return protocol.SaveCheckpoint(
+            purpose="state", name=name, include_optimizer=False, ttl_seconds=self.ttl_seconds
+        )
+
+
 class SamplerBody(InTurn):
     path: Name | None = None
     sampling_session_seq_id: Seq | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
     ttl_seconds: Ttl = None
 
     def operation(self) -> protocol.SaveCheckpoint:
@@ -280,4 +299,4 @@ class TtlBody(Body):
     ttl_seconds: Ttl = None
 
 
-Kind = Literal["weights", "sampler_weights"]
+Kind = Literal["weights", "sampler_weights", "external_weights"]

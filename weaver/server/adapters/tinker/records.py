@@ -64,7 +64,7 @@ async def list_checkpoints(service: ServiceDep, limit: Limit = 100, offset: Offs
 async def delete_checkpoint(
     model_id: str, kind: bodies.Kind, name: str, service: ServiceDep
 ) -> None:
-    await service.delete_checkpoint(_path(model_id, kind, name))
+    await service.delete_checkpoint(checkpoint_path(model_id, kind, name))
 
 
 @router.put(f"{CHECKPOINT}/ttl", status_code=204)
@@ -72,7 +72,7 @@ async def set_ttl(
     model_id: str, kind: bodies.Kind, name: str, request: Request, service: ServiceDep
 ) -> None:
     body = await bodies.TtlBody.read(request)
-    await service.set_checkpoint_ttl(_path(model_id, kind, name), body.ttl_seconds)
+    await service.set_checkpoint_ttl(checkpoint_path(model_id, kind, name), body.ttl_seconds)
 
 
 @router.api_route(f"{CHECKPOINT}/publish", methods=["POST", "DELETE"])
@@ -92,6 +92,26 @@ async def weights_info(request: Request, service: ServiceDep) -> JsonDict:
         trained = info.lora_config.model_dump(include={"train_unembed", "train_mlp", "train_attn"})
         lora = {"lora_rank": info.lora_config.rank, **trained}
     return {"base_model": info.base_model, "is_lora": info.training_mode == "lora", **lora}
+
+
+@router.get("/billing/usage/checkpoints/current")
+async def storage(service: ServiceDep, project_id: str | None = None) -> JsonDict:
+    """What checkpoints take on the disk, by project; that of a deleted run's is not known."""
+    projects = {run.run_id: run.project for run in await service.list_runs()}
+    used: dict[str | None, list[int]] = {}
+    for info in await service.list_checkpoints():
+        used.setdefault(projects.get(info.run_id), []).append(info.size_bytes)
+    data = [
+        {
+            "project_id": project,
+            "checkpoint_count": len(sizes),
+            "size_bytes": sum(sizes),
+            "size_gigabytes": sum(sizes) / 1e9,
+        }
+        for project, sizes in used.items()
+        if project_id in (None, project)
+    ]
+    return {"data": data}
 
 
 @router.get("/sessions")
@@ -116,7 +136,8 @@ async def get_session(rest: str, request: Request, service: ServiceDep) -> JsonD
     }
 
 
-def _path(model_id: str, kind: bodies.Kind, name: str) -> str:
+def checkpoint_path(model_id: str, kind: bodies.Kind, name: str) -> str:
+    """The native one."""
     return answers.native_path(f"{answers.SCHEME}{model_id}/{kind}/{name}")
 
 

@@ -172,8 +172,17 @@ async def save_weights_for_sampler(request: Request) -> JsonDict:
     if body.sampling_session_seq_id is not None:
         session_id = owner_of(body.model_id, field="model_id")
         called = f"{session_id}:sample:{body.sampling_session_seq_id}"
-    note = Note(model_id=body.model_id, sampling_session=called)
+    inflight = body.kind == "inflight"
+    note = Note(model_id=body.model_id, sampling_session=called, inflight=inflight)
     return await _in_turn(request, body.model_id, body.seq_id, body.operation(), note)
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(request: Request) -> JsonDict:
+    body = await bodies.ExternalBody.read(request)
+    operation = body.operation(f"{answers.EXTERNAL}{body.path}")
+    note = Note(model_id=body.model_id)
+    return await _in_turn(request, body.model_id, body.seq_id, operation, note)
 
 
 @router.post("/load_weights")
@@ -296,7 +305,8 @@ async def asample(request: Request, service: ServiceDep) -> JsonDict:
         sparse_targets=body.sparse_targets,
         last_n=body.prompt_logprobs_last_n,
     )
-    await session.submit(operation, request_id, note)
+    if not (name.inflight and request_id in session):  # whose resend may find newer weights
+        await session.submit(operation, request_id, note)
     ids = [f"{request_id}:{i}" for i in range(body.num_samples)]
     return {"request_id": request_id, "sample_sequence_ids": ids}
 
@@ -328,7 +338,11 @@ async def _name_sampler(session: TinkerSession, future: Future) -> None:
     outcome, called = future.outcome, future.note.sampling_session
     if called and outcome is not None and isinstance(outcome.result, protocol.CheckpointSaved):
         info = outcome.result.checkpoint
-        name = SamplerName(sampler_id=info.path, base_model=info.base_model)
+        name = SamplerName(
+            sampler_id=info.path,
+            base_model=info.base_model,
+            inflight=future.note.model_id if future.note.inflight else "",
+        )
         await session.name_sampler(called, name)
 
 
@@ -371,26 +385,3 @@ async def _success(gateway: Gateway, future: Future, doing: str) -> None:
         raise errors.ServiceConnectionError(doing, hint="Ask again.")
     if future.outcome.error is not None:
         raise future.outcome.error.to_error()
-
-
-# --- what has no meaning on this server -----------------------------------------------------------
-
-ABSENT = {
-    "save_weights_external": "Save for sampling, and download its files.",
-    "create_custom_loss": "Leave custom_loss_server_side off: the client computes the loss itself.",
-    "join_sampling_session": "Leave sample_join_sampling_session off.",
-    "copy_weights": "Checkpoints stay on their server; download and load them.",
-    "auth/token": "Keys are sent as they are: leave pjwt_auth_enabled off.",
-}
-"""Paths, and what to do instead."""
-
-
-def _refuse(path: str, hint: str) -> None:
-    async def absent() -> None:
-        raise errors.UnsupportedError(f"this server has no {path}.", hint=hint)
-
-    router.add_api_route(f"/{path}", absent, methods=["POST"])
-
-
-for _path, _hint in ABSENT.items():
-    _refuse(_path, _hint)

@@ -39,6 +39,8 @@ class Note(BaseModel):
     model_id: str = ""
     sampling_session: str = ""
     """What a sampler without a name is called."""
+    inflight: bool = False
+    """Whether it takes the place of the model's earlier samplers that are in flight."""
     temperature: float = 1.0
     """Under which a sample's log-probabilities are asked for; 1 where it was greedy."""
     sparse_targets: bool = False
@@ -56,6 +58,8 @@ class SamplerName(BaseModel):
     sampler_id: str
     base_model: str
     model_path: str | None = None
+    inflight: str = ""
+    """The model whose newest weights in flight it stands for, whichever it was given with."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +83,11 @@ class TinkerSession:
         self._done: deque[Future] = deque()
         """Those that have an outcome, in the order of their cursors."""
         self._changed = anyio.Event()
+        self._newest: dict[str, tuple[int, SamplerName]] = {}
+        """By models, the last of their weights in flight, and which one of the session's it is."""
+        for called in self.samplers():
+            name = SamplerName.model_validate_json(service.hear(session_id)[called])
+            self._take_off(called, name)
         pending, _ = service.follow(session_id, self._end)
         for submission in pending:
             self._future(submission.id, submission.note)
@@ -117,6 +126,9 @@ class TinkerSession:
             )
         return self._futures[request_id]
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._futures
+
     async def cancel(self, request_id: str) -> None:
         await self.service.cancel(self.session_id, [request_id])
 
@@ -144,17 +156,30 @@ class TinkerSession:
     # --- names ----------------------------------------------------------------------------------
 
     async def name_sampler(self, sampling_session: str, name: SamplerName) -> None:
-        await self.service.name(self.session_id, sampling_session, name.model_dump_json())
+        if sampling_session not in self.service.hear(self.session_id):
+            await self.service.name(self.session_id, sampling_session, name.model_dump_json())
+            self._take_off(sampling_session, name)
+
+    def _take_off(self, sampling_session: str, name: SamplerName) -> None:
+        """Clients number the samplers of a session as they make them."""
+        number = int(sampling_session.rpartition(":")[2])
+        if name.inflight and number >= self._newest.get(name.inflight, (0, name))[0]:
+            self._newest[name.inflight] = number, name
 
     def sampler(self, sampling_session: str) -> SamplerName:
-        """Raises NotFoundError."""
+        """Of those in flight the newest one of their model.
+
+        Raises:
+            NotFoundError
+        """
         value = self.service.hear(self.session_id).get(sampling_session)
         if value is None:
             raise NotFoundError(
                 f"no sampling session is called {sampling_session[:80]!r}.",
                 field="sampling_session_id",
             )
-        return SamplerName.model_validate_json(value)
+        name = SamplerName.model_validate_json(value)
+        return self._newest.get(name.inflight, (0, name))[1]
 
     def samplers(self) -> list[str]:
         return [n for n in self.service.hear(self.session_id) if SAMPLER_ID.fullmatch(n)]

@@ -7,49 +7,27 @@ and a limited time.
 
 from __future__ import annotations
 
-import secrets
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
 
-from weaver import errors, types
+from weaver import types
 from weaver.server.adapters.weaver_rest import answers, bodies
 from weaver.server.adapters.weaver_rest.routes import PREFIX
 from weaver.server.http.caller_session import CallerDep, CallerSession
+from weaver.server.http.downloads import Grants
 from weaver.server.http.gateway import GatewayDep
 
 if TYPE_CHECKING:
     from weaver.server.keys import Caller
-    from weaver.server.view import View
-
-URL_LIFE_S = 900
 
 router = APIRouter(
     prefix=PREFIX, include_in_schema=False, default_response_class=answers.JsonResponse
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What the address of a download gives a right to, whoever asks."""
-
-    service: View
-    path: str
-    merge: bool
-    ends_at: float
-
-
-class Downloads:
-    """What was asked for to be downloaded, since the server started."""
-
-    def __init__(self) -> None:
-        self.merged: set[tuple[Caller, str]] = set()
-        """Paths of adapters that their callers have exported as whole models."""
-        self.grants: dict[str, Grant] = {}
-        """By the secret in its address."""
+class Merged(set["tuple[Caller, str]"]):
+    """Paths of adapters that their callers have exported as whole models, since the start."""
 
 
 @router.get("/models/{model_id}/checkpoints")
@@ -74,7 +52,7 @@ async def export_checkpoint(
     if not body.merge_adapter:
         return answers.artifact_json(info, answers.artifact_kind(info))
     await caller.service.export_checkpoint(info.path, merge=True)
-    gateway.own(Downloads).merged.add((request.state.caller, info.path))
+    gateway.own(Merged).add((request.state.caller, info.path))
     return answers.artifact_json(info, "hf_model")
 
 
@@ -83,7 +61,7 @@ async def list_artifacts(
     checkpoint_id: str, request: Request, gateway: GatewayDep, caller: CallerDep
 ) -> types.JsonDict:
     info = answers.by_id(await _exportable(caller), checkpoint_id)
-    merged = (request.state.caller, info.path) in gateway.own(Downloads).merged
+    merged = (request.state.caller, info.path) in gateway.own(Merged)
     kinds = sorted({answers.artifact_kind(info), *(["hf_model"] if merged else [])})
     return {"items": [answers.artifact_json(info, kind) for kind in kinds]}
 
@@ -99,9 +77,7 @@ async def describe_download(
     }
     path, merge = answers.by_id(known, artifact)
     export = await caller.service.export_checkpoint(path, merge=merge)
-    downloads, token, now = gateway.own(Downloads), secrets.token_urlsafe(32), time.monotonic()
-    kept = {token: grant for token, grant in downloads.grants.items() if grant.ends_at > now}
-    downloads.grants = kept | {token: Grant(caller.service, path, merge, now + URL_LIFE_S)}
+    token, _ = gateway.own(Grants).give(caller.service, path, merge=merge)
     base = f"{request.base_url}{PREFIX[1:]}/downloads/{token}"
     files = [
         {"name": f.name, "url": f"{base}/{f.name}", "size": f.size_bytes, "sha256": f.sha256}
@@ -113,15 +89,7 @@ async def describe_download(
 @router.get("/downloads/{token}/{name}")
 async def download(token: str, name: str, gateway: GatewayDep) -> Response:
     """Needs no key, as its address is known only to who was given it. Obeys Range."""
-    grant = gateway.own(Downloads).grants.get(token)
-    if grant is None or grant.ends_at <= time.monotonic():
-        raise errors.PermissionDeniedError(
-            "this address is not valid, or no longer.", hint="Ask for a new one."
-        )
-    export = await grant.service.export_checkpoint(grant.path, merge=grant.merge)
-    if name not in (file.name for file in export.files):
-        raise errors.NotFoundError(f"the artifact has no file {name[:80]!r}.")
-    return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
+    return await gateway.own(Grants).find(token).file(name)
 
 
 async def _exportable(caller: CallerSession) -> dict[str, types.CheckpointInfo]:
