@@ -4,12 +4,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format lock proto test test-slow test-clients bench gpu clean
+.PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook tinker-methods
+.PHONY: bench gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
 	@echo "make test-slow  the proofs that take minutes"
 	@echo "make test-clients  the published clients of other projects at our server"
+	@echo "make test-cookbook  all recipes of tinker-cookbook at our server, for minutes"
+	@echo "make tinker-methods  write the table of docs/tinker.md anew"
 	@echo "make proto      compile tinker.proto, after it was changed"
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make lock       resolve all dependencies anew into constraints.txt"
@@ -62,7 +65,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow --timeout 1200 -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not clients" --timeout 1200 -n 2 --dist worksteal
 
 # Other projects' clients, each as it was published, in an environment of their own.
 .venv-clients/.installed: constraints.txt
@@ -88,8 +91,27 @@ proto:
 	cd weaver/server/adapters/tinker && $(CURDIR)/.venv-proto/bin/python -m grpc_tools.protoc \
 		-I. --descriptor_set_out=tinker.binpb tinker.proto
 
-test-clients: .venv/.installed-dev .venv-clients/.installed .venv-tinker/.installed
-	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients
+# Its libraries are older than ours in part; uv resolves them in seconds, where pip takes minutes.
+.venv-cookbook/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-cookbook
+	.venv-cookbook/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	echo tml-renderers > .venv-cookbook/overrides.txt  # any: only Inkling's models ask for it
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-cookbook/bin/uv pip install --quiet \
+		--python .venv-cookbook/bin/python --overrides .venv-cookbook/overrides.txt \
+		'tinker-cookbook[math-rl]==0.6.1' tinker==0.38.0 \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@touch $@
+
+CLIENTS := .venv/.installed-dev .venv-clients/.installed .venv-tinker/.installed .venv-cookbook/.installed
+
+test-clients: $(CLIENTS)
+	$(BIN)/python -m pytest -m "clients and not slow" --timeout 600 tests/clients
+
+test-cookbook: $(CLIENTS)
+	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients/test_cookbook.py
+
+tinker-methods: $(CLIENTS)
+	$(BIN)/python -m tests.clients.methods
 
 # Against peers, each in an environment of its own, then the service's own; ARGS="--only ..." chooses.
 bench: .venv/.installed-dev
@@ -103,4 +125,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-lock .venv-proto .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-lock .venv-proto .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import sys
+import tarfile
+import urllib.request
 
 import numpy as np
 import tinker
@@ -153,6 +155,17 @@ def main() -> None:
     kept = now(rest.list_checkpoints(trainer.model_id)).checkpoints
     assert {one.tinker_path for one in kept} == {state, named}
     assert now(rest.get_weights_info_by_tinker_path(state)).lora_rank == 8
+
+    if hasattr(rest, "get_checkpoint_archive_url_from_tinker_path"):
+        url = now(rest.get_checkpoint_archive_url_from_tinker_path(named)).url
+        with urllib.request.urlopen(url) as reply, tarfile.open(fileobj=reply, mode="r|") as tar:
+            got = {member.name: tar.extractfile(member).read() for member in tar}
+    else:
+        path = now(trainer.save_weights_external("out")).path
+        urls = now(rest.get_external_weights_urls(path)).urls
+        got = {name: urllib.request.urlopen(url).read() for name, url in urls.items()}
+    assert json.loads(got["adapter_config.json"])["r"] == 8
+    assert "adapter_model.safetensors" in got and "optimizer.safetensors" not in got
 
     for wrong in (lambda: now(service.create_lora_training_client(base_model="none")).get_info(),):
         try:

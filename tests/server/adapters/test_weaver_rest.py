@@ -391,7 +391,7 @@ async def test_an_adapter_is_exported_as_a_whole_model(home: Path) -> None:
         model_id = await api.model()
         made = await api.result(await api.call("POST", f"/models/{model_id}/export-hf", merging))
         assert made["kind"] == "hf_model" and made["uri"].endswith("/artifacts/hf_model")
-        assert await files(api, made) == {"model.npy"}
+        assert await files(api, made) == {"model.npy", "README.md"}
         listed = await api.call("GET", f"/checkpoints/{made['checkpoint_id']}/artifacts")
         assert listed["items"] == [made]
         plain = await api.result(await api.call("POST", f"/models/{model_id}/export-hf", {}))
@@ -400,7 +400,7 @@ async def test_an_adapter_is_exported_as_a_whole_model(home: Path) -> None:
         assert (await api.call("GET", f"{checkpoint}/artifacts"))["items"] == both
         assert [await files(api, one) for one in both] == [
             {"weight.npy", "state.json"},
-            {"model.npy"},
+            {"model.npy", "README.md"},
         ]
 
 
