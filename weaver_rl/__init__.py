@@ -9,6 +9,7 @@ from weaver_rl import credit, schedules
 from weaver_rl.advantages import *
 from weaver_rl.agent import *
 from weaver_rl.algorithms.policy import *
+from weaver_rl.algorithms.preference import *
 from weaver_rl.algorithms.rejection import *
 from weaver_rl.algorithms.run import *
 from weaver_rl.algorithms.supervised import *

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ import weaver_rl as rl
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.tasks.guess_number import guess_by_halving, guess_number, guess_number_tasks
-from weaver_rl.tasks.words import exact, reverse_tasks
+from weaver_rl.tasks.words import exact, preference_pairs, reverse_tasks
 from weaver_rl.types import BoolPG, FloatPG
 
 MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
@@ -89,6 +90,25 @@ async def supervised_tuning(service: AsyncServiceClient, seed: int) -> Outcome:
     done = await rl.supervised(trainer, examples, plan)
     greedy, curve = await _held_out(done.sampler), await _curve(trainer, "train/loss")
     return Outcome(value=greedy, passed=greedy >= 0.99, curve=curve)
+
+
+def preferring(
+    loss: Literal["dpo", "simpo", "kto"], *, swapped: bool = False
+) -> Callable[[AsyncServiceClient, int], Awaitable[Outcome]]:
+    """The share of held-out pairs whose preferred reply has the larger reward; 0.5 is chance."""
+
+    async def run(service: AsyncServiceClient, seed: int) -> Outcome:
+        trainer = await service.create_model(MODEL, LORA, seed=seed)
+        pairs = preference_pairs(1100, seed=1)
+        train, held_out = pairs[:1000], pairs[1000:]
+        if swapped:
+            train = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in train]
+        plan = rl.PreferencePlan(loss=loss, batch_size=32, learning_rate=1e-3, seed=seed)
+        done = await rl.preference(trainer, train, plan, held_out=held_out)
+        right, curve = done.metrics["eval/accuracy"], await _curve(trainer, "train/loss")
+        return Outcome(value=right, passed=right <= 0.1 if swapped else right >= 0.9, curve=curve)
+
+    return run
 
 
 async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
@@ -252,6 +272,25 @@ PROOFS: tuple[Proof, ...] = (
         claim="With rollouts eight steps old, PPO's correction is what keeps it learning.",
         gate="at least 0.4 better than with no correction, mean of 3 seeds",
         run=staleness,
+    ),
+    *(
+        Proof(
+            name=f"preferences by {loss}",
+            claim=f"By {loss} it learns which of two replies is preferred.",
+            gate="of held-out pairs ≥ 0.9 right; chance is 0.5",
+            run=preferring(loss),
+        )
+        for loss in ("dpo", "simpo", "kto")
+    ),
+    *(
+        Proof(
+            name=f"swapped pairs, {loss}",
+            claim="Of swapped pairs it learns the opposite.",
+            gate="of held-out pairs ≤ 0.1 right",
+            run=preferring(loss, swapped=True),
+            control=True,
+        )
+        for loss in ("dpo", "simpo", "kto")
     ),
     Proof(
         name="random reward",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import importance_sampling, rejection_sampling, sft
+from recipes import importance_sampling, preference, rejection_sampling, sft
 from tests.rl.test_loggers import settled_history, wandb_files
 from weaver.errors import (
     ConfigError,
@@ -163,3 +163,23 @@ def test_sampling_may_run_ahead() -> None:
 )
 def test_it_learns(recipe: ModuleType, gate: float) -> None:
     assert recipe.main(recipe.Flags())["eval/mean"] >= gate
+
+
+def test_pairs_are_learned_from(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = preference.Flags(out=Path("run"), held_out=40, steps=3, batch_size=8)
+    preference.main(flags)
+    first, *rows = read_lines(Path("run", "metrics.jsonl"))
+    assert first["eval/accuracy"] == 0.5
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["train/loss"] == pytest.approx(0.6931, abs=1e-3)
+    said = capsys.readouterr().out
+    assert "Held-out pairs: " in said and "Report: run/report.html" in said
+
+
+def test_a_dry_run_of_pairs_names_the_broken_row(capsys: pytest.CaptureFixture[str]) -> None:
+    preference.main(preference.Flags(dry_run=True))
+    assert "1000 pairs for weaver-nano are sound" in capsys.readouterr().out
+    tasks = write_rows(*preference.PAIRS[:9], {"prompt": "a", "chosen": "b"})
+    for dry in (True, False):
+        with pytest.raises(InvalidRequestError, match=r"chat\.jsonl\[9\]\.rejected"):
+            preference.main(preference.Flags(tasks=tasks, held_out=0, dry_run=dry, out=Path("no")))

@@ -8,6 +8,7 @@ from weaver_rl.types import Reply, Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 
 
 def reverse_tasks(count: int, *, seed: int = 0, lengths: tuple[int, int] = (3, 6)) -> list[Task]:
@@ -21,6 +22,25 @@ def pig_latin_tasks(count: int, *, seed: int = 0, words: int = 2) -> list[Task]:
     rng = Random(seed)
     texts = [" ".join(_word(rng, (3, 6)) for _ in range(words)) for _ in range(count)]
     return [{"prompt": f"English: {text}\nPig Latin:", "answer": pig_latin(text)} for text in texts]
+
+
+def preference_pairs(count: int, *, seed: int = 0) -> list[Task]:
+    """`{"prompt": "rev:abcd=", "chosen": "ozvq", "rejected": "kwib"}`: random replies, of which the
+    one that begins with a vowel is preferred."""
+    rng = Random(seed)
+    chosen = [rng.choice(VOWELS) + _word(rng, (3, 3)) for _ in range(count)]
+    rejected = [rng.choice(CONSONANTS) + _word(rng, (3, 3)) for _ in range(count)]
+    return [
+        {"prompt": f"rev:{word}=", "chosen": good, "rejected": bad}
+        for word, good, bad in zip(
+            _words(count, seed=seed, lengths=(3, 6)), chosen, rejected, strict=True
+        )
+    ]
+
+
+def vowel_first(task: Task, reply: Reply) -> float:
+    """1 if the reply begins with a vowel, as preferred ones of `preference_pairs` do."""
+    return float(reply.text.strip()[:1] in tuple(VOWELS))
 
 
 def pig_latin(text: str) -> str:

@@ -1,0 +1,336 @@
+"""`preference`: learning from pairs of replies, one of them preferred. Recipes call it.
+
+Each step is one gradient of a loss of `preference_losses` over a batch of rows, by
+`forward_backward_custom`. What the reference says is asked for once, before the first step, and
+kept in the run's folder: it is the policy as the run began, unless another model is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from weaver import AsyncSamplingClient, AsyncTrainingClient
+from weaver.errors import ConfigError, InvalidRequestError
+from weaver.types import Datum, ModelInfo
+from weaver_rl.algorithms.run import Result, Run
+from weaver_rl.conversations import to_datum
+from weaver_rl.data import check_tasks
+from weaver_rl.evaluation import Evaluate
+from weaver_rl.metrics import train_metrics
+from weaver_rl.plan import Steps, at_least
+from weaver_rl.preference_losses import LOSSES, Batch, Replies
+from weaver_rl.reference import Reference, logprobs_of
+from weaver_rl.run_folder import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PreferencePlan", "check_pairs", "preference"]
+
+SIDES = ("chosen", "rejected")
+EQUAL = 1e-5
+"""Rewards no further apart are equal: passes of other batches round otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePlan(Steps):
+    """`PreferencePlan(loss="dpo", epochs=2, batch_size=16, learning_rate=1e-3)`"""
+
+    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
+    beta: float | None = None
+    """How much the loss weighs its margin; None: the paper's, 0.1, of SimPO 2."""
+    gamma: float = 1.0
+    """SimPO's margin, in units of its reward."""
+    label_smoothing: float = 0.0
+    """DPO's chance that a pair is the wrong way round, below 0.5."""
+    epochs: int = 1
+    steps: int | None = None
+    """The most steps, where that ends before the epochs do; None: all epochs."""
+    batch_size: int = 16
+    """Rows of a step."""
+    max_length: int | None = None
+    """Tokens of the longest prompt with its reply; None: what the model's context holds. A longer
+    one is refused by name."""
+
+    def __post_init__(self) -> None:
+        Steps.__post_init__(self)
+        at_least(1, self, "epochs", "batch_size")
+        at_least(0, self, "gamma", "label_smoothing")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"is {self.loss!r}.", field="loss", hint=f"One of {list(LOSSES)}.")
+        if self.beta is not None and not 0 < self.beta < float("inf"):
+            raise ConfigError(f"is {self.beta}.", field="beta", hint="A number above 0.")
+        if self.label_smoothing and not (self.loss == "dpo" and self.label_smoothing < 0.5):
+            raise ConfigError(
+                f"is {self.label_smoothing} with {self.loss}.",
+                field="label_smoothing",
+                hint='Below 0.5, and with loss="dpo" alone.',
+            )
+        if self.loss == "kto":
+            at_least(2, self, "batch_size")  # z₀ is of replies to other prompts
+        if self.max_length is not None:
+            at_least(2, self, "max_length")
+        if self.steps is not None:
+            at_least(0, self, "steps")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or the paper's."""
+        return LOSSES[self.loss].beta if self.beta is None else self.beta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A prompt with its replies, as examples that `to_datum` reads."""
+
+    sides: Mapping[str, Mapping[str, Any]]
+    """By `chosen` and `rejected`; one may be missing."""
+    where: str
+
+
+async def preference(
+    trainer: AsyncTrainingClient,
+    pairs: Sequence[Mapping[str, Any]],
+    plan: PreferencePlan,
+    *,
+    held_out: Sequence[Mapping[str, Any]] = (),
+    reference: AsyncSamplingClient | None = None,
+    run: Run | None = None,
+    evaluate: Evaluate | None = None,
+) -> Result:
+    """Trains on all pairs, as the plan says.
+
+    A row is `{"prompt": ..., "chosen": ..., "rejected": ...}`, all texts or all lists of messages;
+    without a prompt the messages with which both begin are it. With `loss="kto"` a row may have one
+    reply alone.
+
+    Args:
+        held_out: rows of which `eval/accuracy`, the share whose chosen reply has the larger reward
+            (equal ones count half), `eval/margin` and `eval/loss` are logged.
+        reference: the model that DPO, IPO and KTO hold the policy to; None: the policy as it was
+            when the run began.
+        evaluate: as of `on_policy`.
+
+    Raises:
+        InvalidRequestError: no pairs, or one that cannot be learned; names it.
+        ConfigError: a reference that the loss does not ask.
+    """
+    loss = LOSSES[plan.loss]
+    if reference is not None and not loss.needs_reference:
+        raise ConfigError(f"{plan.loss} asks none.", field="reference", hint="Leave it out.")
+    rows = _read(pairs, plan, source="pairs")
+    tests = _read(held_out, plan, source="held_out") if held_out else []
+    encode = partial(_encode, await trainer.get_tokenizer(), trainer.model_info, plan)
+    planned = [encode([rows[i] for i in batch]) for batch in _planned(len(rows), plan)]
+    tested = encode(tests) if tests else None
+    run = run or Run()
+    done, version = await run.restore(trainer)
+    known = None
+    if loss.needs_reference:
+        known = Reference(run.folder.path / "reference.json" if run.folder else None)
+        wanted = [datum for one in (*planned, tested) if one for datum in one.datums]
+        await known.ask(wanted, reference or trainer, moved=reference is None and done.step > 0)
+
+    async def measure() -> dict[str, float]:
+        measured: dict[str, float] = {}
+        if tested:
+            found = logprobs_of(await trainer.forward(tested.datums))
+            value, seen = tested.loss(plan, known, found)
+            measured = {f"eval/{name}": n for name, n in {**seen, "loss": float(value)}.items()}
+        if evaluate is not None:
+            measured |= await evaluate(await trainer.save_weights_and_get_sampling_client())
+        return measured
+
+    metrics = await run.evaluate_first(measure, plan, done=done.step, steps=len(planned))
+    for step in range(done.step, len(planned)):
+        begin = time.monotonic()
+        batch = planned[step]
+
+        def compute(
+            _: Sequence[Datum], found: Sequence[torch.Tensor], batch: Encoded = batch
+        ) -> tuple[torch.Tensor, dict[str, float]]:
+            return batch.loss(plan, known, found)
+
+        gradient = trainer.forward_backward_custom(batch.datums, compute)
+        update = trainer.optim_step(plan.adam_params(step, trainer.model_info))
+        version += 1
+        metrics = train_metrics([(await gradient).metrics, (await update).metrics])
+        metrics["time/step_s"] = time.monotonic() - begin
+        if plan.evaluates(step + 1, steps=len(planned)):
+            metrics |= await measure()
+        await run.log(metrics, step=step + 1)
+        if run.is_due(step + 1, len(planned)):
+            await run.checkpoint(trainer, Manifest(step=step + 1, extra={"version": version}))
+    sampler = await trainer.save_weights_and_get_sampling_client()
+    return Result(sampler=sampler, steps=len(planned), version=version, metrics=metrics)
+
+
+async def check_pairs(
+    client: AsyncTrainingClient | AsyncSamplingClient,
+    pairs: Sequence[Mapping[str, Any]],
+    plan: PreferencePlan,
+) -> None:
+    """What `preference` refuses of the pairs is refused; dry runs call it."""
+    rows = _read(pairs, plan, source="pairs")
+    _encode(await client.get_tokenizer(), client.model_info, plan, rows)
+
+
+def _read(pairs: Sequence[Any], plan: PreferencePlan, *, source: str) -> list[Row]:
+    check_tasks(pairs, fields=(), source=source)
+    if LOSSES[plan.loss].unpaired and len(pairs) < 2:
+        hint = "Give two: a reply is compared with those to other prompts."
+        raise InvalidRequestError("is one row.", field=source, hint=hint)
+    return [
+        read_pair(row, plan, where=str(getattr(row, "where", f"{source}[{i}]")))
+        for i, row in enumerate(pairs)
+    ]
+
+
+def read_pair(row: Any, plan: PreferencePlan, *, where: str) -> Row:
+    """What a row compares.
+
+    Raises:
+        InvalidRequestError: a side is missing, or both are the same; names the field.
+    """
+    if not hasattr(row, "keys"):
+        hint = 'Give {"prompt": ..., "chosen": ..., "rejected": ...}.'
+        raise InvalidRequestError(f"is a {type(row).__name__}.", field=where, hint=hint)
+    given = {side: row[side] for side in SIDES if row.get(side) is not None}
+    missing = [side for side in SIDES if side not in given]
+    unpaired = LOSSES[plan.loss].unpaired
+    if missing and (len(missing) == 2 or not unpaired):
+        hint = "One of both is enough." if unpaired else 'Only loss="kto" learns from one side.'
+        raise InvalidRequestError("is missing.", field=f"{where}.{missing[0]}", hint=hint)
+    if not missing and given["chosen"] == given["rejected"]:
+        hint = "Leave the row out: it prefers nothing."
+        raise InvalidRequestError("is the same as chosen.", field=f"{where}.rejected", hint=hint)
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt, given = _shared(given, where)
+    more = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    sides = {side: {"prompt": prompt, "completion": said, **more} for side, said in given.items()}
+    return Row(sides=sides, where=where)
+
+
+def _shared(given: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """The messages with which both sides begin, and what each has behind them."""
+    texts = any(isinstance(side, str) or not isinstance(side, Sequence) for side in given.values())
+    if texts or len(given) < 2:
+        hint = "Give it, or two lists of messages that begin alike."
+        raise InvalidRequestError("is missing.", field=f"{where}.prompt", hint=hint)
+    one, two = given["chosen"], given["rejected"]
+    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    same = min(len(one), len(two)) if same is None else same
+    if not 0 < same < min(len(one), len(two)):
+        hint = "Both begin with the same messages, and each ends with others."
+        raise InvalidRequestError("compares no replies.", field=where, hint=hint)
+    return one[:same], {side: said[same:] for side, said in given.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """The rows of a step: their datums, and whose they are."""
+
+    datums: list[Datum]
+    places: list[tuple[str, int]]
+    """Of each datum: its side, or `other` for a reply to another prompt, and its row."""
+    rows: int
+
+    def loss(
+        self, plan: PreferencePlan, known: Reference | None, logprobs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The plan's loss of these log-probabilities of the datums' targets, and its metrics."""
+        import torch
+
+        sums, spans = [], []
+        for datum, found in zip(self.datums, logprobs, strict=True):
+            weights = torch.as_tensor(datum.loss_fn_inputs["weights"].tolist(), dtype=found.dtype)
+            sums.append((found * weights).sum())
+            spans.append(float(weights.sum()))
+        constant = [known.of(datum) if known else 0.0 for datum in self.datums]
+        sides = {side: self._side(side, sums, constant, spans) for side in SIDES}
+        strayed = [
+            float(sums[i].detach()) - constant[i]
+            for i, (side, _) in enumerate(self.places)
+            if side == "other"
+        ]
+        loss = LOSSES[plan.loss]
+        batch = Batch(
+            **sides,
+            beta=plan.strength,
+            gamma=plan.gamma,
+            label_smoothing=plan.label_smoothing,
+            kl=torch.tensor(np.mean(strayed) if strayed else 0.0, dtype=torch.float32),
+        )
+        metrics = {"kl": float(batch.kl)} if strayed else {}
+        rewards = {side: loss.rewards(sides[side], plan.strength).detach() for side in SIDES}
+        both = (sides["chosen"].given * sides["rejected"].given).bool()
+        if bool(both.any()):
+            margins = (rewards["chosen"] - rewards["rejected"])[both]
+            won = (margins > EQUAL).float() + 0.5 * (margins.abs() <= EQUAL).float()
+            metrics |= {"accuracy": float(won.mean()), "margin": float(margins.mean())}
+        for side, of in sides.items():
+            if bool(of.given.any()):
+                mean = (of.logprobs.detach() * of.given).sum() / of.given.sum()
+                metrics[f"{side}_logprob"] = float(mean)
+        return loss.formula(batch), metrics
+
+    def _side(
+        self,
+        side: str,
+        sums: Sequence[torch.Tensor],
+        constant: Sequence[float],
+        spans: Sequence[float],
+    ) -> Replies:
+        import torch
+
+        at = {row: i for i, (one, row) in enumerate(self.places) if one == side}
+
+        def column(of: Sequence[float]) -> torch.Tensor:
+            return torch.tensor([of[at[n]] if n in at else 0.0 for n in range(self.rows)])
+
+        nothing = torch.zeros(())
+        return Replies(
+            logprobs=torch.stack([sums[at[n]] if n in at else nothing for n in range(self.rows)]),
+            reference=column(constant),
+            lengths=column(spans),
+            given=column([1.0] * len(self.datums)),
+        )
+
+
+def _encode(tokenizer: Any, model: ModelInfo, plan: PreferencePlan, rows: Sequence[Row]) -> Encoded:
+    """Raises InvalidRequestError: a reply cannot be learned, or is too long; names it."""
+    encode = partial(
+        to_datum,
+        tokenizer,
+        max_length=plan.max_length,
+        context_length=model.context_length,
+    )
+    datums: list[Datum] = []
+    places: list[tuple[str, int]] = []
+    for number, row in enumerate(rows):
+        sides = dict(row.sides)
+        if LOSSES[plan.loss].unpaired:
+            said = next(iter(rows[(number + 1) % len(rows)].sides.values()))
+            sides["other"] = {**next(iter(sides.values())), "completion": said["completion"]}
+        for side, example in sides.items():
+            datums.append(encode(example, where=f"{row.where}.{side}"))
+            places.append((side, number))
+    return Encoded(datums=datums, places=places, rows=len(rows))
+
+
+def _planned(count: int, plan: PreferencePlan) -> list[list[int]]:
+    """The rows of all steps; what is left at an epoch's end rides with the batch before it."""
+    batches = []
+    for epoch in range(plan.epochs):
+        order = np.random.default_rng([plan.seed, epoch]).permutation(count)
+        parts = max(1, count // plan.batch_size)
+        batches += [part.tolist() for part in np.array_split(order, parts)]
+    return list(islice(batches, plan.steps))
