@@ -72,6 +72,14 @@ def places(trainer, sampler) -> None:  # type: ignore[no-untyped-def]
     loss = float(-(lp * weights).sum())
     assert math.isclose(passed.metrics["loss:sum"], loss, rel_tol=1e-4), (passed.metrics, loss)
 
+    def own(_, logprobs):  # type: ignore[no-untyped-def]
+        value = -(logprobs[0] * weights).sum()
+        return value, {"mine": float(value)}
+
+    custom = now(trainer.forward_backward_custom([soft], own)).metrics
+    assert math.isclose(custom["mine"], loss, rel_tol=1e-4), (custom, loss)
+    trainer.optim_step(types.AdamParams(learning_rate=0.0)).result()
+
 
 def main() -> None:
     service = tinker.ServiceClient(

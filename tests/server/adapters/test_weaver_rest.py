@@ -288,6 +288,7 @@ async def test_samples_have_all_fields(home: Path) -> None:
             "sampling_params": {"temperature": 1.0, "top_k": -1, "max_tokens": 3, "seed": 1},
             "num_samples": 4,
             "prompt_logprobs": True,
+            "topk_prompt_logprobs": 2,
             "return_old_logprob": True,
         }
         path = f"/sampling-sessions/{await api.sampler(model_id)}"
@@ -299,6 +300,10 @@ async def test_samples_have_all_fields(home: Path) -> None:
             assert sequence["text"] is not None
             assert sequence["weight_version"] == 1
         assert result["prompt_logprobs"][0] is None
+        first, *others = result["topk_prompt_logprobs"]
+        assert first is None and len(others) == len(result["prompt_logprobs"]) - 1
+        for (_, likeliest), (_, second) in others:
+            assert second <= likeliest < 0
         reply = await api.call("POST", f"{path}/logprobs", {"prompt": CHUNKS})
         assert reply["response"]["result"]["prompt_logprobs"] == result["prompt_logprobs"]
         described = await api.call("GET", path)

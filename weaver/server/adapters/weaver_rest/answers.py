@@ -177,7 +177,13 @@ def _answer(result: protocol.Result, note: RestNote) -> types.JsonDict:
 
 
 def _sampled(output: types.SampleResult, *, old_logprobs: bool) -> types.JsonDict:
-    prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}
+    prompt: types.JsonDict = {}
+    if output.prompt_logprobs is not None:
+        prompt["prompt_logprobs"] = output.prompt_logprobs
+    if (top := output.prompt_top_logprobs) is not None:
+        rows = zip(top.tokens.tolist()[1:], top.logprobs.tolist()[1:], strict=True)
+        pairs = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
+        prompt["topk_prompt_logprobs"] = [None, *pairs]
     if not output.sequences:
         return prompt
     sequences = [

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AliasPath, ConfigDict, Field, model_validator
 
 from weaver import errors, protocol, types
+from weaver.fields import MOST_ALTERNATIVES
 from weaver.server.adapters.weaver_rest.tensors import Body
 
 # --- sessions, models, metrics --------------------------------------------------------------------
@@ -204,7 +205,6 @@ UNSUPPORTED = (
     "return_sampling_mask",
     "return_moe_topk_indices",
     "return_rollout_token_expert",
-    "topk_prompt_logprobs",
 )
 
 
@@ -229,6 +229,7 @@ class SampleBody(PromptBody):
     sampling_params: dict[str, Any] = Field(default_factory=dict)
     num_samples: int = Field(default=1, ge=1, le=4096)
     prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = Field(default=0, ge=0, le=MOST_ALTERNATIVES)
     return_old_logprob: bool = False
 
 

@@ -231,6 +231,7 @@ async def sample(sampler_id: SamplerId, request: Request, caller: CallerDep) -> 
         params=bodies.params_of(body.sampling_params),
         num_samples=body.num_samples,
         include_prompt_logprobs=body.prompt_logprobs,
+        prompt_top_logprobs=body.topk_prompt_logprobs,
     )
     note = answers.RestNote(
         key=await resend_key(request),
