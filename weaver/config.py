@@ -111,6 +111,11 @@ class EngineSettings:
         "Gigabytes of the device that the engine may use; 0 takes what is free as it begins.",
         least=0,
     )
+    model_memory_gb: float = setting(
+        0.0,
+        "Gigabytes of them for base models; 0: half, and more for one that is alone.",
+        least=0,
+    )
     kv_cache_gb: float = setting(
         0.0,
         "Gigabytes for keys and values of samples; 0: half of what the model leaves.",

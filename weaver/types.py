@@ -343,6 +343,10 @@ class ModelInfo(Value):
     """That of the weights that are sampled from; what is trained is float32."""
     quantize: Quantize = "none"
     """How the frozen layers of attention and MLP are kept; they compute in `dtype`."""
+    size_bytes: int = 0
+    """What the frozen model takes in memory, at most; 0 where that is not told."""
+    loaded: bool | None = None
+    """Whether it is in memory, as lists of models say; else it is loaded with its next use."""
 
 
 class CheckpointInfo(Value):

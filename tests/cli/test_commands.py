@@ -20,7 +20,6 @@ from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
 from weaver.cli import app
 from weaver.cli.output import find
-from weaver.cli.serve import parse_models
 from weaver.client.http import HttpService
 from weaver.errors import NotFoundError, StorageError, WeaverError
 from weaver.protocol import GradientsDone, StepDone
@@ -258,15 +257,6 @@ def test_ids_may_be_abbreviated_if_they_stay_unique() -> None:
     ):
         with pytest.raises(NotFoundError, match=message):
             pick(given)
-
-
-def test_models_are_served_under_their_name_and_as_given(tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    assert parse_models([f"mine={folder}", "Qwen/Qwen3-8B"]) == {
-        "mine": tmp_path,
-        folder: tmp_path,
-        "Qwen/Qwen3-8B": "Qwen/Qwen3-8B",
-    }
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

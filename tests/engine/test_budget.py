@@ -41,12 +41,12 @@ def test_a_budget_follows_memory_models_and_settings(catalog: Catalog) -> None:
     facts, other = catalog.facts("qwen3"), catalog.facts("llama")
     of_memory = budget().cache_bytes(facts)
     assert 3 * 10**8 < of_memory < 5 * 10**8
-    beside = budget().cache_bytes(facts, beside=[other])
-    assert of_memory - beside == pytest.approx(0.45 * other.info.num_parameters * 4, abs=2)
-    assert budget(memory=1000).cache_bytes(facts, beside=[other]) == 0
+    beside = budget().cache_bytes(facts, beside=4 * other.info.num_parameters)
+    assert of_memory - beside == pytest.approx(2 * other.info.num_parameters, abs=2)
+    assert budget(memory=1000).cache_bytes(facts, beside=1000) == 0
     fixed = FIXED_TOKENS * TOKEN_BYTES
     assert budget(memory=None).cache_bytes(facts) == fixed
-    assert budget(deterministic=True).cache_bytes(facts, beside=[other]) == fixed
+    assert budget(deterministic=True).cache_bytes(facts, beside=1000) == fixed
     for deterministic in (False, True):
         chosen = budget(set_bytes=5000, set_rows=3, deterministic=deterministic)
         assert (chosen.cache_bytes(facts), chosen.rows) == (5000, 3)

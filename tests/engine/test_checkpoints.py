@@ -182,7 +182,7 @@ def test_transformers_loads_our_fully_tuned_model(trainer: TorchTrainer, tmp_pat
     assert "weaver_packed" not in (folder / "config.json").read_text()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert_same_logprobs(trainer, run_id, model.eval())
-    facts = trainer._run(run_id).model.facts
+    facts = trainer._run(run_id).facts
     assert_equal(
         dict(read_snapshot(folder, facts=facts, quantize="none").tensors), weights(trainer, run_id)
     )
@@ -290,7 +290,7 @@ def test_variants_of_lora_are_refused_by_name(trainer: TorchTrainer, tmp_path: P
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(UnsupportedError, match="use_dora"):
-        read_snapshot(folder, facts=trainer._run(run_id).model.facts, quantize="none")
+        read_snapshot(folder, facts=trainer._run(run_id).facts, quantize="none")
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(

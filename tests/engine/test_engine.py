@@ -244,8 +244,9 @@ def test_a_closed_engine_holds_no_memory_of_runs_and_samples() -> None:
     sampler.step()
     sampler.step()
     held = [weakref.ref(group) for group in sampler._groups.values()]
-    held += [weakref.ref(weights.model) for weights in sampler._weights.values()]
-    held += [weakref.ref(run.model) for run in trainer._runs.values()]
+    held += [weakref.ref(job.model) for job in sampler._jobs.values()]
+    held += [weakref.ref(run.own) for run in trainer._runs.values() if run.own]
+    held.append(weakref.ref(engine._store.base("weaver-nano")))
     assert len(held) >= 5
     engine.close()
     gc.collect()

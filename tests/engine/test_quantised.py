@@ -320,7 +320,7 @@ def test_a_whole_model_of_ones_own_is_sampled_as_it_is(kind: Quantize, catalog: 
     trainer = TorchTrainer(store_of(catalog, "none"))
     new_run(trainer, architecture="llama", training_mode="full_ft")
     published = store_of(catalog, kind).publish(trainer.snapshot("run"))
-    assert published.model.quantize == "none"
+    assert published.own is not None and published.own.quantize == "none"
 
 
 def test_the_model_tells_how_it_is_kept(kind: Quantize) -> None:

@@ -71,7 +71,7 @@ class TwoDevices(FakeEngine):
         for name in ("publish", "release", "sample"):
             setattr(self, name, getattr(self._other, name))
 
-    def lane(self, run_id: str) -> str:
+    def lane(self, run_id: str, base_model: str) -> str:
         return run_id
 
 

@@ -6,6 +6,7 @@ Nothing is lost or repeated: each loop sees what it sees on a server that nothin
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from weaver import AsyncServiceClient, Datum, ModelInput
 from weaver.client.http import HttpService
+from weaver.engine.torch.catalog import NANO
 from weaver.server.database import open_database
 from weaver.server.keys import Keys
 from weaver.server.serve import GRACE_S
@@ -52,6 +54,11 @@ engine = FakeEngine(hook=lambda name, argument: time.sleep(0.004))
 TORCH = """
 from weaver.engine.torch.engine import TorchEngine
 engine = TorchEngine(threads=1, deterministic=True)
+"""
+BASES = """
+from weaver.engine.torch.engine import TorchEngine
+models = {"other": PLACE}
+engine = TorchEngine(models, threads=1, deterministic=True, model_memory_gb=0.003)
 """
 
 
@@ -153,13 +160,15 @@ async def train(
 async def loops(
     server: Server, fault: Callable[[], None], *, model: str, steps: int, faults: int, seed: int = 0
 ) -> list[object]:
-    """What the tenants saw beside so many faults."""
+    """What the tenants saw beside so many faults; `model` may be several, with spaces between."""
     saw: list[object] = [None for _ in TENANTS]
     rng, begun = random.Random(seed), [anyio.Event() for _ in TENANTS]
 
     async def one(tenant: int) -> None:
+        models = model.split()
+        mine = models[tenant % len(models)]
         saw[tenant] = await train(
-            server, model=model, tenant=tenant, steps=steps, begun=begun[tenant]
+            server, model=mine, tenant=tenant, steps=steps, begun=begun[tenant]
         )
 
     async with anyio.create_task_group() as tasks:
@@ -212,6 +221,14 @@ async def test_a_server_killed_many_times(tmp_path: Path, seed: int) -> None:
 @pytest.mark.timeout(900)
 async def test_weights_of_a_real_model_are_bit_identical(tmp_path: Path) -> None:
     await check(tmp_path, engine=TORCH, model="weaver-nano", steps=60, kills=6, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_so_they_are_where_two_base_models_share_room_for_one(tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path / "model")
+    engine = BASES.replace("PLACE", repr(str(tmp_path / "model")))
+    await check(tmp_path, engine=engine, model="weaver-nano other", steps=16, kills=2, seed=0)
 
 
 @pytest.mark.slow

@@ -120,7 +120,6 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
             from weaver.engine.torch import device as devices
             from weaver.engine.torch.attention_choice import by_rule, paging_by_rule
             from weaver.engine.torch.engine import TorchEngine
-            from weaver.engine.torch.memory import full_training_bytes
         engine = TorchEngine.of(settings)
         device, free, as_set = engine.device, engine.memory, " (as set)" * bool(settings.memory_gb)
         _say("device", f"{device.place} ({device.why})")
@@ -142,9 +141,10 @@ def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:
             if not fits:
                 raise EngineError(said)
             _say(model, said)
+            _say("base models", engine.model_memory_text(model))
             _say("samples", engine.budget.text(facts))
             _say("training", engine.plan(model, "lora").describe())
-            whole = devices.size_text(full_training_bytes(facts))
+            whole = devices.size_text(devices.full_training_bytes(facts))
             planned = engine.plan(model, "full_ft").describe()
             said = f"{whole} for weights, gradient and two moments; {planned}"
             if settings.quantize != "none":

@@ -33,7 +33,7 @@ def download(
     name: Annotated[str, typer.Argument(metavar="ID", help="A Hugging Face id: owner/name.")],
 ) -> None:
     """Fetch a model from the Hugging Face hub to this machine, if it can run here."""
-    from weaver.engine.torch.catalog import download
+    from weaver.engine.torch.download import download
 
     model, folder = download(name)
     size = f"{model.num_parameters:,} parameters"

@@ -18,12 +18,11 @@ import typer
 
 from weaver.cli.output import Json, find, show, show_one
 from weaver.config import changed, options
+from weaver.engine.sources import parse_models, table_text
 from weaver.errors import ConfigError, nearest, requiring
 from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from weaver.server.keys import Keys
     from weaver.server.serve import Running
 
@@ -67,6 +66,8 @@ def parse_config(file: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{file} has the unknown key {key!r}.", field="config", hint=nearest(key, known)
             )
+        if name == "model" and isinstance(value, list):
+            value = [table_text(one) if isinstance(one, dict) else one for one in value]
         option = OPTIONS[name]
         kind: Any = Annotated[option.type, Field(ge=option.least, le=option.most)]
         try:
@@ -101,6 +102,7 @@ def serve(config: Config = None, **given: Any) -> None:
     import anyio
 
     with requiring("the server", "server,engine"):
+        from weaver.engine.torch.device import size_text
         from weaver.engine.torch.engine import TorchEngine
         from weaver.server.http.telemetry import configure_logs
         from weaver.server.serve import run_server
@@ -110,8 +112,10 @@ def serve(config: Config = None, **given: Any) -> None:
     engine = TorchEngine.of(settings, models, allow_paths=False)
     with closing(engine):
         print(f"computing with {engine.description}", file=sys.stderr)
-        for name in engine.list_models():
-            print(f"serving {name.name} ({name.num_parameters:,} parameters)", file=sys.stderr)
+        for model in engine.prepare():
+            size = f"{size_text(model.size_bytes)}, context of {model.context_length:,} tokens"
+            words = f"{model.num_parameters:,} parameters, {size}{', loaded' * bool(model.loaded)}"
+            print(f"serving {model.name} ({words})", file=sys.stderr)
         anyio.run(partial(run_server, engine, settings, started=partial(_tell, settings.auth)))
 
 
@@ -131,18 +135,6 @@ def _signature() -> inspect.Signature:
 
 
 vars(serve)["__signature__"] = _signature()
-
-
-def parse_models(given: Sequence[str]) -> Mapping[str, str | Path]:
-    """`NAME=SOURCE` is served under its name and its source as given, a bare source under that."""
-    models: dict[str, str | Path] = {}
-    for item in given:
-        name, _, source = item.rpartition("=")
-        folder = Path(source).expanduser()
-        for alias in (name, source):
-            if alias:
-                models[alias] = folder.absolute() if folder.is_dir() else source
-    return models
 
 
 def _tell(auth: bool, server: Running) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from weaver import types
@@ -85,8 +85,11 @@ class SampleProgress:
 class Trainer(Protocol):
     """Calls of one lane are made one at a time; lanes do not wait for each other."""
 
-    def lane(self, run_id: str) -> str:
-        """Where the calls of a run wait for each other: always the same for a run."""
+    def lane(self, run_id: str, base_model: str) -> str:
+        """Where the calls of a run wait for each other: always the same for a run.
+
+        Both may be empty, for calls of no run, or of no base model.
+        """
 
     async def create_run(
         self,
@@ -188,6 +191,14 @@ class Engine(Trainer, Sampler, Protocol):
         `prompt_tokens` of samples, and of them `reused_prompt_tokens`, whose keys and values were
         there, so that they were not read.
         """
+
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        """What there is of it now, for the metrics: `{"base_models": 2}`."""
+
+    @property
+    def loaded_models(self) -> Collection[str]:
+        """Those base models that it lists and has in memory."""
 
     def list_models(self) -> Sequence[types.ModelInfo]: ...
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,11 +21,12 @@ from anyio.lowlevel import current_token
 
 from weaver.boundary import attempt
 from weaver.engine.base import SampleProgress, WeightsRef
+from weaver.engine.fair_share import FairShare
 from weaver.errors import ClosedError, NotFoundError, WeaverError
 from weaver.threads import Call, call_soon, out_at_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from weaver import types
     from weaver.engine.base import GradientJob, SampleJob
@@ -38,32 +40,14 @@ PATIENCE_S = 0.01
 again as soon as the result of its last call is written down."""
 
 
-class FairShare:
-    """Gives trainer and sampler the same time on the device while both want it.
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A call of the trainer."""
 
-    The one that has used less goes first; a side that was idle saves up no claim.
-    """
-
-    def __init__(self) -> None:
-        self._used_s = {"trainer": 0.0, "sampler": 0.0}
-
-    def choose(self, *, trainer: bool, sampler: bool) -> str | None:
-        """Whose turn it is among those that have work; None if neither has."""
-        used = self._used_s
-        if not trainer:
-            used["trainer"] = max(used.values()) if sampler else used["trainer"]
-            return "sampler" if sampler else None
-        if not sampler:
-            used["sampler"] = max(used.values())
-            return "trainer"
-        return min(used, key=lambda side: used[side])
-
-    @property
-    def trainer_is_next(self) -> bool:
-        return self._used_s["trainer"] <= self._used_s["sampler"]
-
-    def charge(self, side: str, seconds: float) -> None:
-        self._used_s[side] += seconds
+    run: Callable[[], None]
+    base_model: str | None
+    """What has to be in memory for it."""
+    since: float = field(default_factory=time.monotonic)
 
 
 class _Told:
@@ -95,7 +79,7 @@ class ThreadedEngine:
         self._lock = threading.Condition()
         """Around all that follows."""
         self._thread: threading.Thread | None = None
-        self._training: deque[Callable[[], None]] = deque()
+        self._training: deque[Asked] = deque()
         self._sampling: deque[Callable[[], None]] = deque()
         self._arriving: list[Callable[[], None]] = []
         """On the event loop, the next of `_sampling`."""
@@ -110,16 +94,30 @@ class ThreadedEngine:
         self._told: dict[str, _Told] = {}
         self._snapshots: dict[str, tuple[str, WeightSnapshot]] = {}
         """By run, the newest and its uri."""
+        self._chosen: Asked
+        """The trainer's call whose turn it is."""
         self._count = 0
+        self._bases: dict[str, str] = {}
+        """The base model of each run that shares one."""
 
     @property
     def counts(self) -> Mapping[str, int]:
         """See the protocol; an engine has its own."""
         return {}
 
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        """The same."""
+        return {}
+
+    @property
+    def loaded_models(self) -> Collection[str]:
+        """The same."""
+        return ()
+
     # --- training -------------------------------------------------------------------------------
 
-    def lane(self, run_id: str) -> str:
+    def lane(self, run_id: str, base_model: str) -> str:
         return ""
 
     async def create_run(
@@ -132,12 +130,17 @@ class ThreadedEngine:
         seed: int,
     ) -> None:
         create = partial(self.trainer.create_run, run_id, base_model, training_mode=training_mode)
-        await self._train(partial(create, lora_config=lora_config, seed=seed))
+        shared = base_model if training_mode == "lora" else None
+        await self._train(partial(create, lora_config=lora_config, seed=seed), base_model=shared)
+        if shared is not None:
+            self._bases[run_id] = shared
 
     async def forward_backward(
         self, jobs: Sequence[GradientJob]
     ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
-        return await self._train(partial(self.trainer.forward_backward, jobs))
+        base_model = self._bases.get(jobs[0].run_id) if jobs else None
+        forward_backward = partial(self.trainer.forward_backward, jobs)
+        return await self._train(forward_backward, base_model=base_model)
 
     async def optim_step(
         self, steps: Sequence[tuple[str, types.AdamParams]]
@@ -174,6 +177,7 @@ class ThreadedEngine:
             self._snapshots.pop(run_id, None)
             self.trainer.delete_run(run_id)
 
+        self._bases.pop(run_id, None)
         await self._train(delete)
 
     # --- sampling -------------------------------------------------------------------------------
@@ -248,8 +252,39 @@ class ThreadedEngine:
         """Lets go of what the parts hold; an engine adds its own."""
         self._snapshots.clear()
 
-    async def _train(self, work: Callable[[], T]) -> T:
-        return await self._call(partial(self._put, self._training), work)
+    def _delay_s(self, base_model: str, since: float) -> float:
+        """How long a call that needs a base model since then has to wait; 0: it may begin.
+
+        Asked before each turn; an engine that has not all of its models in memory says its own, as
+        the next. It may end earlier, as `_wake` tells, or the sampler's being busy no more.
+        """
+        return 0.0
+
+    @property
+    def _samples_delay_s(self) -> float | None:
+        """The same of samples that wait in the sampler; None where none does."""
+        return None
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The trainer's calls that have not begun."""
+        return list(self._training)
+
+    def _wake(self) -> None:
+        """Looks again at what waits; may be called in any thread."""
+        with self._lock:
+            self._lock.notify()
+
+    async def _train(self, work: Callable[[], T], *, base_model: str | None = None) -> T:
+        def begin() -> T:
+            if base_model is not None and self._closed and self._delay_s(base_model, math.inf):
+                raise ClosedError("the engine is closed.")
+            return work()
+
+        def put(call: Callable[[], None]) -> None:
+            self._put(self._training, Asked(call, base_model))
+
+        return await self._call(put, begin)
 
     async def _call(self, put: Callable[[Callable[[], None]], None], work: Callable[[], T]) -> T:
         """What `work` returns or raises in the engine's thread."""
@@ -284,7 +319,7 @@ class ThreadedEngine:
             with suppress(ClosedError):
                 self._put(self._sampling, *arrived)
 
-    def _put(self, queue: deque[Callable[[], None]], *calls: Callable[[], None]) -> None:
+    def _put(self, queue: deque[T], *calls: T) -> None:
         with self._lock:
             self._check_open()
             queue.extend(calls)
@@ -304,7 +339,7 @@ class ThreadedEngine:
         while (side := self._next()) is not None:
             begin = time.perf_counter()
             if side == "trainer":
-                self._training.popleft()()
+                self._chosen.run()
                 self._trained_at = time.monotonic()
             else:
                 while self._sampling:
@@ -319,22 +354,40 @@ class ThreadedEngine:
             out_at_exit(self._forget)
 
     def _next(self) -> str | None:
-        """Whose turn it is, once there is something to do; None ends the thread."""
+        """Whose turn it is, once there is something that can begin; None ends the thread."""
         with self._lock:
             if self._share.trainer_is_next:
                 left_s = self._trained_at + PATIENCE_S - time.monotonic()
                 self._lock.wait_for(lambda: self._training or self._closed, max(0.0, left_s))
             while True:
+                chosen, delay_s = self._first()
                 side = self._share.choose(
-                    trainer=bool(self._training),
+                    trainer=chosen is not None,
                     sampler=bool(self._sampling) or (self.sampler.busy and not self._closed),
                 )
+                if side == "trainer" and chosen is not None:
+                    self._training.remove(chosen)
+                    self._chosen = chosen
                 if side is not None:
                     return side
-                asked = not self._closed and self._lock.wait(IDLE_S)
-                if not (asked or self._training or self._sampling):
+                samples_s = None if self._closed else self._samples_delay_s
+                waits_s = min(IDLE_S, delay_s, IDLE_S if samples_s is None else samples_s)
+                asked = not self._closed and self._lock.wait(waits_s)
+                if not (asked or self._training or self._sampling or samples_s is not None):
                     self._thread = None
                     return None
+
+    def _first(self) -> tuple[Asked | None, float]:
+        """The first call of the trainer that may begin; else the seconds until one may."""
+        delay_s = math.inf
+        for asked in self._training:
+            wait_s = 0.0
+            if asked.base_model is not None and not self._closed:
+                wait_s = self._delay_s(asked.base_model, asked.since)
+            if not wait_s:
+                return asked, 0.0
+            delay_s = min(delay_s, wait_s)
+        return None, delay_s
 
 
 def _is_last(progress: SampleProgress) -> bool:

@@ -103,7 +103,7 @@ class Executor:
         """Takes in an accepted operation; that of a run is in its lane already."""
         operation = ticket.submission.operation
         if run is not None:
-            self._work_on(run.lane, run)
+            self._work_on(run.lane, run, base_model=run.model.name)
         elif isinstance(operation, protocol.Sample):
             held = self._held.get((ticket.session, operation.sampler_id))
             if held is not None:
@@ -114,20 +114,21 @@ class Executor:
         elif isinstance(operation, protocol.ReleaseSampler):
             self._begin(operation.sampler_id, ticket)
         else:
-            self._work_on(Lane(ticket), None)
+            base_model = getattr(operation, "base_model", None) or ""
+            self._work_on(Lane(ticket), None, base_model=base_model)
 
     # --- training and the like, in turns --------------------------------------------------------
 
-    def _worker(self, run: Run | None) -> Worker:
-        lane = self._operations.engine.lane(run.run_id if run else "")
+    def _worker(self, run: Run | None, *, base_model: str) -> Worker:
+        lane = self._operations.engine.lane(run.run_id if run else "", base_model)
         worker = self._workers.get(lane)
         if worker is None:
             worker = self._workers[lane] = Worker()
             self.beside(partial(self._work_off, worker))
         return worker
 
-    def _work_on(self, lane: Lane, run: Run | None) -> None:
-        worker = self._worker(run)
+    def _work_on(self, lane: Lane, run: Run | None, *, base_model: str) -> None:
+        worker = self._worker(run, base_model=base_model)
         worker.lanes.setdefault(lane, run)
         worker.wake.set()
 
@@ -146,7 +147,7 @@ class Executor:
         since = time.monotonic() - self._recovery.durability.unload_after_s
         for run in list(self._operations.registry.runs.values()):
             if run.loaded and run.heard_at < since:
-                async with self._worker(run).turn:
+                async with self._worker(run, base_model=run.model.name).turn:
                     if not run.lane.busy:
                         await self._unload(run)
 
@@ -159,7 +160,7 @@ class Executor:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
         with CancelScope(shield=True):
             await self.cancel(*run.lane.tickets())
-            async with self._worker(run).turn:
+            async with self._worker(run, base_model=run.model.name).turn:
                 await self._unload(run)
         run.stopped = True
 

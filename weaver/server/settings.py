@@ -222,8 +222,8 @@ class ServerSettings(EngineSettings):
     port: int = setting(8000, "The port to listen on; 0 takes a free one.", least=0, most=2**16 - 1)
     models: list[str] | None = setting(
         None,
-        "[NAME=]SOURCE to serve beside weaver-nano, a folder or Hugging Face id; repeatable, with "
-        "spaces between in the variable.",
+        "[NAME=]SOURCE[,context=TOKENS][,load=start] to serve beside weaver-nano, a folder or "
+        "Hugging Face id; repeatable, with spaces between in the variable.",
         name="model",
     )
     database_url: str | None = setting(

@@ -158,10 +158,12 @@ class View:
     async def list_models(self) -> Sequence[types.ModelInfo]:
         if self.parts.models is None:
             self.parts.models = await self._disk(self.parts.engine.list_models)
-        return self.parts.models
+        loaded = self.parts.engine.loaded_models
+        return [m.model_copy(update={"loaded": m.name in loaded}) for m in self.parts.models]
 
     async def get_model(self, base_model: str) -> types.ModelInfo:
-        for model in await self.list_models():
+        await self.list_models()
+        for model in self.parts.models or ():
             if model.name == base_model:
                 return model
         return await self._disk(self.parts.engine.get_model, base_model)

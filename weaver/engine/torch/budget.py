@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from weaver.engine.torch.device import size_text
 from weaver.engine.torch.kv_cache import CacheShape
 from weaver.engine.torch.memory import shares
-from weaver.engine.torch.quantised import weights_bytes
 from weaver.types import Quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from weaver.engine.torch.catalog import ModelFacts
@@ -32,7 +28,7 @@ FIXED_TOKENS = 2**15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """As settings and memory have it; what depends on memory changes with the loaded models only.
+    """As settings and memory have it; what depends on memory changes with the models only.
 
     Where bytes or rows are set, or `deterministic`, they are the same on every machine with the
     same kind of device.
@@ -54,20 +50,24 @@ class Budget:
         """Samples that run at once."""
         return self.set_rows or (CPU_ROWS if self.device.type == "cpu" else MAX_ROWS)
 
-    def cache_bytes(self, facts: ModelFacts, beside: Sequence[ModelFacts] = ()) -> int:
-        """Of keys and values, where other models are loaded beside one."""
+    def cache_bytes(self, facts: ModelFacts, *, beside: int = 0) -> int:
+        """Of keys and values, where other models may take so many bytes."""
         if self.set_bytes:
             return self.set_bytes
         if self.deterministic or self.memory is None:
             return FIXED_TOKENS * self._shape(facts).token_bytes
-        held = partial(weights_bytes, dtype=self.dtype, quantize=self.quantize)
-        free = max(0, self.memory - sum(map(held, beside)))
-        of = partial(shares, facts, dtype=self.dtype, device=self.device, quantize=self.quantize)
-        return of(free=free).cache
+        return shares(
+            facts,
+            free=self.memory,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            beside=beside,
+        ).cache
 
-    def text(self, facts: ModelFacts) -> str:
-        """In words, as if the model were alone."""
-        size = self.cache_bytes(facts)
+    def text(self, facts: ModelFacts, *, beside: int = 0) -> str:
+        """In words."""
+        size = self.cache_bytes(facts, beside=beside)
         tokens = size // self._shape(facts).token_bytes
         return f"{self.rows} at once, {size_text(size)} of keys and values ({tokens:,} tokens)"
 

@@ -2,8 +2,7 @@
 
 `TorchEngine` asks it before anything is loaded. A name is one of the configured ones (`weaver-nano`
 always is), a local folder, or a Hugging Face id; code in a model's folder is never run.
-`weaver models download` fetches one into the cache of the hub, where every process finds it: only
-weights in safetensors and plain files, no pickles, no code. What transformers raises about a model
+What transformers raises about a model
 passes through `refusing`, here, where models are loaded and where they are checked.
 """
 
@@ -14,18 +13,18 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weaver import errors
 from weaver.boundary import converting
+from weaver.engine.sources import Load, ModelSource
 from weaver.engine.torch.grammars import Grammars
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
 from weaver.threads import out_at_exit
@@ -43,11 +42,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it has no class for it: the CPU, the CUDA driver, and cuBLAS."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-HTTP_ERRORS: Any = HfHubHTTPError.__bases__[:1]
-"""What the hub's client raises: the package that it is made with has changed its name."""
-FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-LEFT = ["*/*", "consolidated*"]
-"""Other forms of the same weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,18 +146,32 @@ class Catalog:
     """Facts by name, each read once.
 
     Args:
-        models: folders and Hugging Face ids by name.
+        models: folders and Hugging Face ids by name, or what else is known of them.
         allow_paths: any other folder or id may be named, too; else nothing but `models` is opened.
     """
 
-    def __init__(self, models: Mapping[str, str | Path], *, allow_paths: bool) -> None:
-        self._sources = {"weaver-nano": NANO, **models}
-        self._allow_paths = allow_paths
+    def __init__(
+        self, models: Mapping[str, str | Path | ModelSource], *, allow_paths: bool
+    ) -> None:
+        given = {"weaver-nano": NANO, **models}
+        self._sources = {name: ModelSource.of(source) for name, source in given.items()}
+        self.given = list(models)
+        self.allows_paths = allow_paths
         self._facts: dict[str, ModelFacts] = {}
 
-    def names(self) -> list[str]:
-        """The configured models that are there."""
-        return [n for n, s in self._sources.items() if not isinstance(s, Path) or s.is_dir()]
+    def names(self, *, load: Load | None = None) -> list[str]:
+        """The configured models that are there, or those that are loaded at such a time."""
+        return [
+            name
+            for name, source in self._sources.items()
+            if not isinstance(source.place, Path) or source.place.is_dir()
+            if load in (None, source.load)
+        ]
+
+    def shared(self, name: str) -> str:
+        """The first name of the same model: each is in memory once, whatever it is called."""
+        source = self._sources.get(name)
+        return next((n for n, s in self._sources.items() if s == source), name)
 
     def facts(self, name: str) -> ModelFacts:
         """Reads the configuration; under a second.
@@ -173,21 +181,24 @@ class Catalog:
             UnsupportedError: the architecture cannot run here, and why.
         """
         if name not in self._facts:
-            source = self._source(name)
+            source, context = self._source(name), None
+            if name in self._sources:
+                context = self._sources[name].context
             with refusing(f"{name} cannot run here", hint=HINT):
                 config = self._config(name, source)
-                self._facts[name] = _read_facts(name, source, config=config)
+                facts = _read_facts(name, source, config=config)
+                self._facts[name] = facts if context is None else _cut(facts, context)
         return self._facts[name]
 
     def _source(self, name: str) -> str:
         if name in self._sources:
-            source = self._sources[name]
+            source = self._sources[name].place
             if isinstance(source, Path) and not source.is_dir():
                 raise self._unknown(name, f"{source} is not there.")
             return str(source)
-        if self._allow_paths and Path(name).expanduser().is_dir():
+        if self.allows_paths and Path(name).expanduser().is_dir():
             return str(Path(name).expanduser())
-        if self._allow_paths and re.fullmatch(HUB_ID, name):
+        if self.allows_paths and re.fullmatch(HUB_ID, name):
             return name
         raise self._unknown(name, "no such model.")
 
@@ -205,11 +216,23 @@ class Catalog:
     def _unknown(self, name: str, reason: str) -> errors.UnknownModelError:
         others = (
             "; or give a folder with config.json and safetensors, or a Hugging Face id."
-            if self._allow_paths
+            if self.allows_paths
             else ". `weaver serve --model` adds others."
         )
         hint = f"Known: {', '.join(self.names()) or 'none'}{others}"
         return errors.UnknownModelError(f"{name!r}: {reason}", field="base_model", hint=hint)
+
+
+def _cut(facts: ModelFacts, context: int) -> ModelFacts:
+    """With a context of so many tokens."""
+    most = facts.info.context_length
+    if context > most:
+        raise errors.ConfigError(
+            f"{facts.info.name} is to have a context of {context} tokens, it has {most}.",
+            field="model",
+            hint="Leave its context out, or give less.",
+        )
+    return replace(facts, info=facts.info.model_copy(update={"context_length": context}))
 
 
 def _read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
@@ -324,42 +347,6 @@ def _no_tokenizer(name: str, reason: str) -> errors.UnsupportedError:
         f"{name} has no tokenizer that can be read: {reason}.",
         field="base_model",
         hint="Put tokenizer.json and tokenizer_config.json into its folder.",
-    )
-
-
-def download(hub_id: str) -> tuple[ModelInfo, Path]:
-    """What the model is, and the folder of its files; refuses what cannot run before its weights.
-
-    Raises:
-        InvalidNameError: not of the form `owner/name`.
-        ServiceConnectionError: the hub is out of reach, or stopped answering.
-        UnknownModelError: the hub has no such model, or not for this user.
-        UnsupportedError: the architecture cannot run here, and why.
-        StorageError: the cache cannot be written.
-    """
-    if not re.fullmatch(HUB_ID, hub_id):
-        raise errors.InvalidNameError(
-            f"is {hub_id[:200]!r}.", field="id", hint="Give a Hugging Face id: owner/name."
-        )
-    if only_here(hub_id):
-        raise _out_of_reach("it cannot be reached")
-    info = Catalog({hub_id: hub_id}, allow_paths=False).facts(hub_id).info
-    try:
-        return info, Path(snapshot_download(hub_id, allow_patterns=FETCHED, ignore_patterns=LEFT))
-    except HTTP_ERRORS as error:
-        raise _out_of_reach(first_line(error)) from error
-    except OSError as error:
-        raise errors.StorageError(
-            f"{hub_id} cannot be kept in {constants.HF_HUB_CACHE}: {error}",
-            hint="Free some space, or choose another place with HF_HOME; then go on as before.",
-        ) from error
-
-
-def _out_of_reach(reason: str) -> errors.ServiceConnectionError:
-    return errors.ServiceConnectionError(
-        f"the Hugging Face hub at {constants.ENDPOINT}: {reason}.",
-        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or copy the model's folder here "
-        "and name that.",
     )
 
 

@@ -29,7 +29,6 @@ from weaver import errors
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import files
 from weaver.engine.torch.catalog import ModelFacts
-from weaver.engine.torch.models import LoadedModel
 from weaver.types import LoraConfig, ModelInfo, Quantize, TrainingMode, Value
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,9 @@ class Copy:
     """A run as it was, on the host, for `write` in any thread."""
 
     state: State
-    model: LoadedModel
+    facts: ModelFacts
+    module: Any
+    """transformers' model of full fine-tuning, to write its files; else None."""
     weights: Mapping[str, torch.Tensor]
     """Of LoRA by PEFT's names, else all that the model's files hold."""
     optimizer: Mapping[str, torch.Tensor] | None
@@ -104,20 +105,20 @@ class Copy:
         Raises:
             StorageError: the disk is full or not writable.
         """
-        state, model = self.state, self.model
+        state = self.state
         try:
             if state.lora_config is not None:
-                base = model.facts.origin
+                base = self.facts.origin
                 files.write_adapter(folder, self.weights, config=state.lora_config, base=base)
             else:
                 with files.without_progress_bars():
-                    model.module.save_pretrained(
+                    self.module.save_pretrained(
                         folder,
                         state_dict=dict(self.weights),
                         max_shard_size=files.SHARD_BYTES,
                     )
                 with suppress(errors.UnsupportedError):  # the base model has no tokenizer either
-                    write_tokenizer(model.facts, folder)
+                    write_tokenizer(self.facts, folder)
             if self.optimizer is not None:
                 save_file(dict(self.optimizer), folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state.model_dump(), indent=2) + "\n")
@@ -131,7 +132,8 @@ class Copy:
 def copy_of(
     state: State,
     *,
-    model: LoadedModel,
+    facts: ModelFacts,
+    module: Any,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
 ) -> Copy:
@@ -141,10 +143,11 @@ def copy_of(
         NonFiniteError: a weight is NaN or infinite.
     """
     files.check_finite(parameters)
-    weights = parameters if state.lora_config else model.module.state_dict()
+    weights = parameters if state.lora_config else module.state_dict()
     return Copy(
         state=state,
-        model=model,
+        facts=facts,
+        module=module,
         weights=_copied(weights),
         optimizer=None if optimizer is None else _optimizer_tensors(optimizer, parameters),
     )

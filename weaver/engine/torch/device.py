@@ -201,6 +201,11 @@ def adapter_bytes(facts: ModelFacts) -> int:
     return ADAM_COPIES * torch.float32.itemsize * lora.rank * sum(sides)
 
 
+def full_training_bytes(facts: ModelFacts) -> int:
+    """Weights, a gradient and two moments of full fine-tuning, in float32."""
+    return ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
+
+
 def threads_text(threads: int) -> str:
     """The setting in words."""
     number = threads or f"1 to {physical_cores()}"

@@ -6,16 +6,25 @@ The embedded client and the server make one and give it to the service.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from weaver.config import EngineSettings
+from weaver.engine.base import WeightsRef
+from weaver.engine.sources import ModelSource
 from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.budget import Budget
 from weaver.engine.torch.catalog import Catalog, ModelFacts
-from weaver.engine.torch.device import DTYPES, choose_device, free_bytes, threads_text
+from weaver.engine.torch.device import (
+    DTYPES,
+    choose_device,
+    free_bytes,
+    size_text,
+    threads_text,
+)
 from weaver.engine.torch.memory import Plan, Recompute
 from weaver.engine.torch.merging import merge_adapter
 from weaver.engine.torch.model_store import ModelStore
@@ -39,6 +48,8 @@ class TorchEngine(ThreadedEngine):
             kept so, and compute in `dtype`.
         threads: of torch; 0 takes one below 20 million parameters, else all physical cores.
         memory_gb: gigabytes that it may use on the device; 0 takes what is free there now.
+        model_memory_gb: gigabytes of them for base models, of which those used least lately are
+            unloaded for others; 0 is half of what can be used, and more for one that is alone.
         kv_cache_gb: gigabytes for keys and values of samples; 0 is half of what the model leaves.
         sample_rows: samples that are drawn at once; 0 is 64 on a CPU, else 256.
         tokens_per_pass: in training; 0 chooses by memory.
@@ -52,7 +63,7 @@ class TorchEngine(ThreadedEngine):
 
     def __init__(
         self,
-        models: Mapping[str, str | Path] | None = None,
+        models: Mapping[str, str | Path | ModelSource] | None = None,
         *,
         allow_paths: bool = True,
         device: str = "auto",
@@ -60,6 +71,7 @@ class TorchEngine(ThreadedEngine):
         quantize: Quantize = "none",
         threads: int = 0,
         memory_gb: float = 0,
+        model_memory_gb: float = 0,
         kv_cache_gb: float = 0,
         sample_rows: int = 0,
         tokens_per_pass: int = 0,
@@ -79,6 +91,7 @@ class TorchEngine(ThreadedEngine):
             threads=threads,
             memory=self.memory,
             quantize=quantize,
+            model_memory=int(model_memory_gb * 1e9),
         )
         self._trainer = TorchTrainer(
             self._store,
@@ -93,12 +106,15 @@ class TorchEngine(ThreadedEngine):
             deterministic=deterministic,
         )
         super().__init__(self._trainer, self._sampler)
+        room = self._store.room
+        room.waiters.append(self._wanted)
+        room.reading.wake = self._wake
 
     @classmethod
     def of(
         cls,
         settings: EngineSettings,
-        models: Mapping[str, str | Path] | None = None,
+        models: Mapping[str, str | Path | ModelSource] | None = None,
         *,
         allow_paths: bool = True,
     ) -> TorchEngine:
@@ -111,6 +127,7 @@ class TorchEngine(ThreadedEngine):
             quantize=settings.quantize,
             threads=settings.threads,
             memory_gb=settings.memory_gb,
+            model_memory_gb=settings.model_memory_gb,
             kv_cache_gb=settings.kv_cache_gb,
             sample_rows=settings.sample_rows,
             tokens_per_pass=settings.tokens_per_pass,
@@ -127,15 +144,52 @@ class TorchEngine(ThreadedEngine):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return {"repeated_passes": self._trainer.repeated_passes, **self._sampler.counts}
+        counts = {"repeated_passes": self._trainer.repeated_passes, **self._sampler.counts}
+        room = self._store.room
+        return {**counts, "model_loads": room.loads, "model_unloads": room.unloads}
+
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        room = self._store.room
+        return {
+            "base_models": len(room.residents.names),
+            "base_model_bytes": room.residents.nbytes,
+            "own_model_bytes": room.owned_bytes,
+            "waiting_for_models": len(self._sampler.waiting) + len(self._wanted()),
+        }
+
+    @property
+    def loaded_models(self) -> set[str]:
+        there = self._store.room.residents.names
+        return {name for name in self._catalog.names() if self._catalog.shared(name) in there}
 
     def list_models(self) -> list[ModelInfo]:
         """The configured models; any other name is still tried."""
         return [self.get_model(name) for name in self._catalog.names()]
 
     def get_model(self, base_model: str) -> ModelInfo:
+        facts = self.facts(base_model)
         known = {"dtype": self.device.dtype, "quantize": self.quantize}
-        return self.facts(base_model).info.model_copy(update=known)
+        return facts.info.model_copy(update={**known, "size_bytes": self._store.room.size(facts)})
+
+    def prepare(self) -> list[ModelInfo]:
+        """Checks the configured models, and loads those that are to be there at the start.
+
+        Before anything else is asked of the engine.
+
+        Raises:
+            ConfigError: those to be loaded do not fit together.
+            UnknownModelError, UnsupportedError: one cannot run here, or its weights are not whole.
+        """
+        self._store.check_models()
+        for name in dict.fromkeys(map(self._catalog.shared, self._catalog.names(load="start"))):
+            self._store.base(name)
+        loaded = self.loaded_models
+        return [m.model_copy(update={"loaded": m.name in loaded}) for m in self.list_models()]
+
+    def lane(self, run_id: str, base_model: str) -> str:
+        """Runs of one base model: those of others go on while it is waited for."""
+        return self._catalog.shared(base_model)
 
     def facts(self, base_model: str) -> ModelFacts:
         """Errors: see `get_model`."""
@@ -145,6 +199,16 @@ class TorchEngine(ThreadedEngine):
     def budget(self) -> Budget:
         """What is sampled at once."""
         return self._sampler.budget
+
+    def model_memory_text(self, base_model: str) -> str:
+        """What base models may take together, and this one does. Errors: see `get_model`."""
+        room, facts = self._store.room, self.facts(base_model)
+        room.check_alone(facts)
+        budget, own = room.residents.budget, size_text(room.size(facts))
+        if budget is None:
+            return f"{own} for this one; what is free is not known here"
+        more = "" if room.residents.strict else ", or one of them what is free"
+        return f"{size_text(budget)} together{more}; this one takes {own} at most"
 
     def plan(self, base_model: str, training_mode: TrainingMode) -> Plan:
         """How training passes are laid out. Errors: see `get_model`."""
@@ -178,6 +242,26 @@ class TorchEngine(ThreadedEngine):
 
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         merge_adapter(self.facts(base_model), adapter, folder)
+
+    async def publish(self, weights_id: str, ref: WeightsRef) -> int:
+        """What is wrong with a base model is said when its weights are opened."""
+        if ref.uri is None:
+            base = partial(self._store.base, ref.base_model)
+            await self._train(base, base_model=ref.base_model)
+        return await super().publish(weights_id, ref)
+
+    def _delay_s(self, base_model: str, since: float) -> float:
+        return self._store.room.delay_s(base_model, since=since)
+
+    @property
+    def _samples_delay_s(self) -> float | None:
+        return self._sampler.delay_s
+
+    def _wanted(self) -> list[tuple[str, float]]:
+        """Base models that calls of the trainer need, and since when, in any thread."""
+        there = self._store.room.residents.names
+        asked = [(self._catalog.shared(a.base_model), a.since) for a in self.asked if a.base_model]
+        return [(name, since) for name, since in asked if name not in there]
 
     def _forget(self) -> None:
         super()._forget()

@@ -197,6 +197,15 @@ def folder_of(source: str) -> Path:
     return Path(str(cached_file(source, CONFIG, local_files_only=True))).parent
 
 
+def files_bytes(source: str) -> int | None:
+    """Of all weights of a folder or cached id; None where they are not whole, or not here."""
+    try:
+        folder = folder_of(source)
+        return sum((folder / file).stat().st_size for file in set(weight_map(folder).values()))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+
+
 def tied_weights(facts: ModelFacts) -> Mapping[str, str]:
     """Names of weights that the files need not have, and of those that they are tied to."""
     tied = AutoModelForCausalLM._model_mapping[type(facts.config)]._tied_weights_keys

@@ -1,9 +1,10 @@
 """`Plan`: what a training pass of a model may hold, reckoned from its configuration.
 
 Trainer, sampler and `weaver doctor` ask for it before anything is loaded. Plans do not ask the
-device: what was free when the engine began is given, so that a process plans the same from its
-first pass to its last. With `deterministic` the layout of passes, which decides their last bits,
-does not depend on memory at all; how many layers compute again does, and changes no bit.
+device: what was free when the engine began is given, so that a process with the same models and as
+many adapters plans the same from its first pass to its last. With `deterministic` the layout of
+passes, which decides their last bits, does not depend on memory at all; how many layers compute
+again does, and changes no bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from weaver.engine.torch.device import (
     USABLE,
     adapter_bytes,
     free_bytes,
+    full_training_bytes,
     size_text,
 )
 from weaver.engine.torch.quantised import weights_bytes
@@ -73,27 +75,31 @@ def shares(
     device: torch.device = CPU,
     training_mode: TrainingMode = "lora",
     quantize: Quantize = "none",
+    beside: int = 0,
+    adapters: int = 0,
 ) -> Shares:
-    """Halves of what is left of `free` beside the weights and what trains them.
+    """Halves of what is left of `free` beside the weights and what trains them, each at least 0.
 
-    Both are at least 0, and as if the model were alone on the device.
+    Args:
+        beside: bytes that other models may take.
+        adapters: bytes of all adapters in training, where it is known and more than the usual one.
     """
     copies = 2 if device.type == "cpu" else 1  # a second layout for the way back
     held = weights_bytes(facts, dtype=dtype, quantize=quantize, copies=copies)
-    held += adapter_bytes(facts)
+    held += max(adapter_bytes(facts), adapters)
     if training_mode == "full_ft":  # and the gradient of a pass, until it is added to the run's
-        held = full_training_bytes(facts) * (ADAM_COPIES + 1) // ADAM_COPIES
-    rest = max(0, int(USABLE * free) - held)
+        held = adapters + full_training_bytes(facts) * (ADAM_COPIES + 1) // ADAM_COPIES
+    rest = max(0, int(USABLE * free) - held - beside)
     return Shares(passes=rest // 2, cache=rest // 2)
 
 
-def full_training_bytes(facts: ModelFacts) -> int:
-    """Weights, a gradient and two moments of full fine-tuning, in float32."""
-    return ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
-
-
 def check_full_training(facts: ModelFacts, store: ModelStore) -> None:
-    """Raises UnsupportedError where the base is quantised, or it does not fit what is free now."""
+    """Before a base is loaded.
+
+    Raises:
+        UnsupportedError: it is quantised, or does not fit what is free now, or will be once base
+            models are unloaded.
+    """
     if store.quantize != "none":
         raise UnsupportedError(
             f"a base of {store.quantize} weights is frozen, and cannot be trained in full.",
@@ -101,8 +107,10 @@ def check_full_training(facts: ModelFacts, store: ModelStore) -> None:
             hint="Train with LoRA, or start without WEAVER_QUANTIZE (--quantize).",
         )
     needed = full_training_bytes(facts)
-    known = [b for b in (store.memory, free_bytes(store.device)) if b is not None]
-    free = min(known, default=needed)
+    now = free_bytes(store.device)
+    if now is not None:
+        now += store.room.freeable_bytes
+    free = min([b for b in (store.memory, now) if b is not None], default=needed)
     if needed > free:
         raise UnsupportedError(
             f"full fine-tuning of {facts.info.name} needs {size_text(needed)} for weights, a "
@@ -219,7 +227,10 @@ class Plan:
 
 
 class Planner:
-    """The plans of one trainer, each made once. May be asked in several threads."""
+    """The plans of one trainer, each made once for what may be in memory beside it.
+
+    May be asked in several threads.
+    """
 
     def __init__(
         self, store: ModelStore, *, tokens: int, recompute: Recompute, deterministic: bool
@@ -229,18 +240,20 @@ class Planner:
         self._tokens = tokens
         self._recompute: Recompute = recompute
         self._deterministic = deterministic
-        self._plans: dict[tuple[str, TrainingMode], Plan] = {}
+        self._plans: dict[tuple[str, TrainingMode, int, int], Plan] = {}
 
     def plan(self, base_model: str, training_mode: TrainingMode) -> Plan:
         """Errors: see `Catalog.facts`."""
-        key, store = (base_model, training_mode), self._store
+        store = self._store
+        facts, free, passes = store.catalog.facts(base_model), store.memory, None
+        beside = store.room.beside(facts, base=training_mode == "lora")
+        adapters = store.room.adapter_room()
+        key = base_model, training_mode, beside, adapters
         if key not in self._plans:
-            facts, free, passes = store.catalog.facts(base_model), store.memory, None
             dtype = store.dtype if training_mode == "lora" else torch.float32
             if free is not None:
-                of = partial(
-                    shares, facts, dtype=dtype, device=store.device, quantize=store.quantize
-                )
+                of = partial(shares, facts, dtype=dtype, quantize=store.quantize, beside=beside)
+                of = partial(of, device=store.device, adapters=adapters)
                 passes = of(free=free, training_mode=training_mode).passes
             self._plans[key] = make_plan(
                 facts,

@@ -1,10 +1,12 @@
 """`ModelStore`: the models in memory, loaded at first need and checked as `model_check.py` says.
 
-`TorchEngine` makes one; trainer and sampler share it.
+`TorchEngine` makes one; trainer and sampler share it. Base models come and go as `ModelRoom` says,
+so each call asks for the one that it needs, and keeps none that is not in use.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,14 +15,20 @@ import torch
 
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.attention_choice import Attention, Paging
-from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, refusing
-from weaver.engine.torch.device import give_back_freed, physical_cores, take_from_files
-from weaver.engine.torch.files import check_finite, read_module, set_weights
+from weaver.engine.torch.catalog import HINT, Catalog, ModelFacts, only_here, refusing
+from weaver.engine.torch.device import (
+    full_training_bytes,
+    give_back_freed,
+    physical_cores,
+    take_from_files,
+)
+from weaver.engine.torch.files import check_finite, files_bytes, read_module, set_weights
 from weaver.engine.torch.lora import adapter_from_tensors
 from weaver.engine.torch.model_check import settle_attention
+from weaver.engine.torch.model_room import ModelRoom
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
-from weaver.engine.torch.quantised import QuantisedLinear, can_quantise
-from weaver.errors import EngineError
+from weaver.engine.torch.quantised import QuantisedLinear, can_quantise, weights_bytes
+from weaver.errors import EngineError, UnsupportedError
 from weaver.types import Quantize
 
 SMALL_MODEL = 20_000_000
@@ -31,6 +39,7 @@ class ModelStore:
     """Frozen models by name, on one device in one dtype, and quantised if need be.
 
     `memory` are the bytes that were free on the device when the engine began; None is not known.
+    `model_memory` are those that base models may take together, see `ModelRoom`.
     """
 
     def __init__(
@@ -42,6 +51,7 @@ class ModelStore:
         threads: int,
         memory: int | None = None,
         quantize: Quantize = "none",
+        model_memory: int = 0,
     ) -> None:
         self.catalog = catalog
         self.device = device
@@ -49,42 +59,96 @@ class ModelStore:
         self.threads = threads
         self.memory = memory
         self.quantize = quantize
-        self._models: dict[str, LoadedModel] = {}
+        self.room = ModelRoom(
+            catalog,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            memory=memory,
+            model_memory=model_memory,
+        )
         self._attention: dict[tuple[str, bool], tuple[Attention, Paging]] = {}
         """By name, and whether trainable, of what is known to run here."""
 
+    # --- base models ----------------------------------------------------------------------------
+
     def base(self, name: str) -> LoadedModel:
-        """The shared frozen model.
+        """The shared frozen model, which stays for this call, and while `users` name it.
 
         Raises:
             UnknownModelError, UnsupportedError, EngineError: see `_load`.
+            QuotaExceededError: there is no room for it beside those that are in use.
         """
-        if name not in self._models:
+        name = self.catalog.shared(name)
+        there = self.room.residents.get(name)
+        if there is not None:
+            return there.model
+        facts = self.catalog.facts(name)
+        self.room.prepare(facts)
+        began = time.monotonic()
+        model = self._load(facts, dtype=self.dtype, quantize=self.quantize)
+        self.room.put(facts, model, load_s=time.monotonic() - began)
+        return model
+
+    def check_models(self) -> None:
+        """Looks at what the engine was given, before anything is loaded.
+
+        Raises:
+            ConfigError: those that are to be loaded at the start do not fit together.
+            UnknownModelError, UnsupportedError: one cannot run here, or its weights are not whole.
+        """
+        for name in self.catalog.given:
             facts = self.catalog.facts(name)
-            self._models[name] = self._load(facts, dtype=self.dtype, quantize=self.quantize)
-        return self._models[name]
+            self.room.check_alone(facts)
+            if files_bytes(facts.source) is None and only_here(facts.source):
+                raise UnsupportedError(
+                    f"the weights of {name} are not whole in {facts.source}.",
+                    field="base_model",
+                    hint="They are safetensors files beside config.json, all that the index names; "
+                    "`weaver models download` fetches those of a Hugging Face id.",
+                )
+        self.room.check_together(self.catalog.names(load="start"))
+
+    # --- models of one owner --------------------------------------------------------------------
 
     def own(self, name: str) -> LoadedModel:
-        """A trainable model of one run's own, in float32 whatever the base's dtype."""
+        """A trainable model of one run's own, in float32 whatever the base's dtype.
+
+        Room is made for what trains it, too. Errors: see `base`.
+        """
         facts = self.catalog.facts(name)
-        return self._load(facts, dtype=torch.float32, trainable=True)
+        nbytes = full_training_bytes(facts)
+        self.room.make(nbytes, facts, base=False)
+        model = self._load(facts, dtype=torch.float32, trainable=True)
+        self.room.owned[model] = nbytes
+        return model
 
     def publish(self, snapshot: WeightSnapshot) -> PublishedWeights:
-        """The snapshot on its base model; a whole model's own weights are never quantised.
+        """The snapshot, an adapter of its base model, or a whole one, which is never quantised.
 
         Raises:
             UnknownModelError, UnsupportedError: the base model cannot be loaded.
             NonFiniteError: a weight is NaN or infinite.
             CheckpointMismatchError: the weights of a whole model do not fit.
+            QuotaExceededError: there is no memory for a whole one.
         """
         check_finite(snapshot.tensors)
+        facts = self.catalog.facts(snapshot.base_model)
         tensors, lora = snapshot.tensors, snapshot.lora_config
         if lora is None:
-            facts = self.catalog.facts(snapshot.base_model)
+            size = weights_bytes(facts, dtype=self.dtype, quantize="none")
+            self.room.make(size, facts, base=False)
             model = self._load(facts, dtype=self.dtype, weights=tensors)
-            return PublishedWeights(model, None, snapshot.version)
+            self.room.owned[model] = size
+            return PublishedWeights(facts, None, snapshot.version, own=model)
         adapter = adapter_from_tensors(tensors, lora, device=self.device, dtype=self.dtype)
-        return PublishedWeights(self.base(snapshot.base_model), adapter, snapshot.version)
+        return PublishedWeights(facts, adapter, snapshot.version)
+
+    def model_of(self, weights: PublishedWeights) -> LoadedModel:
+        """What they are computed with. Errors: see `base`."""
+        return self.base(weights.facts.info.name) if weights.own is None else weights.own
+
+    # --- loading --------------------------------------------------------------------------------
 
     def _load(
         self,
@@ -123,7 +187,7 @@ class ModelStore:
             ) from error
         if weights is not None:
             set_weights(dict(module.named_parameters()), weights)
-        self.use_threads(facts)
+        self.turn_to(facts)
         with refusing(f"{facts.info.name} ({facts.info.architecture}) cannot run here", hint=HINT):
             model = LoadedModel(facts, module, trainable=trainable, quantize=quantize)
         key = (facts.info.name, trainable)
@@ -151,12 +215,16 @@ class ModelStore:
                 del linear.weight  # whoever still holds the layer
                 give_back_freed()
 
-    def use_threads(self, model: LoadedModel | ModelFacts) -> None:
-        """Sets torch's threads for the coming call: as configured, or by the model's size."""
+    def turn_to(self, model: LoadedModel | ModelFacts) -> None:
+        """Before a call computes: a base counts as used, and torch's threads are set.
+
+        They are as configured, or by the model's size.
+        """
+        self.room.residents.touch(self.catalog.shared(model.info.name))
         small = model.info.num_parameters < SMALL_MODEL
         wanted = self.threads or (1 if small else physical_cores())
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
     def close(self) -> None:
-        self._models.clear()
+        self.room.residents.clear()

@@ -169,7 +169,9 @@ class LoadedModel:
 class PublishedWeights:
     """What `TorchSampler` samples from under one id. Never changes once made."""
 
-    model: LoadedModel
-    """The shared base, or a snapshot's own copy after full fine-tuning."""
+    facts: ModelFacts
+    """Of the base model, which need not be in memory."""
     adapter: Adapter | None
     version: int
+    own: LoadedModel | None = None
+    """A snapshot's own copy after full fine-tuning."""

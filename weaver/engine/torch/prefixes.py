@@ -99,6 +99,11 @@ class Prefixes:
         for key in [key for key, node in self._nodes.items() if node.owner.weights is weights]:
             self._drop(self._nodes.pop(key))
 
+    def drop_cache(self, cache: KVCache[Any, Any, Any]) -> None:
+        """Gives up what was kept in one model's cache; its owners may keep more later."""
+        for key in [key for key, node in self._nodes.items() if node.cache is cache]:
+            self._drop(self._nodes.pop(key))
+
     def _path(
         self, owner: Owner, tokens: Sequence[int], block: int, most: int
     ) -> list[tuple[int, tuple[int, ...]]]:

@@ -60,18 +60,25 @@ class Reader:
     def prompt_of(self, job: SampleJob, weights: PublishedWeights) -> Prompt:
         """The prompt of a job, which may be read already.
 
-        One whose every token is scored is read for itself.
+        One whose every token is scored is read for itself. Errors: see `ModelStore.base`.
         """
         owner, tokens = Owner(weights, job.tenant), tuple(job.prompt)
         shared = None if job.scores_prompt else self._prompts.get((owner, tokens))
         if shared is not None:
             return shared
-        if weights.model not in self._caches:
-            self._caches[weights.model] = weights.model.new_cache()
-        prompt = Prompt(list(tokens), owner, self._caches[weights.model])
+        model = self._store.model_of(weights)
+        if model not in self._caches:
+            self._caches[model] = model.new_cache()
+        prompt = Prompt(list(tokens), owner, model, self._caches[model])
         if job.scores_prompt:
             prompt.scores = PromptScores(job)
         return prompt
+
+    def leave(self, model: LoadedModel) -> None:
+        """Gives up what was kept of a model that is unloaded."""
+        cache = self._caches.pop(model, None)
+        if cache is not None:
+            self.prefixes.drop_cache(cache)
 
     def begin(self, job: RunningJob) -> None:
         """Another job needs its prompt."""
@@ -172,7 +179,7 @@ class Reader:
     def _forward(self, parts: Sequence[tuple[Prompt, int]]) -> torch.Tensor:
         """[T, H] of the next tokens of each prompt."""
         model, cache = parts[0][0].model, parts[0][0].cache
-        self._store.use_threads(model)
+        self._store.turn_to(model)
         return model.hidden_states(
             pack(
                 [prompt.tokens[prompt.read : prompt.read + size] for prompt, size in parts],
@@ -186,9 +193,9 @@ class Reader:
 
 def _score(prompt: Prompt, hidden: torch.Tensor, scores: PromptScores) -> None:
     """Scores what follows the rows of `hidden` [T, H], which are the prompt's next."""
-    weights = prompt.owner.weights
+    adapter = prompt.owner.weights.adapter
     hidden = hidden[: len(prompt.tokens) - 1 - prompt.read]  # nothing is asked behind the last
     for start in range(0, len(hidden), SCORED_ROWS):
         some = hidden[start : start + SCORED_ROWS]
-        logits = weights.model.logits(some, [weights.adapter] * len(some))
+        logits = prompt.model.logits(some, [adapter] * len(some))
         scores.add(logits, prompt.read + start)

@@ -29,6 +29,7 @@ class Prompt:
 
     tokens: list[int]
     owner: Owner
+    model: LoadedModel
     cache: KVCache[Any, Any, Any]
     """That of the model."""
     read: int = 0
@@ -51,10 +52,6 @@ class Prompt:
         self.marks = list(accumulate(blocks, lambda mark, each: hash((mark, each))))
 
     @property
-    def model(self) -> LoadedModel:
-        return self.owner.weights.model
-
-    @property
     def unread(self) -> int:
         return len(self.tokens) - self.read
 
@@ -73,11 +70,12 @@ class RunningJob:
     """
 
     def __init__(self, job: SampleJob, prompt: Prompt) -> None:
-        weights = prompt.owner.weights
-        length, context = len(prompt.tokens), weights.model.info.context_length
+        model = prompt.model
+        length, context = len(prompt.tokens), model.info.context_length
         check_length(length, context, field="prompt", max_new_tokens=int(job.num_samples > 0))
         self.job = job
-        self.weights = weights
+        self.model = model
+        self.weights = prompt.owner.weights
         self.prompt = prompt
         self.length = min(job.params.max_tokens, context - length)
         """The most tokens of a sample."""
@@ -94,8 +92,8 @@ class RunningJob:
         self._guide: Guide | None = None
         """That of its samples at their beginning."""
         if job.num_samples:
-            facts = weights.model.facts
-            ends = weights.model.eos_token_ids | facts.end_token_ids
+            facts = model.facts
+            ends = model.eos_token_ids | facts.end_token_ids
             stops = Stops.of(job.params, facts.tokenizer, ends=ends)
             if job.params.structured:
                 ends = frozenset() if job.params.ignore_eos else ends

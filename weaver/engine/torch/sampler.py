@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from weaver.boundary import attempt
 from weaver.engine.base import SampleJob, SampleProgress
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch.admission import Admission
@@ -28,6 +29,7 @@ from weaver.engine.torch.reading import Reader
 from weaver.engine.torch.sample_jobs import Row, RunningJob
 from weaver.engine.torch.sampling import RowParams, draw_uniforms, row_params, sample
 from weaver.engine.torch.text import Top
+from weaver.engine.torch.waiting import WaitingJobs
 from weaver.errors import NotFoundError
 
 PREFIX_SHARE = 4
@@ -61,12 +63,15 @@ class TorchSampler:
             set_bytes=cache_bytes,
             deterministic=deterministic,
         )
-        self._limits: dict[LoadedModel, int] = {}
-        """Bytes of keys and values, as the budget has it beside the other models."""
+        self._limits: dict[tuple[str, int], int] = {}
+        """Bytes of keys and values, by base model and what other models may take."""
         self._reader = Reader(store, piece_tokens=prefill_tokens, deterministic=deterministic)
         self._deterministic = deterministic
         self._weights: dict[str, PublishedWeights] = {}
         self._jobs: dict[str, RunningJob] = {}
+        self.waiting = WaitingJobs(store.room)
+        store.room.users.append(self._bases_in_use)
+        store.room.leave.append(self._leave)
         self._admission = Admission(
             self._jobs,
             max_rows=self.budget.rows,
@@ -81,12 +86,11 @@ class TorchSampler:
         self._hold(weights_id, self._store.publish(snapshot))
 
     def load(self, weights_id: str, base_model: str, folder: Path | None) -> int:
-        self._store.catalog.facts(base_model).read_ahead()
+        facts = self._store.catalog.facts(base_model)
+        facts.read_ahead()
         if folder is None:
-            base = PublishedWeights(self._store.base(base_model), None, 0)
-            self._hold(weights_id, base)
+            self._hold(weights_id, PublishedWeights(facts, None, 0))
         else:
-            facts = self._store.catalog.facts(base_model)
             self.publish(
                 weights_id, read_snapshot(folder, facts=facts, quantize=self._store.quantize)
             )
@@ -96,7 +100,6 @@ class TorchSampler:
         weights = self._weights.pop(weights_id, None)
         if weights is not None:
             self._reader.prefixes.forget(weights)
-        self._limits.clear()
 
     def _hold(self, weights_id: str, weights: PublishedWeights) -> None:
         self.release(weights_id)
@@ -104,20 +107,29 @@ class TorchSampler:
         self._reader.prefixes.open(weights)
 
     def _limit_bytes(self, job: RunningJob) -> int:
-        """Of the cache: what is left beside all models that are sampled from."""
-        model = job.weights.model
-        if model not in self._limits:
-            models = {each.model for each in self._weights.values()} - {model}
-            beside = [other.facts for other in models]
-            self._limits[model] = self.budget.cache_bytes(model.facts, beside)
-        return self._limits[model]
+        """Of the cache: what is left beside all other models that may be there."""
+        room, model = self._store.room, job.model
+        beside = room.beside(model.facts, base=job.weights.own is None)
+        beside += room.owned_bytes - room.owned.get(model, 0)
+        key = model.info.name, beside
+        if key not in self._limits:
+            self._limits[key] = self.budget.cache_bytes(model.facts, beside=beside)
+        return self._limits[key]
+
+    def _bases_in_use(self) -> set[str]:
+        return {job.model.info.name for job in self._jobs.values() if job.weights.own is None}
+
+    def _leave(self, model: LoadedModel) -> None:
+        """Nothing of a base model that is unloaded is kept; no job has it."""
+        self._reader.leave(model)
 
     def add(self, job: SampleJob) -> None:
-        """See the protocol.
+        """See the protocol. It waits where its base model has no room yet.
 
         Raises:
             NotFoundError: the weights were never published, or released.
             ContextLengthError, UnsupportedError: see `RunningJob`.
+            EngineError: see `ModelStore.base`.
         """
         if job.weights_id not in self._weights:
             raise NotFoundError(
@@ -125,11 +137,17 @@ class TorchSampler:
                 field="weights_id",
                 hint="Publish or load them first.",
             )
-        prompt = self._reader.prompt_of(job, self._weights[job.weights_id])
+        weights = self._weights[job.weights_id]
+        if not self.waiting.put_off(job, weights):
+            self._take_in(job, weights)
+
+    def _take_in(self, job: SampleJob, weights: PublishedWeights) -> None:
+        prompt = self._reader.prompt_of(job, weights)
         self._jobs[job.job_id] = running = RunningJob(job, prompt)
         self._reader.begin(running)
 
     def cancel(self, job_id: str) -> None:
+        self.waiting.drop(job_id)
         job = self._jobs.pop(job_id, None)
         if job is not None:
             with torch.inference_mode():
@@ -139,12 +157,18 @@ class TorchSampler:
         """Forgets all weights and jobs, and the memory of their rows."""
         for weights_id in list(self._weights):
             self.release(weights_id)
+        self.waiting.clear()
         for job_id in list(self._jobs):
             self.cancel(job_id)
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._jobs) or self.waiting.delay_s == 0
+
+    @property
+    def delay_s(self) -> float | None:
+        """Until a job that waits for its base model may begin; None where none waits."""
+        return self.waiting.delay_s
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -155,6 +179,11 @@ class TorchSampler:
         }
 
     def step(self) -> Sequence[SampleProgress]:
+        refused: list[SampleProgress] = []
+        for waited, weights in self.waiting.due():
+            failure = attempt(self._take_in, waited, weights)
+            if failure is not None:
+                refused.append(SampleProgress(job_id=waited.job_id, error=failure))
         with torch.inference_mode():
             self._admission.claim()
             room = self._room_for_prefixes()
@@ -169,11 +198,12 @@ class TorchSampler:
                 self._decode(room)
                 self._just_read = False
             self._begin()
-            return [p for job in list(self._jobs.values()) if (p := self._progress(job))]
+            told = [p for job in list(self._jobs.values()) if (p := self._progress(job))]
+        return [*refused, *told]
 
     def _room_for_prefixes(self) -> int:
         """Bytes that they may take, beside what running jobs hold."""
-        jobs = {job.weights.model: job for job in self._jobs.values()}
+        jobs = {job.model: job for job in self._jobs.values()}
         limit = min(map(self._limit_bytes, jobs.values()), default=0)
         return max(0, min(limit // PREFIX_SHARE, limit - self._admission.held_bytes))
 
@@ -186,10 +216,10 @@ class TorchSampler:
                 continue  # the next wave follows the last row of this one
             logits = job.prompt.logits
             if count and logits is not None and job.error is None:
-                begun = ready.setdefault(job.weights.model, [])
+                begun = ready.setdefault(job.model, [])
                 begun += [(row, logits) for row in job.begin(count, logits)]
         for model, begun in ready.items():
-            self._store.use_threads(model)
+            self._store.turn_to(model)
             rows = [row for row, _ in begun]
             _draw(rows, torch.cat([logits for _, logits in begun]), _row_params(rows, model))
             going: dict[object, list[Row]] = {}
@@ -210,7 +240,7 @@ class TorchSampler:
         `room`: bytes that prefixes may take.
         """
         key, group = next(iter(self._groups.items()))
-        self._store.use_threads(group.model)
+        self._store.turn_to(group.model)
         rows = group.rows
         _draw(rows, group.forward(), group.params)
         ended = [row for row in rows if row.draft.ended]

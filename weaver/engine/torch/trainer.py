@@ -25,14 +25,16 @@ from weaver.engine.base import GradientJob
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import checkpoints
 from weaver.engine.torch.catalog import is_out_of_memory
+from weaver.engine.torch.device import ADAM_COPIES
 from weaver.engine.torch.files import check_finite, set_weights
 from weaver.engine.torch.logprobs import Queries, Scores, target_scores
-from weaver.engine.torch.lora import Adapter, choose_targets, new_adapter
+from weaver.engine.torch.lora import choose_targets, new_adapter
 from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_training
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
 from weaver.engine.torch.packing import Share, pack, plan_passes, split_passes, stacked
+from weaver.engine.torch.training_run import Run
 from weaver.tensors import TensorData
 
 logger = logging.getLogger(__name__)
@@ -76,8 +78,9 @@ class TorchTrainer:
             UnknownModelError, UnsupportedError, InvalidParamsError, EngineError
         """
         if training_mode == "full_ft":
-            check_full_training(self._store.catalog.facts(base_model), self._store)
-            self._runs[run_id] = Run(self._store.own(base_model))
+            facts = self._store.catalog.facts(base_model)
+            check_full_training(facts, self._store)
+            self._runs[run_id] = Run(facts, own=self._store.own(base_model))
             return
         config = lora_config or types.LoraConfig()
         facts = self._store.catalog.facts(base_model)
@@ -86,7 +89,9 @@ class TorchTrainer:
         )
         seed = seed if config.seed is None else config.seed
         adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
-        self._runs[run_id] = Run(self._store.base(base_model), config, adapter)
+        self._store.base(base_model)  # what is wrong with it is said before there is a run
+        self._runs[run_id] = run = Run(facts, config, adapter, quantize=self._store.quantize)
+        self._store.room.adapters[run_id] = ADAM_COPIES * sum(p.nbytes for p in run.parameters())
 
     def plan(self, base_model: str, training_mode: types.TrainingMode) -> Plan:
         """How passes of such runs are laid out; the model need not be loaded, and no call runs.
@@ -101,10 +106,10 @@ class TorchTrainer:
     ) -> Sequence[types.ForwardBackwardResult | errors.WeaverError]:
         """See the protocol. Jobs of one model and one `backward` share passes."""
         tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
-        groups: dict[tuple[int, bool], list[_Task]] = {}
+        groups: dict[tuple[object, bool], list[_Task]] = {}
         for task in tasks:
             task.error = attempt(check_finite, task.run.named_parameters())
-            groups.setdefault((id(task.run.model), task.job.backward), []).append(task)
+            groups.setdefault((task.run.shares, task.job.backward), []).append(task)
         for group in groups.values():
             self._compute(group)
         return [task.finish() for task in tasks]
@@ -116,7 +121,7 @@ class TorchTrainer:
             raise errors.NoGradientsError(
                 f"run {run_id} has no gradient.", hint="Call forward_backward first."
             )
-        self._store.use_threads(run.model)
+        self._store.turn_to(run.own or run.facts)
         gradient, run.gradient = run.gradient, None
         norm = get_total_norm(gradient)
         if not torch.isfinite(norm):
@@ -153,7 +158,7 @@ class TorchTrainer:
         """A copy that no later step changes."""
         run = self._run(run_id)
         return WeightSnapshot(
-            base_model=run.model.info.name,
+            base_model=run.facts.info.name,
             lora_config=run.lora_config,
             version=run.step,
             tensors={n: p.detach().clone() for n, p in run.named_parameters().items()},
@@ -164,7 +169,11 @@ class TorchTrainer:
         run = self._run(run_id)
         optimizer = run.optimizer if include_optimizer else None
         return checkpoints.copy_of(
-            run.state(), model=run.model, parameters=run.named_parameters(), optimizer=optimizer
+            run.state(),
+            facts=run.facts,
+            module=None if run.own is None else run.own.module,
+            parameters=run.named_parameters(),
+            optimizer=optimizer,
         ).write
 
     def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> None:
@@ -177,9 +186,7 @@ class TorchTrainer:
         """
         run = self._run(run_id)
         run.state().check_same(checkpoints.read_state(folder))
-        snapshot = checkpoints.read_snapshot(
-            folder, facts=run.model.facts, quantize=run.model.quantize
-        )
+        snapshot = checkpoints.read_snapshot(folder, facts=run.facts, quantize=run.quantize)
         parameters = run.named_parameters()
         moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
         set_weights(parameters, snapshot.tensors)
@@ -189,9 +196,11 @@ class TorchTrainer:
 
     def delete_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
+        self._store.room.adapters.pop(run_id, None)
 
     def close(self) -> None:
-        self._runs.clear()
+        for run_id in list(self._runs):
+            self.delete_run(run_id)
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self._runs:
@@ -207,15 +216,16 @@ class TorchTrainer:
         are those that follow. With `deterministic` it is not halved, which would change bits.
         """
         run = tasks[0].run
-        self._store.use_threads(run.model)
-        plan = self.plan(run.model.info.name, run.training_mode)
+        model = self._store.base(run.facts.info.name) if run.own is None else run.own
+        self._store.turn_to(model)
+        plan = self.plan(run.facts.info.name, run.training_mode)
         lengths = [task.objective.lengths for task in tasks]
         passes = plan_passes(lengths, budget=plan.tokens, merge=not self._deterministic)
         repeated = False
         while passes:
             first, *passes = passes
             alive = [(tasks[s.job], s) for s in first if tasks[s.job].error is None]
-            if not alive or self._has_memory(alive, plan):
+            if not alive or self._has_memory(alive, model, plan):
                 continue
             tokens = sum(lengths[share.job][datum] for share in first for datum in share.datums)
             said = f"not enough memory on {self._store.device} for a pass of {tokens} tokens"
@@ -230,12 +240,14 @@ class TorchTrainer:
             if not self._deterministic:
                 passes = split_passes(passes, lengths, budget=tokens // 2)
 
-    def _has_memory(self, alive: Sequence[tuple[_Task, Share]], plan: Plan) -> bool:
+    def _has_memory(
+        self, alive: Sequence[tuple[_Task, Share]], model: LoadedModel, plan: Plan
+    ) -> bool:
         """Runs a pass; one that finds no memory leaves nothing behind, and is answered False."""
         before = [(task, deepcopy(task.objective.totals)) for task, _ in alive]
         try:
             with torch.set_grad_enabled(alive[0][0].job.backward):
-                _run_pass(alive, device=self._store.device, plan=plan)
+                _run_pass(alive, model, plan)
             return True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -246,46 +258,6 @@ class TorchTrainer:
         if self._store.device.type == "cuda":
             torch.cuda.empty_cache()
         return False
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A model in training: its weights, gradient and optimizer. Parameters are float32.
-
-    A LoRA run shares `model`; a full fine-tuning run owns it.
-    """
-
-    model: LoadedModel
-    lora_config: types.LoraConfig | None = None
-    adapter: Adapter | None = None
-    step: int = 0
-    gradient: list[torch.Tensor] | None = None
-    """Accumulated over calls, one for each parameter; None before the first."""
-    optimizer: torch.optim.AdamW = field(init=False)
-
-    @property
-    def training_mode(self) -> types.TrainingMode:
-        return "full_ft" if self.adapter is None else "lora"
-
-    def __post_init__(self) -> None:
-        self.reset_optimizer()
-
-    def reset_optimizer(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
-
-    def named_parameters(self) -> dict[str, torch.Tensor]:
-        """Trained tensors by PEFT's names, or by the model's own."""
-        if self.adapter is not None:
-            return self.adapter.tensors()
-        return dict(self.model.module.named_parameters())
-
-    def parameters(self) -> list[torch.Tensor]:
-        return list(self.named_parameters().values())
-
-    def state(self) -> checkpoints.State:
-        return checkpoints.State.of(
-            self.model.info, self.lora_config, step=self.step, quantize=self.model.quantize
-        )
 
 
 def _added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -338,9 +310,9 @@ class _Task:
         )
 
 
-def _run_pass(alive: Sequence[tuple[_Task, Share]], *, device: torch.device, plan: Plan) -> None:
+def _run_pass(alive: Sequence[tuple[_Task, Share]], model: LoadedModel, plan: Plan) -> None:
     """One pass of the model over the shares of several tasks, which have not failed so far."""
-    model = alive[0][0].run.model
+    device = model.device
     inputs = [(task, i) for task, share in alive for i in share.datums]
     batch = pack(
         [task.job.datums[i].model_input.to_ints() for task, i in inputs],

@@ -128,6 +128,9 @@ class ServerMetrics(registry.Collector):
         for name, count in self._engine.counts.items():
             words = f"{name.replace('_', ' ').capitalize()} of the engine."
             yield prometheus.CounterMetricFamily(f"weaver_engine_{name}", words, value=count)
+        for name, level in self._engine.gauges.items():
+            words = f"{name.replace('_', ' ').capitalize()} of the engine."
+            yield prometheus.GaugeMetricFamily(f"weaver_engine_{name}", words, value=level)
         states = [ticket.began_at is not None for ticket in activity.pending()]
         pending = prometheus.GaugeMetricFamily(
             "weaver_operations_pending", "Operations without an outcome.", labels=["state"]
