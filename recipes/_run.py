@@ -54,6 +54,16 @@ class Flags:
     """A Weaver server; none: WEAVER_BASE_URL, or this process."""
     wandb_project: str | None = None
     """Log there as well; offline with WANDB_MODE=offline."""
+    mlflow_project: str | None = None
+    """Log to this experiment as well, of MLFLOW_TRACKING_URI."""
+    trackio_project: str | None = None
+    """Log there as well, below TRACKIO_DIR."""
+    wandb_entity: str | None = None
+    """The user or team of --wandb-project."""
+    run_name: str | None = None
+    """For the trackers, with the two below; none: they invent one."""
+    run_group: str | None = None
+    run_tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.resume and self.out is None:
@@ -62,6 +72,23 @@ class Flags:
     @property
     def lora(self) -> LoraConfig:
         return LoraConfig(rank=self.rank, alpha=4 * self.rank)
+
+    @property
+    def track(self) -> list[rl.Tracking]:
+        """The trackers whose project is named."""
+        found = []
+        for to in ("wandb", "mlflow", "trackio"):
+            if project := getattr(self, f"{to}_project"):
+                tracking = rl.Tracking(
+                    project,
+                    to=to,
+                    name=self.run_name,
+                    group=self.run_group,
+                    tags=self.run_tags,
+                    entity=self.wandb_entity if to == "wandb" else None,
+                )
+                found.append(tracking)
+        return found
 
     @property
     def sampling(self) -> SamplingParams:
@@ -103,7 +130,7 @@ def opened(
         tasks=tasks,
         steps=flags.steps,
         resume=flags.resume,
-        wandb_project=flags.wandb_project,
+        track=flags.track,
     ) as run:
         run.delete = service.delete_checkpoint
         yield run

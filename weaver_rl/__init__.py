@@ -5,7 +5,7 @@ Three levels, each written with the names of the one below: `train(model, tasks,
 Every module lists what it gives to users in `__all__`.
 """
 
-from weaver_rl import credit, schedules
+from weaver_rl import credit, curriculum, schedules
 from weaver_rl.advantages import *
 from weaver_rl.agent import *
 from weaver_rl.algorithms.policy import *
@@ -26,5 +26,6 @@ from weaver_rl.rewards import *
 from weaver_rl.rollouts import *
 from weaver_rl.run_folder import *
 from weaver_rl.tools import *
+from weaver_rl.trackers import *
 from weaver_rl.train import *
 from weaver_rl.types import *

@@ -21,6 +21,7 @@ from weaver import AsyncSamplingClient
 from weaver.errors import InvalidRequestError
 from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import ModelInput, SampledSequence, SamplingParams, StopReason
+from weaver_rl.clock import timed
 from weaver_rl.conversations import decode_behind, encode_behind, render, reply_content
 from weaver_rl.examples import read_messages
 from weaver_rl.types import Reply, Segment, Trajectory
@@ -248,9 +249,9 @@ async def respond_all(
     for agent in agents:
         agent._read(prompt)
     first = agents[0]
-    result = await first._sampler.sample(
-        ModelInput.from_ints(first._tokens), first._params(max_tokens), num_samples=len(agents)
-    )
+    prompted, params = ModelInput.from_ints(first._tokens), first._params(max_tokens)
+    with timed("sampling"):
+        result = await first._sampler.sample(prompted, params, num_samples=len(agents))
     return [agent._write(said) for agent, said in zip(agents, result.sequences, strict=True)]
 
 

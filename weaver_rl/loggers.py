@@ -1,6 +1,7 @@
-"""Where a run's numbers and samples go: JSONL, wandb, TensorBoard, or anything with four methods.
+"""Where a run's numbers and samples go: JSONL, TensorBoard, or anything with four methods.
 
-Loops hold a `Loggers`, several at once. The terminal's is `weaver_rl.display.Display`. What a
+Loops hold a `Loggers`, several at once. The terminal's is `weaver_rl.display.Display`, those of
+wandb, MLflow and Trackio are in `weaver_rl.trackers`. What a
 logger needs to go on after a resume, such as wandb's run id, is its `state`, kept in the manifest.
 """
 
@@ -12,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from weaver.errors import WeaverError, requiring
 from weaver_rl.guard import attempt
-from weaver_rl.storage import append_line, plain
+from weaver_rl.storage import append_line
 from weaver_rl.types import Group, Rollout, Task
 
-__all__ = ["JsonlLogger", "Logger", "Loggers", "TensorBoardLogger", "WandbLogger"]
+__all__ = ["JsonlLogger", "Logger", "Loggers", "TensorBoardLogger"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """Several loggers as one: `Loggers(JsonlLogger(path), WandbLogger("reverse"))`.
+    """Several loggers as one: `Loggers(JsonlLogger(path), Display())`.
 
     What a third party's logger raises is shown once, with its name and traceback, and counted in
     `failed`; the others and the run go on. A `WeaverError`, such as a full disk under
@@ -107,69 +108,6 @@ class JsonlLogger(Logger):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Raises StorageError: the file cannot be written."""
         append_line(self._path, {"step": step, "time": round(time.time(), 3), **metrics})
-
-
-class WandbLogger(Logger):
-    """Weights & Biases, online or offline; samples as a media table.
-
-    A resumed run goes on under the same id. Online, wandb itself ignores steps that it has; an
-    offline run makes a new folder of the same id, to be joined by `wandb sync --append`.
-    """
-
-    name = "wandb"
-
-    def __init__(
-        self,
-        project: str,
-        *,
-        config: Mapping[str, object] | None = None,
-        folder: Path | None = None,
-        mode: Literal["online", "offline"] | None = None,
-        run_name: str | None = None,
-        state: Mapping[str, str] | None = None,
-    ) -> None:
-        """
-        Args:
-            folder: where wandb keeps its files; its default is the working directory.
-            mode: None leaves it to WANDB_MODE, and that to online.
-            state: of the run to go on with, from the manifest.
-
-        Raises:
-            MissingDependencyError: wandb is not installed.
-        """
-        with requiring("WandbLogger", "wandb"):
-            import wandb
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        run_id = (state or {}).get("run_id")
-        offline = mode == "offline" or (mode is None and wandb.setup().settings.mode == "offline")
-        self._wandb = wandb
-        self._run: Any = wandb.init(
-            project=project,
-            config=plain(config or {}),
-            dir=folder and folder.absolute(),  # wandb's own process keeps its first directory
-            id=run_id,
-            # Offline there is nobody to ask whether the run exists.
-            resume="allow" if run_id and not offline else None,
-            mode=mode,
-            name=run_name,
-            reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True),
-        )
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def log_samples(self, groups: Sequence[Group], step: int) -> None:
-        rows = sample_rows(groups, step)
-        table = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])
-        self._run.log({"samples": table}, step=step)
-
-    def state(self) -> Mapping[str, str]:
-        return {"run_id": self._run.id}
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class TensorBoardLogger(Logger):

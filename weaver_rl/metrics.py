@@ -21,6 +21,7 @@ from weaver_rl.types import Group, Rollout
 
 PASSING = 1.0
 """The reward from which a rollout counts as solved."""
+QUANTILES = (50, 90, 99)
 TOTALS = ("loss_sum", "weight_sum", "num_tokens")
 
 
@@ -50,11 +51,15 @@ def rollout_metrics(
         metrics["rollout/failed_fraction"] = failed / len(rollouts)
         metrics.update(_shape_metrics(rollouts, seconds))
         metrics.update(_token_metrics(rollouts, weights_version))
+    metrics |= _seconds(groups) | _by_dataset(groups)
     if groups:
         metrics["groups/zero_variance_fraction"] = equal / len(groups)
         solved = [max(group.rewards, default=-np.inf) >= PASSING for group in groups]
         metrics["reward/pass_any"] = float(np.mean(solved))
         metrics |= _noise(groups)
+        spreads = [np.std(group.rewards) for group in groups if len(group.rewards) > 1]
+        if spreads:
+            metrics["groups/reward_std"] = float(np.mean(spreads))
     if scored:
         rewards = np.array([rollout.reward for rollout in scored])
         metrics |= _summary("reward", rewards, "mean", "std", "min", "max")
@@ -151,9 +156,53 @@ def _shape_metrics(rollouts: Sequence[Rollout], seconds: float | None) -> dict[s
         "rollout/turns_mean": float(np.mean([r.trajectory.turns for r in rollouts])),
         "tokens/sampled": float(lengths.sum()),
         **_summary("tokens", lengths, "mean", "min", "max"),
+        **_tails("tokens/{}", lengths),
     }
+    for name, right in (("right", True), ("wrong", False)):
+        of = [r for r in rollouts if r.failure is None and (r.reward >= PASSING) == right]
+        metrics |= _tails(f"tokens/{name}_{{}}", [r.trajectory.num_sampled for r in of])
     if seconds:
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
+    return metrics
+
+
+def _tails(name: str, values: Sequence[float] | npt.NDArray[Any]) -> dict[str, float]:
+    """`{"tokens/p50": 12.0, ...}` for "tokens/{}"; nothing of nothing."""
+    if not len(values):
+        return {}
+    found = np.percentile(values, QUANTILES)
+    return {name.format(f"p{q}"): float(v) for q, v in zip(QUANTILES, found, strict=True)}
+
+
+def _seconds(groups: Sequence[Group]) -> dict[str, float]:
+    """`time/reward_p50_s` and so on, of each kind that was spent; and how many tools failed."""
+    spent: dict[str, list[float]] = {}
+    for group in groups:
+        for kind, seconds in group.spent.items():
+            spent.setdefault(kind, []).extend(seconds)
+    failed, called = len(spent.pop("tool_failed", ())), len(spent.get("tool", ()))
+    metrics: dict[str, float] = {}
+    for kind, every in sorted(spent.items()):
+        metrics |= _tails(f"time/{kind}_{{}}_s", every) | {f"time/{kind}_max_s": max(every)}
+    if called:
+        metrics |= {"tools/calls": float(called), "tools/failed": float(failed)}
+        metrics["tools/failed_fraction"] = failed / called
+    return metrics
+
+
+def _by_dataset(groups: Sequence[Group]) -> dict[str, float]:
+    """`dataset/<name>/reward_mean` and so on, where tasks have a text as their `dataset`."""
+    rewards: dict[str, list[float]] = {}
+    for group in groups:
+        name = group.task.get("dataset") if hasattr(group.task, "get") else None
+        if isinstance(name, str):
+            rewards.setdefault(name, []).extend(group.rewards)
+    metrics: dict[str, float] = {}
+    for name, every in sorted(rewards.items()):
+        metrics[f"dataset/{name}/rollouts"] = float(len(every))
+        if every:
+            metrics[f"dataset/{name}/reward_mean"] = float(np.mean(every))
+            metrics[f"dataset/{name}/pass_rate"] = float(np.mean(np.array(every) >= PASSING))
     return metrics
 
 

@@ -17,6 +17,7 @@ from weaver_rl.advantages import AdvantageFn
 from weaver_rl.credit.combined import check_credits
 from weaver_rl.credit.marks import Credit
 from weaver_rl.credit.outcome import outcome
+from weaver_rl.curriculum import Curriculum
 from weaver_rl.guard import name_of
 from weaver_rl.objectives import Objective, behaviour
 from weaver_rl.schedules import for_model
@@ -146,7 +147,12 @@ class Plan(Steps):
     "group_centred"."""
     credit: Credit | None = None
     """The advantage of each sampled token: one of `weaver_rl.credit`, or a function of yours."""
+    curriculum: Curriculum | None = None
+    """Which tasks come next, of `weaver_rl.curriculum`; None: each once, in a shuffled order."""
     zero_variance: ZeroVariance = "keep"
+    resample_rounds: int = 5
+    """Rounds of sampling with `zero_variance="resample"`, the first included; after these a step
+    makes do with what it has."""
     passes: int = 1
     """How often each step's rollouts are trained on."""
     minibatches: int = 1
@@ -163,6 +169,10 @@ class Plan(Steps):
         Steps.__post_init__(self)
         at_least(0, self, "steps", "max_staleness", "max_failure_rate")
         at_least(1, self, "groups_per_step", "group_size", "passes", "minibatches")
+        at_least(1, self, "resample_rounds")
+        if self.curriculum is not None and not callable(self.curriculum):
+            hint = "Use rl.curriculum.by_pass_rate() or its like."
+            raise ConfigError(f"is {self.curriculum!r}.", field="curriculum", hint=hint)
         if self.zero_variance not in get_args(ZeroVariance):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
@@ -215,4 +225,6 @@ class Plan(Steps):
         else:
             given = self.advantage or "group_centred"
             values["advantage"] = name_of(given) if callable(given) else given
+        if self.curriculum is not None:
+            values["curriculum"] = name_of(self.curriculum)
         return values

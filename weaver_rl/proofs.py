@@ -18,7 +18,7 @@ import numpy as np
 import weaver_rl as rl
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
-from weaver_rl.tasks.guess_number import guess_by_halving, guess_number, guess_number_tasks
+from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
 from weaver_rl.tasks.words import exact, preference_pairs, reverse_tasks
 from weaver_rl.types import BoolPG, FloatPG
 
@@ -28,7 +28,6 @@ TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
 PLAN = rl.Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
 """Without clipping: what a control shows must not be what clipping hides."""
-GUESSING = replace(PLAN, steps=40, groups_per_step=31)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,40 +118,6 @@ async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
     found = await rl.evaluate(sampler, tasks, environment=played, sampling=greedy)
     won = float(np.mean([group.rollouts[0].metrics["won"] for group in found.groups]))
     return Outcome(value=won, passed=won == 1.0, curve=curve)
-
-
-def turn_credit(
-    credit: Callable[[], rl.Credit],
-) -> Callable[[AsyncServiceClient, int], Awaitable[Outcome]]:
-    """How much more of 1 to 31 greedy play finds with this credit than with that of the outcome."""
-
-    async def run(service: AsyncServiceClient, seed: int) -> Outcome:
-        tasks, played = guess_number_tasks(31, upper=31), rl.each(guess_by_halving)
-        greedy = SAMPLING.model_copy(update={"temperature": 0.0})
-        won, curves = [], []
-        for one in (credit(), rl.credit.outcome()):
-            plan = replace(GUESSING, seed=seed, credit=one)
-            sampler, curve = await _learn(service, plan, environment=played, tasks=tasks)
-            found = await rl.evaluate(sampler, tasks, environment=played, sampling=greedy)
-            won.append(float(np.mean([g.rollouts[0].metrics["won"] for g in found.groups])))
-            curves.append(curve)
-        mine, others = won
-        note = f"found within five guesses {mine:.3f}, with the outcome's credit {others:.3f}"
-        value = mine - others
-        return Outcome(value=value, passed=value >= 0.2, curve=curves[0], note=note)
-
-    return run
-
-
-def shuffled_turns() -> rl.Credit:
-    """`turns` of rewards that stand at the turns of another order, thrown."""
-    dice = Random(0)
-
-    async def thrown(task: rl.Task, rollout: rl.Rollout) -> list[float]:
-        rewards = list(rollout.trajectory.turn_rewards)
-        return dice.sample(rewards, len(rewards))
-
-    return rl.credit.steps(thrown, discount=0.0)
 
 
 async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
@@ -253,19 +218,6 @@ PROOFS: tuple[Proof, ...] = (
         claim="Over several turns, it learns to find a number by halving.",
         gate="greedy play finds every number of 1 to 7 in at most 3 guesses",
         run=number_guessing,
-    ),
-    Proof(
-        name="turn credit",
-        claim="Guessing from 1 to 31, rewards of turns teach more than their sum.",
-        gate="greedy play finds at least 0.2 more of the numbers within five guesses",
-        run=turn_credit(lambda: rl.credit.turns(discount=0.0)),
-    ),
-    Proof(
-        name="shuffled turns",
-        claim="Rewards of turns that are dealt to any turns do not.",
-        gate="at most 0.05 more than with their sum",
-        run=turn_credit(shuffled_turns),
-        control=True,
     ),
     Proof(
         name="staleness 8",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from weaver.errors import NotFoundError
 from weaver_rl.metrics import find_hints
 from weaver_rl.run_folder import RunFolder, read_config
-from weaver_rl.storage import encode, read_lines, write_atomically
+from weaver_rl.storage import encode, flattened, read_lines, write_atomically
 from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
 
 __all__ = ["write_report"]
@@ -87,16 +87,6 @@ def thinned(items: Sequence[T], limit: int) -> list[T]:
         return list(items)
     last = len(items) - 1
     return [items[round(i * last / (limit - 1))] for i in range(limit)]
-
-
-def flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts: `("objective.loss_fn", "ppo")`."""
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else encode(value).decode()
-            yield f"{prefix}{name}", text
 
 
 def _subtitle(config: Mapping[str, str], rows: Sequence[Row]) -> str:

@@ -32,6 +32,7 @@ from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver.types import SamplingParams
+from weaver_rl import clock
 from weaver_rl.agent import Agent, Prompt
 from weaver_rl.guard import attempt, attempt_async, call_pickled, gather, is_async, name_of
 from weaver_rl.types import Failure, Place, Reply, Score, Task
@@ -166,7 +167,7 @@ def scorer(
     async def timed(call: Callable[[], Awaitable[Any]], limiter: anyio.CapacityLimiter) -> Any:
         async with limiter:
             # The time runs from when it has a place.
-            with anyio.move_on_after(timeout_s):
+            with clock.timed("reward"), anyio.move_on_after(timeout_s):
                 return await call()
         return Failure("reward", "timeout", f"{name} did not return within {timeout_s:g} s.")
 

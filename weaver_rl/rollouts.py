@@ -20,6 +20,7 @@ from weaver import AsyncSamplingClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, derive_seed, respond_all
+from weaver_rl.clock import merged, recording, timed_alone
 from weaver_rl.guard import attempt_async, gather, is_async, name_of
 from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, scorer, scores_of
 from weaver_rl.types import Failure, Group, Rollout, Score, Task
@@ -90,7 +91,7 @@ def each(environment: Environment, *, budget: Budget | None = None) -> GroupEnvi
 
     async def one(agent: Agent, task: Task) -> Score | Failure:
         through = (WeaverError, BudgetExceeded)  # the service failed: the run must stop; no budget
-        with anyio.move_on_after(budget.seconds):
+        with timed_alone("environment"), anyio.move_on_after(budget.seconds):
             try:
                 played = partial(environment, agent, copy_of(task))
                 value = await attempt_async(played, "environment", through=through)
@@ -161,14 +162,15 @@ async def sample_groups(
         agents = [new(seed=derive_seed(group_seed, sample)) for sample in range(group_size)]
         begin = time.monotonic()
         playing = partial(environment.play, agents, task)
-        played = await attempt_async(playing, "environment", through=(WeaverError,))
+        with recording() as spent:
+            played = await attempt_async(playing, "environment", through=(WeaverError,))
         outcomes = scores_of(played, group_size, "the environment", where="environment")
         seconds = time.monotonic() - begin
         rollouts = [
             _rollout(task, agent, outcome, seconds)
             for agent, outcome in zip(agents, outcomes, strict=True)
         ]
-        return Group(task=task, rollouts=tuple(rollouts))
+        return Group(task=task, rollouts=tuple(rollouts), spent=merged(spent))
 
     return await gather([partial(play, problem, task) for problem, task in enumerate(tasks)])
 

@@ -17,18 +17,20 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
 from weaver.errors import ConfigError
 from weaver.threads import in_daemon_thread
 from weaver_rl.agent import Agent
+from weaver_rl.clock import spend
 from weaver_rl.guard import attempt, attempt_async, is_async, name_of
 from weaver_rl.storage import plain
 from weaver_rl.types import Failure, Reply
@@ -100,16 +102,32 @@ async def run_call(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float = 
 
     What is no text becomes JSON, what has no such form its own text.
     """
+    begin = time.monotonic()
+    said = await _said(call, tools, timeout_s=timeout_s)
+    spend("tool", time.monotonic() - begin)
+    if said.failed:
+        spend("tool_failed", time.monotonic() - begin)
+    return said.text
+
+
+class _Said(NamedTuple):
+    text: str
+    failed: bool = True
+
+
+async def _said(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float) -> _Said:
     if call.error:
-        return f"error: {call.error}"
+        return _Said(f"error: {call.error}")
     known = {name_of(tool): tool for tool in tools}
     if call.name not in known:
-        return f"error: no tool is called {call.name!r}; there are {', '.join(known)}"
+        return _Said(f"error: no tool is called {call.name!r}; there are {', '.join(known)}")
     with anyio.move_on_after(timeout_s):
         value = await _use(known[call.name], call.arguments)
         # after a failure the model may try again
-        return _text(f"error: {value.message}" if isinstance(value, Failure) else value)
-    return f"error: {call.name} took longer than {timeout_s:g} s"
+        if isinstance(value, Failure):
+            return _Said(_text(f"error: {value.message}"))
+        return _Said(_text(value), failed=False)
+    return _Said(f"error: {call.name} took longer than {timeout_s:g} s")
 
 
 async def use_tools(

@@ -17,6 +17,7 @@ from weaver_rl.advantages import AdvantageFn
 from weaver_rl.algorithms.policy import off_policy
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.credit.marks import Credit
+from weaver_rl.curriculum import Curriculum
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import evaluator
 from weaver_rl.objectives import Objective
@@ -24,6 +25,7 @@ from weaver_rl.plan import MaxGap, Plan, Schedule
 from weaver_rl.report import write_report
 from weaver_rl.rewards import GroupReward, Reward
 from weaver_rl.rollouts import Environment, GroupEnvironment, played_by
+from weaver_rl.trackers import Tracking
 from weaver_rl.types import Task
 
 __all__ = ["Trained", "train"]
@@ -57,6 +59,7 @@ def train(
     objective: str | Objective = "importance_sampling",
     advantage: str | AdvantageFn | None = None,
     credit: Credit | None = None,
+    curriculum: Curriculum | None = None,
     max_staleness: int = 0,
     held_out: Sequence[Task] = (),
     evaluate_every: int = 10,
@@ -68,6 +71,7 @@ def train(
     checkpoint_every: int = 10,
     display: bool = True,
     wandb_project: str | None = None,
+    track: Sequence[Tracking] = (),
     base_url: str | None = None,
 ) -> Trained:
     """Trains a LoRA adapter by `on_policy`, or by `off_policy` where `max_staleness` is above 0.
@@ -78,6 +82,7 @@ def train(
         lora_config: rank 8, alpha 32 by default.
         folder: gets config, metrics, transcripts, checkpoints and the report; None: nothing.
         resume: goes on in that folder behind its last checkpoint, exactly, if there is one.
+        wandb_project, track: other places for the numbers; see `open_run`.
         base_url: a server; None: WEAVER_BASE_URL, or this process.
 
     The others are those of `Plan`.
@@ -97,6 +102,7 @@ def train(
         objective=objective,
         advantage=advantage,
         credit=credit,
+        curriculum=curriculum,
         max_staleness=max_staleness,
         evaluate_every=evaluate_every,
         max_logprob_gap=max_logprob_gap,
@@ -128,6 +134,7 @@ def train(
         checkpoint_every=checkpoint_every,
         display=display,
         wandb_project=wandb_project,
+        track=track,
     ) as run:
         with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
             metrics, weights = portal.call(work, run)

@@ -152,6 +152,8 @@ class Group:
 
     task: Task
     rollouts: tuple[Rollout, ...]
+    spent: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+    """Seconds of each wait for the sampler, each environment, reward and tool: see `clock`."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -173,6 +175,8 @@ class Filtered:
     """What is learned; a task that has nothing is not among them."""
     dropped: tuple[Group, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
+    outcomes: tuple[tuple[int, int, int], ...] = ()
+    """For the curriculum: see `curriculum.Outcome`."""
 
 
 def reward_matrix(groups: tuple[Group, ...] | list[Group]) -> tuple[FloatPG, BoolPG]:

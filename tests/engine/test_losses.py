@@ -245,6 +245,8 @@ def test_ratio_metrics_equal_the_numpy_form() -> None:
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
         "clip_fraction": (clipped < ratio * case.A[kept] - 1e-12).mean(),
+        "clip_low_fraction": ((ratio < 0.8) & (case.A[kept] < 0)).mean(),
+        "clip_high_fraction": ((ratio > 1.2) & (case.A[kept] > 0)).mean(),
         "kl_k1": -gap.mean(),
         "kl_k2": (gap**2 / 2).mean(),
         "kl_k3": (ratio - 1 - gap).mean(),
@@ -252,6 +254,7 @@ def test_ratio_metrics_equal_the_numpy_form() -> None:
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert 0 < metrics["clip_fraction"] < 1
+    assert metrics["clip_low_fraction"] > 0 < metrics["clip_high_fraction"]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.rl.helpers import group, rollout, segment
-from weaver_rl.metrics import rollout_metrics, train_metrics
+from weaver_rl.credit.marks import Marks
+from weaver_rl.metrics import credit_metrics, rollout_metrics, train_metrics
 from weaver_rl.types import Group
 
 
@@ -96,3 +98,53 @@ def test_equal_replies_that_are_scored_differently_are_noise() -> None:
 def test_a_fully_masked_step_has_no_nan() -> None:
     metrics = train_metrics([{"loss": 0.0, "loss_sum": 0.0, "weight_sum": 0.0, "kl_k3": 0.0}])
     assert metrics["train/loss"] == 0.0
+
+
+def test_lengths_of_right_and_wrong_replies() -> None:
+    lengths = [(1.0, 2), (1.0, 4), (0.0, 9), (None, 50)]
+    rollouts = tuple(rollout(reward, segment([1], [2] * n)) for reward, n in lengths)
+    metrics = rollout_metrics([Group(task={}, rollouts=rollouts)], weights_version=0)
+    for name, of in (("", [2, 4, 9, 50]), ("right_", [2, 4]), ("wrong_", [9])):
+        for q in (50, 90, 99):
+            assert metrics[f"tokens/{name}p{q}"] == pytest.approx(np.percentile(of, q))
+
+
+def test_the_deviation_within_groups_is_not_that_between_them() -> None:
+    metrics = rollout_metrics([group(1.0, 1.0), group(0.0, 0.0, None)], weights_version=0)
+    assert (metrics["groups/reward_std"], metrics["reward/std"]) == (0.0, 0.5)
+    mixed = rollout_metrics([group(1.0, 0.0), group(0.5)], weights_version=0)
+    assert mixed["groups/reward_std"] == 0.5
+
+
+def test_rewards_by_data_set() -> None:
+    sets = [("easy", (1.0, 0.5)), ("hard", (0.0, None)), ("hard", (1.0,)), (None, (9.0,))]
+    groups = [replace(group(*rewards), task={"dataset": name}) for name, rewards in sets]
+    metrics = rollout_metrics(groups, weights_version=0)
+    assert {k: v for k, v in metrics.items() if k.startswith("dataset/")} == {
+        "dataset/easy/rollouts": 2, "dataset/easy/reward_mean": 0.75, "dataset/easy/pass_rate": 0.5,
+        "dataset/hard/rollouts": 2, "dataset/hard/reward_mean": 0.5, "dataset/hard/pass_rate": 0.5,
+    }  # fmt: skip
+
+
+def test_seconds_and_their_tails() -> None:
+    spent = {"tool": (0.1, 0.2, 4.0), "tool_failed": (4.0,), "reward": (0.5,)}
+    metrics = rollout_metrics([replace(group(1.0), spent=spent), group(0.0)], weights_version=0)
+    assert (metrics["tools/calls"], metrics["tools/failed"]) == (3, 1)
+    assert metrics["tools/failed_fraction"] == pytest.approx(1 / 3)
+    assert (metrics["time/tool_p50_s"], metrics["time/tool_max_s"]) == (0.2, 4.0)
+    assert metrics["time/reward_p99_s"] == 0.5
+    assert "tools/calls" not in rollout_metrics([group(1.0)], weights_version=0)
+
+
+def test_marks_in_numbers() -> None:
+    parts = {"outcome": np.array([1.0, -3.0]), "kl": np.array([0.0, -1.0])}
+    counted = Marks(np.array([1.0, -4.0]), np.ones(2), parts, {"kl/reference": np.array([0.0, 2])})
+    masked = Marks(np.array([99.0, 0.5]), np.array([0.0, 1.0]), parts, counted.measured)
+    groups = [group(1.0, 0.0, None)]
+    metrics = credit_metrics(groups, [[counted, masked, Marks(np.full(2, 7.0), np.ones(2))]])
+    assert metrics == pytest.approx({
+        "credit/abs_max": 4.0, "credit/mean_abs": 5.5 / 3, "credit/counted_fraction": 0.75,
+        "credit/outcome/mean": -5 / 3, "credit/outcome/mean_abs": 7 / 3,
+        "credit/kl/mean": -2 / 3, "credit/kl/mean_abs": 2 / 3, "kl/reference": 4 / 3,
+    })  # fmt: skip
+    assert credit_metrics([group(None)], [[Marks(np.zeros(2), np.zeros(2))]]) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import anyio
@@ -122,6 +123,28 @@ def test_guessing(says: list[str], reward: float, won: float) -> None:
     score = play(guess_number.guess_number, {"upper": 7, "answer": 5}, says)
     assert isinstance(score, rl.Score)
     assert (score.reward, score.metrics["won"]) == (reward, won)
+
+
+def H(*sizes: int) -> float:
+    """The entropy of a split into these many, in bits."""
+    return -sum(n / sum(sizes) * math.log2(n / sum(sizes)) for n in sizes)
+
+
+@pytest.mark.parametrize(
+    ("says", "reward", "won"),
+    [
+        (["4", "6", "5"], 0.0, 1.0),
+        (["5"], (H(4, 1, 2) / H(3, 1, 3)) - 1, 1.0),
+        (["4", "2", "6", "5"], -1.0, 0.0),
+        (["x"], -6.0, 0.0),
+        (["4", "six"], -5.0, 0.0),
+        (["4", "6", "6", "6", "6", "6", "5"], -4.0, 0.0),
+    ],
+)
+def test_guesses_are_rewarded_by_how_they_split(says: list[str], reward: float, won: float) -> None:
+    score = play(guess_number.guess_by_halving, {"upper": 7, "answer": 5}, says)
+    assert isinstance(score, rl.Score)
+    assert (score.reward, score.metrics["won"]) == (pytest.approx(reward), won)
 
 
 def test_optimal_guesses() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.algorithms.step import policy_step
 from weaver_rl.credit.marks import models_of
 from weaver_rl.credit.models import check_vocabulary
-from weaver_rl.data import TaskStream, check_tasks
+from weaver_rl.curriculum import Picked, Picker, outcomes
+from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
 from weaver_rl.metrics import rollout_metrics
@@ -37,8 +39,6 @@ from weaver_rl.types import Filtered, Group, Task
 
 __all__ = ["off_policy", "on_policy"]
 
-MAX_ROUNDS = 5
-"""So many rounds of sampling, the first included; after these a step makes do with what it has."""
 PENDING: TypeAdapter[dict[int, Filtered]] = TypeAdapter(dict[int, Filtered])
 
 
@@ -107,7 +107,8 @@ async def off_policy(
     measure = evaluate and partial(evaluate, sampler)
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
     async with task_group() as group:
-        pipeline = Pipeline(tasks, played, plan, group=group, ready=done.extra.get("pending", {}))
+        pipeline = Pipeline(tasks, played, plan, group=group, kept=done.extra)
+        tokens = int(done.extra.get("tokens", 0))
         for step in range(done.step, plan.steps):
             begin = time.monotonic()
             run.waiting_for(f"rollouts of step {step + 1}")
@@ -118,8 +119,11 @@ async def off_policy(
                 trainer, chosen.kept, plan, step=step, version=version, reference=reference
             )
             sampled, now = found.kept + found.dropped, time.monotonic()
+            counted = rollout_metrics(sampled, weights_version=version, seconds=now - begin)
+            tokens += int(counted.get("tokens/sampled", 0))
             metrics = {
-                **rollout_metrics(sampled, weights_version=version, seconds=now - begin),
+                **counted,
+                "tokens/total": float(tokens),
                 **chosen.metrics,
                 **stepped.metrics,
                 "time/rollout_s": collected - begin,
@@ -134,7 +138,8 @@ async def off_policy(
                 metrics |= await evaluate(sampler)
             await run.log(metrics, step=step + 1)
             if run.is_due(step + 1, plan.steps):
-                await run.checkpoint(trainer, await pipeline.drain(step + 1, version=version))
+                extra = {"version": version, "tokens": tokens}
+                await run.checkpoint(trainer, await pipeline.drain(step + 1, extra=extra))
     return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
 
 
@@ -179,25 +184,33 @@ class Pipeline:
         plan: Plan,
         *,
         group: TaskGroup,
-        ready: Mapping[str, Any],
+        kept: Mapping[str, Any],
     ) -> None:
         """
         Args:
-            ready: what `drain` kept as `pending`, after a journey through JSON.
+            kept: the `extra` of `drain`'s manifest, after a journey through JSON; {} at the start.
         """
-        self._tasks = tasks
-        self._epochs = TaskStream(tasks, seed=plan.seed)
+        self._picker = Picker(
+            tasks,
+            plan.curriculum,
+            seed=plan.seed,
+            count=plan.groups_per_step,
+            state=kept.get("curriculum", {}),
+        )
         self._environment = environment
         self._plan = plan
         self._group = group
         self._watch = rollouts.FailureWatch(plan.max_failure_rate)
-        self._found = PENDING.validate_python(ready)
+        self._found = PENDING.validate_python(kept.get("pending", {}))
         self._finished = {step: anyio.Event() for step in self._found}
         for event in self._finished.values():
             event.set()
 
     async def play(self, step: int, sampler: AsyncSamplingClient) -> Filtered:
         """Begins all rollouts that may begin with these weights; answers those of `step`, from 0.
+
+        Raises:
+            ConfigError, InvalidRequestError: the curriculum does not fit the tasks.
 
         Raises through the task group:
             RolloutsFailedError: too many failed.
@@ -206,34 +219,39 @@ class Pipeline:
         for ahead in range(step, min(step + self._plan.max_staleness + 1, self._plan.steps)):
             if ahead not in self._finished:
                 self._finished[ahead] = anyio.Event()
-                self._group.start_soon(self._collect, ahead, sampler)
+                self._group.start_soon(self._collect, ahead, sampler, *self._picker.begin(ahead))
         await self._finished[step].wait()
         del self._finished[step]
-        return self._found.pop(step)
+        found = self._found.pop(step)
+        self._picker.learn(found.outcomes)
+        return found
 
-    async def drain(self, step: int, *, version: int) -> Manifest:
+    async def drain(self, step: int, *, extra: Mapping[str, Any]) -> Manifest:
         """Waits for all that is under way, and keeps it for a run that goes on behind `step`.
 
-        The weights that sampled it will be gone.
+        The weights that sampled it will be gone. `extra` is kept beside it.
         """
         for event in self._finished.values():
             await event.wait()
-        extra = {"version": version, "pending": PENDING.dump_python(self._found, mode="json")}
-        return Manifest(step=step, data_position=step * self._plan.groups_per_step, extra=extra)
+        pending = PENDING.dump_python(self._found, mode="json")
+        kept = {**extra, "pending": pending, "curriculum": self._picker.state()}
+        return Manifest(step=step, data_position=step * self._plan.groups_per_step, extra=kept)
 
-    async def _collect(self, step: int, sampler: AsyncSamplingClient) -> None:
+    async def _collect(
+        self, step: int, sampler: AsyncSamplingClient, picked: Picked, tasks: Sequence[Task]
+    ) -> None:
         """Plays and filters the groups of a step; resamples those that teach nothing, if asked."""
         plan, count = self._plan, self._plan.groups_per_step
         groups: list[Group] = []
         found = Filtered(kept=())
-        for number in range(MAX_ROUNDS if plan.zero_variance == "resample" else 1):
-            seed = derive_seed(plan.seed, step, number)
-            stream = TaskStream(self._tasks, seed=seed) if number else self._epochs
-            stream.position = 0 if number else step * count
-            # Whole steps are drawn, so that what is drawn does not depend on how many are missing.
+        rounds = plan.resample_rounds if plan.zero_variance == "resample" else 1
+        for number in range(rounds):
+            seed, missing = derive_seed(plan.seed, step, number), count - len(found.kept)
+            if number:
+                more = self._picker.more(picked, missing, step=step, number=number, seed=seed)
             new = await rollouts.sample_groups(
                 sampler,
-                stream.take(count)[: count - len(found.kept)],
+                more if number else tasks,
                 self._environment,
                 group_size=plan.group_size,
                 sampling=plan.sampling,
@@ -244,6 +262,10 @@ class Pipeline:
             found = filtered(groups, plan.zero_variance)
             if len(found.kept) == count:
                 break
+        if picked.indices:
+            found = replace(found, outcomes=outcomes(picked.indices, groups))
+        if rounds > 1:
+            found.metrics["groups/rounds"] = number + 1.0
         self._found[step] = found
         self._finished[step].set()
 

@@ -20,9 +20,10 @@ from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
 from weaver_rl.display import Display
 from weaver_rl.guard import name_of
-from weaver_rl.loggers import JsonlLogger, Logger, Loggers, WandbLogger
+from weaver_rl.loggers import JsonlLogger, Logger, Loggers
 from weaver_rl.plan import Steps
 from weaver_rl.run_folder import Manifest, RunFolder
+from weaver_rl.trackers import Tracking
 from weaver_rl.transcripts import write_transcripts
 from weaver_rl.types import Filtered, Task
 
@@ -146,8 +147,9 @@ def open_run(
     checkpoint_every: int = 10,
     display: bool = True,
     wandb_project: str | None = None,
+    track: Sequence[Tracking] = (),
 ) -> Iterator[Run]:
-    """A run with its folder, `metrics.jsonl`, display and wandb, closed when the block ends.
+    """A run with its folder, `metrics.jsonl`, display and trackers, closed when the block ends.
 
     Args:
         path: of the folder; None: nothing is kept.
@@ -156,16 +158,24 @@ def open_run(
             MAY_DIFFER may be others.
         tasks: those that are trained on.
         steps: of the loop, for the display.
+        wandb_project: short for `track=[Tracking(wandb_project)]`.
+        track: where the numbers go as well; one of a kind.
 
     Raises:
-        ConfigError: `resume` without a folder, or another config or other tasks than the run was
-            started with; names the first field that differs. Nothing was changed.
+        ConfigError: two trackers of a kind; `resume` without a folder, or another config or other
+            tasks than the run was started with; names the first field that differs. Nothing was
+            changed.
         ConflictError: the folder holds a run and `resume` is off, or another process has it.
         StorageError: it cannot be written.
         MissingDependencyError: the display's or the logger's package is not installed.
     """
     if resume and path is None:
         raise ConfigError("is on, and there is no folder.", field="resume", hint="Name its folder.")
+    if wandb_project is not None:
+        track = [Tracking(wandb_project), *track]
+    kinds = [one.to for one in track]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(f"is of {kinds}.", field="track", hint="Give one of each kind.")
     folder = None
     loggers: list[Logger] = []
     run = Run(checkpoint_every=checkpoint_every)
@@ -177,10 +187,11 @@ def open_run(
             folder = run_folder.open_run_folder(path, config, resume=resume, may_differ=MAY_DIFFER)
             stack.callback(run_folder.release_run_folder, folder)
             loggers.append(JsonlLogger(folder.metrics))
-        if wandb_project is not None:
-            newest = next(run_folder.manifests(folder), None) if folder is not None else None
-            state = newest.loggers.get("wandb") if newest is not None else None
-            loggers.append(WandbLogger(wandb_project, config=config, folder=path, state=state))
+        newest = next(run_folder.manifests(folder), None) if folder is not None else None
+        for one in track:
+            state = newest.loggers.get(one.to) if newest is not None else None
+            opened = one.open(config=config, folder=path, state=state)
+            loggers.append(opened)
         if display:  # the last, since it takes the terminal until it is closed
             shown = Display(steps=steps)
             run.waiting_for = shown.waiting_for

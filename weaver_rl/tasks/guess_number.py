@@ -21,30 +21,40 @@ def optimal_guesses(upper: int) -> int:
     return upper.bit_length()
 
 
-async def guess_by_halving(agent: rl.Agent, task: rl.Task) -> rl.Score:
-    """An environment that rewards each guess: the bits it won, less the one that halving wins.
+def split_bits(low: int, high: int, guess: int) -> float:
+    """What the answer to a guess tells on average, in bits, all of low..high being as likely."""
+    if not low <= guess <= high:
+        return 0.0
+    count = high - low + 1
+    shares = [size / count for size in (guess - low, 1, high - guess) if size]
+    return -sum(share * math.log2(share) for share in shares)
 
-    As a share of all bits: a number of 1 to N that is found has the reward 1 − guesses / log2(N),
-    the sum over its turns. It ends as `guess_number` does, and has the same metric `won`.
+
+async def guess_by_halving(agent: rl.Agent, task: rl.Task) -> rl.Score:
+    """An environment that rewards each guess by how well it splits what is left: from −1 to 0.
+
+    0 for the middle, −1 for what tells nothing, such as a number that is out of the question; a
+    reply that is no number ends the game and has −1 for each guess that was left. The result is the
+    sum. It ends as `guess_number` does, and has the same metric `won`.
     """
     low, high = 1, task["upper"]
-    bits, best = math.log2(high), optimal_guesses(high)
+    best = optimal_guesses(high)
     said, total = f"Guess a number from 1 to {high}.", 0.0
     for turn in range(2 * best):
         text = (await agent.chat(said)).text.strip()
-        guess = int(text) if re.fullmatch(r"\d{1,9}", text) else 0
-        before = high - low + 1
-        if guess == task["answer"]:
-            low = high = guess
-        elif low <= guess <= high:
-            low, high = (guess + 1, high) if guess < task["answer"] else (low, guess - 1)
-        earned = (math.log2(before / (high - low + 1)) - 1) / bits
+        if not re.fullmatch(r"\d{1,9}", text):
+            agent.reward(turn - 2.0 * best)
+            return rl.Score(total + turn - 2.0 * best, {"won": 0.0})
+        guess = int(text)
+        most = split_bits(low, high, (low + high) // 2)
+        told = split_bits(low, high, guess)
+        earned = told / most - 1 if most else float(guess == low) - 1
         agent.reward(earned)
         total += earned
         if guess == task["answer"]:
             return rl.Score(total, {"won": float(turn < best)})
-        if not guess:
-            break
+        if low <= guess <= high:
+            low, high = (guess + 1, high) if guess < task["answer"] else (low, guess - 1)
         said = "higher" if guess < task["answer"] else "lower"
     return rl.Score(total, {"won": 0.0})
 

@@ -1,5 +1,5 @@
 // Draws the report from the JSON beside it. Text enters the page as text nodes only.
-const state = { index: Math.max(0, D.steps.length - 1), smooth: 0, filter: "", colour: "gap" };
+const state = { index: Math.max(0, D.steps.length - 1), smooth: 0, filter: "", colour: "gap", axis: "step" };
 
 // --- summary -----------------------------------------------------------------------------------
 
@@ -17,6 +17,12 @@ tile("Steps", number(D.last_step));
 tile("Reward", shown("reward/mean"), from("reward/mean"));
 const evaluated = D.steps.findLast((_, i) => (D.metrics["eval/mean"] ?? [])[i] != null);
 tile("Held-out", shown("eval/mean"), [from("eval/mean"), evaluated < D.last_step && "at step " + evaluated].filter(Boolean).join(", "));
+function best(label, name) { // where it is not the last
+  const list = D.metrics[name] ?? [], top = Math.max(...list.filter((v) => v !== null));
+  if (list.length > 1 && top > last(name)) tile(label, number(top), "at step " + D.steps[list.indexOf(top)]);
+}
+best("Best reward", "reward/mean");
+best("Best held-out", "eval/mean");
 tile("Loss", shown("train/loss"), from("train/loss"));
 tile("Entropy", shown("train/entropy") ?? shown("policy/surprise"), from(D.metrics["train/entropy"] ? "train/entropy" : "policy/surprise"));
 const gaps = (D.metrics["gap/max"] ?? []).filter((v) => v !== null);
@@ -33,13 +39,18 @@ for (const hint of D.hints) {
 const W = 320, H = 128, LEFT = 44, RIGHT = 8, TOP = 10, BOTTOM = 18;
 const SECTIONS = [
   ["Reward", ["reward/mean", "eval/mean", "eval", "reward", "score"]],
+  ["Data sets", ["dataset"]],
   ["Training", ["train/loss", "train/kl_k3", "train/entropy", "train", "policy"]],
   ["Credit", ["credit", "kl"]],
   ["Sampler and trainer", ["off_policy", "gap", "staleness"]],
-  ["Rollouts", ["rollout", "groups", "tokens"]],
+  ["Rollouts", ["rollout", "groups", "tools"]],
+  ["Lengths", ["tokens"]],
   ["Time", ["time"]],
 ];
 const charts = [];
+// What a curve is drawn over: steps, or the tokens sampled until then (carried on where none were).
+let carried = 0;
+const AXES = { step: D.steps, tokens: (D.metrics["tokens/total"] ?? []).map((v) => carried = v ?? carried) };
 
 function smoothed(values, weight) {
   let total = 0, norm = 0;
@@ -71,10 +82,10 @@ function chart(name) {
   const log = name.startsWith("gap/"), scale = (v) => log ? Math.log10(Math.max(v, 1e-9)) : v;
   const values = D.metrics[name], [lower, upper] = ["low", "high"].map((end) => name.endsWith("/mean") && D.metrics[name.replace(/mean$/, end)] || []);
   const known = [...values, ...lower, ...upper].filter((v) => v !== null).map(scale);
-  const [low, high] = log ? [Math.floor(Math.min(...known)), Math.ceil(Math.max(...known) + 1e-9)] : bounds(known), x0 = D.steps[0], x1 = D.steps.at(-1);
+  const [low, high] = log ? [Math.floor(Math.min(...known)), Math.ceil(Math.max(...known) + 1e-9)] : bounds(known), XS = AXES[state.axis], x0 = XS[0], x1 = XS.at(-1);
   const X = (step) => LEFT + (x1 === x0 ? 0.5 : (step - x0) / (x1 - x0)) * (W - LEFT - RIGHT);
   const Y = (v) => H - BOTTOM - (scale(v) - low) / (high - low || 1) * (H - TOP - BOTTOM);
-  const path = (list) => list.map((v, i) => v === null ? "" : "L" + X(D.steps[i]).toFixed(1) + " " + Y(v).toFixed(1)).join("").replace("L", "M");
+  const path = (list) => list.map((v, i) => v === null ? "" : "L" + X(XS[i]).toFixed(1) + " " + Y(v).toFixed(1)).join("").replace("L", "M");
   const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" });
   for (const place of ticks(low, high).filter((t) => !log || Number.isInteger(t))) {
     const tick = log ? 10 ** place : place;
@@ -86,7 +97,7 @@ function chart(name) {
   const cursor = el("line", { class: "cursor", y1: TOP - 4, y2: H - BOTTOM }), dot = el("circle", { class: "dot", r: 4 });
   if (lower.length) {
     const there = [...D.steps.keys()].filter((i) => lower[i] !== null && upper[i] !== null);
-    const at = (list) => (i) => X(D.steps[i]).toFixed(1) + " " + Y(list[i]).toFixed(1);
+    const at = (list) => (i) => X(XS[i]).toFixed(1) + " " + Y(list[i]).toFixed(1);
     svg.append(el("path", { class: "band", d: "M" + [...there.map(at(upper)), ...there.reverse().map(at(lower))].join("L") + "Z" }));
   }
   svg.append(raw, line, cursor, dot);
@@ -98,7 +109,7 @@ function chart(name) {
     line.setAttribute("d", state.smooth ? path(list) : "");
     let i = state.index;
     while (i > 0 && list[i] === null) i--;
-    const v = list[i] ?? null, x = X(D.steps[i]);
+    const v = list[i] ?? null, x = X(XS[i]);
     cursor.setAttribute("x1", x); cursor.setAttribute("x2", x);
     dot.setAttribute("cx", x); dot.setAttribute("cy", v === null ? -99 : Y(v));
     value.textContent = number(v);
@@ -109,7 +120,7 @@ function chart(name) {
     const box = svg.getBoundingClientRect();
     const step = x0 + ((event.clientX - box.left) / box.width * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0);
     let best = 0;
-    D.steps.forEach((s, i) => { if (Math.abs(s - step) < Math.abs(D.steps[best] - step)) best = i; });
+    XS.forEach((s, i) => { if (Math.abs(s - step) < Math.abs(XS[best] - step)) best = i; });
     move(best);
   };
   card.onpointermove = point;
@@ -163,6 +174,15 @@ $("filter").oninput = () => {
   for (const section of document.querySelectorAll(".curve-section")) section.hidden = !section.querySelector(".card:not([hidden]), .chips span:not([hidden])");
 };
 $("smooth").oninput = () => { state.smooth = Number($("smooth").value); move(state.index); };
+$("axis-label").hidden = !AXES.tokens.length;
+$("axis").onchange = () => {
+  state.axis = $("axis").value;
+  charts.length = 0;
+  $("curves").replaceChildren();
+  drawCurves();
+  $("filter").oninput();
+  move(state.index);
+};
 drawCurves();
 move(state.index);
 

@@ -20,7 +20,10 @@ from weaver.engine.base import GradientJob
 from weaver.engine.torch.logprobs import Scores
 from weaver.losses import RatioLoss, TokenLoss, Tokens, kl_estimates
 
-MEANS = ("ratio_mean", "clip_fraction", "kl_k1", "kl_k2", "kl_k3", "entropy")
+MEANS = (
+    *("ratio_mean", "clip_fraction", "clip_low_fraction", "clip_high_fraction"),
+    *("kl_k1", "kl_k2", "kl_k3", "entropy"),
+)
 
 
 @dataclass(slots=True)
@@ -119,12 +122,13 @@ class Objective:
         if not bool(counted.any()):
             return
         estimates = kl_estimates(tokens.lp, tokens.q)
-        columns = (token.ratio, token.clipped, *estimates, tokens.entropy)
+        low, high = token.clipped & (token.ratio < 1), token.clipped & (token.ratio >= 1)
+        columns = (token.ratio, token.clipped, low, high, *estimates, tokens.entropy)
         for name, column in zip(self.totals.sums, columns, strict=True):
             self.totals.sums[name] += float(column[counted].double().sum())
         ratio = token.ratio[counted]
-        low, high = self.totals.ratio_bounds
-        self.totals.ratio_bounds = min(low, float(ratio.min())), max(high, float(ratio.max()))
+        least, most = self.totals.ratio_bounds
+        self.totals.ratio_bounds = min(least, float(ratio.min())), max(most, float(ratio.max()))
         self.totals.counted += int(counted.sum())
 
     def _reduction(self) -> float:
