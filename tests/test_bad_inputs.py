@@ -13,7 +13,7 @@ import weaver
 from tests.client.helpers import DATUMS
 from tests.fake_engine import FakeEngine
 from weaver import Datum, ServiceClient, WeaverError, types
-from weaver.client import service as client_service
+from weaver.client import opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            client_service,
+            opening,
             "_torch_engine",
             lambda settings: FakeEngine(models=("fake", "other"), context_length=CONTEXT),
         )

@@ -72,16 +72,28 @@ def hold_draft(folder: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
-def sweep_draft(draft: Path) -> None:
-    """Deletes it if the process that has made it is dead."""
+def size_of(folder: Path) -> int:
+    """Bytes of the files in it; of one that is going, of those that are left."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def sweep_draft(draft: Path) -> int:
+    """Deletes it if the process that has made it is dead; answers the bytes that were in it."""
+    freed_bytes = 0
     with suppress(OSError):  # it is gone, or somebody else's
         lock = os.open(draft, os.O_RDONLY)
         ours = _is_ours(lock)
         if ours is None:
             ours = time.time() - os.fstat(lock).st_mtime > ABANDONED_AFTER_S
         if ours:
+            freed_bytes = size_of(draft)
             shutil.rmtree(draft, ignore_errors=True)
         os.close(lock)
+    return freed_bytes
 
 
 def flush(path: Path) -> None:

@@ -13,16 +13,17 @@ answer; the same (session, run, seq) or id with another body is a `ConflictError
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
 from weaver import fields, types
-from weaver.errors import InvalidNameError, WeaverError, from_code
+from weaver.errors import WeaverError, from_code
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from weaver.exchange import Export, Import, Selection
 
 # --- operations ---------------------------------------------------------------------------------
 
@@ -272,46 +273,12 @@ class SessionState(types.Value):
     """What its client gave when it opened it."""
 
 
-class ExportedFile(types.Value):
-    """`name` has no folder in it."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-class Export(types.Value):
-    """What other programs read of a checkpoint."""
-
-    files: tuple[ExportedFile, ...]
-    folder: str | None = None
-    """Where they lie on this machine; None when a server keeps them."""
-
-
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MEDIA_TYPE = "application/vnd.weaver"
 """Over HTTP, of the messages of `weaver.wire`."""
 LONGEST_POLL_S = 25.0
 """Below the 30 s after which common proxies give up on a silent answer."""
 NEXT_OFFSET = "weaver-next-offset"
 """The header that says where the rest of a long answer begins."""
-N = TypeVar("N", bound=str | None)
-
-
-def check_name(name: N, *, field: str = "name") -> N:
-    """The name of a checkpoint or run itself, if it is None or safe as a folder's name.
-
-    Raises:
-        InvalidNameError
-    """
-    if name is not None and not (isinstance(name, str) and SAFE_NAME.fullmatch(name)):
-        raise InvalidNameError(
-            f"is {str(name)[:140]!r}.",
-            field=field,
-            hint="Use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit, "
-            "such as 'step-100'.",
-        )
-    return name
 
 
 class Service(Protocol):
@@ -372,6 +339,11 @@ class Service(Protocol):
 
     async def delete_checkpoint(self, path: str) -> None: ...
 
+    async def delete_checkpoints(
+        self, which: Selection, *, dry_run: bool = False
+    ) -> Sequence[types.CheckpointInfo]:
+        """Those that were deleted, or would be with `dry_run`; oldest first."""
+
     async def set_checkpoint_ttl(
         self, path: str, ttl_seconds: int | None
     ) -> types.CheckpointInfo: ...
@@ -386,6 +358,18 @@ class Service(Protocol):
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
     ) -> bytes:
         """The next bytes of a file of `export_checkpoint`; none at its end."""
+
+    async def put_import(self, import_id: str, name: str, data: bytes, *, offset: int) -> None:
+        """Keeps a piece of a file for `import_checkpoint`; a file's pieces come in their order.
+
+        `import_id` is the client's, of 32 hexadecimal digits, and lives for an hour of silence.
+        """
+
+    async def import_checkpoint(self, import_id: str, what: Import) -> types.CheckpointInfo:
+        """Makes a checkpoint, of a run that is not there, of all that was sent under this id."""
+
+    async def drop_import(self, import_id: str) -> None:
+        """Forgets what was sent; ignores an unknown id."""
 
     async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None: ...
 

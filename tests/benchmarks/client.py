@@ -23,7 +23,7 @@ from tests.benchmarks.figures import Figure
 from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient, Datum, ServiceClient
 from weaver.checks import check_loss
-from weaver.client import service as client_service
+from weaver.client import opening
 from weaver.engine.base import GradientJob
 from weaver.server.service import LocalService
 from weaver.types import AdamParams, LoraConfig
@@ -149,7 +149,7 @@ def _close(home: Path) -> tuple[float, int]:
 
 
 def _fake_client(home: Path) -> ServiceClient:
-    with mock.patch.object(client_service, "_torch_engine", lambda settings: FakeEngine()):
+    with mock.patch.object(opening, "_torch_engine", lambda settings: FakeEngine()):
         return ServiceClient(home=home)
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
+from tests.server.test_imports import adapter, written
 from weaver.cli import app
 from weaver.cli.output import find
 from weaver.client.http import HttpService
@@ -118,6 +119,38 @@ def test_checkpoints_are_exported(saved: tuple[str, str], tmp_path: Path) -> Non
     assert {f.name for f in model.iterdir()} == {"model.npy", "README.md"}
     with pytest.raises(StorageError, match="exists already"):
         weaver("checkpoints", "export", path, "--to", str(model))
+
+
+def test_many_checkpoints_are_deleted(saved: tuple[str, str]) -> None:
+    run, path = saved
+    for options in (
+        ("--pattern", "b*", "--older-than", "1d"),
+        ("--pattern", "nothing"),
+        ("--run", run, "--pattern", "c*"),
+    ):
+        told = weaver("checkpoints", "delete", *options, "--yes")
+        assert told == "No checkpoints.\nWould delete 0 checkpoints of 0 bytes.\n"
+    told = weaver("checkpoints", "delete", "--older-than", "0s", "--dry-run")
+    assert path in told and "Would delete 1 checkpoints" in told
+    assert f"Would delete {path}" in weaver("checkpoints", "delete", "best", "--dry-run")
+    with pytest.raises(SystemExit):
+        weaver("checkpoints", "delete", "--pattern", "b*", stdin="n\n")
+    assert path in weaver("checkpoints", "list")
+    told = weaver("checkpoints", "delete", "--run", run[:9], "--pattern", "b*", "--yes")
+    assert "Deleted 1 checkpoints of" in told
+    assert weaver("checkpoints", "list") == "No checkpoints.\n"
+    for wrong in ((), ("best", "--pattern", "b*"), ("--older-than", "soon"), ("--older-than", "d")):
+        with pytest.raises(WeaverError):
+            weaver("checkpoints", "delete", *wrong, "--yes")
+
+
+def test_an_adapter_is_imported(saved: tuple[str, str], tmp_path: Path) -> None:
+    folder = written(tmp_path / "adapter", adapter())
+    path = weaver("checkpoints", "import", str(folder), "--name", "mine").strip()
+    assert path.endswith("/weights/mine")
+    assert json.loads(weaver("checkpoints", "show", path, "--json"))["base_model"] == "fake"
+    with pytest.raises(WeaverError, match="elsewhere"):
+        weaver("checkpoints", "import", str(folder), "--base-model", "elsewhere")
 
 
 def test_sessions_are_listed(saved: tuple[str, str]) -> None:

@@ -29,6 +29,7 @@ RUN = [
     ("runs", "delete", "--yes"),
     ("runs", "delete", "--yes", "--checkpoints"),
     ("checkpoints", "list", "--run"),
+    ("checkpoints", "delete", "--yes", "--run"),
 ]
 PATH = [
     ("checkpoints", "show"),
@@ -42,7 +43,7 @@ PATH = [
 NO_ID = {("serve",), ("doctor",), ("sessions",), ("runs", "list"), ("models", "list")}
 NO_TENANT = {("keys", "create"), ("keys", "list"), ("keys", "revoke")}
 """They open the database of a server on this machine."""
-NO_OWNER = {("models", "check"), ("models", "download")}
+NO_OWNER = {("models", "check"), ("models", "download"), ("checkpoints", "import")}
 
 
 class Alice(NamedTuple):

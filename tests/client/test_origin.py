@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 FORK = """
 import asyncio, gc, multiprocessing, os, sys, threading, weaver
-from weaver.client import service as client_service
+from weaver.client import opening
 from tests.fake_engine import FakeEngine
 
 release = threading.Event()
-client_service._torch_engine = lambda settings: FakeEngine(
+opening._torch_engine = lambda settings: FakeEngine(
     hook=lambda name, argument: release.wait(20) if name == "gradient" else None
 )
 client = weaver.ServiceClient(home=sys.argv[1])

@@ -12,7 +12,7 @@ import pytest
 from tests.client.helpers import DATUMS, STEP, fake_client
 from tests.fake_engine import FakeEngine
 from weaver import AsyncServiceClient
-from weaver.client import service as client_service
+from weaver.client import opening
 from weaver.errors import (
     ClosedError,
     ConfigError,
@@ -83,7 +83,7 @@ async def test_embedded_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WEAVER_HOME", str(tmp_path))
-    monkeypatch.setattr(client_service, "_torch_engine", lambda settings: FakeEngine())
+    monkeypatch.setattr(opening, "_torch_engine", lambda settings: FakeEngine())
     caplog.set_level(logging.INFO, "weaver")
     async with AsyncServiceClient() as client:
         saved = await (await client.create_model("fake")).save_state("a")

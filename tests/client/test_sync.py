@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 @contextmanager
 def embedded_fake(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[None]:
     """Lets `ServiceClient()` embed the fake engine."""
-    from weaver.client import service as client_service
+    from weaver.client import opening
 
-    monkeypatch.setattr(client_service, "_torch_engine", lambda settings: FakeEngine(**options))
+    monkeypatch.setattr(opening, "_torch_engine", lambda settings: FakeEngine(**options))
     yield
 
 
@@ -251,7 +251,7 @@ def test_a_constructor_that_fails_leaves_no_thread(
     def no_torch(settings: object) -> None:
         raise MissingDependencyError("no torch")
 
-    monkeypatch.setattr("weaver.client.service._torch_engine", no_torch)
+    monkeypatch.setattr("weaver.client.opening._torch_engine", no_torch)
     with pytest.raises(MissingDependencyError):
         ServiceClient()
 
@@ -260,11 +260,11 @@ def test_a_constructor_that_fails_leaves_no_thread(
 def test_the_interpreter_exits_with_work_pending(ending: str, tmp_path: Path) -> None:
     script = f"""
 import sys, time, weaver
-from weaver.client import service as client_service
+from weaver.client import opening
 from tests.fake_engine import FakeEngine
 def hook(name, argument):
     if name == "gradient": time.sleep(0.3)
-client_service._torch_engine = lambda settings: FakeEngine(hook=hook)
+opening._torch_engine = lambda settings: FakeEngine(hook=hook)
 client = weaver.ServiceClient(home={str(tmp_path)!r})
 trainer = client.create_model("fake")
 datum = weaver.Datum(model_input=[1, 2], loss_fn_inputs={{"target_tokens": [2, 3]}})

@@ -6,18 +6,21 @@ told of every call and may wait or raise.
 
 from __future__ import annotations
 
+import json
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from tests.fake_engine.model import VOCAB, read_weights, tokenizer_files
 from tests.fake_engine.sampler import FakeSampler
 from tests.fake_engine.trainer import FakeTrainer
+from weaver.engine.base import ImportedWeights
 from weaver.engine.threaded import ThreadedEngine
 from weaver.errors import UnknownModelError, UnsupportedError, nearest
-from weaver.types import Message, ModelInfo
+from weaver.types import LoraConfig, Message, ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +115,18 @@ class FakeEngine(ThreadedEngine):
         self.hook("merge_adapter", folder)
         weights, _ = read_weights(adapter, base_model)
         np.save(folder / "model.npy", weights)
+
+    def import_weights(
+        self, source: Path, folder: Path, *, base_model: str | None
+    ) -> ImportedWeights:
+        """Of an adapter whose `adapter_config.json` has the rank and the base; all are alike."""
+        self.hook("import_weights", source)
+        settings = json.loads((source / "adapter_config.json").read_text())
+        name = self.get_model(base_model or settings["base_model_name_or_path"]).name
+        (row,) = load_file(source / "adapter_model.safetensors").values()
+        np.save(folder / "weight.npy", row)
+        (folder / "state.json").write_text(json.dumps({"base_model": name, "step": 0}))
+        return ImportedWeights(base_model=name, lora_config=LoraConfig(rank=settings["r"]))
 
     @contextmanager
     def call(self, name: str, argument: object) -> Iterator[None]:

@@ -24,6 +24,7 @@ from weaver.errors import (
     StorageError,
 )
 from weaver.server import checkpoints as module
+from weaver.server import manifest
 from weaver.server.checkpoints import Checkpoints, Location
 from weaver.types import CheckpointInfo, LoraConfig
 
@@ -340,6 +341,40 @@ def test_everything_is_flushed_before_it_is_renamed(
     disk: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(module, "flush", lambda path: flushed.append(path.name))
+    for part in (module, manifest):
+        monkeypatch.setattr(part, "flush", lambda path: flushed.append(path.name))
     write(disk)
     assert flushed[:2] == [".manifest.json", "data"] and flushed[-1] == "weights"
+
+
+def test_sweeps_count_the_bytes_that_they_free(disk: Checkpoints, clock: Clock, home: Path) -> None:
+    kept = write(disk, "kept")
+    old = write(disk, "a" * 100, location=Location("run-1", "weights", "old"), ttl_seconds=60)
+    unread = write(disk, "b" * 50, location=Location("run-1", "weights", "b"), ttl_seconds=60)
+    draft = home / "runs/run-2/weights/.draft-of-a-killed-process"
+    draft.mkdir(parents=True)
+    (draft / "part").write_text("c" * 25)
+    clock.time += timedelta(seconds=61)
+    assert disk.list() == [kept]  # whoever finds it first
+    disk.sweep()
+    assert disk.freed_bytes == old.size_bytes + unread.size_bytes + 25
+    disk.delete(kept.path)
+    disk.sweep()
+    assert disk.freed_bytes == old.size_bytes + unread.size_bytes + 25  # not what users delete
+
+
+def test_many_are_deleted_though_one_cannot_be(
+    disk: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write(disk, location=Location("run-1", "weights", name)).path for name in "abc"]
+    delete = disk.delete
+
+    def refuse(path: str) -> None:
+        if path == paths[1]:
+            raise StorageError("deleting it failed.", hint="Mend the disk.")
+        delete(path)
+
+    monkeypatch.setattr(disk, "delete", refuse)
+    assert disk.delete_all([*paths, PATH]) == [paths[0], paths[2]]
+    assert [info.path for info in disk.list()] == [paths[1]]
+    assert "deleting it failed" in caplog.text and caplog.text.count("not deleted") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from weaver.errors import NotFoundError
 from weaver.protocol import CreateModel, GradientsDone, ModelCreated, StepDone
 from weaver.server import exports
 from weaver.server.checkpoints import now_utc
+from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.service import LocalService
 from weaver.types import MetricPoint
 
@@ -130,3 +132,28 @@ async def test_what_full_fine_tuning_saves_has_a_card_and_no_hub_id_of_a_name(ho
         adapter = await caller.save(await caller.create())
         with pytest.raises(NotFoundError):
             await service.read_exported(adapter, "README.md")
+
+
+async def test_the_sweeper_tells_what_it_frees(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "weaver")
+    clock = [now_utc()]
+    async with LocalService(
+        FakeEngine(), home=home, now=lambda: clock[0], sweep_every_s=0.01
+    ) as service:
+        caller = await Caller.open(service)
+        path = await caller.save(await caller.create())
+        size = (await service.set_checkpoint_ttl(path, 60)).size_bytes
+        activity = service.parts.activity
+        assert size > 1000 and activity.freed_bytes == 0
+        clock[0] += timedelta(seconds=61)
+
+        async def swept() -> bool:
+            return activity.freed_bytes == size
+
+        with anyio.fail_after(5):
+            await until(swept)
+        shown = ServerMetrics(activity, service.parts.engine).render().decode()
+        assert f"weaver_swept_bytes_total {float(size)}" in shown
+    assert caplog.text.count(f"{size} bytes freed") == 1

@@ -102,7 +102,7 @@ def ask(question: Callable[[Service], Awaitable[T]]) -> T:
     """Asks the configured service, and waits for the answer."""
     import anyio
 
-    from weaver.client.service import open_service
+    from weaver.client.opening import open_service
     from weaver.config import load_settings
 
     async def run() -> T:

@@ -13,7 +13,8 @@ import anyio
 from anyio import CancelScope, to_thread
 
 from weaver.errors import CheckpointCorruptError, ServiceConnectionError, StorageError
-from weaver.protocol import ExportedFile, Service
+from weaver.exchange import ExportedFile
+from weaver.protocol import Service
 
 
 async def export_to(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -21,8 +20,9 @@ import anyio
 import httpx
 from pydantic import TypeAdapter
 
-from weaver import errors, protocol, types, wire
-from weaver.client.address import NOT_RUNNING, parse_address, tls_fault
+from weaver import errors, exchange, protocol, types, wire
+from weaver.client.address import parse_address
+from weaver.client.outage import ComesBackError, Outage
 from weaver.config import is_loopback
 
 Params = Mapping[str, str | float]
@@ -35,7 +35,6 @@ FIRST_CONTACT_S = 3.0
 """How long a server may be out of reach when a session is opened: it was never there."""
 OUTAGE_S = 300.0
 """How long a server may be out of reach later: it restarts, or the network does."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 COMES_BACK = frozenset({429, 502, 503, 504})
 """Statuses that pass; 429 only where the server says when."""
 
@@ -45,7 +44,7 @@ MODEL, MODELS = TypeAdapter(types.ModelInfo), TypeAdapter(list[types.ModelInfo])
 FILES = TypeAdapter(dict[str, bytes])
 RUN, RUNS = TypeAdapter(types.TrainingRun), TypeAdapter(list[types.TrainingRun])
 CHECKPOINT, CHECKPOINTS = TypeAdapter(types.CheckpointInfo), TypeAdapter(list[types.CheckpointInfo])
-METRICS, EXPORT = TypeAdapter(list[types.MetricPoint]), TypeAdapter(protocol.Export)
+METRICS, EXPORT = TypeAdapter(list[types.MetricPoint]), TypeAdapter(exchange.Export)
 
 
 class HttpService:
@@ -144,7 +143,7 @@ class HttpService:
 
     async def stream(self, session_id: str, submission_id: str) -> AsyncIterator[types.SampleDelta]:
         path = _path("sessions", session_id, "stream", submission_id)
-        outage = _Outage(self._address, self._outage_s)
+        outage = Outage(self._address, self._outage_s)
         seen = 0
         last: tuple[str, str] | None = None
         while True:
@@ -163,7 +162,7 @@ class HttpService:
                     case ("error", info):
                         raise protocol.ErrorInfo.model_validate_json(info).to_error()
                 raise httpx.ReadError("the stream ended in its middle")
-            except (httpx.TransportError, _ComesBackError) as error:
+            except (httpx.TransportError, ComesBackError) as error:
                 await outage.pause(error)
 
     async def list_models(self) -> Sequence[types.ModelInfo]:
@@ -203,12 +202,19 @@ class HttpService:
     async def delete_checkpoint(self, path: str) -> None:
         await self._call("DELETE", "checkpoints", params={"path": path})
 
+    async def delete_checkpoints(
+        self, which: exchange.Selection, *, dry_run: bool = False
+    ) -> Sequence[types.CheckpointInfo]:
+        body, params = which.model_dump(mode="json"), {"dry_run": dry_run}
+        reply = await self._call("POST", "checkpoints", "delete", params=params, body=body)
+        return self._read(reply, CHECKPOINTS)
+
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> types.CheckpointInfo:
         body = {"ttl_seconds": ttl_seconds}
         reply = await self._call("PUT", "checkpoints", "ttl", params={"path": path}, body=body)
         return self._read(reply, CHECKPOINT)
 
-    async def export_checkpoint(self, path: str, *, merge: bool = False) -> protocol.Export:
+    async def export_checkpoint(self, path: str, *, merge: bool = False) -> exchange.Export:
         params: Params = {"path": path, "merge": merge}
         return self._read(await self._call("GET", "checkpoints", "export", params=params), EXPORT)
 
@@ -217,6 +223,21 @@ class HttpService:
     ) -> bytes:
         params: Params = {"path": path, "name": name, "merge": merge, "offset": offset}
         return (await self._call("GET", "checkpoints", "export", "file", params=params)).content
+
+    async def put_import(self, import_id: str, name: str, data: bytes, *, offset: int) -> None:
+        params: Params = {"name": name, "offset": offset}
+        await self._call(
+            "PUT", "imports", import_id, params=params, body=data, kind="application/octet-stream"
+        )
+
+    async def import_checkpoint(
+        self, import_id: str, what: exchange.Import
+    ) -> types.CheckpointInfo:
+        body = what.model_dump(mode="json")
+        return self._read(await self._call("POST", "imports", import_id, body=body), CHECKPOINT)
+
+    async def drop_import(self, import_id: str) -> None:
+        await self._call("DELETE", "imports", import_id, outage_s=FIRST_CONTACT_S)
 
     async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None:
         body = {"points": [point.model_dump(mode="json") for point in points]}
@@ -246,12 +267,13 @@ class HttpService:
         *path: str,
         params: Params | None = None,
         body: types.JsonDict | bytes | None = None,
+        kind: str = protocol.MEDIA_TYPE,
         wait_s: float = 0.0,
         outage_s: float | None = None,
     ) -> httpx.Response:
         headers = self._headers
-        if isinstance(body, bytes):  # submissions, which have ids of their own
-            headers = {**headers, "Content-Type": protocol.MEDIA_TYPE}
+        if isinstance(body, bytes):  # which has its place: submissions have ids of their own
+            headers = {**headers, "Content-Type": kind}
         elif method != "GET":
             headers = {**headers, "Content-Type": "application/json"}
             headers["Idempotency-Key"] = uuid.uuid4().hex
@@ -264,13 +286,13 @@ class HttpService:
             headers=headers,
             extensions={"timeout": timeout.as_dict()},
         )
-        outage = _Outage(self._address, self._outage_s if outage_s is None else outage_s)
+        outage = Outage(self._address, self._outage_s if outage_s is None else outage_s)
         while True:
             try:
                 reply = await self._http.send(request())
                 self._check(reply, again=outage.attempts > 0)
                 return reply
-            except (httpx.TransportError, _ComesBackError) as error:
+            except (httpx.TransportError, ComesBackError) as error:
                 await outage.pause(error)
 
     async def _events(self, path: str, seen: int) -> AsyncGenerator[tuple[str, str]]:
@@ -301,7 +323,7 @@ class HttpService:
         error = self._error(reply)
         after = reply.headers.get("Retry-After", "")
         if reply.status_code in COMES_BACK and (reply.status_code != 429 or after.isdecimal()):
-            raise _ComesBackError(error, float(after) if after.isdecimal() else 0.0)
+            raise ComesBackError(error, float(after) if after.isdecimal() else 0.0)
         raise error
 
     def _error(self, reply: httpx.Response) -> errors.WeaverError:
@@ -333,52 +355,6 @@ class HttpService:
             f"{self._address} answered something that this client does not understand.",
             hint="Is a Weaver server of the same version there?",
         )
-
-
-class _ComesBackError(Exception):
-    """An answer that will be another one after a while."""
-
-    def __init__(self, error: errors.WeaverError, after_s: float) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.after_s = after_s
-
-
-class _Outage:
-    """Pauses between attempts: doubling, jittered, capped, and never beyond the deadline."""
-
-    def __init__(self, address: str, longest_s: float) -> None:
-        self._address = address
-        self._longest_s = longest_s
-        self.over()
-
-    def over(self) -> None:
-        self.attempts = 0
-        self._began: float | None = None
-
-    async def pause(self, error: httpx.TransportError | _ComesBackError) -> None:
-        """Waits before the next attempt.
-
-        Raises:
-            ServiceConnectionError: there is no time left for one.
-            WeaverError: nor is there, and the server had said why.
-        """
-        now = anyio.current_time()
-        if self._began is None:
-            self._began = now
-            logger.info("%s: %r; trying again for %g s", self._address, error, self._longest_s)
-        pause_s = min(FIRST_PAUSE_S * 2**self.attempts, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
-        if isinstance(error, _ComesBackError):
-            pause_s = max(pause_s, error.after_s)
-        fault = tls_fault(error)
-        if fault or now + pause_s > self._began + self._longest_s:
-            if isinstance(error, _ComesBackError):
-                raise error.error
-            why, hint = fault or (str(error) or type(error).__name__, NOT_RUNNING)
-            message = f"{self._address} cannot be reached: {why}."
-            raise errors.ServiceConnectionError(message, hint=hint) from None
-        self.attempts += 1
-        await anyio.sleep(pause_s)
 
 
 def _json(body: types.JsonDict) -> bytes:

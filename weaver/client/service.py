@@ -6,29 +6,25 @@ wraps it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from anyio import to_thread
-
 from weaver import errors, protocol, types
 from weaver.checks import CheckpointPath, as_path, as_value, check_ttl
+from weaver.client.beginning import begin_from
 from weaver.client.exports import export_to
 from weaver.client.handle import OperationHandle
+from weaver.client.imports import import_from
+from weaver.client.opening import open_service
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
-from weaver.config import Settings, load_settings
-from weaver.engine.base import Engine
-from weaver.threads import out_at_exit
-
-logger = logging.getLogger("weaver")
+from weaver.config import load_settings
+from weaver.exchange import Selection
 
 
 class AsyncServiceClient:
@@ -106,27 +102,55 @@ class AsyncServiceClient:
 
     def create_model(
         self,
-        base_model: str,
+        base_model: str | None = None,
         lora_config: types.LoraConfig | Mapping[str, object] | None = None,
         *,
         training_mode: types.TrainingMode = "lora",
         seed: int = 0,
         user_metadata: types.JsonDict | None = None,
+        from_checkpoint: CheckpointPath | None = None,
+        include_optimizer: bool = False,
     ) -> OperationHandle[AsyncTrainingClient]:
         """Starts a run: a new adapter on a base model, or all of its weights with "full_ft".
+
+        Or one like a checkpoint's run, with its weights and at its step: what it is trained on and
+        how is in the checkpoint.
 
         Args:
             base_model: a name of `list_supported_models`, a Hugging Face id, or a local folder.
             lora_config: rank, alpha, seed, and train_attn, train_mlp, train_unembed.
             seed: of the adapter's initial values, where `lora_config` has none.
             user_metadata: kept with the run, for `list_training_runs`.
+            from_checkpoint: a weaver:// path, a `CheckpointInfo`, or a folder that `save_state`
+                wrote; `import_checkpoint` takes adapters and models from elsewhere.
+            include_optimizer: go on with the checkpoint's optimizer, too.
 
         Raises:
-            InvalidParamsError: at the call.
-            UnknownModelError, UnsupportedError: from the handle.
+            InvalidRequestError, InvalidParamsError: at the call.
+            UnknownModelError, UnsupportedError, CheckpointNotFoundError, CheckpointCorruptError,
+            CheckpointMismatchError: from the handle; there is no run then.
         """
         session = self._session
-        _check_model_name(base_model)
+        if base_model is not None:
+            _check_model_name(base_model)
+        if from_checkpoint is not None:
+            if lora_config is not None:
+                raise errors.InvalidParamsError(
+                    "is that of the checkpoint.", field="lora_config", hint="Leave it out."
+                )
+            return begin_from(
+                session,
+                as_path(from_checkpoint, field="from_checkpoint"),
+                base_model=base_model,
+                include_optimizer=include_optimizer,
+                user_metadata=user_metadata or {},
+            )
+        if base_model is None or include_optimizer:
+            raise errors.InvalidRequestError(
+                "needs base_model." if base_model is None else "has no optimizer to include.",
+                field="create_model",
+                hint='Pass base_model="weaver-nano", or from_checkpoint= a saved state.',
+            )
         if training_mode == "full_ft" and lora_config is not None:
             raise errors.InvalidParamsError(
                 "full fine-tuning has no adapter.",
@@ -149,6 +173,20 @@ class AsyncServiceClient:
         return session.submit(operation, reply)
 
     create_training_client = create_model
+
+    def create_training_client_from_state(
+        self, path: CheckpointPath, user_metadata: types.JsonDict | None = None
+    ) -> OperationHandle[AsyncTrainingClient]:
+        """`create_model(from_checkpoint=path)`: the weights, and an optimizer that starts anew."""
+        return self.create_model(from_checkpoint=path, user_metadata=user_metadata)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: CheckpointPath, user_metadata: types.JsonDict | None = None
+    ) -> OperationHandle[AsyncTrainingClient]:
+        """The same with the optimizer's state, to continue exactly where the save was made."""
+        return self.create_model(
+            from_checkpoint=path, include_optimizer=True, user_metadata=user_metadata
+        )
 
     async def attach(self, model_id: str) -> AsyncTrainingClient:
         """Another client of a run; within one service client they share the run's order.
@@ -218,6 +256,63 @@ class AsyncServiceClient:
         check_ttl(ttl_seconds)
         return await self._session.service.set_checkpoint_ttl(as_path(path), ttl_seconds)
 
+    async def delete_checkpoints(
+        self,
+        model_id: str | None = None,
+        *,
+        pattern: str | None = None,
+        older_than_s: float | None = None,
+        dry_run: bool = False,
+    ) -> list[types.CheckpointInfo]:
+        """Deletes all checkpoints for which everything given holds, and answers them.
+
+        Args:
+            model_id: of this run.
+            pattern: as of a shell: `step-*` of their names, `weaver://*/sampler/*` of their paths.
+            older_than_s: written at least so many seconds ago.
+            dry_run: only answers what would be deleted.
+
+        Raises:
+            InvalidParamsError: nothing is given; `pattern="*"` means all.
+            RunNotFoundError: the run is another project's.
+        """
+        given = {"run_id": model_id, "pattern": pattern, "older_than_s": older_than_s}
+        which = as_value(Selection, given, field="delete_checkpoints")
+        which.check()
+        return list(await self._session.service.delete_checkpoints(which, dry_run=dry_run))
+
+    async def import_checkpoint(
+        self,
+        folder: str | PathLike[str],
+        base_model: str | None = None,
+        *,
+        name: str = "imported",
+        ttl_seconds: int | None = None,
+    ) -> types.CheckpointInfo:
+        """Makes a checkpoint of an adapter in PEFT's layout, or of a whole model, in a folder here.
+
+        `create_model(from_checkpoint=...)` begins a run with it; it can be sampled from as well. A
+        whole model is for full fine-tuning. Its step is 0.
+
+        Args:
+            base_model: what the weights were trained on, by its name here; an adapter may name it
+                itself.
+
+        Raises:
+            InvalidRequestError: the folder holds neither, or not in safetensors.
+            InvalidNameError, InvalidParamsError: a name, or the base model is not said.
+            UnsupportedError: a variant of LoRA, or a setting or tensor that is not known.
+            CheckpointMismatchError, UnknownModelError: the weights are of another base model.
+            CheckpointCorruptError: a file is broken or not finite.
+            TooLargeError, QuotaExceededError, StorageError
+        """
+        check_ttl(ttl_seconds)
+        if base_model is not None:
+            _check_model_name(base_model)
+        return await import_from(
+            self._session.service, folder, base_model=base_model, name=name, ttl_seconds=ttl_seconds
+        )
+
     async def export_checkpoint(
         self, path: str | types.CheckpointInfo, folder: str | PathLike[str], *, merge: bool = False
     ) -> Path:
@@ -242,58 +337,6 @@ class AsyncServiceClient:
                 "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
             )
         return self._open
-
-
-def open_service(
-    settings: Settings, *, patient: bool = True
-) -> AbstractAsyncContextManager[protocol.Service]:
-    """That which the settings choose; who is `patient` waits longer for a server to come back."""
-    if settings.base_url is None:
-        return _embedded(settings)
-    from weaver.client.http import FIRST_CONTACT_S, OUTAGE_S, HttpService
-
-    outage_s = OUTAGE_S if patient else FIRST_CONTACT_S
-    return HttpService(settings.base_url, api_key=settings.api_key, outage_s=outage_s)
-
-
-@asynccontextmanager
-async def _embedded(settings: Settings) -> AsyncIterator[protocol.Service]:
-    """A `LocalService` on the torch engine, for as long as the context lasts.
-
-    Another process can go on with its runs.
-
-    Raises:
-        MissingDependencyError: torch, transformers or sqlalchemy is not installed.
-        ConfigError: the home cannot be written.
-    """
-    engine = await to_thread.run_sync(out_at_exit, partial(_torch_engine, settings))
-    logger.info("running embedded: %s, saving below %s", engine.description, settings.home)
-    try:
-        with errors.requiring("the embedded engine", "engine"):
-            from weaver.server.database import open_database
-            from weaver.server.journal import Journal
-            from weaver.server.service import LocalService
-        database = await to_thread.run_sync(
-            partial(open_database, settings.home, file="embedded.db")
-        )
-        try:
-            async with LocalService(
-                engine,
-                home=settings.home,
-                store=Journal(database, keeps="runs"),
-                deterministic=settings.deterministic,
-            ) as service:
-                yield service
-        finally:
-            database.dispose()
-    finally:
-        engine.close()
-
-
-def _torch_engine(settings: Settings) -> Engine:
-    with errors.requiring("the embedded engine", "engine"):
-        from weaver.engine.torch.engine import TorchEngine
-    return TorchEngine.of(settings)
 
 
 def _check_model_name(base_model: object) -> None:

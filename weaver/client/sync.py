@@ -268,6 +268,12 @@ class ServiceClient(Twin[AsyncServiceClient]):
 
     create_model = making(AsyncServiceClient.create_model, TrainingClient)
     create_training_client = create_model
+    create_training_client_from_state = making(
+        AsyncServiceClient.create_training_client_from_state, TrainingClient
+    )
+    create_training_client_from_state_with_optimizer = making(
+        AsyncServiceClient.create_training_client_from_state_with_optimizer, TrainingClient
+    )
     attach = making(AsyncServiceClient.attach, TrainingClient)
     create_sampling_client = making(AsyncServiceClient.create_sampling_client, SamplingClient)
     list_supported_models = blocking(AsyncServiceClient.list_supported_models)
@@ -276,4 +282,6 @@ class ServiceClient(Twin[AsyncServiceClient]):
     list_checkpoints = blocking(AsyncServiceClient.list_checkpoints)
     delete_checkpoint = blocking(AsyncServiceClient.delete_checkpoint)
     set_checkpoint_ttl = blocking(AsyncServiceClient.set_checkpoint_ttl)
+    delete_checkpoints = blocking(AsyncServiceClient.delete_checkpoints)
+    import_checkpoint = blocking(AsyncServiceClient.import_checkpoint)
     export_checkpoint = blocking(AsyncServiceClient.export_checkpoint)

@@ -17,6 +17,7 @@ from weaver.client.custom_loss import CustomLoss
 from weaver.client.handle import OperationHandle
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session
+from weaver.names import check_name
 from weaver.threads import in_daemon_thread
 from weaver.tokenizers import PreTrainedTokenizer
 
@@ -158,7 +159,7 @@ class AsyncTrainingClient:
         """
         operation = protocol.SaveCheckpoint(
             purpose="state",
-            name=protocol.check_name(name),
+            name=check_name(name),
             include_optimizer=include_optimizer,
             ttl_seconds=ttl_seconds,
             overwrite=overwrite,
@@ -171,7 +172,7 @@ class AsyncTrainingClient:
         """Saves the weights to sample from, in PEFT's layout; raises as `save_state` does."""
         operation = protocol.SaveCheckpoint(
             purpose="sampler",
-            name=protocol.check_name(name),
+            name=check_name(name),
             ttl_seconds=ttl_seconds,
             overwrite=overwrite,
         )
@@ -185,7 +186,7 @@ class AsyncTrainingClient:
         Without a name the weights live as long as the client that is answered, and at most 64 of
         them; with one they are saved.
         """
-        operation = protocol.SaveCheckpoint(purpose="sampler", name=protocol.check_name(name))
+        operation = protocol.SaveCheckpoint(purpose="sampler", name=check_name(name))
         saved = self._session.submit(operation, SAVED, run_id=self.model_id)
         parts: list[OperationHandle[Any]] = [saved]
 

@@ -82,6 +82,15 @@ class SampleProgress:
     error: WeaverError | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedWeights:
+    """What kind of run can load them."""
+
+    base_model: str
+    lora_config: types.LoraConfig | None
+    """None: a whole model, for full fine-tuning."""
+
+
 class Trainer(Protocol):
     """Calls of one lane are made one at a time; lanes do not wait for each other."""
 
@@ -256,6 +265,21 @@ class Engine(Trainer, Sampler, Protocol):
 
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, UnsupportedError, StorageError
+        """
+
+    def import_weights(
+        self, source: Path, folder: Path, *, base_model: str | None
+    ) -> ImportedWeights:
+        """Writes into an empty folder what `load` reads, of a folder of PEFT's or transformers'.
+
+        The step is 0. Without `base_model` it is the one that the adapter names.
+
+        Raises:
+            CheckpointCorruptError: a file is missing, broken or not finite.
+            CheckpointMismatchError, UnknownModelError: of another base, or of one that is not here.
+            InvalidParamsError: it does not name its base.
+            UnsupportedError: a variant of LoRA, or a setting or tensor that is not known.
+            StorageError
         """
 
     def close(self) -> None:

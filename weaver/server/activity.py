@@ -58,6 +58,8 @@ class Activity:
     trained_tokens: int = 0
     """Tokens that went through `forward_backward` and `forward`."""
     sampled_tokens: int = 0
+    freed_bytes: int = 0
+    """Of checkpoints, exports, imports and drafts that sweeps have deleted."""
     on_end: Callable[[Ticket, protocol.Outcome], None] | None = None
     _ended: OrderedDict[str, deque[OperationInfo]] = field(default_factory=OrderedDict)
 

@@ -8,21 +8,17 @@ block; the service calls them from worker threads.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import threading
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
+from weaver.boundary import attempt
 from weaver.errors import (
-    CheckpointCorruptError,
     CheckpointNotFoundError,
     InvalidNameError,
     NameTakenError,
@@ -30,17 +26,25 @@ from weaver.errors import (
     WeaverError,
 )
 from weaver.files import DRAFT, draft_in, flush, hold_draft, release_lock, sweep_draft
-from weaver.protocol import SAFE_NAME, check_name
-from weaver.types import CheckpointInfo, Value
+from weaver.names import SAFE_NAME, check_name
+from weaver.server.manifest import (
+    MANIFEST,
+    Manifest,
+    corrupt,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from weaver.types import CheckpointInfo
 
 logger = logging.getLogger(__name__)
 
 SCHEME = "weaver://"
 GROUPS = ("weights", "sampler")
-MANIFEST = "manifest.json"
 REPLACED = ".replaced-"
 
 
@@ -80,23 +84,6 @@ class Location:
         return cls(*parts)
 
 
-class Manifest(Value):
-    """What the folder of a checkpoint says of it."""
-
-    checkpoint: CheckpointInfo
-    sha256: Mapping[str, str]
-    """Those of its files, by name."""
-    author: str = ""
-    """Whose submission wrote it."""
-    last_seqs: Mapping[str, int] = Field(default_factory=dict)
-    """The last seq of each session that is in a snapshot."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it was read from."""
-        return Path(self.checkpoint.folder or "")
-
-
 class Checkpoints:
     """All checkpoints below one folder of a home."""
 
@@ -106,6 +93,8 @@ class Checkpoints:
         self.root = home / folder
         self._now = now
         self._changing = threading.RLock()
+        self.freed_bytes = 0
+        """Of what had expired, and of what sweeps have found, since this began."""
         self._drafts: dict[Path, int] = {}
         """Those of this process, with their locks."""
 
@@ -185,11 +174,11 @@ class Checkpoints:
                         "expires_at": _expiry(now, info.ttl_seconds),
                     }
                 )
-                sums = {str(path.relative_to(draft)): _sha256(path) for path in files}
+                sums = {str(path.relative_to(draft)): sha256_of(path) for path in files}
                 manifest = Manifest(
                     checkpoint=info, sha256=sums, author=author, last_seqs=last_seqs or {}
                 )
-                _write_manifest(draft, manifest)
+                write_manifest(draft, manifest)
                 for path in (*files, draft):
                     flush(path)
                 with self._changing:
@@ -209,6 +198,10 @@ class Checkpoints:
         """Raises what `manifest` raises."""
         return self.manifest(path).checkpoint
 
+    def look_up(self, path: str) -> CheckpointInfo:
+        """By its path or by its folder, whose files are not verified. Raises as `open`."""
+        return (self.manifest(path) if path.startswith(SCHEME) else _of_folder(path)).checkpoint
+
     def manifest(self, path: str) -> Manifest:
         """Raises CheckpointNotFoundError, CheckpointCorruptError, InvalidNameError."""
         location = Location.parse(path)
@@ -224,24 +217,14 @@ class Checkpoints:
             CheckpointNotFoundError
             CheckpointCorruptError: a file is missing or has changed; names it.
         """
-        if path.startswith(SCHEME):
-            manifest = self.manifest(path)
-        else:
-            folder = Path(path).expanduser().absolute()
-            if not (folder / MANIFEST).is_file():
-                raise CheckpointNotFoundError(
-                    f"{folder} has no {MANIFEST}.",
-                    field="path",
-                    hint="Give a weaver:// path, or a folder that save_state wrote.",
-                )
-            manifest = _read_manifest(folder)
+        manifest = self.manifest(path) if path.startswith(SCHEME) else _of_folder(path)
         folder = manifest.folder
         for name, expected in manifest.sha256.items():
             file = folder / name
             if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-                raise _corrupt(folder, name, "is missing")
-            if _sha256(file) != expected:
-                raise _corrupt(folder, name, "has changed since it was written")
+                raise corrupt(folder, name, "is missing")
+            if sha256_of(file) != expected:
+                raise corrupt(folder, name, "has changed since it was written")
         return manifest.checkpoint, folder
 
     def list(self, run_id: str | None = None) -> list[CheckpointInfo]:
@@ -263,6 +246,17 @@ class Checkpoints:
                 raise _not_found(location)
             self._remove(location)
 
+    def delete_all(self, paths: Sequence[str]) -> Sequence[str]:
+        """Those that were there and are deleted; one that cannot be is logged, and stays."""
+        gone = []
+        for path in paths:
+            done = attempt(self.delete, path)
+            if done is None:
+                gone.append(path)
+            elif not isinstance(done, CheckpointNotFoundError):
+                logger.warning("not deleted: %s", done)
+        return gone
+
     def set_ttl(self, path: str, ttl_seconds: int | None) -> CheckpointInfo:
         """Counts from now; None keeps it for ever."""
         with storage_errors(f"setting the lifetime of {path}"), self._changing:
@@ -270,14 +264,14 @@ class Checkpoints:
             expires_at = _expiry(self._now(), ttl_seconds)
             lifetime = {"ttl_seconds": ttl_seconds, "expires_at": expires_at}
             info = manifest.checkpoint.model_copy(update=lifetime)
-            _write_manifest(manifest.folder, manifest.model_copy(update={"checkpoint": info}))
+            write_manifest(manifest.folder, manifest.model_copy(update={"checkpoint": info}))
         return info
 
     def sweep(self) -> None:
         """Deletes what has expired, and what a process that died left half written."""
         self.list()
         for draft in {*self.root.glob(f"*/*/{DRAFT}*")} - self._drafts.keys():
-            sweep_draft(draft)
+            self.freed_bytes += sweep_draft(draft)
 
     def _folder(self, location: Location) -> Path:
         return self.root / location.run_id / location.group / location.name
@@ -292,10 +286,11 @@ class Checkpoints:
             folder = self._existing(location)
             if folder is None:
                 return None
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
             expires_at = manifest.checkpoint.expires_at
             if expires_at is not None and expires_at <= self._now():
                 self._remove(location)
+                self.freed_bytes += manifest.checkpoint.size_bytes
                 return None
             return manifest
 
@@ -334,29 +329,19 @@ def _swap(draft: Path, place: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _expiry(start: datetime, ttl_seconds: int | None) -> datetime | None:
     return None if ttl_seconds is None else start + timedelta(seconds=ttl_seconds)
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    draft = folder / f".{MANIFEST}"
-    draft.write_text(manifest.model_dump_json(indent=1, exclude={"checkpoint": {"folder"}}))
-    flush(draft)
-    draft.rename(folder / MANIFEST)
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise _corrupt(folder, MANIFEST, f"cannot be read ({type(error).__name__})") from error
-    info = manifest.checkpoint.model_copy(update={"folder": str(folder)})
-    return manifest.model_copy(update={"checkpoint": info})
+def _of_folder(path: str) -> Manifest:
+    folder = Path(path).expanduser().absolute()
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} has no {MANIFEST}.",
+            field="path",
+            hint="Give a weaver:// path, or a folder that save_state wrote; import others.",
+        )
+    return read_manifest(folder)
 
 
 def _not_found(location: Location) -> CheckpointNotFoundError:
@@ -364,15 +349,6 @@ def _not_found(location: Location) -> CheckpointNotFoundError:
         f"there is no checkpoint {location}.",
         field="path",
         hint="See list_checkpoints(). A sampler without a name ends with its session.",
-    )
-
-
-def _corrupt(folder: Path, file: str, what: str) -> CheckpointCorruptError:
-    """Its folder's place on this machine is not for everybody who may load it."""
-    return CheckpointCorruptError(
-        f"{file} in {folder.name} {what}.",
-        field="path",
-        hint="Load another checkpoint; delete this one.",
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from anyio import CapacityLimiter
 
 from weaver.errors import NotFoundError
-from weaver.protocol import Export, ExportedFile
+from weaver.exchange import Export, ExportedFile
 from weaver.server.card import write_card
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.server.checkpoints import Checkpoints, Manifest
+    from weaver.server.checkpoints import Checkpoints
+    from weaver.server.manifest import Manifest
     from weaver.types import JsonDict
 
 INTERNAL = frozenset({"weaver_state.json", "optimizer.safetensors"})
@@ -93,6 +94,12 @@ class Exports:
         for info in merged:
             if info.path not in kept:
                 self.merged.delete(info.path)
+                self.merged.freed_bytes += info.size_bytes
+
+    @property
+    def freed_bytes(self) -> int:
+        """Of merged models that have gone, since this began."""
+        return self.merged.freed_bytes
 
     def _merge(
         self, manifest: Manifest, *, metadata: JsonDict, metrics: Mapping[str, float]

@@ -17,6 +17,7 @@ from weaver import errors, protocol, wire
 from weaver.boundary import attempt, attempt_async
 from weaver.checks import check_datums
 from weaver.errors import WeaverError
+from weaver.names import check_name
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
 from weaver.server.registry import Access, no_run
@@ -275,7 +276,7 @@ def _check(submission: protocol.Submission, run: Run | None) -> None:
                 model=run.model,
             )
         case protocol.SaveCheckpoint(name=str(name)):
-            protocol.check_name(name)
+            check_name(name)
         case protocol.LoadCheckpoint(path=path) if path.startswith(SCHEME):
             Location.parse(path)
         case protocol.OpenSampler(base_model=None, model_path=None):

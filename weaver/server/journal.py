@@ -236,6 +236,10 @@ class Journal:
         rows = await self.writer.read(tables.RECORD.where(tables.runs.c.run_id == run_id))
         return next(map(records.RunRecord.of, rows), None)
 
+    async def put_owner(self, run_id: str, project: str) -> None:
+        """Whose checkpoints are that no run has written."""
+        await self.writer.change(tables.owners.insert().values(run_id=run_id, project=project))
+
     async def owners(self) -> Mapping[str, str]:
         """The project of each run, of deleted ones too: their checkpoints may remain."""
         rows = await self.writer.read(sa.select(tables.owners))

@@ -200,7 +200,7 @@ class Operations:
         done = await blocking(partial(disk.written, info, author=author, overwrite=overwrite))
         if done is not None:
             return done
-        await blocking(self._check_stored, ticket.session.caller.project)
+        await blocking(self.check_stored, ticket.session.caller.project)
         fill = await self.engine.save(info.run_id, include_optimizer=optimizer)
         if info.training_mode == "full_ft":  # a whole model
             origin = await blocking(self.engine.origin, info.base_model)
@@ -209,8 +209,11 @@ class Operations:
             fill = partial(_both, fill, card)
         return await blocking(partial(disk.write, info, fill, author=author, overwrite=overwrite))
 
-    def _check_stored(self, project: str) -> None:
-        """Raises QuotaExceededError. Snapshots do not count: they are the server's own."""
+    def check_stored(self, project: str, more: int = 0) -> None:
+        """Raises QuotaExceededError: there is no room for `more` bytes, or one.
+
+        Snapshots do not count: they are the server's own.
+        """
         if self.limits.stored_bytes is None:
             return
         stored = 0
@@ -219,7 +222,7 @@ class Operations:
                 unnamed = self.kept_samplers.list(run_id) if self.kept_samplers else []
                 kept = [info for info in unnamed if info.kind == "sampler"]
                 stored += sum(info.size_bytes for info in (*self.checkpoints.list(run_id), *kept))
-        self.limits.check_stored(stored)
+        self.limits.check_stored(stored + max(0, more - 1))
 
     async def _load(
         self, run: Run, operation: protocol.LoadCheckpoint

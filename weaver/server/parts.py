@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weaver.server.checkpoints import Checkpoints
     from weaver.server.executor import Executor
     from weaver.server.exports import Exports
+    from weaver.server.imports import Imports
     from weaver.server.intake import Intake
     from weaver.server.journal import Journal
     from weaver.server.registry import Registry
@@ -33,6 +34,7 @@ class Parts:
     live: Checkpoints
     """Snapshots of runs, and samplers without a name."""
     exports: Exports
+    imports: Imports
     executor: Executor
     intake: Intake
     registry: Registry

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.server.checkpoints import Checkpoints, Manifest
+    from weaver.server.checkpoints import Checkpoints
     from weaver.server.journal import Journal
+    from weaver.server.manifest import Manifest
     from weaver.server.records import Executed, RunRecord
     from weaver.server.runs import Run
     from weaver.server.settings import Durability

@@ -83,7 +83,7 @@ class Access:
             raise CheckpointNotFoundError(
                 f"{path[:200]!r} is not on this server.",
                 field="path",
-                hint="Folders are not opened over the network; use a weaver:// path.",
+                hint="Folders are not opened over the network; use a weaver:// path, or import it.",
             )
         if not self.has_run(path.removeprefix(SCHEME).partition("/")[0]):
             raise CheckpointNotFoundError(

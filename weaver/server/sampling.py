@@ -20,7 +20,8 @@ from weaver.boundary import attempt, attempt_async, blocking
 from weaver.checks import check_targets, check_tokens, check_top
 from weaver.engine.base import SampleJob, WeightsRef
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
-from weaver.server.checkpoints import MANIFEST, SCHEME
+from weaver.server.checkpoints import SCHEME
+from weaver.server.manifest import MANIFEST
 from weaver.types import ModelInput
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ tasks, leaving ends them. It closes neither the engine nor the store; who made t
 
 from __future__ import annotations
 
+import logging
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from weaver.server.activity import Activity
 from weaver.server.checkpoints import Checkpoints, now_utc
 from weaver.server.executor import Executor
 from weaver.server.exports import Exports
+from weaver.server.imports import Imports
 from weaver.server.intake import Intake
 from weaver.server.journal import Journal
 from weaver.server.keys import OWNER
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from weaver.engine.base import Engine
+
+
+logger = logging.getLogger(__name__)
 
 
 class LocalService:
@@ -116,6 +121,13 @@ class LocalService:
             checkpoints=checkpoints,
             live=live,
             exports=Exports(engine=engine, checkpoints=checkpoints, merged=merged),
+            imports=Imports(
+                engine=engine,
+                checkpoints=checkpoints,
+                root=home / "imports",
+                limits=limits,
+                check_stored=self._operations.check_stored,
+            ),
             executor=executor,
             intake=intake,
             registry=registry,
@@ -199,9 +211,14 @@ class LocalService:
 
     async def _sweep(self) -> None:
         parts = self._parts
+        disks = parts.checkpoints, parts.live, parts.exports, parts.imports
         while True:
-            for disk in (parts.checkpoints, parts.live, parts.exports):
+            for disk in disks:
                 await to_thread.run_sync(attempt, disk.sweep, abandon_on_cancel=True)
+            told, freed = parts.activity.freed_bytes, sum(disk.freed_bytes for disk in disks)
+            if freed > told:
+                logger.info("%d bytes freed of what expired or was left half written", freed - told)
+            parts.activity.freed_bytes = freed
             await anyio.sleep(min(self._sweep_every_s, parts.limits.session_timeout_s / 2))
             await parts.intake.close_silent()
             await parts.executor.settle()  # what could not be journaled before

@@ -79,6 +79,11 @@ class Limits:
         least=0,
     )
     """Merged exports have a bound of their own, for all projects together."""
+    import_bytes: int | None = setting(
+        2**36, "Bytes of the files of one import.", name="max_import_bytes", least=2**20
+    )
+    imports: int | None = 8
+    """Of a project that have begun and are no checkpoints yet."""
     session_timeout_s: float = setting(
         math.inf,
         "Seconds after which the session of a silent client is closed.",
@@ -152,6 +157,17 @@ class Limits:
         hint = "Delete one, or ask an administrator."
         _check(runs, self.runs, QuotaExceededError, words, hint, more=1)
 
+    def check_import(self, size_bytes: int) -> None:
+        """Raises TooLargeError."""
+        words = "the import has {} bytes, the limit is {}."
+        _check(size_bytes, self.import_bytes, TooLargeError, words, "Import a smaller model.")
+
+    def check_imports(self, imports: int) -> None:
+        """Raises QuotaExceededError: there is no room for another one."""
+        words = "the project has begun {} imports, the limit is {}."
+        hint = "End one; those of silent clients are forgotten after an hour."
+        _check(imports, self.imports, QuotaExceededError, words, hint, more=1)
+
     def check_stored(self, stored_bytes: int) -> None:
         """Raises QuotaExceededError: there is no room for another checkpoint."""
         words = "the project's checkpoints have {} bytes, the limit is {}."
@@ -184,6 +200,8 @@ EMBEDDED = Limits(
     sessions=None,
     metric_points=None,
     metric_names=None,
+    import_bytes=None,
+    imports=None,
 )
 """Those of the engine in a user's own process."""
 

@@ -15,6 +15,7 @@ from weaver import types
 from weaver.boundary import blocking
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
+from weaver.server.imports import run_of
 from weaver.server.records import SessionRecord
 from weaver.server.registry import Access, no_run
 from weaver.server.runs import Run
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
-    from weaver.protocol import Export, Outcome, SessionState, Submission
+    from weaver.exchange import Export, Import, Selection
+    from weaver.protocol import Outcome, SessionState, Submission
     from weaver.server.keys import Caller
     from weaver.server.parts import Parts
     from weaver.server.streams import SampleStream
@@ -246,13 +248,27 @@ class View:
 
     async def get_checkpoint(self, path: str) -> types.CheckpointInfo:
         self._access.check_path(path)
-        return self._shown(await self._disk(self.parts.checkpoints.get, path))
+        return self._shown(await self._disk(self.parts.checkpoints.look_up, path))
 
     async def delete_checkpoint(self, path: str, *, key: str | None = None) -> None:
         async with self._once(key):
             self._access.check_path(path)
             await self._disk(self.parts.checkpoints.delete, path)
             self.parts.executor.release([path])
+
+    async def delete_checkpoints(
+        self, which: Selection, *, dry_run: bool = False
+    ) -> Sequence[types.CheckpointInfo]:
+        """One that cannot be deleted is logged, and is not in the answer."""
+        which.check()
+        now = self.parts.now()
+        known = await self.list_checkpoints(which.run_id)
+        chosen = [info for info in known if which.fits(info, now=now)]
+        if dry_run:
+            return chosen
+        gone = await self._disk(self.parts.checkpoints.delete_all, [one.path for one in chosen])
+        self.parts.executor.release(gone)
+        return [info for info in chosen if info.path in gone]
 
     async def set_checkpoint_ttl(
         self, path: str, ttl_seconds: int | None, *, key: str | None = None
@@ -286,6 +302,26 @@ class View:
         self._access.check_path(path)
         read = partial(self.parts.exports.read, path, name, merge=merge, offset=offset)
         return await self._disk(read)
+
+    async def put_import(self, import_id: str, name: str, data: bytes, *, offset: int) -> None:
+        put = partial(self.parts.imports.put, self._caller.project, import_id, name, data)
+        await self._disk(partial(put, offset=offset))
+
+    async def import_checkpoint(self, import_id: str, what: Import) -> types.CheckpointInfo:
+        """Its owner is written down first, so that nobody else sees it in between."""
+        parts, project, run_id = self.parts, self._caller.project, run_of(import_id)
+        if run_id not in parts.registry.owners:
+            parts.imports.find(project, import_id)
+            parts.registry.owners[run_id] = project
+            await parts.store.put_owner(run_id, project)
+        self._access.check_run(run_id)
+        if what.base_model is not None:
+            await self.get_model(what.base_model)
+        finish = partial(parts.imports.finish, project, import_id, what)
+        return self._shown(await self._disk(finish, limiter=parts.exports.merging))
+
+    async def drop_import(self, import_id: str) -> None:
+        await self._disk(self.parts.imports.drop, self._caller.project, import_id)
 
     # --- requests that may come again -----------------------------------------------------------
     # A key has at most 64 characters, and one request at a time.

@@ -14,7 +14,7 @@ from tests.contracts.caller import FORWARD, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import ADDRESS, over_socket, running, serving
 from weaver import AsyncServiceClient, Datum, wire
-from weaver.client import http
+from weaver.client import http, outage
 from weaver.client.http import HttpService
 from weaver.errors import (
     GradientsDiscardedError,
@@ -40,8 +40,8 @@ STOPPING = {"error": {"code": "connection_failed", "message": "stopping.", "requ
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(http, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE_S", 0.01)
     monkeypatch.setattr(http, "FIRST_CONTACT_S", 0.05)
 
 

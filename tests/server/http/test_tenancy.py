@@ -19,6 +19,7 @@ from weaver.errors import (
     RunNotFoundError,
     ServiceConnectionError,
 )
+from weaver.exchange import Selection
 from weaver.protocol import (
     CreateModel,
     GradientsDone,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from tests.server.http.helpers import Server
     from weaver.client.http import HttpService
-    from weaver.protocol import Operation
+from weaver.protocol import Operation
 
 pytestmark = pytest.mark.anyio
 SHORT = SamplingParams(max_tokens=2)
@@ -147,6 +148,10 @@ async def test_a_project_sees_nothing_of_another(server: Server) -> None:
         ):
             with pytest.raises(RunNotFoundError):
                 await missing()
+        everything = Selection(pattern="*")
+        assert await bob.delete_checkpoints(everything) == []
+        with pytest.raises(RunNotFoundError):
+            await bob.delete_checkpoints(Selection(run_id=run))
         for lost in (
             lambda: bob.get_checkpoint(path),
             lambda: bob.delete_checkpoint(path),

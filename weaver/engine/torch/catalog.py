@@ -27,14 +27,13 @@ from weaver.boundary import converting
 from weaver.engine.sources import Load, ModelSource
 from weaver.engine.torch.grammars import Grammars
 from weaver.engine.torch.lora import Target, find_targets, has_fused_experts
+from weaver.engine.torch.origins import origin_of
 from weaver.threads import out_at_exit
 from weaver.tokenizers import end_tokens
 from weaver.types import Message, ModelInfo
 
 NANO = Path(__file__).parents[2] / "models" / "nano"
 HUB_ID = r"[\w.-]+/[\w.-]+"
-CACHED = re.compile(r"/models--((?:(?!--)[\w.-])+)--([\w.-]+)/snapshots/[^/]+/?$")
-"""A folder of the hub's cache: `.../models--owner--name/snapshots/0123abc`."""
 HINT = "Choose a decoder-only model with plain causal attention, such as Llama or Qwen3."
 HUB_TIMEOUT_S = 0.8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -69,13 +68,8 @@ class ModelFacts:
 
     @property
     def origin(self) -> str:
-        """Where others find it, as adapters and model cards say: an id of the hub, of what lies in
-        its cache, too, or a whole path."""
-        folder = Path(self.source)
-        if not folder.is_dir():
-            return self.source
-        cached = CACHED.search(folder.absolute().as_posix())
-        return f"{cached[1]}/{cached[2]}" if cached else str(folder.absolute())
+        """Where others find it, as adapters and model cards say."""
+        return origin_of(self.source)
 
     @property
     def tokenizer(self) -> Any:
@@ -189,6 +183,13 @@ class Catalog:
                 facts = _read_facts(name, source, config=config)
                 self._facts[name] = facts if context is None else _cut(facts, context)
         return self._facts[name]
+
+    def name_of(self, origin: str) -> str:
+        """What a model is called here that is found there; `origin` itself where nothing is."""
+        if origin in self._sources:
+            return origin
+        places = ((name, str(source.place)) for name, source in self._sources.items())
+        return next((n for n, place in places if origin in (place, origin_of(place))), origin)
 
     def _source(self, name: str) -> str:
         if name in self._sources:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from weaver.config import EngineSettings
-from weaver.engine.base import WeightsRef
+from weaver.engine.base import ImportedWeights, WeightsRef
 from weaver.engine.sources import ModelSource
 from weaver.engine.threaded import ThreadedEngine
 from weaver.engine.torch.budget import Budget
@@ -25,6 +25,7 @@ from weaver.engine.torch.device import (
     size_text,
     threads_text,
 )
+from weaver.engine.torch.importing import import_weights
 from weaver.engine.torch.memory import Plan, Recompute
 from weaver.engine.torch.merging import merge_adapter
 from weaver.engine.torch.model_store import ModelStore
@@ -242,6 +243,13 @@ class TorchEngine(ThreadedEngine):
 
     def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
         merge_adapter(self.facts(base_model), adapter, folder)
+
+    def import_weights(
+        self, source: Path, folder: Path, *, base_model: str | None
+    ) -> ImportedWeights:
+        return import_weights(
+            self._catalog, source, folder, base_model=base_model, quantize=self.quantize
+        )
 
     async def publish(self, weights_id: str, ref: WeightsRef) -> int:
         """What is wrong with a base model is said when its weights are opened."""

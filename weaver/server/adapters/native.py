@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 from starlette.routing import request_response
 
-from weaver import errors, fields, protocol, types, wire
+from weaver import errors, exchange, fields, protocol, types, wire
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream, Turns
@@ -54,6 +54,13 @@ class Accepted(types.Value):
 class Poll(types.Value):
     after: int = Field(0, ge=0, le=2**63)
     timeout: float = Field(0.0, ge=0, le=protocol.LONGEST_POLL_S)
+
+
+class Piece(types.Value):
+    """Where the bytes of a body belong."""
+
+    name: str
+    offset: int = Field(0, ge=0, lt=2**63)
 
 
 Name = Annotated[str, Query(min_length=1, max_length=1024)]
@@ -109,6 +116,11 @@ SESSION_ID = {"name": "session_id", "in": "path", "required": True, "schema": {"
 POLL = [
     {"name": name, "in": "query", "schema": schema}
     for name, schema in Poll.model_json_schema()["properties"].items()
+]
+PUT_IMPORT = [
+    {"name": "import_id", "in": "path", "required": True, "schema": {"type": "string"}},
+    {"name": "name", "in": "query", "required": True, "schema": {"type": "string"}},
+    {"name": "offset", "in": "query", "schema": {"type": "integer", "minimum": 0}},
 ]
 
 
@@ -280,6 +292,14 @@ async def delete_checkpoint(path: Path, service: ServiceDep, key: ResendKey) -> 
     await service.delete_checkpoint(path, key=key)
 
 
+@router.post("/checkpoints/delete")
+async def delete_checkpoints(
+    body: exchange.Selection, service: ServiceDep, key: ResendKey, dry_run: bool = False
+) -> Sequence[types.CheckpointInfo]:
+    """A resend deletes what is left, and answers that."""
+    return await service.delete_checkpoints(body, dry_run=dry_run)
+
+
 @router.put("/checkpoints/ttl")
 async def set_checkpoint_ttl(
     path: Path, body: TtlRequest, service: ServiceDep, key: ResendKey
@@ -287,10 +307,39 @@ async def set_checkpoint_ttl(
     return await service.set_checkpoint_ttl(path, body.ttl_seconds, key=key)
 
 
+@direct.put(
+    "/imports/{import_id}",
+    status_code=204,
+    openapi_extra={"parameters": PUT_IMPORT, "requestBody": {**FILE, "required": True}},
+)
+async def put_import(request: Request) -> Response:
+    """A piece of a file, at most 4 MiB of it."""
+    where = Piece(**request.query_params)
+    data = await request.body()
+    if len(data) > exchange.IMPORT_PIECE_BYTES:
+        limit = exchange.IMPORT_PIECE_BYTES
+        raise errors.TooLargeError(f"the piece has {len(data)} bytes, the limit is {limit}.")
+    service, import_id = request.state.service, request.path_params["import_id"]
+    await service.put_import(import_id, where.name, data, offset=where.offset)
+    return Response(status_code=204)
+
+
+@router.post("/imports/{import_id}")
+async def import_checkpoint(
+    import_id: str, body: exchange.Import, service: ServiceDep, key: ResendKey
+) -> types.CheckpointInfo:
+    return await service.import_checkpoint(import_id, body)
+
+
+@router.delete("/imports/{import_id}", status_code=204)
+async def drop_import(import_id: str, service: ServiceDep) -> None:
+    await service.drop_import(import_id)
+
+
 @router.get("/checkpoints/export")
 async def export_checkpoint(
     path: Path, service: ServiceDep, merge: bool = False
-) -> protocol.Export:
+) -> exchange.Export:
     export = await service.export_checkpoint(path, merge=merge)
     return export.model_copy(update={"folder": None})
 

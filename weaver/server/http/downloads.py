@@ -15,7 +15,7 @@ from fastapi.responses import FileResponse
 from weaver.errors import NotFoundError, PermissionDeniedError
 
 if TYPE_CHECKING:
-    from weaver.protocol import Export
+    from weaver.exchange import Export
     from weaver.server.view import View
 
 URL_LIFE_S = 900

@@ -140,6 +140,10 @@ class ServerMetrics(registry.Collector):
         yield pending
         held = "About, of operations and outcomes until they are collected."
         yield prometheus.GaugeMetricFamily("weaver_pending_bytes", held, value=activity.held_bytes)
+        freed = "Of checkpoints, exports and imports that expired, and what was left half written."
+        yield prometheus.CounterMetricFamily(
+            "weaver_swept_bytes", freed, value=activity.freed_bytes
+        )
         unsaved = "About, of gradient passes that no snapshot holds."
         yield prometheus.GaugeMetricFamily(
             "weaver_journaled_bytes", unsaved, value=activity.unsaved_bytes

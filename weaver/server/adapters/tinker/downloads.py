@@ -24,7 +24,7 @@ from weaver.types import JsonDict
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from weaver.protocol import Export
+    from weaver.exchange import Export
 
 FILES = f"{PREFIX}/weights_files/"
 """Below which addresses are secrets, and need no key."""
