@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pydantic
@@ -29,7 +29,7 @@ TOOL: Any = {
 
 class Verdict(pydantic.BaseModel):
     sure: bool
-    digits: list[int] = pydantic.Field(max_length=2)
+    digits: list[Literal[1, 2, 3]] = pydantic.Field(max_length=2)
 
 
 def main(base_model: str, run: str, tools_model: str) -> None:
@@ -94,17 +94,21 @@ def samples(client: openai.OpenAI, model: str) -> None:
 def shifted(client: openai.OpenAI, model: str) -> None:
     """A bias decides, and penalties for what was said keep it from being said again."""
     given = {"model": model, "prompt": "ab", "max_tokens": 6, "temperature": 0}
-    forced = client.completions.create(**given, logit_bias={str(ord("x")): 100})
+    ids = {
+        letter: client.post("/tokenize", cast_to=object, body={"model": model, "prompt": letter})
+        for letter in "xy"
+    }
+    x, y = (str(told["tokens"][-1]) for told in ids.values())
+    forced = client.completions.create(**given, logit_bias={x: 100})
     assert forced.choices[0].text == "xxxxxx"
-    both = {str(ord(letter)): 100 - i for i, letter in enumerate("xy")}
-    varied = client.completions.create(**given, logit_bias=both, frequency_penalty=2)
+    varied = client.completions.create(**given, logit_bias={x: 100, y: 99}, frequency_penalty=2)
     assert "y" in varied.choices[0].text
     assert set(varied.choices[0].text) == {"x", "y"}
 
 
 def formed(client: openai.OpenAI, model: str) -> None:
     """Texts of a schema, as the client's own helper asks for them and reads them."""
-    given = {"model": model, "messages": CHAT, "max_tokens": 100, "seed": 5}
+    given = {"model": model, "messages": CHAT, "max_tokens": 300, "seed": 5}
     read = client.chat.completions.parse(**given, response_format=Verdict)
     assert isinstance(read.choices[0].message.parsed, Verdict)
     text = client.chat.completions.create(**given, extra_body={"guided_choice": ["a b", "c"]})
