@@ -317,6 +317,12 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("completions", {**ABC, "seed": -1}, 422, "seed"),
     ("completions", {**ABC, "best_of": 3}, 422, "best_of"),
     ("completions", {**ABC, "echo": True, "stream": True}, 422, "echo"),
+    (
+        "completions",
+        {"prompt": ["a" * 1024] * 64, "echo": True, "logprobs": 16, "max_tokens": 0},
+        413,
+        "echo",
+    ),
     ("completions", {**ABC, "max_tokens": 0}, 422, "max_tokens"),
     ("completions", {**ABC, "logprobs": 21}, 400, "logprobs"),
     ("completions", {**ABC, "logprobs": -1}, 400, "logprobs"),

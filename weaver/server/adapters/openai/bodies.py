@@ -22,6 +22,8 @@ COMPLETION_TOKENS = 16
 """Those of a completion whose request does not say."""
 MOST_TOP = 20
 """Likeliest tokens at each place."""
+MOST_ECHOED = 2**20
+"""Log-probabilities of prompts in one answer, all together; each takes some 50 bytes of it."""
 NOTHING = types.SampledSequence(
     tokens=(), text="", logprobs=(), sampling_logprobs=(), stop_reason="length"
 )

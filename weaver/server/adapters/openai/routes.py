@@ -116,6 +116,8 @@ async def complete(request: Request, caller: CallerDep) -> Response:
         await caller.service.encode(base_model, one) if isinstance(one, str) else list(one)
         for one in body.prompts
     ]
+    if body.echo:
+        _check_echo(body, sum(map(len, prompts)))
     return await _answer(
         request,
         caller,
@@ -127,6 +129,18 @@ async def complete(request: Request, caller: CallerDep) -> Response:
         top=body.logprobs,
         echo=body.prompts if body.echo else (),
     )
+
+
+def _check_echo(body: bodies.CompletionBody, tokens: int) -> None:
+    """Raises UnsupportedError, TooLargeError: so many tokens of prompts are not repeated."""
+    if body.stream:
+        raise errors.UnsupportedError("is not streamed.", field="echo", hint="Leave stream off.")
+    if body.logprobs is not None and tokens * (1 + body.logprobs) > bodies.MOST_ECHOED:
+        raise errors.TooLargeError(
+            f"would tell more than {bodies.MOST_ECHOED} log-probabilities.",
+            field="echo",
+            hint="Send fewer prompts at a time.",
+        )
 
 
 @router.post("/chat/completions")
@@ -177,8 +191,6 @@ async def _answer(
         raise errors.UnsupportedError(
             "has several prompts for one stream.", field="prompt", hint="Send one at a time."
         )
-    if body.stream and echo:
-        raise errors.UnsupportedError("is not streamed.", field="echo", hint="Leave stream off.")
     scored_alone = bool(echo) and max_tokens == 0
     if max_tokens is None or scored_alone:
         max_tokens = max(model.context_length - max(map(len, prompts)), 1)
