@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook tinker-methods
-.PHONY: bench gpu clean
+.PHONY: test-cluster bench gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-clients  the published clients of other projects at our server"
 	@echo "make test-cookbook  all recipes of tinker-cookbook at our server, for minutes"
 	@echo "make tinker-methods  write the table of docs/tinker.md anew"
+	@echo "make test-cluster  the sampler's contract over vLLM, in an environment of its own"
 	@echo "make proto      compile tinker.proto, after it was changed"
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make lock       resolve all dependencies anew into constraints.txt"
@@ -113,6 +114,14 @@ test-cookbook: $(CLIENTS)
 tinker-methods: $(CLIENTS)
 	$(BIN)/python -m tests.clients.methods
 
+# Made by the command that users have, and mended where its versions changed.
+.venv-sampler/.installed: weaver/engine/cluster/sampler_env.py .venv/.installed-dev
+	$(BIN)/weaver cluster install-sampler --folder .venv-sampler
+	@touch $@
+
+test-cluster: .venv/.installed-dev .venv-sampler/.installed
+	$(BIN)/python -m pytest -m slow --timeout 1200 tests/contracts/test_sampler.py
+
 # Against peers, each in an environment of its own, then the service's own; ARGS="--only ..." chooses.
 bench: .venv/.installed-dev
 	$(BIN)/python -m tests.benchmarks.peers.run $(ARGS)
@@ -125,4 +134,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-lock .venv-proto .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -133,6 +133,25 @@ class EngineSettings:
         "need be.",
     )
     deterministic: bool = setting(False, "No result depends on what else runs.")
+    sampler: Literal["torch", "vllm"] = setting(
+        "torch",
+        "What samples: torch, where it trains, or vllm, in processes with an environment of their "
+        "own.",
+    )
+    sampler_env: str | None = setting(
+        None,
+        "The folder of that environment, if not sampler-env in the home; `weaver cluster "
+        "install-sampler` makes it.",
+    )
+    sampler_workers: int = setting(
+        1, "Processes of vLLM for each base model that is used.", least=1
+    )
+    sampler_devices: str = setting(
+        "", "CUDA devices of vLLM, with commas between, and a process for each: 1,2,3."
+    )
+    sampler_max_rank: int = setting(
+        64, "The largest rank of adapters that vLLM samples; it costs all the time of it.", least=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

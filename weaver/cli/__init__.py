@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import checkpoints, doctor, models, runs, serve
+from weaver.cli import checkpoints, cluster, doctor, models, runs, serve
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("sample")(models.sample)
 app.command("chat")(models.chat)
 app.add_typer(serve.keys, name="keys")
 app.add_typer(models.app, name="models")
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.runs, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
 

@@ -40,6 +40,8 @@ def doctor(
         _say("api key", "set" if settings.api_key else "not set")
         with _checking("home", faults):  # a server's client keeps tokenizers there
             _check_home(settings.home)
+        with _checking("sampler", faults):
+            _check_sampler(settings)
         if settings.base_url is None:  # a server has a device and memory of its own
             _check_embedded(settings, model, faults)
     if not faults:  # what does not fit might take the machine down
@@ -111,6 +113,25 @@ def _check_home(home: Path) -> None:
             hint="Choose a folder of yours with WEAVER_HOME.",
         ) from None
     _say("home", f"{home}, which can be written to")
+
+
+def _check_sampler(settings: Settings) -> None:
+    """The environment of vLLM's workers: whether it is right, where it is there or asked for."""
+    from weaver.engine.cluster.sampler_env import (
+        check_environment,
+        environment_of,
+        python_of,
+        wanted_here,
+    )
+
+    folder, wanted = environment_of(settings), wanted_here()
+    if settings.sampler == "vllm" or python_of(folder).exists():
+        check_environment(folder, wanted)
+        versions = ", ".join(f"{name} {version}" for name, version in wanted.items())
+        used = "" if settings.sampler == "vllm" else ", not used: WEAVER_SAMPLER is torch"
+        _say("sampler", f"{versions} in {folder}{used}")
+    else:
+        _say("sampler", "torch; for vLLM: weaver cluster install-sampler")
 
 
 def _check_embedded(settings: Settings, model: str, faults: list[str]) -> None:

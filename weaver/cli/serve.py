@@ -102,14 +102,14 @@ def serve(config: Config = None, **given: Any) -> None:
     import anyio
 
     with requiring("the server", "server,engine"):
+        from weaver.engine.local import open_engine
         from weaver.engine.torch.device import size_text
-        from weaver.engine.torch.engine import TorchEngine
         from weaver.server.http.telemetry import configure_logs
         from weaver.server.serve import run_server
     settings = changed(DEFAULTS, given)
     configure_logs(as_json=settings.log_json)
     models = parse_models(settings.models or [])
-    engine = TorchEngine.of(settings, models, allow_paths=False)
+    engine = open_engine(settings, models, allow_paths=False)
     with closing(engine):
         print(f"computing with {engine.description}", file=sys.stderr)
         for model in engine.prepare():

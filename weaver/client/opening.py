@@ -65,5 +65,5 @@ async def _embedded(settings: Settings) -> AsyncIterator[protocol.Service]:
 
 def _torch_engine(settings: Settings) -> Engine:
     with errors.requiring("the embedded engine", "engine"):
-        from weaver.engine.torch.engine import TorchEngine
-    return TorchEngine.of(settings)
+        from weaver.engine.local import open_engine
+    return open_engine(settings)

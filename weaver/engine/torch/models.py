@@ -64,6 +64,15 @@ class Head:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
+def first_ends(*settings: Any) -> frozenset[int]:
+    """The tokens that end a sequence, of the first of transformers' settings that has some."""
+    for one in settings:
+        eos = getattr(one, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()
+
+
 class LoadedModel:
     """A model on one device: frozen and shared with adapters, or trainable and owned by one run.
 
@@ -101,11 +110,7 @@ class LoadedModel:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence: of the generation settings, else of the configuration."""
-        for config in (self.module.generation_config, self.facts.config):
-            eos = getattr(config, "eos_token_id", None)
-            if eos is not None:
-                return frozenset([eos] if isinstance(eos, int) else eos)
-        return frozenset()
+        return first_ends(self.module.generation_config, self.facts.config)
 
     def new_cache(self) -> KVCache[Any, Any, Any]:
         """An empty one."""

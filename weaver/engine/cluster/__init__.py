@@ -1,0 +1,1 @@
+"""Beyond one process: samplers of vLLM in environments of their own, behind `Sampler`."""
