@@ -72,12 +72,12 @@ async def operations(address: str, pid: int, pairs: int) -> tuple[list[float], f
         caller = await Caller.open(service)
         run = await caller.create()
         spent = []
-        cpu = time.process_time(), _cpu_seconds(pid)
+        cpu = time.process_time(), cpu_seconds(pid)
         for operation in (GRADIENT, STEP) * pairs:
             start = time.perf_counter()
             await caller.result(await caller.start(operation, run))
             spent.append(time.perf_counter() - start)
-        cpu = time.process_time() - cpu[0], _cpu_seconds(pid) - cpu[1]
+        cpu = time.process_time() - cpu[0], cpu_seconds(pid) - cpu[1]
         return spent, cpu[0] / len(spent), cpu[1] / len(spent)
 
 
@@ -142,7 +142,7 @@ async def uploads(address: str, times: int) -> tuple[list[float], list[float], f
     return encoding, sending, size / (16 * 4096)
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
@@ -168,7 +168,7 @@ def figures(smoke: bool) -> Iterator[Figure]:
         yield Figure("16 x 4096 tokens: encoded", encoded_ms, "ms", at_most=60)
         yield Figure("16 x 4096 tokens: until acknowledged", sent_ms, "ms")
         yield Figure("16 x 4096 tokens: a token", (size,), "bytes", at_most=8)
-        before = _cpu_seconds(pid)
+        before = cpu_seconds(pid)
         time.sleep(idle_s)
-        share = 100 * (_cpu_seconds(pid) - before) / idle_s
+        share = 100 * (cpu_seconds(pid) - before) / idle_s
         yield Figure("idle: of a core", (share,), "%", at_most=1)
