@@ -127,6 +127,9 @@ class EngineSettings:
     tokens_per_pass: int = setting(
         0, "Tokens that go through the model at once in training; 0 chooses by memory.", least=0
     )
+    head_rows: int = setting(
+        0, "Tokens whose logits are made at once in training; 0 chooses by memory.", least=0
+    )
     recompute: Literal["auto", "off", "all"] = setting(
         "auto",
         "Layers that compute their activations again in training, to save memory; auto: as few as "

@@ -179,6 +179,7 @@ def test_doctor_says_whether_a_model_fits(home: Path, monkeypatch: pytest.Monkey
     said = weaver("doctor")
     assert "272,096 parameters; needs 4.7 MB of " in said and "1.1 MB weights" in said
     assert re.search(r"training +passes of 4,096 tokens in .* 0 of 2 layers recomputed", said)
+    assert re.search(r"base models +.* GB together, or one .*; this one takes 2.2 MB at most", said)
     assert re.search(r"full tuning +4.4 MB for weights.*sequences of up to 1,024 tokens", said)
     assert "answers:" in said
     monkeypatch.setenv("WEAVER_MEMORY_GB", "0.008")
@@ -186,6 +187,11 @@ def test_doctor_says_whether_a_model_fits(home: Path, monkeypatch: pytest.Monkey
     assert re.search(r"free memory +8.0 MB \(as set\)", said)
     assert re.search(r"training +passes of \d+ tokens in .* 2 of 2 layers recomputed", said)
     monkeypatch.delenv("WEAVER_MEMORY_GB")
+    monkeypatch.setenv("WEAVER_MODEL_MEMORY_GB", "0.002")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAILED: base_model: weaver-nano takes 2.2 MB" in result.stdout
+    monkeypatch.delenv("WEAVER_MODEL_MEMORY_GB")
     monkeypatch.setattr("weaver.engine.torch.engine.free_bytes", lambda place: 4_700_000)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1 and "DOES NOT FIT" in result.stdout

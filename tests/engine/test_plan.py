@@ -205,7 +205,9 @@ def test_an_engine_tells_how_long_a_sequence_it_can_train() -> None:
 
 
 def test_settings_reach_the_plan() -> None:
-    settings = Settings(memory_gb=2, tokens_per_pass=7, recompute="all")
+    settings = Settings(memory_gb=2, tokens_per_pass=7, recompute="all", head_rows=5)
     engine = TorchEngine.of(settings)
     plan = engine.plan("weaver-nano", "lora")
     assert (engine.memory, plan.tokens, plan.layers_recomputed([1])) == (2 * 10**9, 7, 2)
+    assert plan.footprint.chunk == 5 * engine.get_model("weaver-nano").vocab_size
+    assert "the head's logits 5 at once" in plan.describe()

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 COMPUTING = {"forward_backward", "optim_step"}
 """Kinds of operations that a replay does again."""
+UNLOAD_S = 1.0
+"""How long taking out an idle run waits for its lane."""
 
 
 @dataclass(slots=True, eq=False)
@@ -147,9 +149,16 @@ class Executor:
         since = time.monotonic() - self._recovery.durability.unload_after_s
         for run in list(self._operations.registry.runs.values()):
             if run.loaded and run.heard_at < since:
-                async with self._worker(run, base_model=run.model.name).turn:
+                turn = self._worker(run, base_model=run.model.name).turn
+                with anyio.move_on_after(UNLOAD_S) as waiting:
+                    await turn.acquire()
+                if waiting.cancelled_caught:  # it may wait for memory: another time
+                    continue
+                try:
                     if not run.lane.busy:
                         await self._unload(run)
+                finally:
+                    turn.release()
 
     async def _unload(self, run: Run) -> None:
         """Unless it could not be brought back."""

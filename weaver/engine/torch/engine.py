@@ -54,6 +54,7 @@ class TorchEngine(ThreadedEngine):
         kv_cache_gb: gigabytes for keys and values of samples; 0 is half of what the model leaves.
         sample_rows: samples that are drawn at once; 0 is 64 on a CPU, else 256.
         tokens_per_pass: in training; 0 chooses by memory.
+        head_rows: tokens whose logits are made at once in training; 0 chooses by memory.
         recompute: layers that compute their activations again, `off`, `all`, or as few as need be.
         deterministic: no result depends on what else runs.
 
@@ -76,6 +77,7 @@ class TorchEngine(ThreadedEngine):
         kv_cache_gb: float = 0,
         sample_rows: int = 0,
         tokens_per_pass: int = 0,
+        head_rows: int = 0,
         recompute: Recompute = "auto",
         deterministic: bool = False,
     ) -> None:
@@ -98,6 +100,7 @@ class TorchEngine(ThreadedEngine):
             self._store,
             deterministic=deterministic,
             tokens_per_pass=tokens_per_pass,
+            head_rows=head_rows,
             recompute=recompute,
         )
         self._sampler = TorchSampler(
@@ -132,6 +135,7 @@ class TorchEngine(ThreadedEngine):
             kv_cache_gb=settings.kv_cache_gb,
             sample_rows=settings.sample_rows,
             tokens_per_pass=settings.tokens_per_pass,
+            head_rows=settings.head_rows,
             recompute=settings.recompute,
             deterministic=settings.deterministic,
         )

@@ -159,7 +159,7 @@ class Footprint:
             window=window,
             windowed=kinds.count("sliding_attention") / layers if window else 0.0,
             vocab_size=facts.info.vocab_size,
-            chunk=max(chunk, LEAST_ROWS * facts.info.vocab_size),
+            chunk=chunk,
         )
 
     def size(self, lengths: Sequence[int], *, recompute: int) -> int:
@@ -214,15 +214,17 @@ class Plan:
 
     def describe(self) -> str:
         """In words, with the numbers that are reckoned with."""
+        head = f"the head's logits {self.footprint.chunk // self.footprint.vocab_size:,} at once"
         if self.budget is None:
-            return f"passes of {self.tokens:,} tokens; what is free is not known here"
+            return f"passes of {self.tokens:,} tokens, {head}; what is free is not known here"
         if not self.longest:
             return "DOES NOT FIT: no memory is left for a pass"
         layers = self.footprint.layers
         usual, most = (self.layers_recomputed([n]) for n in (self.tokens, self.longest))
         return (
             f"passes of {self.tokens:,} tokens in {size_text(self.budget)}, {usual} of {layers} "
-            f"layers recomputed; sequences of up to {self.longest:,} tokens, {most} recomputed"
+            f"layers recomputed, {head}; sequences of up to {self.longest:,} tokens, "
+            f"{most} recomputed"
         )
 
 
@@ -233,11 +235,18 @@ class Planner:
     """
 
     def __init__(
-        self, store: ModelStore, *, tokens: int, recompute: Recompute, deterministic: bool
+        self,
+        store: ModelStore,
+        *,
+        tokens: int,
+        head_rows: int,
+        recompute: Recompute,
+        deterministic: bool,
     ) -> None:
-        """`tokens` of a pass and `recompute` as the user has set them, 0 and `auto` where not."""
+        """What is 0 or `auto` is chosen, see `make_plan`; else it is as the user has set it."""
         self._store = store
         self._tokens = tokens
+        self._head_rows = head_rows
         self._recompute: Recompute = recompute
         self._deterministic = deterministic
         self._plans: dict[tuple[str, TrainingMode, int, int], Plan] = {}
@@ -261,6 +270,7 @@ class Planner:
                 itemsize=dtype.itemsize,
                 device=store.device,
                 tokens=self._tokens,
+                head_rows=self._head_rows,
                 recompute=self._recompute,
                 deterministic=self._deterministic,
             )
@@ -274,19 +284,24 @@ def make_plan(
     itemsize: int,
     device: torch.device,
     tokens: int = 0,
+    head_rows: int = 0,
     recompute: Recompute = "auto",
     deterministic: bool = False,
 ) -> Plan:
     """The plan for `passes` bytes and activations of `itemsize` bytes; None is plenty.
 
     `tokens` of a pass are chosen where 0: as many, in a power of two, as fit without a layer that
-    computes again, but no fewer than `FEWEST_TOKENS` for that.
+    computes again, but no fewer than `FEWEST_TOKENS` for that. So are `head_rows`, whose logits the
+    head makes at once.
     """
     known = passes is not None and device.type != "cpu" and not deterministic
     most, chunk = (MOST_TOKENS, MOST_CHUNK_ELEMENTS) if known else (TOKENS_PER_PASS, CHUNK_ELEMENTS)
     if passes is not None and not deterministic:
         while LOGIT_BYTES * chunk > passes // 8 and chunk > LEAST_ROWS * facts.info.vocab_size:
             chunk //= 2
+    chunk = max(chunk, LEAST_ROWS * facts.info.vocab_size)
+    if head_rows:
+        chunk = head_rows * facts.info.vocab_size
     footprint = Footprint.of(facts, itemsize=itemsize, chunk=chunk)
     longest = None
     if passes is not None:

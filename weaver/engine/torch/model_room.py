@@ -80,6 +80,8 @@ class ModelRoom:
         """Base models that were loaded at some time."""
         self.owned: WeakKeyDictionary[LoadedModel, int] = WeakKeyDictionary()
         """Models that are not shared, and their bytes with what trains them."""
+        self._files: dict[str, int] = {}
+        """Bytes of their weights in files."""
         self._said: set[str] = set()
         """Of whose waiting the log has told."""
 
@@ -175,8 +177,14 @@ class ModelRoom:
         return None
 
     def _is_large(self, facts: ModelFacts) -> bool:
-        size = files_bytes(facts.source)
-        return size is None or size >= AHEAD_BYTES
+        """Whether its files are long, or not all here."""
+        name = facts.info.name
+        if name not in self._files:
+            size = files_bytes(facts.source)
+            if size is None:
+                return True
+            self._files[name] = size
+        return self._files[name] >= AHEAD_BYTES
 
     def _leaving(self, facts: ModelFacts) -> list[str] | None:
         size, owned = self.size(facts), self.owned_bytes

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class TorchTrainer:
     """With `deterministic` a pass holds one job, so that no result depends on the other jobs.
 
-    `tokens_per_pass` and `recompute` are chosen by `make_plan` where 0 and `auto`.
+    `tokens_per_pass`, `head_rows` and `recompute` are chosen by `make_plan` where 0 and `auto`.
     """
 
     def __init__(
@@ -52,12 +52,17 @@ class TorchTrainer:
         *,
         deterministic: bool = False,
         tokens_per_pass: int = 0,
+        head_rows: int = 0,
         recompute: Recompute = "auto",
     ) -> None:
         self._store = store
         self._deterministic = deterministic
         self._planner = Planner(
-            store, tokens=tokens_per_pass, recompute=recompute, deterministic=deterministic
+            store,
+            tokens=tokens_per_pass,
+            head_rows=head_rows,
+            recompute=recompute,
+            deterministic=deterministic,
         )
         self._runs: dict[str, Run] = {}
         self.repeated_passes = 0
