@@ -18,7 +18,7 @@ import numpy as np
 import weaver_rl as rl
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
-from weaver_rl.tasks.guess_number import guess_number, guess_number_tasks
+from weaver_rl.tasks.guess_number import guess_by_halving, guess_number, guess_number_tasks
 from weaver_rl.tasks.words import exact, preference_pairs, reverse_tasks
 from weaver_rl.types import BoolPG, FloatPG
 
@@ -28,6 +28,14 @@ TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
 PLAN = rl.Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
 """Without clipping: what a control shows must not be what clipping hides."""
+GUESSING = replace(
+    PLAN,
+    steps=30,
+    groups_per_step=16,
+    group_size=4,
+    learning_rate=2e-3,
+    sampling=SamplingParams(max_tokens=4),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +126,37 @@ async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
     found = await rl.evaluate(sampler, tasks, environment=played, sampling=greedy)
     won = float(np.mean([group.rollouts[0].metrics["won"] for group in found.groups]))
     return Outcome(value=won, passed=won == 1.0, curve=curve)
+
+
+def turn_credit(
+    credit: Callable[[], rl.Credit], *, passed: Callable[[float], bool]
+) -> Callable[[AsyncServiceClient, int], Awaitable[Outcome]]:
+    """How much more than the outcome's credit this one earns in the last ten steps, 1 to 31."""
+
+    async def run(service: AsyncServiceClient, seed: int) -> Outcome:
+        tasks, played = guess_number_tasks(31, upper=31), rl.each(guess_by_halving)
+        curves = []
+        for one in (credit(), rl.credit.outcome()):
+            plan = replace(GUESSING, seed=seed, credit=one)
+            _, curve = await _learn(service, plan, environment=played, tasks=tasks)
+            curves.append(curve)
+        mine, others = (float(np.mean(curve[-10:])) for curve in curves)
+        note = f"mean reward {mine:.2f}, with the outcome's credit {others:.2f}"
+        value = mine - others
+        return Outcome(value=value, passed=passed(value), curve=curves[0], note=note)
+
+    return run
+
+
+def shuffled_turns() -> rl.Credit:
+    """`turns` of rewards that are dealt to the rollout's turns anew."""
+    dice = Random(0)
+
+    async def dealt(task: rl.Task, rollout: rl.Rollout) -> list[float]:
+        rewards = list(rollout.trajectory.turn_rewards)
+        return dice.sample(rewards, len(rewards))
+
+    return rl.credit.steps(dealt, discount=0.0)
 
 
 async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
@@ -218,6 +257,21 @@ PROOFS: tuple[Proof, ...] = (
         claim="Over several turns, it learns to find a number by halving.",
         gate="greedy play finds every number of 1 to 7 in at most 3 guesses",
         run=number_guessing,
+    ),
+    Proof(
+        name="turn credit",
+        claim="Guessing from 1 to 31, each guess's own reward teaches more than their sum.",
+        gate="mean reward of the last ten of 30 steps at least 0.4 higher",
+        run=turn_credit(lambda: rl.credit.turns(discount=0.0), passed=lambda value: value >= 0.4),
+        seeds=(1,),
+    ),
+    Proof(
+        name="shuffled turns",
+        claim="The same rewards, dealt to any of the guesses, do not.",
+        gate="at most 0.2 higher",
+        run=turn_credit(shuffled_turns, passed=lambda value: value <= 0.2),
+        seeds=(1,),
+        control=True,
     ),
     Proof(
         name="staleness 8",
