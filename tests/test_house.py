@@ -13,7 +13,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("weaver", "weaver_rl", "recipes")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-HEAVY = ("torch", "transformers", "fastapi", "starlette", "uvicorn", "sqlalchemy", "wandb", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "sqlalchemy",
+    "wandb",
+    "rich",
+    "ray",
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

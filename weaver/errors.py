@@ -32,6 +32,7 @@ The class is for `except`, the stable `code` is for programs and for the wire::
     │   ├── OperationCancelledError      cancelled
     │   ├── StorageError                 storage_error            disk full, not writable
     │   └── EngineError                  engine_error             a defect, or no memory
+    │       └── EngineLostError          engine_lost              what computed it has ended
     ├── WaitTimeoutError (TimeoutError)  timeout                  the operation goes on
     ├── ServiceConnectionError           connection_failed
     ├── ClosedError                      closed                   the client was closed
@@ -56,7 +57,7 @@ __all__ += ["AuthenticationError", "PermissionDeniedError", "QuotaExceededError"
 __all__ += ["ConflictError", "NameTakenError"]
 __all__ += ["CheckpointCorruptError", "CheckpointError", "CheckpointMismatchError"]
 __all__ += ["GradientsDiscardedError", "NoGradientsError", "NonFiniteError", "OperationError"]
-__all__ += ["EngineError", "OperationCancelledError", "StorageError"]
+__all__ += ["EngineError", "EngineLostError", "OperationCancelledError", "StorageError"]
 __all__ += ["ClosedError", "ServiceConnectionError", "WaitTimeoutError"]
 __all__ += ["ConfigError", "MissingDependencyError"]
 
@@ -179,6 +180,9 @@ class StorageError(OperationError, code="storage_error"): ...
 
 
 class EngineError(OperationError, code="engine_error"): ...
+
+
+class EngineLostError(EngineError, code="engine_lost"): ...
 
 
 class WaitTimeoutError(WeaverError, TimeoutError, code="timeout"): ...

@@ -32,6 +32,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.runs, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weaver.cli.output import Json, show_one
 from weaver.config import load_settings
+
+if TYPE_CHECKING:
+    from weaver.engine.cluster.status import GroupStatus
 
 app = typer.Typer(help="Samplers and trainers beyond one process.", no_args_is_help=True)
 
@@ -36,3 +41,38 @@ def install_sampler(
     where = folder.expanduser() if folder else environment_of(load_settings())
     install(where, wanted, say=lambda text: print(text, file=sys.stderr))
     print(where)
+
+
+@app.command()
+def status(
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="The `shared` folder of cluster.toml, if not `cluster` in the home."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the groups of a server, their ranks, and what waits for what."""
+    from weaver.engine.cluster.status import read_status
+
+    found = read_status(folder.expanduser() if folder else load_settings().home / "cluster")
+    if as_json:
+        show_one(found, as_json=True)
+        return
+    print(f"{found.ray}; server {found.pid} on {found.host}")
+    for group in found.groups:
+        _show(group)
+
+
+def _show(group: GroupStatus) -> None:
+    since_s = max(0.0, time.time() - group.since)
+    print(
+        f"{group.name:<24} {group.mode}, {group.ranks_wanted} ranks: {group.state} for "
+        f"{since_s:.0f} s, {group.runs} runs, started {group.starts} times"
+    )
+    if group.waits_for:
+        print(f"  waits for {group.waits_for}")
+    if group.last_loss:
+        print(f"  last lost: {group.last_loss}")
+    for number, rank in enumerate(group.ranks):
+        memory = f"{rank.memory_bytes / 1e9:.2f} GB"
+        print(f"  rank {number:<3} {rank.host} process {rank.pid} on {rank.device}, {memory}")

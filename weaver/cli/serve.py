@@ -23,6 +23,9 @@ from weaver.errors import ConfigError, nearest, requiring
 from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from weaver.engine.cluster.engine import ClusterEngine
+    from weaver.engine.cluster.pooled import PooledEngine
+    from weaver.engine.torch.engine import TorchEngine
     from weaver.server.keys import Keys
     from weaver.server.serve import Running
 
@@ -109,7 +112,15 @@ def serve(config: Config = None, **given: Any) -> None:
     settings = changed(DEFAULTS, given)
     configure_logs(as_json=settings.log_json)
     models = parse_models(settings.models or [])
-    engine = open_engine(settings, models, allow_paths=False)
+    engine: TorchEngine | PooledEngine | ClusterEngine
+    if settings.cluster or settings.ray:
+        from weaver.engine.cluster.engine import open_cluster
+
+        engine = open_cluster(
+            settings, models, file=settings.cluster, address=settings.ray, allow_paths=False
+        )
+    else:
+        engine = open_engine(settings, models, allow_paths=False)
     with closing(engine):
         print(f"computing with {engine.description}", file=sys.stderr)
         for model in engine.prepare():

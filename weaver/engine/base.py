@@ -92,7 +92,12 @@ class ImportedWeights:
 
 
 class Trainer(Protocol):
-    """Calls of one lane are made one at a time; lanes do not wait for each other."""
+    """Calls of one lane are made one at a time; lanes do not wait for each other.
+
+    Any may raise or answer EngineLostError: the part of the engine that had the run has ended,
+    with the run's weights and gradient. `create_run` makes it anew, in a part that was started
+    again.
+    """
 
     def lane(self, run_id: str, base_model: str) -> str:
         """Where the calls of a run wait for each other: always the same for a run.

@@ -20,6 +20,7 @@ from weaver import protocol
 from weaver.boundary import attempt_async
 from weaver.errors import OperationCancelledError, WeaverError
 from weaver.server.activity import run_of
+from weaver.server.attempts import Attempts
 from weaver.server.lanes import Head, Lane, Turns, plan
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Executor:
         self._operations = operations
         self._recovery = recovery
         self._outcomes = outcomes
+        self._attempts = Attempts(operations, recovery, outcomes)
         self._samplers = operations.samplers
         self._merge_tokens = merge_tokens
         self._turns = Turns()
@@ -94,7 +96,7 @@ class Executor:
 
     async def stop(self) -> None:
         """Begins no further operation, drops the samples, and waits for what has begun."""
-        self._stopped = True
+        self._stopped = self._attempts.stopped = True
         self._outcomes.stop()
         self._drop(*list(self._samples))
         for worker in self._workers.values():
@@ -223,7 +225,7 @@ class Executor:
         if not batch or self._stopped:  # which may have emptied the engine
             return
         begin = time.monotonic()
-        results = list(await self._operations.execute(batch))
+        results = await self._attempts.execute(batch)
         took_s = (time.monotonic() - begin) / len(batch)
         changed: list[tuple[Run, protocol.Result]] = []
         for i, (run, ticket) in enumerate(batch):
@@ -253,9 +255,7 @@ class Executor:
 
     async def _is_loaded(self, run: Run | None, ticket: Ticket) -> bool:
         """Whether an operation can begin; if its run cannot be brought back, it has failed."""
-        if run is None or run.loaded:
-            return True
-        failure = await self._outcomes.patiently(partial(self._recovery.load, run))
+        failure = await self._attempts.load(run)
         if failure is not None:
             await self.settle((ticket, failure))
         return failure is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weaver.config import EngineSettings, setting
@@ -243,6 +244,14 @@ class ServerSettings(EngineSettings):
         "[NAME=]SOURCE[,context=TOKENS][,load=start] to serve beside weaver-nano, a folder or "
         "Hugging Face id; repeatable, with spaces between in the variable.",
         name="model",
+    )
+    cluster: Path | None = setting(
+        None, "A TOML file of trainer groups, whose ranks Ray places; needs the extra `cluster`."
+    )
+    ray: str | None = setting(
+        None,
+        "The Ray to train on: auto (that of this machine, else one is started), local (one is "
+        "started) or host:port. Without --cluster a rank for each model.",
     )
     database_url: str | None = setting(
         None,

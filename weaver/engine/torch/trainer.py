@@ -33,7 +33,8 @@ from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_trai
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.objective import Objective
-from weaver.engine.torch.packing import Share, pack, plan_passes, split_passes, stacked
+from weaver.engine.torch.packing import Share, pack, split_passes, stacked
+from weaver.engine.torch.team import ALONE, Team
 from weaver.engine.torch.training_run import Run
 from weaver.tensors import TensorData
 
@@ -54,8 +55,10 @@ class TorchTrainer:
         tokens_per_pass: int = 0,
         head_rows: int = 0,
         recompute: Recompute = "auto",
+        team: Team = ALONE,
     ) -> None:
         self._store = store
+        self._team = team
         self._deterministic = deterministic
         self._planner = Planner(
             store,
@@ -101,8 +104,7 @@ class TorchTrainer:
     def plan(self, base_model: str, training_mode: types.TrainingMode) -> Plan:
         """How passes of such runs are laid out; the model need not be loaded, and no call runs.
 
-        Raises:
-            UnknownModelError, UnsupportedError: see `Catalog.facts`.
+        Errors: see `Catalog.facts`.
         """
         return self._planner.plan(base_model, training_mode)
 
@@ -117,6 +119,7 @@ class TorchTrainer:
             groups.setdefault((task.run.shares, task.job.backward), []).append(task)
         for group in groups.values():
             self._compute(group)
+        self._team.settle(tasks)
         return [task.finish() for task in tasks]
 
     def optim_step(self, run_id: str, params: types.AdamParams) -> types.OptimStepResult:
@@ -225,7 +228,7 @@ class TorchTrainer:
         self._store.turn_to(model)
         plan = self.plan(run.facts.info.name, run.training_mode)
         lengths = [task.objective.lengths for task in tasks]
-        passes = plan_passes(lengths, budget=plan.tokens, merge=not self._deterministic)
+        passes = self._team.plan(lengths, budget=plan.tokens, merge=not self._deterministic)
         repeated = False
         while passes:
             first, *passes = passes

@@ -1,0 +1,68 @@
+"""`weaver cluster status`, and what is loaded of Ray where nobody asked for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from weaver.cli import app
+from weaver.engine.cluster.status import GroupStatus, RankStatus, Status, read_status
+from weaver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WAITS = "2 x (1 CPU, 1 GPU); free 0 CPU, of 2 CPU in all"
+
+
+def status(*, pid: int) -> Status:
+    rank = RankStatus(host="a", pid=7, device="cpu", memory_bytes=500_000_000)
+    group = GroupStatus(
+        name="nano#0",
+        mode="replicated",
+        ranks_wanted=1,
+        state="ready",
+        since=time.time(),
+        waits_for=None,
+        starts=2,
+        last_loss="forward_backward: ActorDiedError",
+        runs=3,
+        ranks=(rank,),
+    )
+    waiting = {"name": "large#0", "state": "waiting", "waits_for": WAITS, "ranks": ()}
+    groups = (group, group.model_copy(update=waiting))
+    return Status(host=os.uname().nodename, pid=pid, at=time.time(), ray="Ray", groups=groups)
+
+
+def test_groups_ranks_and_what_waits_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(status(pid=os.getpid()).model_dump_json())
+    done = CliRunner().invoke(app, ["cluster", "status", "--folder", str(tmp_path)])
+    assert done.exit_code == 0
+    assert f"waits for {WAITS}" in done.output
+    assert "last lost: forward_backward: ActorDiedError" in done.output
+    assert "rank 0   a process 7 on cpu, 0.50 GB" in done.output
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no .*status\.json"):
+        read_status(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "status.json").write_text(status(pid=ended.pid).model_dump_json())
+    with pytest.raises(ConfigError, match=f"the server {ended.pid}.* has ended"):
+        read_status(tmp_path)
+
+
+def test_nothing_of_ray_is_loaded_where_no_cluster_is_asked_for() -> None:
+    code = (
+        "import sys, weaver.cli.serve, weaver.server.serve, weaver.engine.torch.engine, "
+        "weaver.engine.cluster.config; print('ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

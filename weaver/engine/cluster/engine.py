@@ -1,0 +1,309 @@
+"""`ClusterEngine`: an `Engine` whose gradients are computed by groups of ranks, which Ray places.
+
+`weaver serve --cluster` makes one. Models are known, and samples drawn, by an engine in this
+process, which is given weights as folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+from zlib import crc32
+
+from weaver.boundary import blocking
+from weaver.engine.base import WeightsRef
+from weaver.engine.cluster.config import ClusterConfig, GroupConfig, read_cluster_file
+from weaver.engine.cluster.group import TrainerGroup
+from weaver.engine.cluster.placement import Cluster
+from weaver.engine.cluster.status import forget_status, write_status
+from weaver.engine.torch.engine import TorchEngine
+from weaver.errors import ConfigError, EngineLostError, UnknownModelError, nearest
+
+if TYPE_CHECKING:
+    from weaver import types
+    from weaver.config import EngineSettings
+    from weaver.engine.base import GradientJob, ImportedWeights, SampleJob, SampleProgress
+    from weaver.engine.sources import ModelSource
+    from weaver.errors import WeaverError
+
+FOLDER = "cluster"
+"""In the home, where no shared folder is named."""
+
+
+class ClusterEngine:
+    """
+    Args:
+        local: knows the models, and samples.
+        home: of the server. Ranks write checkpoints there, so that they have to see it.
+
+    Raises:
+        ConfigError: a group's model is not known, no Ray answers, what is started has no room, or
+            the shared folder cannot be written to.
+    """
+
+    def __init__(
+        self, local: TorchEngine, config: ClusterConfig, *, home: Path, deterministic: bool = False
+    ) -> None:
+        self.local = local
+        self._folder = (config.shared or home / FOLDER).absolute()
+        for i, group in enumerate(config.trainer):
+            try:
+                local.facts(group.model)
+            except UnknownModelError as error:
+                field = f"trainer.{i}.model"
+                raise ConfigError(error.message, field=field, hint=error.hint) from None
+        self._live = self._folder / f"live-{uuid4().hex}"
+        """Snapshots, of this engine alone."""
+        proof = self._live / "proof", uuid4().hex
+        try:
+            self._live.mkdir(parents=True)
+            proof[0].write_text(proof[1])
+        except OSError as error:
+            raise ConfigError(
+                f"{self._folder} cannot be written to: {error.strerror}.",
+                field="shared",
+                hint="Name a folder of yours that all machines of the cluster see.",
+            ) from None
+        self._cluster = Cluster.open(config)
+        self._groups = {
+            name: TrainerGroup(
+                name,
+                group,
+                cluster=self._cluster,
+                source=local.facts(group.model).source,
+                deterministic=deterministic,
+                proof=proof,
+                changed=self._write_status,
+            )
+            for name, group in config.named().items()
+        }
+        self._of: dict[str, TrainerGroup] = {}
+        """By run."""
+        self._snapshots: dict[str, Path] = {}
+        """By run, the newest."""
+        self._write_status()
+
+    @property
+    def description(self) -> str:
+        groups = ", ".join(
+            f"{name} of {group.config.ranks} ranks" for name, group in self._groups.items()
+        )
+        sampling = self.local.description
+        return f"{self._cluster.description}: {groups}; sampling with {sampling}"
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        starts = sum(group.starts for group in self._groups.values())
+        return {**self.local.counts, "group_starts": starts}
+
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        ranks = sum(len(group.ranks.actors) for group in self._groups.values() if group.ranks)
+        return {**self.local.gauges, "ranks": ranks}
+
+    @property
+    def loaded_models(self) -> Collection[str]:
+        """Of this process; ranks have the ones that they train."""
+        return self.local.loaded_models
+
+    # --- training -------------------------------------------------------------------------------
+
+    def lane(self, run_id: str, base_model: str) -> str:
+        groups = [name for name, g in self._groups.items() if g.config.model == base_model]
+        return groups[crc32(run_id.encode()) % len(groups)] if groups else ""
+
+    async def create_run(
+        self,
+        run_id: str,
+        base_model: str,
+        *,
+        training_mode: types.TrainingMode,
+        lora_config: types.LoraConfig | None,
+        seed: int,
+    ) -> None:
+        name = self.lane(run_id, base_model)
+        if not name:
+            known = sorted({group.config.model for group in self._groups.values()})
+            raise UnknownModelError(
+                f"no trainer group of the cluster has {base_model!r}.",
+                field="base_model",
+                hint=nearest(base_model, known),
+            )
+        group = self._groups[name]
+        await group.create_run(run_id, training_mode, lora_config, seed)
+        self._of[run_id] = group
+
+    def _group(self, run_id: str) -> TrainerGroup:
+        if run_id not in self._of:
+            raise EngineLostError(f"no ranks have had run {run_id} since the engine began")
+        return self._of[run_id]
+
+    async def forward_backward(
+        self, jobs: Sequence[GradientJob]
+    ) -> Sequence[types.ForwardBackwardResult | WeaverError]:
+        run_ids = [job.run_id for job in jobs]
+        answer: Sequence[types.ForwardBackwardResult | WeaverError]
+        answer = await self._group(run_ids[0]).call(run_ids, "forward_backward", jobs)
+        return answer
+
+    async def optim_step(
+        self, steps: Sequence[tuple[str, types.AdamParams]]
+    ) -> Sequence[types.OptimStepResult | WeaverError]:
+        run_ids = [run_id for run_id, _ in steps]
+        answer: Sequence[types.OptimStepResult | WeaverError]
+        answer = await self._group(run_ids[0]).call(run_ids, "optim_step", steps)
+        self._write_status()
+        return answer
+
+    async def clear_gradients(self, run_id: str) -> None:
+        await self._group(run_id).call([run_id], "clear_gradients", run_id)
+
+    async def snapshot(self, run_id: str) -> WeightsRef:
+        """As a folder, which is there until the run's next one."""
+        group = self._group(run_id)
+        step, write = await group.save(run_id, include_optimizer=False)
+        folder = self._live / uuid4().hex
+        await blocking(folder.mkdir)
+        await blocking(write, folder)
+        await self._forget_snapshot(run_id)
+        self._snapshots[run_id] = folder
+        return WeightsRef(base_model=group.config.model, version=step, uri=folder.as_uri())
+
+    async def _forget_snapshot(self, run_id: str) -> None:
+        folder = self._snapshots.pop(run_id, None)
+        if folder is not None:
+            await blocking(partial(rmtree, folder, ignore_errors=True))
+
+    async def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
+        _, write = await self._group(run_id).save(run_id, include_optimizer=include_optimizer)
+        return write
+
+    async def load(self, run_id: str, folder: Path, *, include_optimizer: bool) -> int:
+        given = (run_id, str(await blocking(folder.absolute)), include_optimizer)
+        return int(await self._group(run_id).call([run_id], "load", *given))
+
+    async def delete_run(self, run_id: str) -> None:
+        await self._forget_snapshot(run_id)
+        group = self._of.pop(run_id, None)
+        if group is not None:
+            await group.forget(run_id)
+
+    # --- sampling -------------------------------------------------------------------------------
+
+    async def publish(self, weights_id: str, ref: WeightsRef) -> int:
+        return await self.local.publish(weights_id, ref)
+
+    async def release(self, weights_id: str) -> None:
+        await self.local.release(weights_id)
+
+    def sample(self, job: SampleJob, tell: Callable[[SampleProgress], None]) -> Callable[[], None]:
+        return self.local.sample(job, tell)
+
+    # --- models ---------------------------------------------------------------------------------
+
+    def prepare(self) -> Sequence[types.ModelInfo]:
+        """See `TorchEngine.prepare`."""
+        return self.local.prepare()
+
+    def list_models(self) -> Sequence[types.ModelInfo]:
+        return self.local.list_models()
+
+    def get_model(self, base_model: str) -> types.ModelInfo:
+        return self.local.get_model(base_model)
+
+    def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
+        """Of the smallest ranks; None before any have started."""
+        self.local.facts(base_model)
+        known = [
+            longest
+            for group in self._groups.values()
+            if group.config.model == base_model
+            and group.ranks is not None
+            and (longest := group.ranks.longest.get(training_mode)) is not None
+        ]
+        return min(known, default=None)
+
+    def encode(
+        self,
+        base_model: str,
+        prompt: str | Sequence[types.Message],
+        *,
+        tools: Sequence[types.JsonDict] = (),
+    ) -> list[int]:
+        return self.local.encode(base_model, prompt, tools=tools)
+
+    def check_structure(self, base_model: str, params: types.SamplingParams) -> None:
+        self.local.check_structure(base_model, params)
+
+    def tokenizer(self, base_model: str) -> Any | None:
+        return self.local.tokenizer(base_model)
+
+    def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
+        return self.local.tokenizer_files(base_model)
+
+    def origin(self, base_model: str) -> str:
+        return self.local.origin(base_model)
+
+    def import_weights(
+        self, source: Path, folder: Path, *, base_model: str | None
+    ) -> ImportedWeights:
+        return self.local.import_weights(source, folder, base_model=base_model)
+
+    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
+        self.local.merge_adapter(base_model, adapter, folder)
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def _write_status(self) -> None:
+        """For `weaver cluster status`."""
+        write_status(self._folder, self._groups, ray=self._cluster.description)
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+        self._cluster.close()
+        self.local.close()
+        rmtree(self._live, ignore_errors=True)
+        forget_status(self._folder)
+
+
+def open_cluster(
+    settings: EngineSettings,
+    models: Mapping[str, str | Path | ModelSource] | None = None,
+    *,
+    file: Path | None,
+    address: str | None,
+    allow_paths: bool = True,
+) -> ClusterEngine:
+    """As the user has set it; without a file, a group of one rank for each model.
+
+    Args:
+        address: of Ray, in place of the file's.
+
+    Raises:
+        ConfigError: see `read_cluster_file` and `ClusterEngine`; or of settings that do not go
+            together.
+    """
+    for name, value, only in (
+        ("sampler", settings.sampler, "torch"),
+        ("quantize", settings.quantize, "none"),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"is {value}, which groups of ranks do not go with yet.",
+                field=name,
+                hint=f"Use {only}, or leave --cluster and --ray out.",
+            )
+    local = TorchEngine.of(settings, models, allow_paths=allow_paths)
+    if file is not None:
+        config = read_cluster_file(file)
+    else:
+        groups = tuple(GroupConfig(model=model.name) for model in local.list_models())
+        config = ClusterConfig(trainer=groups)
+    if address is not None:
+        config = config.model_copy(update={"address": address})
+    return ClusterEngine(local, config, home=settings.home, deterministic=settings.deterministic)

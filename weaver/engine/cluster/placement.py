@@ -1,0 +1,151 @@
+"""`Cluster`: the Ray that ranks are placed on, joined or started here.
+
+`ClusterEngine` opens one. Its calls block; all have a bound.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from weaver.errors import ConfigError, requiring
+
+if TYPE_CHECKING:
+    from weaver.engine.cluster.config import ClusterConfig, GroupConfig
+
+with requiring("a cluster", "cluster"):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+logger = logging.getLogger(__name__)
+SLICE_S = 2.0
+"""So long each look whether there is room takes."""
+
+
+class Cluster:
+    """`started` says whether it began and ends with this process."""
+
+    def __init__(self, *, started: bool) -> None:
+        self.started = started
+
+    @classmethod
+    def open(cls, config: ClusterConfig) -> Cluster:
+        """Joins the Ray at `config.address`, or starts one on this machine.
+
+        Raises:
+            ConfigError: none answers at an address; or one that was started here, and so cannot
+                grow, has no room for the groups together.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet = {"log_to_driver": False, "configure_logging": False, "namespace": "weaver"}
+        started = config.address == "local" or (config.address == "auto" and not _runs_here())
+        if started:
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count() or 1,
+                include_dashboard=False,
+                object_store_memory=config.object_store_mb * 2**20,
+                **quiet,
+            )
+        else:
+            try:
+                ray.init(address=config.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"no Ray answers at {config.address!r}: {error}",
+                    field="address",
+                    hint="Start one with `ray start --head`, or use `auto` or `local`.",
+                ) from None
+        cluster = cls(started=started)
+        try:
+            cluster._check_room(config)
+        except ConfigError:
+            cluster.close()
+            raise
+        return cluster
+
+    @property
+    def description(self) -> str:
+        total = ray.cluster_resources()
+        how = "started here" if self.started else "joined"
+        return f"Ray {ray.__version__} ({how}) with {_said(total)}"
+
+    def bundle(self, group: GroupConfig) -> dict[str, float]:
+        """What Ray keeps for each rank."""
+        auto = group.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        gpus = {"GPU": 1.0} if auto or group.device == "cuda" else {}
+        return {"CPU": group.cpus, **gpus}
+
+    def missing(self, bundle: dict[str, float], count: int) -> str:
+        """In words, what a group waits for."""
+        free, total = ray.available_resources(), ray.cluster_resources()
+        return f"{count} x ({_said(bundle)}); free {_said(free)}, of {_said(total)} in all"
+
+    def _check_room(self, config: ClusterConfig) -> None:
+        if not self.started:  # others may leave it, and nodes join
+            return
+        total = ray.cluster_resources()
+        wanted: dict[str, float] = {}
+        for i, group in enumerate(config.trainer):
+            for kind, amount in self.bundle(group).items():
+                wanted[kind] = wanted.get(kind, 0.0) + group.ranks * amount
+                if wanted[kind] > total.get(kind, 0.0):
+                    raise ConfigError(
+                        f"asks for {group.ranks} ranks, with which the groups need "
+                        f"{wanted[kind]:g} {kind}; this machine has {total.get(kind, 0.0):g}.",
+                        field=f"trainer.{i}.ranks",
+                        hint="Use fewer ranks, fewer `cpus` a rank, or join a larger Ray.",
+                    )
+
+    def close(self) -> None:
+        """Leaves it; ends it, if it was started here."""
+        ray.shutdown()
+
+
+class Room:
+    """Places for the ranks of one group, kept for them together."""
+
+    def __init__(self, bundle: dict[str, float], count: int) -> None:
+        self.bundle = bundle
+        self.count = count
+        self._group = placement_group([bundle] * count, strategy="PACK")
+
+    def wait(self) -> bool:
+        """Whether it is there, after `SLICE_S` at most."""
+        return bool(self._group.wait(SLICE_S))
+
+    def actors(self, kind: type, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """Starts one in each place. None is ever started again: what it held would be gone."""
+        made = []
+        for index, given in enumerate(arguments):
+            where = PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=index
+            )
+            options = {
+                "num_cpus": self.bundle["CPU"],
+                "num_gpus": self.bundle.get("GPU", 0.0),
+                "max_restarts": 0,
+                "max_task_retries": 0,
+                "scheduling_strategy": where,
+            }
+            made.append(ray.remote(kind).options(**options).remote(*given))
+        return made
+
+    def give_back(self) -> None:
+        remove_placement_group(self._group)
+
+
+def _runs_here() -> bool:
+    from ray._private.services import find_gcs_addresses
+
+    return bool(os.environ.get("RAY_ADDRESS") or find_gcs_addresses())
+
+
+def _said(resources: dict[str, float]) -> str:
+    known = {kind: resources.get(kind, 0.0) for kind in ("CPU", "GPU")}
+    return ", ".join(
+        f"{amount:g} {kind}" for kind, amount in known.items() if amount or kind == "CPU"
+    )
