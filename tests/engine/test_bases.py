@@ -13,7 +13,7 @@ import anyio
 import pytest
 import transformers
 
-from tests.engine.conftest import LORA, SIZES, datum, job, save_tiny, sequences
+from tests.engine.conftest import DEVICE, LORA, SIZES, datum, job, save_tiny, sequences
 from tests.engine.sampler_kit import sample_job, save_tokenizer
 from weaver.engine.base import SampleProgress, WeightsRef
 from weaver.engine.sources import ModelSource
@@ -59,11 +59,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def engine_of(folders: Mapping[str, Any], *, holds: float = 0, **how: Any) -> Iterator[TorchEngine]:
     """An engine with room for so many of the models; 0 is as by default."""
-    probe = TorchEngine(folders, allow_paths=False)
+    probe = TorchEngine(folders, allow_paths=False, device=DEVICE.type, dtype="float32")
     size = max(probe.get_model(name).size_bytes for name in folders)
-    engine = TorchEngine(
-        folders, allow_paths=False, threads=1, model_memory_gb=holds * size / 1e9, **how
-    )
+    how = {"device": DEVICE.type, "dtype": "float32", "threads": 1, **how}
+    engine = TorchEngine(folders, allow_paths=False, model_memory_gb=holds * size / 1e9, **how)
     try:
         yield engine
     finally:
