@@ -196,6 +196,29 @@ async def test_imports_are_their_projects_also_after_a_restart(home: Path, tmp_p
                 await bob.get_checkpoint(path)
 
 
+async def test_an_owner_that_could_not_be_written_down_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = adapter()
+    async with running(home, auth=True) as server:
+        secret = server.keys.create("alice")[1]
+        store = server.service.parts.store
+        async with server.client(secret) as alice:
+            import_id = await send(alice, files)
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "put_owner", full_disk)
+                with pytest.raises(StorageError):
+                    await alice.import_checkpoint(import_id, described(files))
+            assert await alice.list_checkpoints() == []
+            path = (await alice.import_checkpoint(import_id, described(files))).path
+    async with running(home, auth=True) as server, server.client(secret) as alice:
+        assert [info.path for info in await alice.list_checkpoints()] == [path]
+
+
+async def full_disk(run_id: str, project: str) -> None:
+    raise StorageError("the disk is full.", hint="Free some space.")
+
+
 async def test_what_silent_clients_sent_goes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with LocalService(FakeEngine(), home=home) as service:
         import_id = await send(service, adapter())

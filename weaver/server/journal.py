@@ -238,7 +238,10 @@ class Journal:
 
     async def put_owner(self, run_id: str, project: str) -> None:
         """Whose checkpoints are that no run has written."""
-        await self.writer.change(tables.owners.insert().values(run_id=run_id, project=project))
+        await self.writer.change(
+            tables.owners.delete().where(tables.owners.c.run_id == run_id),
+            tables.owners.insert().values(run_id=run_id, project=project),
+        )
 
     async def owners(self) -> Mapping[str, str]:
         """The project of each run, of deleted ones too: their checkpoints may remain."""

@@ -312,8 +312,8 @@ class View:
         parts, project, run_id = self.parts, self._caller.project, run_of(import_id)
         if run_id not in parts.registry.owners:
             parts.imports.find(project, import_id)
-            parts.registry.owners[run_id] = project
             await parts.store.put_owner(run_id, project)
+            parts.registry.owners[run_id] = project
         self._access.check_run(run_id)
         if what.base_model is not None:
             await self.get_model(what.base_model)
