@@ -51,6 +51,7 @@ class Extension:
         manager = runner.lora_manager._adapter_manager
         packed = manager.packed_modules_mapping
         modules = [m for name in manager.supported_lora_modules for m in packed.get(name, [name])]
+        score_by_adapter(runner)
         return {"modules": sorted(set(modules)), "both": tell_both(runner)}
 
     def weaver_beat(self) -> bool:
@@ -89,6 +90,39 @@ def tell_both(runner: Any) -> bool:
     runner.sampler.__class__ = Both
     runner.sampler.topk_topp_sampler = TopKTopPSampler("processed_logprobs")
     return True
+
+
+def score_by_adapter(runner: Any) -> None:
+    """Has each prompt scored with its own adapter of the output layer.
+
+    vLLM 0.32 computes a prompt's logits, one for each of its tokens, with the adapters of the
+    batch's rows: wrongly, or to the end of its engine.
+    """
+    score, logits = runner._get_prompt_logprobs_dict, runner.model.compute_logits
+    scored: list[Any] = []
+    """The adapter of the request whose prompt is scored."""
+
+    def by_request(hidden_states: Any, num_scheduled_tokens: Any) -> Any:
+        wanted, told = runner.num_prompt_logprobs, {}
+        for name in list(wanted):
+            runner.num_prompt_logprobs = one = {name: wanted[name]}
+            scored.append(runner.requests[name].lora_request)
+            told.update(score(hidden_states, num_scheduled_tokens))
+            scored.clear()
+            if not one:
+                del wanted[name]
+        runner.num_prompt_logprobs = wanted
+        return told
+
+    def compute_logits(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        for adapter in scored:
+            number = adapter.lora_int_id if adapter else 0
+            rows = (number,) * len(hidden_states)
+            runner._set_active_loras(rows, rows, {adapter} if adapter else set())
+        return logits(hidden_states, *args, **kwargs)
+
+    runner._get_prompt_logprobs_dict = by_request
+    runner.model.compute_logits = compute_logits
 
 
 def die_with_parent() -> None:
