@@ -104,7 +104,16 @@ proto:
 		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	@touch $@
 
-CLIENTS := .venv/.installed-dev .venv-clients/.installed .venv-tinker/.installed .venv-cookbook/.installed
+# What runs `weaver checkpoints eval`, with the tools that it calls.
+.venv-eval/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-eval/bin/uv pip install --quiet \
+		--python .venv-eval/bin/python -c constraints.txt -e '.[engine,server,eval]' \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@touch $@
+
+CLIENTS := .venv/.installed-dev $(patsubst %,.venv-%/.installed,clients tinker cookbook eval)
 
 test-clients: $(CLIENTS)
 	$(BIN)/python -m pytest -m "clients and not slow" --timeout 600 tests/clients
@@ -149,4 +158,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-vllm .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-vllm .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

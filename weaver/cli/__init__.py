@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from weaver.cli import checkpoints, cluster, doctor, models, runs, serve
+from weaver.cli import checkpoints, cluster, doctor, evaluation, models, runs, serve
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.add_typer(serve.keys, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.runs, name="runs")
+checkpoints.app.command("eval")(evaluation.evaluate)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(cluster.app, name="cluster")
 
