@@ -18,7 +18,7 @@ from tests.benchmarks.figures import machine
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BENCHMARKS = ("client", "fairness", "serve", "service", "softmax", "streams", "tinker")
+BENCHMARKS = ("chats", "client", "fairness", "serve", "service", "softmax", "streams", "tinker")
 """Modules of this folder with a function `figures(smoke)`."""
 
 
