@@ -151,6 +151,7 @@ OF_ITS_MODELS = {
     "test_models",
     "test_training_lowers_the_loss",
     "test_a_base_model_is_sampled",
+    "test_likeliest_tokens_and_targets_are_told_of_prompt_and_samples",
     "test_text_and_chat_are_encoded_by_the_model",
     "test_bad_requests_end_by_name",
 }

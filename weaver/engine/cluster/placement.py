@@ -36,29 +36,29 @@ class Cluster:
         """Joins the Ray at `config.address`, or starts one on this machine.
 
         Raises:
-            ConfigError: none answers at an address; or one that was started here, and so cannot
-                grow, has no room for the groups together.
+            ConfigError: none answers at an address or can be started; or one that was started
+                here, and so cannot grow, has no room for the groups together.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "configure_logging": False, "namespace": "weaver"}
         started = config.address == "local" or (config.address == "auto" and not _runs_here())
-        if started:
-            ray.init(
-                address="local",
-                num_cpus=os.cpu_count() or 1,
-                include_dashboard=False,
-                object_store_memory=config.object_store_mb * 2**20,
-                **quiet,
-            )
-        else:
-            try:
+        try:
+            if started:
+                ray.init(
+                    address="local",
+                    num_cpus=os.cpu_count() or 1,
+                    include_dashboard=False,
+                    object_store_memory=config.object_store_mb * 2**20,
+                    **quiet,
+                )
+            else:
                 ray.init(address=config.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(
-                    f"no Ray answers at {config.address!r}: {error}",
-                    field="address",
-                    hint="Start one with `ray start --head`, or use `auto` or `local`.",
-                ) from None
+        except (OSError, ValueError, RuntimeError) as error:
+            what = "Ray does not start here" if started else f"no Ray at {config.address!r}"
+            hint = (
+                "See Ray's own logs in /tmp/ray." if started else "Start one: `ray start --head`."
+            )
+            raise ConfigError(f"{what}: {error}", field="address", hint=hint) from None
         cluster = cls(started=started)
         try:
             cluster._check_room(config)
