@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes import importance_sampling, preference, rejection_sampling, sft
-from tests.rl.test_loggers import settled_history, wandb_files
+from tests.rl.test_trackers import settled_history, wandb_files
 from weaver.errors import (
     ConfigError,
     ConflictError,
