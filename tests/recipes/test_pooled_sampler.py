@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(1800)
 
+OF_A_RUN = 1e-4
+"""Nats: what loops allow in float32, at any of a whole run's tokens, however unlikely."""
+
 
 @pytest.fixture(params=["pool", pytest.param("vllm", marks=pytest.mark.slow)])
 def sampler(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -53,4 +56,4 @@ def test_the_demo_learns_and_both_agree_at_each_step(sampler: str) -> None:
     assert demo.main(demo.Flags())
     [metrics] = Path("runs").glob("demo-*/metrics.jsonl")
     found = gaps(list(read_lines(metrics)))
-    assert len(found) == demo.Flags().rl_steps and max(found) < CLOSE
+    assert len(found) == demo.Flags().rl_steps and max(found) < OF_A_RUN
