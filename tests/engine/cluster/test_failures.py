@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from weaver.config import EngineSettings, changed
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig
 from weaver.engine.cluster.engine import ClusterEngine, open_cluster
 from weaver.engine.cluster.group import check_alike
-from weaver.engine.cluster.placement import Room
+from weaver.engine.cluster.placement import Cluster, Room
 from weaver.engine.cluster.rank import Facts
 from weaver.engine.cluster.status import read_status
 from weaver.engine.torch.engine import TorchEngine
@@ -282,6 +283,16 @@ def test_settings_that_groups_do_not_go_with_are_refused_at_the_start(
     settings = changed(EngineSettings(), {name: value})
     with pytest.raises(ConfigError, match=f"{name}: is {value}"):
         open_cluster(settings, file=None, address=None)
+
+
+def test_an_address_at_which_nothing_listens_is_named_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = ClusterConfig(address=f"127.0.0.1:{port}", trainer=(GROUP(),))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"address: nothing listens at '127.0.0.1:{port}'"):
+        Cluster.open(config)
+    assert time.monotonic() - began < 10
 
 
 SERVER = """

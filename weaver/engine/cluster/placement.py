@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ with requiring("a cluster", "cluster"):
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 logger = logging.getLogger(__name__)
+ANSWER_S = 5.0
 SLICE_S = 2.0
 """So long each look whether there is room takes."""
 
@@ -42,6 +44,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "configure_logging": False, "namespace": "weaver"}
         started = config.address == "local" or (config.address == "auto" and not _runs_here())
+        if not started:
+            _check_answers(config.address)
         try:
             if started:
                 ray.init(
@@ -142,6 +146,21 @@ def _runs_here() -> bool:
     from ray._private.services import find_gcs_addresses
 
     return bool(os.environ.get("RAY_ADDRESS") or find_gcs_addresses())
+
+
+def _check_answers(address: str) -> None:
+    """Raises ConfigError: nothing listens at `host:port`, for which Ray itself waits minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and "/" not in host):
+        return
+    try:
+        socket.create_connection((host, int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"nothing listens at {address!r}: {error}.",
+            field="address",
+            hint="Start it with `ray start --head --port PORT`, or use `auto` or `local`.",
+        ) from None
 
 
 def _said(resources: dict[str, float]) -> str:
