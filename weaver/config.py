@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 from weaver.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, MutableMapping
 
     from _typeshed import DataclassInstance
 
@@ -178,6 +178,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         if (text := env.get(option.variables[0]))
     }
     return changed(Settings(), given)
+
+
+def environment() -> MutableMapping[str, str]:
+    """The process's own: for programs that it starts, and libraries that are set there."""
+    return os.environ
 
 
 def _value(option: Option, text: str) -> Any:

@@ -12,6 +12,7 @@ from tests.cli.test_commands import commands, weaver
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import serving
+from weaver.cli.harnesses import Harness
 from weaver.client.http import HttpService
 from weaver.errors import WeaverError
 from weaver.protocol import GradientsDone, StepDone
@@ -40,6 +41,7 @@ PATH = [
     ("sample", "hello", "--model"),
     ("chat", "--model"),
 ]
+EVAL = ("checkpoints", "eval", "--tasks", "x", "--out", "FOLDER")
 NO_ID = {("serve",), ("doctor",), ("sessions",), ("runs", "list"), ("models", "list")}
 NO_ID |= {("cluster", "status"), ("cluster", "install-sampler")}  # of this machine
 NO_TENANT = {("keys", "create"), ("keys", "list"), ("keys", "revoke")}
@@ -117,6 +119,16 @@ def test_it_is_all_still_there_for_its_own_project(
     assert json.loads(weaver("checkpoints", "list", "--json"))[0]["path"] == alice.path
 
 
+def test_evaluating_is_refused_alike(
+    alice: Alice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Harness, "check", lambda self: None)  # as if the tool were installed
+    nowhere = alice.path.replace(alice.run, f"run-{'0' * (len(alice.run) - 4)}")
+    told = refusal(EVAL, alice.path, tmp_path / "out")
+    assert told == refusal(EVAL, nowhere, tmp_path / "out")
+    assert "eval" not in told[1]
+
+
 def test_no_command_is_left_out() -> None:
-    tried = {words[:2] for words in (*RUN, *PATH) if words[0] not in ("sample", "chat")}
+    tried = {words[:2] for words in (*RUN, *PATH, EVAL) if words[0] not in ("sample", "chat")}
     assert commands().keys() == (tried | {("sample",), ("chat",)} | NO_ID | NO_TENANT | NO_OWNER)

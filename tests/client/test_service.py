@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -102,6 +103,7 @@ async def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         return true_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_torch)
+    monkeypatch.delitem(sys.modules, "weaver.engine.local", raising=False)
     with pytest.raises(
         MissingDependencyError, match=r'pip install "weaver-post-training\[engine\]"'
     ):

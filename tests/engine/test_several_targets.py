@@ -192,7 +192,8 @@ def test_soft_targets_pull_towards_the_teacher(trainer: TorchTrainer) -> None:
     np.testing.assert_allclose(np.exp(lp).sum(1), 1, atol=1e-5)
     assert result.metrics["loss"] == pytest.approx(-(teacher * lp).sum() / teacher.sum(), rel=1e-5)
     slope = gradient_of(trainer, run_id)["lm_head.weight"]
-    model = trainer._run(run_id).model
+    model = trainer._run(run_id).own
+    assert model is not None
     with torch.no_grad():
         hidden = model.hidden_states(pack([tokens], adapters=[None], device=DEVICE)).cpu().double()
     by_logit = (torch.tensor(np.exp(lp)) - torch.tensor(teacher)) / teacher.sum()

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weaver.config import environment
 from weaver.errors import MissingDependencyError, OperationError
 from weaver.types import Value
 
@@ -79,7 +80,7 @@ class Harness:
     def run(self, target: Target, tasks: Sequence[str], folder: Path) -> list[Score]:
         """Raises OperationError: it failed; what it said is on stderr."""
         command = [sys.executable, "-m", self.module, *self.command(target, tasks, folder)]
-        env = {**os.environ, **self.variables(target)}
+        env = {**environment(), **self.variables(target)}
         code = subprocess.run(command, env=env, stdout=sys.stderr, check=False).returncode
         scores = list(self.read(folder)) if code == 0 else []
         if not scores:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from weaver.config import environment
 from weaver.errors import ConfigError, requiring
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Cluster:
             ConfigError: none answers at an address or can be started; or one that was started
                 here, and so cannot grow, has no room for the groups together.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        environment().setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "configure_logging": False, "namespace": "weaver"}
         started = config.address == "local" or (config.address == "auto" and not _runs_here())
         if not started:
@@ -145,7 +146,7 @@ class Room:
 def _runs_here() -> bool:
     from ray._private.services import find_gcs_addresses
 
-    return bool(os.environ.get("RAY_ADDRESS") or find_gcs_addresses())
+    return bool(environment().get("RAY_ADDRESS") or find_gcs_addresses())
 
 
 def _check_answers(address: str) -> None:
