@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from anyio.lowlevel import checkpoint
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError, InvalidRequestError
@@ -93,6 +94,7 @@ class Row:
     sides: Mapping[str, Mapping[str, Any]]
     """By `chosen` and `rejected`; one may be missing."""
     where: str
+    encoded: dict[str, Datum] = field(default_factory=dict)
 
 
 async def preference(
@@ -128,8 +130,8 @@ async def preference(
     rows = _read(pairs, plan, source="pairs")
     tests = _read(held_out, plan, source="held_out") if held_out else []
     encode = partial(_encode, await trainer.get_tokenizer(), trainer.model_info, plan)
-    planned = [encode([rows[i] for i in batch]) for batch in _planned(len(rows), plan)]
-    tested = encode(tests) if tests else None
+    planned = [await encode([rows[i] for i in batch]) for batch in _planned(len(rows), plan)]
+    tested = await encode(tests) if tests else None
     run = run or Run()
     done, version = await run.restore(trainer)
     known = None
@@ -179,7 +181,7 @@ async def check_pairs(
 ) -> None:
     """What `preference` refuses of the pairs is refused; dry runs call it."""
     rows = _read(pairs, plan, source="pairs")
-    _encode(await client.get_tokenizer(), client.model_info, plan, rows)
+    await _encode(await client.get_tokenizer(), client.model_info, plan, rows)
 
 
 def _read(pairs: Sequence[Any], plan: PreferencePlan, *, source: str) -> list[Row]:
@@ -305,7 +307,9 @@ class Encoded:
         )
 
 
-def _encode(tokenizer: Any, model: ModelInfo, plan: PreferencePlan, rows: Sequence[Row]) -> Encoded:
+async def _encode(
+    tokenizer: Any, model: ModelInfo, plan: PreferencePlan, rows: Sequence[Row]
+) -> Encoded:
     """Raises InvalidRequestError: a reply cannot be learned, or is too long; names it."""
     encode = partial(
         to_datum,
@@ -316,13 +320,17 @@ def _encode(tokenizer: Any, model: ModelInfo, plan: PreferencePlan, rows: Sequen
     datums: list[Datum] = []
     places: list[tuple[str, int]] = []
     for number, row in enumerate(rows):
-        sides = dict(row.sides)
+        await checkpoint()  # a data set takes minutes, and the session has to be kept alive
+        for side, example in row.sides.items():
+            if side not in row.encoded:  # by an epoch before
+                row.encoded[side] = encode(example, where=f"{row.where}.{side}")
+            datums.append(row.encoded[side])
+            places.append((side, number))
         if LOSSES[plan.loss].unpaired:
             said = next(iter(rows[(number + 1) % len(rows)].sides.values()))
-            sides["other"] = {**next(iter(sides.values())), "completion": said["completion"]}
-        for side, example in sides.items():
-            datums.append(encode(example, where=f"{row.where}.{side}"))
-            places.append((side, number))
+            other = {**next(iter(row.sides.values())), "completion": said["completion"]}
+            datums.append(encode(other, where=f"{row.where}, with another's reply"))
+            places.append(("other", number))
     return Encoded(datums=datums, places=places, rows=len(rows))
 
 
