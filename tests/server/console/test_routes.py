@@ -137,7 +137,8 @@ async def test_load_names_tenants_to_administrators_only(home: Path) -> None:
             run = await caller.create()
             await caller.do(GRADIENT, GradientsDone, run_id=run)
             path = await caller.save(run, "sampler", name="x")
-            sample = Sample(sampler_id=path, prompt="x", params=SamplingParams(max_tokens=4))
+            params = SamplingParams(max_tokens=4, seed=0, ignore_eos=True)
+            sample = Sample(sampler_id=path, prompt="x", params=params)
             await caller.do(sample, Sampled)
         await check_load(server, alice=alice, bob=bob, ops=ops, run=run)
 
