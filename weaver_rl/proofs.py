@@ -120,7 +120,7 @@ def preferring(
 
 async def number_guessing(service: AsyncServiceClient, seed: int) -> Outcome:
     tasks, played = guess_number_tasks(7), rl.each(guess_number)
-    plan = replace(PLAN, seed=seed, groups_per_step=7 * 4)
+    plan = replace(PLAN, steps=90, seed=seed, groups_per_step=7 * 4)
     sampler, curve = await _learn(service, plan, environment=played, tasks=tasks * 4)
     greedy = SAMPLING.model_copy(update={"temperature": 0.0})
     found = await rl.evaluate(sampler, tasks, environment=played, sampling=greedy)
@@ -261,15 +261,15 @@ PROOFS: tuple[Proof, ...] = (
     Proof(
         name="turn credit",
         claim="Guessing from 1 to 31, each guess's own reward teaches more than their sum.",
-        gate="mean reward of the last ten of 30 steps at least 0.4 higher",
-        run=turn_credit(lambda: rl.credit.turns(discount=0.0), passed=lambda value: value >= 0.4),
+        gate="mean reward of the last ten of 30 steps at least 0.2 higher",
+        run=turn_credit(lambda: rl.credit.turns(discount=0.0), passed=lambda value: value >= 0.2),
         seeds=(1,),
     ),
     Proof(
         name="shuffled turns",
         claim="The same rewards, dealt to any of the guesses, do not.",
-        gate="at most 0.2 higher",
-        run=turn_credit(shuffled_turns, passed=lambda value: value <= 0.2),
+        gate="no higher",
+        run=turn_credit(shuffled_turns, passed=lambda value: value <= 0.0),
         seeds=(1,),
         control=True,
     ),
