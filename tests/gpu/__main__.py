@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     status, suites = 0, {}
     if not options.no_tests:
         status, suites = run_tests(options.device, options.tests)
-    print(table(suites), flush=True)
+        print(table(suites), flush=True)
     for shape in filter(None, options.shapes.split(",")):
         status = run_benchmark(options.device, shape) or status
     if options.json:

@@ -99,9 +99,9 @@ async def off_policy(
     _check(trainer, plan, run, reference)
     played = rollouts.as_group_environment(environment)
     check_tasks(tasks, fields=played.fields)
-    asked = [*models_of(plan.credited), *([] if reference is None else [reference])]
-    if asked:
-        await check_vocabulary(asked, await trainer.get_tokenizer())
+    tokenizer = await trainer.get_tokenizer()
+    await check_vocabulary(models_of(plan.credited), tokenizer)
+    await check_vocabulary([reference] if reference else [], tokenizer, field="reference")
     done, version = await run.restore(trainer)
     sampler = await trainer.save_weights_and_get_sampling_client()
     measure = evaluate and partial(evaluate, sampler)

@@ -22,6 +22,7 @@ from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import Datum, ModelInfo
 from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.conversations import to_datum
+from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.metrics import train_metrics
@@ -122,14 +123,16 @@ async def preference(
 
     Raises:
         InvalidRequestError: no pairs, or one that cannot be learned; names it.
-        ConfigError: a reference that the loss does not ask.
+        ConfigError: a reference that the loss does not ask, or of another vocabulary.
     """
     loss = LOSSES[plan.loss]
     if reference is not None and not loss.needs_reference:
         raise ConfigError(f"{plan.loss} asks none.", field="reference", hint="Leave it out.")
     rows = _read(pairs, plan, source="pairs")
     tests = _read(held_out, plan, source="held_out") if held_out else []
-    encode = partial(_encode, await trainer.get_tokenizer(), trainer.model_info, plan)
+    tokenizer = await trainer.get_tokenizer()
+    await check_vocabulary([reference] if reference else [], tokenizer, field="reference")
+    encode = partial(_encode, tokenizer, trainer.model_info, plan)
     planned = [await encode([rows[i] for i in batch]) for batch in _planned(len(rows), plan)]
     tested = await encode(tests) if tests else None
     run = run or Run()

@@ -99,8 +99,13 @@ async def log_ratios(rollout: Rollout, model: AsyncSamplingClient) -> FloatS:
     return np.array(ratios, dtype=np.float64)
 
 
-async def check_vocabulary(models: Sequence[AsyncSamplingClient], tokenizer: Any) -> None:
+async def check_vocabulary(
+    models: Sequence[AsyncSamplingClient], tokenizer: Any, *, field: str = "credit"
+) -> None:
     """Whether tokens of `tokenizer`, that of the model to be trained, mean the same to `models`.
+
+    Args:
+        field: what the error names.
 
     Raises:
         ConfigError: a token is another one there; names the first.
@@ -117,6 +122,6 @@ async def check_vocabulary(models: Sequence[AsyncSamplingClient], tokenizer: Any
             raise ConfigError(
                 f"{model.base_model} has another vocabulary: token {i} is "
                 f"{theirs.get(i)!r} there and {own.get(i)!r} here.",
-                field="credit",
+                field=field,
                 hint="A teacher or reference must read the student's tokens: take one of its kind.",
             )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 from zlib import crc32
 
@@ -18,6 +18,7 @@ from weaver.boundary import blocking
 from weaver.engine.base import WeightsRef
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig, read_cluster_file
 from weaver.engine.cluster.group import TrainerGroup
+from weaver.engine.cluster.models import ModelsOf
 from weaver.engine.cluster.placement import Cluster
 from weaver.engine.cluster.status import forget_status, write_status
 from weaver.engine.torch.engine import TorchEngine
@@ -26,7 +27,7 @@ from weaver.errors import ConfigError, EngineLostError, UnknownModelError, neare
 if TYPE_CHECKING:
     from weaver import types
     from weaver.config import EngineSettings
-    from weaver.engine.base import GradientJob, ImportedWeights, SampleJob, SampleProgress
+    from weaver.engine.base import GradientJob, SampleJob, SampleProgress
     from weaver.engine.sources import ModelSource
     from weaver.errors import WeaverError
 
@@ -34,7 +35,7 @@ FOLDER = "cluster"
 """In the home, where no shared folder is named."""
 
 
-class ClusterEngine:
+class ClusterEngine(ModelsOf):
     """
     Args:
         local: knows the models, and samples.
@@ -48,6 +49,7 @@ class ClusterEngine:
     def __init__(
         self, local: TorchEngine, config: ClusterConfig, *, home: Path, deterministic: bool = False
     ) -> None:
+        super().__init__(local)
         self.local = local
         self._folder = (config.shared or home / FOLDER).absolute()
         for i, group in enumerate(config.trainer):
@@ -209,12 +211,6 @@ class ClusterEngine:
         """See `TorchEngine.prepare`."""
         return self.local.prepare()
 
-    def list_models(self) -> Sequence[types.ModelInfo]:
-        return self.local.list_models()
-
-    def get_model(self, base_model: str) -> types.ModelInfo:
-        return self.local.get_model(base_model)
-
     def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
         """Of the smallest ranks; None before any have started."""
         self.local.facts(base_model)
@@ -226,35 +222,6 @@ class ClusterEngine:
             and (longest := group.ranks.longest.get(training_mode)) is not None
         ]
         return min(known, default=None)
-
-    def encode(
-        self,
-        base_model: str,
-        prompt: str | Sequence[types.Message],
-        *,
-        tools: Sequence[types.JsonDict] = (),
-    ) -> list[int]:
-        return self.local.encode(base_model, prompt, tools=tools)
-
-    def check_structure(self, base_model: str, params: types.SamplingParams) -> None:
-        self.local.check_structure(base_model, params)
-
-    def tokenizer(self, base_model: str) -> Any | None:
-        return self.local.tokenizer(base_model)
-
-    def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return self.local.tokenizer_files(base_model)
-
-    def origin(self, base_model: str) -> str:
-        return self.local.origin(base_model)
-
-    def import_weights(
-        self, source: Path, folder: Path, *, base_model: str | None
-    ) -> ImportedWeights:
-        return self.local.import_weights(source, folder, base_model=base_model)
-
-    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
-        self.local.merge_adapter(base_model, adapter, folder)
 
     # --- the whole ------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weaver.boundary import blocking
 from weaver.engine.base import SampleProgress, WeightsRef
+from weaver.engine.cluster.models import ModelsOf
 from weaver.engine.cluster.sample_run import Listener, no_weights
 from weaver.engine.cluster.vllm_params import check_structure
 from weaver.engine.cluster.weights import STATE
@@ -21,13 +22,13 @@ from weaver.errors import InvalidParamsError, UnsupportedError
 
 if TYPE_CHECKING:
     from weaver import types
-    from weaver.engine.base import Engine, GradientJob, ImportedWeights, SampleJob
+    from weaver.engine.base import Engine, GradientJob, SampleJob
     from weaver.engine.cluster.pool import SamplerPool
     from weaver.engine.cluster.weights import Shelf
     from weaver.errors import WeaverError
 
 
-class PooledEngine:
+class PooledEngine(ModelsOf):
     """
     Args:
         trainer: also knows the models. It is closed with this.
@@ -44,6 +45,7 @@ class PooledEngine:
         shelf: Shelf,
         prepare: Callable[[], Sequence[types.ModelInfo]],
     ) -> None:
+        super().__init__(trainer)
         self.trainer = trainer
         self.prepare = prepare
         self._open_pool = open_pool
@@ -190,43 +192,8 @@ class PooledEngine:
 
     # --- models ---------------------------------------------------------------------------------
 
-    def list_models(self) -> Sequence[types.ModelInfo]:
-        return self.trainer.list_models()
-
-    def get_model(self, base_model: str) -> types.ModelInfo:
-        return self.trainer.get_model(base_model)
-
-    def origin(self, base_model: str) -> str:
-        return self.trainer.origin(base_model)
-
-    def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
-        return self.trainer.max_tokens_trained(base_model, training_mode)
-
-    def encode(
-        self,
-        base_model: str,
-        prompt: str | Sequence[types.Message],
-        *,
-        tools: Sequence[types.JsonDict] = (),
-    ) -> list[int]:
-        return self.trainer.encode(base_model, prompt, tools=tools)
-
     def check_structure(self, base_model: str, params: types.SamplingParams) -> None:
         check_structure(params)
-
-    def tokenizer(self, base_model: str) -> Any | None:
-        return self.trainer.tokenizer(base_model)
-
-    def tokenizer_files(self, base_model: str) -> Mapping[str, bytes]:
-        return self.trainer.tokenizer_files(base_model)
-
-    def merge_adapter(self, base_model: str, adapter: Path, folder: Path) -> None:
-        self.trainer.merge_adapter(base_model, adapter, folder)
-
-    def import_weights(
-        self, source: Path, folder: Path, *, base_model: str | None
-    ) -> ImportedWeights:
-        return self.trainer.import_weights(source, folder, base_model=base_model)
 
     def close(self) -> None:
         for pool in self._pools.values():
