@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -263,16 +262,17 @@ def test_a_large_one_is_compiled_or_refused_within_a_second(
         assert time.monotonic() - began < 1
         return
     assert time.monotonic() - began < 1
-    slowest = 0.0
+    going = True
     for _ in range(40):
         token = int(guide.allowed.nonzero()[0, 0])
         began = time.monotonic()
-        with suppress(InvalidParamsError):
+        try:
             going = guide.take(token)
-        slowest = max(slowest, time.monotonic() - began)
+        except InvalidParamsError:  # too large to go on with
+            going = False
+        assert time.monotonic() - began < 1
         if not going:
             break
-    assert slowest < 0.5
 
 
 def test_the_extra_is_named_where_it_is_not_installed(
