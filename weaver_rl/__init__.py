@@ -14,6 +14,7 @@ from weaver_rl.algorithms.rejection import *
 from weaver_rl.algorithms.run import *
 from weaver_rl.algorithms.supervised import *
 from weaver_rl.checks import *
+from weaver_rl.comparison import *
 from weaver_rl.credit.marks import *
 from weaver_rl.data import *
 from weaver_rl.display import *

@@ -1,4 +1,4 @@
-"""The command `weaver-rl`: `weaver-rl selftest ...` and `weaver-rl report FOLDER`.
+"""The command `weaver-rl`: self-test, reports and comparisons of runs.
 
 The self-test runs the learning proofs of `weaver_rl.proofs` here. Its page of their results is
 written anew behind every run, so one that is ended early shows what it has.
@@ -20,14 +20,16 @@ import anyio
 
 from weaver import AsyncServiceClient
 from weaver.errors import ConfigError, WeaverError, nearest
+from weaver_rl.comparison import compare
 from weaver_rl.proofs import PROOFS, Outcome, Proof
 from weaver_rl.report import make_page, write_report
 from weaver_rl.run_folder import RunFolder
-from weaver_rl.storage import write_atomically
+from weaver_rl.storage import encode, write_atomically
 
 USAGE = """\
 weaver-rl selftest [--help]   run the learning proofs, and write a page of their results
 weaver-rl report FOLDER       write a run's report.html anew
+weaver-rl compare FOLDER ...  runs side by side: a table, and a page of their curves
 """
 
 
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["selftest"]:
         return selftest(words[1:])
+    if words[:1] == ["compare"]:
+        return comparison(words[1:])
     if words[:1] == ["report"] and len(words) == 2:
         try:
             sys.stdout.write(f"{write_report(RunFolder(Path(words[1])))}\n")
@@ -157,3 +161,28 @@ def selftest(arguments: Sequence[str] | None = None) -> int:
     failed = [one for one in done if not one.outcome.passed]
     sys.stdout.write(f"{len(done) - len(failed)} of {len(done)} passed: {options.page.resolve()}\n")
     return 1 if failed else 0
+
+
+def comparison(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0: done; 1: failed, or a folder was left out; 2: wrong arguments."""
+    parser = argparse.ArgumentParser(
+        "weaver-rl compare", description="Runs side by side; the first is compared with."
+    )
+    parser.add_argument("folder", nargs="+", help="of a run")
+    parser.add_argument("--metric", action="append", default=[], help="in place of the main ones")
+    parser.add_argument("--last", type=int, default=10, help="so many last values are averaged")
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    parser.add_argument("--page", type=Path, default=Path("comparison.html"))
+    options = parser.parse_args(arguments)
+    try:
+        found = compare(options.folder, metrics=options.metric, window=options.last)
+        page = found.write_page(options.page).resolve()
+    except WeaverError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if options.output == "json":
+        text = encode({**found.as_json(), "page": str(page)}, indent=2).decode()
+        sys.stdout.write(f"{text}\n")
+    else:
+        sys.stdout.write(f"{found}\n\n{page}\n")
+    return 1 if found.left_out else 0

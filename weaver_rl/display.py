@@ -181,7 +181,11 @@ BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """Bits of the dots of a braille character: left and right column, from the top."""
 
 
+def one_line(text: str) -> str:
+    """A text as one line without escape sequences, which would act on the terminal."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text.strip())
+
+
 def _short(text: str, *, limit: int = 60) -> str:
-    # What a model writes may hold escape sequences, which would act on the terminal.
-    line = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text.strip())
+    line = one_line(text)
     return line if len(line) <= limit else f"{line[: limit - 1]}…"

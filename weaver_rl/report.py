@@ -4,9 +4,9 @@ Curves of every metric, hints, the best and the worst groups of any step with to
 log-probability gap, advantage, its parts, surprise or age, and the configuration. By hand:
 `weaver-rl report`.
 
-A page has its style, its script and its data in one file and needs no network; the self-test writes
-one too. Data travels as JSON in a block that is never executed, and a content security policy names
-the one script by its hash: what a model wrote cannot run.
+A page has its style, its script and its data in one file and needs no network; the self-test and
+comparisons write one too. Data travels as JSON in a block that is never executed, and a content
+security policy names the one script by its hash: what a model wrote cannot run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def write_report(folder: RunFolder) -> Path:
         raise NotFoundError(
             f"{folder.path} holds no run.", field="folder", hint="It has no config.json."
         )
-    page = make_page("report", title=folder.path.resolve().name, data=report_data(folder))
+    title, data = folder.path.resolve().name, report_data(folder)
+    page = make_page("report", title=title, data=data, scripts=("curves",))
     write_atomically(folder.report, page.encode())
     return folder.report
 
@@ -176,9 +177,11 @@ def _figures(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def make_page(template: str, *, title: str, data: Mapping[str, object]) -> str:
-    """Fills `templates/<template>.html` with the common style and script, and its own script."""
-    script = _read("page.js") + _read(f"{template}.js")
+def make_page(
+    template: str, *, title: str, data: Mapping[str, object], scripts: Sequence[str] = ()
+) -> str:
+    """Fills `templates/<template>.html` with the common style and script, and its own scripts."""
+    script = "".join(_read(f"{name}.js") for name in ("page", *scripts, template))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "HASH": f"sha256-{digest}",

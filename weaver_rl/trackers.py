@@ -30,6 +30,7 @@ BEST: Mapping[str, Callable[[float, float], float]] = {
     "reward/mean": max,
     "reward/pass_rate": max,
     "eval/mean": max,
+    "eval/accuracy": max,
     "eval/loss": min,
 }
 """Of these the best value is kept."""

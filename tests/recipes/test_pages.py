@@ -12,6 +12,7 @@ import pytest
 from recipes import rejection_sampling
 from tests.recipes.test_recipes import short
 from weaver_rl.cli import Ran, chosen, write_page
+from weaver_rl.comparison import compare
 from weaver_rl.proofs import Outcome
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -58,3 +59,12 @@ def test_a_self_test() -> None:
     assert "a note · 3 s" in page
     assert page.count('<path class="line"') == 1
     assert 'class="verdict passed">passed<' in page and 'class="verdict waiting">waits<' in page
+
+
+def test_a_comparison() -> None:
+    for seed in (0, 1):
+        short(rejection_sampling, f"seed-{seed}", steps=2, seed=seed)
+    page = drawn(compare(["seed-0", "seed-1"]).write_page(Path("comparison.html")))
+    assert re.search(r'aria-valuetext="seed-0 step 2: [\d.]+; seed-1 step 2: [\d.]+"', page)
+    assert page.count('type="checkbox"') == 2
+    assert 'class="run-1"' in page and ">difference<" in page

@@ -3,7 +3,7 @@
 const D = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 function el(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "circle", "text"].includes(tag);
+  const svg = ["svg", "g", "path", "line", "circle", "text"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.append(...children);
