@@ -18,6 +18,7 @@ from weaver_rl.comparison import *
 from weaver_rl.credit.marks import *
 from weaver_rl.data import *
 from weaver_rl.display import *
+from weaver_rl.endpoint import *
 from weaver_rl.evaluation import *
 from weaver_rl.loggers import *
 from weaver_rl.objectives import *

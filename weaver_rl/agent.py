@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from weaver import AsyncSamplingClient
 from weaver.errors import InvalidRequestError
-from weaver.tokenizers import encode_text, end_tokens
-from weaver.types import ModelInput, SampledSequence, SamplingParams, StopReason
+from weaver.tokenizers import end_tokens
+from weaver.types import ModelInput, SampledSequence, SampleResult, SamplingParams, StopReason
 from weaver_rl.clock import timed
-from weaver_rl.conversations import decode_behind, encode_behind, render, reply_content
+from weaver_rl.conversations import render
 from weaver_rl.examples import read_messages
-from weaver_rl.types import Reply, Segment, Trajectory
+from weaver_rl.recorded import Conversation
+from weaver_rl.types import Reply, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,18 +55,6 @@ class BudgetExceeded(Exception):
     """
 
 
-Row = tuple[int, int, float, float, int]
-"""A token, and its place in each of the other fields of a `Segment`."""
-
-
-def _segment(rows: Sequence[Row]) -> Segment:
-    """Up to the last sampled token: what was only read behind it teaches nothing."""
-    end = max((i + 1 for i, row in enumerate(rows) if row[1]), default=0)
-    names = ("tokens", "mask", "logprobs", "sampling_logprobs", "versions")
-    columns: dict[str, Any] = dict(zip(names, zip(*rows[:end], strict=True), strict=False))
-    return Segment(**{name: columns.get(name, ()) for name in names})
-
-
 class Agent:
     """One conversation with the weights of `sampler`. Turns are awaited one after the other.
 
@@ -90,10 +79,9 @@ class Agent:
         self._sampling = sampling.model_copy(update={"stop_token_ids": stops})
         self._seed = seed
         self._budget = budget or Budget()
-        self._rows: list[Row] = []
-        self._text = ""  # what the rows say, special tokens included
-        self._done: list[Segment] = []
-        self._messages: list[Mapping[str, str]] = []
+        self._talk = Conversation(tokenizer=tokenizer)  # the one that goes on
+        self._talks = [self._talk]
+        self.base_model = sampler.base_model
         self._tools: Sequence[Mapping[str, Any]] = ()
         self._lengths: list[int] = []  # sampled tokens, by turn
         self._rewards: dict[int, float] = {}  # by turn
@@ -101,7 +89,7 @@ class Agent:
 
     def system(self, text: str) -> None:
         """Adds a system message, read with the next turn."""
-        self._messages.append({"role": "system", "content": text})
+        self._talk.messages.append({"role": "system", "content": text})
 
     def show_tools(self, schemas: Sequence[Mapping[str, Any]]) -> None:
         """Lets the chat template show these tools; see `weaver_rl.tools`."""
@@ -132,20 +120,23 @@ class Agent:
 
     @property
     def messages(self) -> tuple[Mapping[str, str], ...]:
-        """What was said so far."""
-        return tuple(self._messages)
+        """What was said so far; of several conversations, the one that goes on comes last."""
+        talks = sorted(self._talks, key=lambda talk: talk is self._talk)
+        return tuple(said for talk in talks for said in talk.messages[talk.first :])
 
     @property
     def trajectory(self) -> Trajectory:
         """What was read and written so far."""
-        segments = (*self._done, _segment(self._rows))
+        segments = [talk.segment() for talk in self._talks]
+        turns = [turn for talk in self._talks for turn in talk.turns]
+        rewards = [self._rewards.get(turn, 0.0) for turn in turns] if self._rewards else []
         return Trajectory(
             segments=tuple(segment for segment in segments if segment.tokens),
             messages=self.messages,
             stop_reason=self._stop_reason,
-            turns=len(self._lengths),
-            reply_lengths=tuple(self._lengths),
-            turn_rewards=self._turn_rewards,
+            turns=len(turns),
+            reply_lengths=tuple(self._lengths[turn] for turn in turns),
+            turn_rewards=tuple(rewards),
         )
 
     def reward(self, value: float, *, turn: int = -1) -> None:
@@ -171,33 +162,21 @@ class Agent:
         turn %= count
         self._rewards[turn] = self._rewards.get(turn, 0.0) + float(value)
 
-    @property
-    def _turn_rewards(self) -> tuple[float, ...]:
-        every = range(len(self._lengths)) if self._rewards else ()
-        return tuple(self._rewards.get(turn, 0.0) for turn in every)
-
-    @property
-    def _tokens(self) -> tuple[int, ...]:
-        return tuple(row[0] for row in self._rows)
-
     def _read(self, prompt: Prompt) -> None:
         """Brings the context to where the next reply begins."""
+        talk = self._talk
         if isinstance(prompt, str):
-            self._messages.append({"role": "user", "content": prompt})
-            new, special = prompt, not self._rows
+            talk.messages.append({"role": "user", "content": prompt})
+            new, special = prompt, not talk.rows
         else:
-            self._messages += read_messages(prompt, "prompt")
-            full = render(self.tokenizer, self._messages, tools=self._tools)
-            if not full.startswith(self._text):
-                self._done.append(_segment(self._rows))
-                self._rows, self._text = [], ""
-            new, special = full[len(self._text) :], False
-        self._text += new
-        if special:
-            tokens = encode_text(self.tokenizer, new)
-        else:
-            tokens = next(encode_behind(self.tokenizer, self._tokens[-1:], new))
-        self._rows += [(token, 0, 0.0, 0.0, -1) for token in tokens]
+            talk.messages += read_messages(prompt, "prompt")
+            full = render(self.tokenizer, talk.messages, tools=self._tools)
+            if not full.startswith(talk.text):
+                said = len(talk.messages)
+                talk = self._talk = talk.reread(rows=0, text=0, messages=said)
+                self._talks.append(talk)
+            new, special = full[len(talk.text) :], False
+        talk.read(new, talk.encoded(new, special=special))
 
     def _write(self, sequence: SampledSequence) -> Reply:
         reply = Reply(
@@ -207,36 +186,72 @@ class Agent:
             sampling_logprobs=sequence.sampling_logprobs,
             stop_reason=sequence.stop_reason,
             weights_version=sequence.weights_version,
-            prompt_tokens=self._tokens,
+            prompt_tokens=self._talk.tokens,
         )
-        self._text += decode_behind(self.tokenizer, self._tokens, sequence.tokens)
-        columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
-        self._rows += [
-            (token, 1, logprob, drawn, sequence.weights_version)
-            for token, logprob, drawn in zip(*columns, strict=True)
-        ]
-        stopped = sequence.stop_reason == "stop"
-        said = reply_content(self.tokenizer, sequence.tokens, stopped=stopped)
-        self._messages.append({"role": "assistant", "content": said})
-        self._lengths.append(len(sequence.tokens))
-        self._stop_reason = sequence.stop_reason
+        self.record(self._talk, sequence)
         return reply
 
-    def _params(self, max_tokens: int | None) -> SamplingParams:
+    def record(self, talk: Conversation, sequence: SampledSequence) -> None:
+        """Makes a reply the next turn; `talk` has read all before it. Endpoints call it, too."""
+        if all(one is not talk for one in self._talks):
+            self._talks.append(talk)
+        self._talk = talk
+        talk.write(sequence, len(self._lengths))
+        self._lengths.append(len(sequence.tokens))
+        self._stop_reason = sequence.stop_reason
+
+    async def draw(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        num_samples: int = 1,
+        top_logprobs: int = 0,
+        wanted: SamplingParams | None = None,
+    ) -> SampleResult:
+        """Samples behind these tokens, within the budget; nothing is recorded yet.
+
+        Args:
+            wanted: of an endpoint's client. Its stops, its form and its seed, which is mixed into
+                the turn's, count; the distribution is the run's. Replies end with the context.
+
+        Raises:
+            BudgetExceeded: no turn, token or context is left.
+        """
+        params = self._params(len(tokens), max_tokens, wanted)
+        with timed("sampling"):
+            return await self._sampler.sample(
+                ModelInput.from_ints(tokens),
+                params,
+                num_samples=num_samples,
+                top_logprobs=top_logprobs,
+            )
+
+    def _params(
+        self, length: int, max_tokens: int | None, wanted: SamplingParams | None
+    ) -> SamplingParams:
         """This turn's parameters, within what is left of the budget and the context."""
-        budget, wanted = self._budget, max_tokens or self._sampling.max_tokens
+        budget, most = self._budget, max_tokens or self._sampling.max_tokens
         turns, sampled = len(self._lengths), sum(self._lengths)
         if budget.turns is not None and turns >= budget.turns:
             raise BudgetExceeded(f"all {budget.turns} turns are used")
         left = float("inf") if budget.tokens is None else budget.tokens - sampled
-        if turns:  # a first prompt that does not fit is an error of the task: sample names it
-            room = self._sampler.model_info.context_length - len(self._rows)
+        room = self._sampler.model_info.context_length - length
+        # a first prompt that does not fit is an error of the task: sample names it
+        if turns or (wanted is not None and room > 0):
             left = min(left, room)
         if left < 1:
             raise BudgetExceeded(f"{sampled} tokens are sampled, and no more fit")
-        seed = derive_seed(self._seed, turns)
-        update = {"max_tokens": int(min(wanted, left)), "seed": seed}
-        return self._sampling.model_copy(update=update)
+        own = self._sampling
+        update: dict[str, Any] = {"max_tokens": int(min(most, left))}
+        given = () if wanted is None or wanted.seed is None else (wanted.seed,)
+        update["seed"] = derive_seed(self._seed, turns, *given)
+        if wanted is not None:
+            update["stop"] = (*own.stop, *wanted.stop)
+            update["stop_token_ids"] = (*own.stop_token_ids, *wanted.stop_token_ids)
+            update["json_schema"] = wanted.json_schema or own.json_schema
+            update["grammar"] = wanted.grammar or own.grammar
+        return own.model_copy(update=update)
 
 
 async def respond_all(
@@ -248,10 +263,8 @@ async def respond_all(
     """
     for agent in agents:
         agent._read(prompt)
-    first = agents[0]
-    prompted, params = ModelInput.from_ints(first._tokens), first._params(max_tokens)
-    with timed("sampling"):
-        result = await first._sampler.sample(prompted, params, num_samples=len(agents))
+    tokens, count = agents[0]._talk.tokens, len(agents)
+    result = await agents[0].draw(tokens, max_tokens=max_tokens, num_samples=count)
     return [agent._write(said) for agent, said in zip(agents, result.sequences, strict=True)]
 
 

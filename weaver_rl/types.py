@@ -105,7 +105,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """Everything that one agent did: usually one segment, more where a template rewrote history."""
+    """Everything that one agent did: usually one segment, more where history was rewritten.
+
+    An agent behind an endpoint may have had several conversations, too.
+    """
 
     segments: tuple[Segment, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
@@ -115,9 +118,9 @@ class Trajectory:
     turns: int = 0
     """Replies sampled."""
     reply_lengths: tuple[int, ...] = ()
-    """Sampled tokens of each turn; () where there is but one."""
+    """Sampled tokens of each turn, in the order of the segments; () where there is but one."""
     turn_rewards: tuple[float, ...] = ()
-    """What `Agent.reward` gave each turn; () where it gave nothing."""
+    """What `Agent.reward` gave each of these turns; () where it gave nothing."""
 
     @property
     def num_sampled(self) -> int:

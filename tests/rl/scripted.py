@@ -91,6 +91,7 @@ class ScriptedSampler:
         context_length: int = 100_000,
     ) -> None:
         self.tokenizer = tokenizer
+        self.base_model = "scripted"
         self.script = script
         self.model_info = SimpleNamespace(context_length=context_length, vocab_size=len(tokenizer))
         self.prompts: list[list[int]] = []
@@ -100,7 +101,12 @@ class ScriptedSampler:
         return self.tokenizer
 
     async def sample(
-        self, prompt: ModelInput, sampling_params: SamplingParams, *, num_samples: int = 1
+        self,
+        prompt: ModelInput,
+        sampling_params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        top_logprobs: int = 0,
     ) -> SampleResult:
         tokens = prompt.to_ints()
         sequences = []

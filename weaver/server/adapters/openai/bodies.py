@@ -245,6 +245,19 @@ class ChatBody(SampleBody):
             )
         return found
 
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens to show beside log-probabilities; None without any of both.
+
+        Raises:
+            InvalidRequestError: the former alone are asked for.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise errors.InvalidRequestError(
+                "needs logprobs.", field="top_logprobs", hint="Set logprobs to true."
+            )
+        return self.top_logprobs or 0 if self.logprobs else None
+
     def chat(self) -> tuple[types.Message, ...]:
         return tuple(message.native(at) for at, message in enumerate(self.messages))
 

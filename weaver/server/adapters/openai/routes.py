@@ -146,10 +146,7 @@ def _check_echo(body: bodies.CompletionBody, tokens: int) -> None:
 @router.post("/chat/completions")
 async def chat(request: Request, caller: CallerDep) -> Response:
     body = await bodies.ChatBody.read(request)
-    if body.top_logprobs and not body.logprobs:
-        raise errors.InvalidRequestError(
-            "needs logprobs.", field="top_logprobs", hint="Set logprobs to true."
-        )
+    top = body.top
     sampler_id, base_model = await _weights(caller.service, body.model)
     required = body.required
     prompt = await caller.service.encode(base_model, body.chat(), tools=body.functions)
@@ -166,7 +163,7 @@ async def chat(request: Request, caller: CallerDep) -> Response:
         prompts=[prompt],
         forms=forms,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        top=body.top_logprobs or 0 if body.logprobs else None,
+        top=top,
     )
 
 
