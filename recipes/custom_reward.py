@@ -20,8 +20,9 @@ from typing import Literal
 import tyro
 
 import weaver_rl as rl
-from recipes import _run
 from weaver.types import SamplingParams
+
+from . import _run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["".join(Random(i).choices(LETTERS, k=3 + i % 4)) for i in range(600)]

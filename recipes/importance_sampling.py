@@ -30,9 +30,10 @@ import anyio
 import tyro
 
 import weaver_rl as rl
-from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.tasks.words import exact, reverse_tasks
+
+from . import _run
 
 TASKS = reverse_tasks(1100, seed=1)
 """`{"prompt": "rev:abc=", "answer": "cba"}`"""

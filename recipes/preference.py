@@ -32,9 +32,10 @@ import anyio
 import tyro
 
 import weaver_rl as rl
-from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.tasks.words import preference_pairs, vowel_first
+
+from . import _run
 
 PAIRS = preference_pairs(1100, seed=1)
 """`{"prompt": "rev:abcd=", "chosen": "ozvq", "rejected": "kwib"}`"""

@@ -34,10 +34,10 @@ from typing import Any
 import anyio
 import tyro
 
-from recipes import _skills
-from recipes._skills import Skills
 from weaver import AsyncServiceClient, AsyncTrainingClient
 from weaver_rl.conversations import from_pieces
+
+from . import _skills
 
 CONTEXT_LENGTH = 1024
 SPECIAL_TOKENS = "<|end|> <|pad|> <|system|> <|user|> <|assistant|> <|tool|>".split()
@@ -82,7 +82,7 @@ def main(flags: Flags) -> list[float]:
     return losses
 
 
-async def make(base: Path, flags: Flags) -> tuple[list[float], Skills, Path]:
+async def make(base: Path, flags: Flags) -> tuple[list[float], _skills.Skills, Path]:
     """Trains the model in `base`; answers its losses, its skills, and the file of its weights."""
     async with AsyncServiceClient(home=base.parent) as service:
         trainer = await service.create_model(str(base), training_mode="full_ft", seed=flags.seed)
@@ -173,7 +173,9 @@ def make_tokenizer() -> Any:
     )
 
 
-def model_card(skills: Skills, losses: Sequence[float], *, parameters: int, flags: Flags) -> str:
+def model_card(
+    skills: _skills.Skills, losses: Sequence[float], *, parameters: int, flags: Flags
+) -> str:
     """The README.md of the model: what it is, how it was made, what it was measured to do."""
     tenth = max(1, len(losses) // 10)
     card = Path(__file__).with_name("nano_card.md").read_text(encoding="utf-8")

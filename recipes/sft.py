@@ -33,10 +33,11 @@ import anyio
 import tyro
 
 import weaver_rl as rl
-from recipes import _run
 from weaver import AsyncServiceClient
 from weaver_rl.algorithms.supervised import to_datums
 from weaver_rl.tasks.words import exact, pig_latin_tasks
+
+from . import _run
 
 TASKS = pig_latin_tasks(6100, seed=1)
 """`{"prompt": "English: hello world\\nPig Latin:", "answer": "ello-hay orld-way"}`"""
