@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from weaver.checks import check_datums, check_loss, weights_of
@@ -11,6 +13,7 @@ from weaver.errors import (
     InvalidLossConfigError,
     TokenOutOfRangeError,
     UnknownLossError,
+    UnsupportedError,
     WeaverError,
 )
 from weaver.losses import LOSSES
@@ -106,7 +109,10 @@ def test_bad_data(datums: object, loss: str, error: type[WeaverError]) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+OF_TOKENS = {name: loss for name, loss in LOSSES.items() if None in loss.heads}
+
+
+@pytest.mark.parametrize("loss", OF_TOKENS)
 def test_good_data_passes_every_loss(loss: str) -> None:
     inputs = {name: [0.5] * 3 for name in LOSSES[loss].inputs}
     assert check_datums([datum(**inputs)], loss, model=MODEL)
@@ -139,7 +145,7 @@ def test_some_losses_take_several_targets_at_a_position(loss: str, weights: str)
             check_datums([bad], loss, model=MODEL)
 
 
-@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.several])
+@pytest.mark.parametrize("loss", [name for name, loss in OF_TOKENS.items() if not loss.several])
 def test_others_take_one(loss: str) -> None:
     inputs = {name: [[0.5, 0.5]] * 3 for name in LOSSES[loss].inputs}
     with pytest.raises(InvalidDatumError, match="one value per token"):
@@ -154,3 +160,55 @@ def test_weights_are_one_where_absent() -> None:
 
 def test_negative_weights_are_fine_without_a_mean() -> None:
     check_datums([datum(weights=[-1, 0, 0])], "cross_entropy", config={"reduction": "sum"})
+
+
+def side(tokens: list[int], **inputs: object) -> Datum:
+    return Datum(model_input=tokens, loss_fn_inputs=inputs)
+
+
+def test_pairs_and_scores_pass_with_a_scalar_head() -> None:
+    pair = [side([1, 2], margin=[0.5], weights=[2.0]), side([1, 3, 4])]
+    filled = check_datums(pair * 2, "bradley_terry", config={"centre": 0.1}, head="scalar")
+    assert filled == {"reduction": "mean", "temperature": 1.0, "centre": 0.1}
+    check_datums([side([1], surrogate_weights=[0.5])], "surrogate", head="scalar")
+
+
+@pytest.mark.parametrize(
+    ("datums", "loss", "error", "field"),
+    [
+        ([side([1])], "bradley_terry", InvalidDatumError, "datums[0]"),
+        ([side([1]), side([2]), side([3])], "bradley_terry", InvalidDatumError, "datums[2]"),
+        ([side([1, 2]), side([1, 2])], "bradley_terry", InvalidDatumError, "datums[1]"),
+        ([side([1]), side([2], margin=[1.0])], "bradley_terry", InvalidDatumError, "datums[1]"),
+        ([side([1], margin=[1.0, 2.0]), side([2])], "bradley_terry", InvalidDatumError, "margin"),
+        ([side([1], margin=[math.nan]), side([2])], "bradley_terry", InvalidDatumError, "margin"),
+        (
+            [side([1], target_tokens=[2]), side([2])],
+            "bradley_terry",
+            InvalidDatumError,
+            "datums[0]",
+        ),
+        ([side([]), side([2])], "bradley_terry", InvalidDatumError, "datums[0]"),
+        ([side([99]), side([2])], "bradley_terry", TokenOutOfRangeError, "datums[0]"),
+        ([side([1] * 9), side([2])], "bradley_terry", ContextLengthError, "datums[0]"),
+        ([side([1])], "surrogate", InvalidDatumError, "datums[0]"),
+        ([datum()], "cross_entropy", UnsupportedError, "loss_fn"),
+        ([datum()], "ppo", UnsupportedError, "loss_fn"),
+    ],
+)
+def test_bad_data_of_a_scalar_head(
+    datums: list[Datum], loss: str, error: type[WeaverError], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        check_datums(datums, loss, model=MODEL, head="scalar")
+    assert field in str(caught.value.field)
+    assert caught.value.hint
+
+
+def test_a_loss_of_scores_is_refused_where_there_are_tokens_and_a_temperature_with_scores() -> None:
+    pair = [side([1]), side([2])]
+    with pytest.raises(UnsupportedError, match="scalar"):
+        check_datums(pair, "bradley_terry")
+    for config in ({"temperature": 2.0}, {"centre": -1.0}, {"margin": 1.0}):
+        with pytest.raises(InvalidLossConfigError):
+            check_datums(pair, "bradley_terry", config=config, head="scalar")

@@ -41,7 +41,7 @@ def test_all_holds_the_clients_every_error_and_every_type_users_meet() -> None:
     }
 
 
-_NOUNS = ("Service", "Training", "Sampling")
+_NOUNS = ("Service", "Training", "Sampling", "Reward")
 
 
 def test_type_checkers_see_the_same_names() -> None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from weaver.tensors import TensorData
     from weaver.types import *
 
-__all__ = ["AsyncSamplingClient", "AsyncServiceClient", "AsyncTrainingClient", "OperationHandle"]
-__all__ += ["Handle", "SamplingClient", "ServiceClient", "TrainingClient"]
+__all__ = ["AsyncRewardClient", "AsyncSamplingClient", "AsyncServiceClient", "AsyncTrainingClient"]
+__all__ += ["Handle", "OperationHandle"]
+__all__ += ["RewardClient", "SamplingClient", "ServiceClient", "TrainingClient"]
 __all__ += ["Datum", "EncodedTextChunk", "Message", "ModelInput", "TensorData", "types"]
 __all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
 __all__ += ["ForwardBackwardResult", "OptimStepResult"]

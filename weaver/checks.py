@@ -17,9 +17,19 @@ import numpy.typing as npt
 
 from weaver import errors
 from weaver.fields import MOST_ALTERNATIVES
+from weaver.heads import check_head, check_pairs
 from weaver.losses import LOSSES, REDUCTIONS, Loss, Option
 from weaver.tensors import TensorData
-from weaver.types import CheckpointInfo, Datum, Message, ModelInfo, ModelInput, Value, check_text
+from weaver.types import (
+    CheckpointInfo,
+    Datum,
+    Head,
+    Message,
+    ModelInfo,
+    ModelInput,
+    Value,
+    check_text,
+)
 
 V = TypeVar("V", bound=Value)
 
@@ -87,15 +97,19 @@ def check_datums(
     *,
     config: LossConfig | None = None,
     model: ModelInfo | None = None,
+    head: Head | None = None,
 ) -> dict[str, float | str]:
     """Checks a batch before it is queued; answers the filled-in loss options.
 
     Raises:
-        InvalidDatumError: empty data, a missing or unknown input, lengths that differ, NaN.
+        InvalidDatumError: empty data, a missing or unknown input, lengths that differ, NaN, a pair
+            without a side or of equal sides.
         TokenOutOfRangeError, ContextLengthError: against the model's numbers, where given.
         UnknownLossError, InvalidLossConfigError: see `check_loss`.
+        UnsupportedError: the loss is not one of this head's.
     """
     filled = check_loss(loss_fn, config)
+    check_head(loss_fn, filled, head)
     if isinstance(datums, Datum) or not isinstance(datums, Sequence):
         raise errors.InvalidDatumError(
             f"is a {type(datums).__name__}.", field="datums", hint="Pass a list of Datum."
@@ -108,11 +122,14 @@ def check_datums(
             raise errors.InvalidDatumError(
                 f"is a {type(datum).__name__}.", field=f"datums[{i}]", hint="Pass types.Datum."
             )
-        _check_datum(datum, f"datums[{i}].loss_fn_inputs", loss)
+        _check_datum(datum, f"datums[{i}].loss_fn_inputs", loss, head)
         check_tokens(datum.model_input.to_ints(), model, field=f"datums[{i}].model_input")
-        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        field = f"datums[{i}].loss_fn_inputs['target_tokens']"
-        _check_range(int(targets.min()), int(targets.max()), model, field=field)
+        if head is None:
+            targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+            field = f"datums[{i}].loss_fn_inputs['target_tokens']"
+            _check_range(int(targets.min()), int(targets.max()), model, field=field)
+    if loss.paired:
+        check_pairs(datums)
     if loss.averaged and filled["reduction"] == "mean" and "denominator" not in filled:
         total = sum(float(weights_of(datum, loss).sum()) for datum in datums)
         if total < 0:
@@ -125,11 +142,15 @@ def check_datums(
 
 
 def weights_of(datum: Datum, loss: type[Loss] | Loss = Loss) -> npt.NDArray[np.float32]:
-    """The weights of a datum, float32, in the shape of its targets; 1 where it has none."""
+    """The weights of a datum, float32, in the shape of its targets; 1 where it has none.
+
+    Without targets, as for a scalar head, [1].
+    """
     for name in loss.weights:
         if name in datum.loss_fn_inputs:
             return datum.loss_fn_inputs[name].to_numpy()
-    return np.ones(datum.loss_fn_inputs["target_tokens"].shape, dtype=np.float32)
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    return np.ones(1 if targets is None else targets.shape, dtype=np.float32)
 
 
 def check_tokens(
@@ -166,18 +187,25 @@ def check_length(length: int, context: int, *, field: str, max_new_tokens: int =
         )
 
 
-def _check_datum(datum: Datum, field: str, loss: type[Loss]) -> None:
+def _check_datum(datum: Datum, field: str, loss: type[Loss], head: Head | None) -> None:
     inputs = datum.loss_fn_inputs
-    needed = ("target_tokens", *loss.inputs)
+    needed = loss.inputs if head else ("target_tokens", *loss.inputs)
     missing = [name for name in needed if name not in inputs]
     if missing:
         raise errors.InvalidDatumError(
             f"{loss.name} needs {missing[0]!r}.", field=field, hint=f"It takes {', '.join(needed)}."
         )
-    length, known = datum.model_input.length, dict.fromkeys((*needed, *loss.weights))
-    shape = inputs["target_tokens"].shape
-    wide = loss.several and len(shape) == 2 and 1 <= shape[1] <= MOST_ALTERNATIVES
-    allowed = shape if wide and shape[0] == length else (length,)
+    length = datum.model_input.length
+    known = dict.fromkeys((*needed, *loss.optional, *loss.weights))
+    allowed: tuple[int, ...] = (1 if head else length,)
+    hint = "Give one value per token of model_input"
+    if head:
+        hint = "Give one value of the whole sequence: [1]"
+    elif loss.several:
+        shape = inputs["target_tokens"].shape
+        if len(shape) == 2 and 1 <= shape[1] <= MOST_ALTERNATIVES and shape[0] == length:
+            allowed = shape
+        hint += f", or {loss.name} [T, K] with K up to {MOST_ALTERNATIVES} in all inputs"
     for name, data in inputs.items():
         if name not in known:
             raise errors.InvalidDatumError(
@@ -186,11 +214,10 @@ def _check_datum(datum: Datum, field: str, loss: type[Loss]) -> None:
                 hint=errors.nearest(name, known),
             )
         if data.shape != allowed:
-            several = f", or {loss.name} [T, K] with K up to {MOST_ALTERNATIVES} in all inputs"
             raise errors.InvalidDatumError(
                 f"has shape {list(data.shape)}, model_input has {length} tokens.",
                 field=f"{field}[{name!r}]",
-                hint=f"Give one value per token of model_input{several if loss.several else ''}.",
+                hint=f"{hint}.",
             )
         array = data.to_numpy()
         if array.dtype.kind == "f" and not np.isfinite(array).all():

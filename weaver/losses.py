@@ -8,7 +8,7 @@ No torch is imported: a formula uses the methods of the arrays that it is given,
 In formulas `lp` is the log-probability of the target under the policy now, `q` that under which it
 was sampled (both in nats), `A` the advantage, r = exp(lp - q). Values are losses: lower is better.
 Every array is [T]: the tokens of some datums, end to end; where positions have K targets each, T
-counts every one of them.
+counts every one of them. Of a scalar head T counts the datums: `lp` is the score of each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 from weaver.errors import InvalidLossConfigError
+from weaver.types import Head
 
 Array = Any
 """A torch tensor [T]."""
@@ -99,7 +100,13 @@ class Loss(ABC):
 
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ()
-    """What every datum must have beside `target_tokens`, float32 [T]."""
+    """What every datum must have beside `target_tokens`, float32 [T]; of a scalar head [1]."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """What a datum may have, 0 where it has not."""
+    heads: ClassVar[tuple[Head | None, ...]] = (None,)
+    """Those that it is of; None is the head for tokens."""
+    paired: ClassVar[bool] = False
+    """Whether datums 2i and 2i + 1 are one pair: what is said of it stands with the first."""
     weights: ClassVar[tuple[str, ...]] = ("weights", "loss_mask")
     """Names of the input, float32 [T], by which tokens are weighed: 1 where a datum has none."""
     several: ClassVar[bool] = False
@@ -147,11 +154,15 @@ class CrossEntropy(Loss):
 
 
 class Surrogate(Loss):
-    """c·lp, c being its weight: the linear form whose gradient is c, for losses of the client's."""
+    """c·lp, c being its weight: the linear form whose gradient is c, for losses of the client's.
+
+    Of a scalar head it is c·s, s being the score.
+    """
 
     name = "surrogate"
     inputs = ("surrogate_weights",)
     weights = ("surrogate_weights",)
+    heads = (None, "scalar")
     several = True
     averaged = False
 
@@ -303,8 +314,34 @@ class Dro(RatioLoss):
         return TokenLoss(-value, ratio, ratio.new_zeros(ratio.shape).bool())
 
 
+class BradleyTerry(Loss):
+    """-log σ(s⁺ - s⁻ - m) + c·(s⁺ + s⁻)², s⁺ and s⁻ the scores of a pair, the preferred first.
+
+    Bradley and Terry 1952; as the loss of a reward model Ouyang et al. (arXiv:2203.02155, eq. 1).
+    The margin m is an input of the preferred side (Touvron et al., arXiv:2307.09288, eq. 2). With
+    `centre` c scores stay near 0 (Eisenstein et al., arXiv:2312.09244).
+    """
+
+    name = "bradley_terry"
+    optional = ("margin",)
+    weights = ("weights",)
+    heads = ("scalar",)
+    paired = True
+    centre: float = option(0.0, at_least=0.0)
+
+    def per_token(self, tokens: Tokens) -> TokenLoss:
+        chosen, rejected = tokens.lp.view(-1, 2).unbind(1)
+        apart = chosen - rejected - tokens.inputs["margin"][::2]
+        value = apart.new_zeros(()).logaddexp(-apart) + self.centre * (chosen + rejected) ** 2
+        return TokenLoss(value.repeat_interleave(2))
+
+
 LOSSES: dict[str, type[Loss]] = {
-    loss.name: loss for loss in (CrossEntropy, ImportanceSampling, Ppo, Cispo, Gspo, Dro, Surrogate)
+    loss.name: loss
+    for loss in (
+        *(CrossEntropy, ImportanceSampling, Ppo, Cispo, Gspo, Dro, Surrogate),
+        BradleyTerry,
+    )
 }
 
 

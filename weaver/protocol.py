@@ -84,6 +84,8 @@ class OpenSampler(types.Value):
     base_model: fields.PathText | None = None
     model_path: fields.PathText | None = None
     """`weaver://...` or a folder: an adapter in PEFT's layout, or a whole model."""
+    head: types.Head | None = None
+    """The head that the weights must have; None: that for tokens."""
 
 
 class Sample(types.Value):
@@ -105,6 +107,8 @@ class Sample(types.Value):
     """As `top_logprobs`, at each place of the prompt."""
     prompt_targets: fields.IntegerArray | None = None
     """int64 [T] or [T, K]: tokens to be scored at each place of the prompt; -1 asks for nothing."""
+    score: bool = False
+    """The verb `score`, of a scalar head, which does nothing else; `num_samples` is 0 then."""
     stream: bool = False
 
     @property

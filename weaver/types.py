@@ -28,6 +28,7 @@ __all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 TrainingMode = Literal["lora", "full_ft"]
 StopReason = Literal["stop", "length"]
 Quantize = Literal["none", "int8", "nf4"]
+Head = Literal["scalar"]
 CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
 
 
@@ -239,6 +240,8 @@ class LoraConfig(Value):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    head: Head | None = None
+    """With "scalar" it gives one number a sequence, no tokens: nothing is unembedded."""
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ class ForwardBackwardResult(Value):
     """What `forward` and `forward_backward` answer; also reads as `{"result": {...}}`.
 
     `loss_fn_outputs[i]["logprobs"]` is a float32 array for datum i, one value for each of its
-    `target_tokens` and in their shape: [T], or [T, K].
+    `target_tokens` and in their shape: [T], or [T, K]. Of a scalar head it is `scores`, [1].
     """
 
     _also = ("result",)
@@ -311,6 +314,8 @@ class SampleResult(Value):
     prompt_top_logprobs: TopLogprobs | None = None
     prompt_target_logprobs: fields.FloatArray | None = None
     """Those of the targets, in their shape; NaN for the first place, and where a target is -1."""
+    score: float | None = None
+    """What a scalar head says of the prompt, if asked for."""
 
 
 class SampleDelta(Value):

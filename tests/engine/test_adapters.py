@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.conftest import LORA, new_run, reference_model, sequences
 from tests.engine.sampler_kit import finish, sample_job
 from tests.optional import peft
-from weaver.engine.torch.files import FREE, NEUTRAL, PLAIN, read_adapter
+from weaver.engine.torch.adapter_files import FREE, NEUTRAL, PLAIN, read_adapter
 from weaver.engine.torch.merging import merge_adapter
 from weaver.engine.torch.sampler import TorchSampler
 from weaver.errors import UnsupportedError

@@ -20,6 +20,7 @@ def begin_from(
     *,
     base_model: str | None,
     include_optimizer: bool,
+    head: types.Head | None,
     user_metadata: types.JsonDict,
 ) -> OperationHandle[AsyncTrainingClient]:
     """A new run like the checkpoint's, with its weights; one that cannot load them is deleted."""
@@ -32,6 +33,12 @@ def begin_from(
                 f"{path} was made from {info.base_model}, not from {base_model}.",
                 field="base_model",
                 hint="Leave base_model out.",
+            )
+        if head is not None and (info.lora_config is None or info.lora_config.head != head):
+            raise errors.CheckpointMismatchError(
+                f"{path} was saved without a {head} head.",
+                field="head",
+                hint="Leave head out, or begin the reward model from a base model.",
             )
         create = protocol.CreateModel(
             base_model=info.base_model,

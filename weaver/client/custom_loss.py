@@ -37,6 +37,19 @@ def targets_only(datums: Sequence[Datum]) -> Sequence[Datum]:
     return [_targets_only(datum) if isinstance(datum, Datum) else datum for datum in datums]
 
 
+def tokens_only(datums: Sequence[Datum]) -> Sequence[Datum]:
+    """For a scalar head: datums whose scores are asked, in the form of a surrogate of no weight."""
+    if not isinstance(datums, Sequence):
+        return datums
+    weights = {"surrogate_weights": [0.0]}
+    return [
+        Datum(model_input=one.model_input, loss_fn_inputs=weights)
+        if isinstance(one, Datum)
+        else one
+        for one in datums
+    ]
+
+
 def differentiate(
     datums: Sequence[Datum], forward: ForwardBackwardResult, loss_fn: CustomLoss
 ) -> tuple[tuple[Datum, ...], ForwardBackwardResult]:
@@ -48,22 +61,24 @@ def differentiate(
     """
     import torch
 
-    logprobs_D = [out["logprobs"].to_torch().requires_grad_() for out in forward.loss_fn_outputs]
+    logprobs_D = [
+        next(iter(out.values())).to_torch().requires_grad_() for out in forward.loss_fn_outputs
+    ]
     with torch.enable_grad():
         returned = loss_fn(list(datums), logprobs_D)
         loss, metrics = _checked(returned)
         gradients_D = torch.autograd.grad(loss, logprobs_D, allow_unused=True)
     surrogate = []
+    scored = any("scores" in out for out in forward.loss_fn_outputs)
     for i, (datum, gradient) in enumerate(zip(datums, gradients_D, strict=True)):
         weights = torch.zeros_like(logprobs_D[i]) if gradient is None else gradient
         if not bool(torch.isfinite(weights).all()):
             raise NonFiniteError(
                 "the custom loss has a gradient of NaN or infinity.", field=f"datums[{i}]"
             )
-        inputs = {
-            "target_tokens": datum.loss_fn_inputs["target_tokens"],
-            "surrogate_weights": weights,
-        }
+        inputs: dict[str, object] = {"surrogate_weights": weights}
+        if not scored:
+            inputs["target_tokens"] = datum.loss_fn_inputs["target_tokens"]
         surrogate.append(Datum(model_input=datum.model_input, loss_fn_inputs=inputs))
     result = ForwardBackwardResult(
         loss_fn_outputs=forward.loss_fn_outputs, metrics={**metrics, "loss": loss.item()}

@@ -6,9 +6,7 @@ Made by `AsyncServiceClient.create_sampling_client` and
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
 from weaver import types
@@ -24,12 +22,11 @@ from weaver.checks import (
     is_batch,
 )
 from weaver.client.handle import OperationHandle
-from weaver.client.session import RELEASED, Answer, Session
-from weaver.errors import ClosedError, NotFoundError
+from weaver.client.published import Published
+from weaver.client.session import Answer, Session
 from weaver.fields import MOST_ALTERNATIVES
-from weaver.protocol import OpenSampler, ReleaseSampler, Sample, Sampled, SamplerOpened
+from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
 from weaver.tensors import TensorData
-from weaver.tokenizers import PreTrainedTokenizer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,25 +34,12 @@ if TYPE_CHECKING:
 SAMPLED = Answer(Sampled, lambda result: result.output)
 
 
-class AsyncSamplingClient:
+class AsyncSamplingClient(Published):
     """Samples from weights as they were when this client was made.
 
     Where the weights have no name of their own, they go with the client: when it is closed, or soon
     after nothing refers to it any more.
     """
-
-    def __init__(self, session: Session, opened: SamplerOpened, *, owned: bool) -> None:
-        self._session = session
-        self._closed = False
-        self._unneeded = weakref.finalize(self, session.release_later, opened.sampler_id)
-        self._unneeded.atexit = False
-        if not owned:
-            self._unneeded.detach()
-        self.sampler_id = opened.sampler_id
-        self.model_info = opened.model
-        self.base_model = opened.model.name
-        self.weights_version = opened.weights_version
-        """The optimizer step of the weights; 0 for a base model."""
 
     @overload
     def sample(
@@ -202,21 +186,6 @@ class AsyncSamplingClient:
         reply = Answer(Sampled, lambda result: list(result.output.prompt_logprobs or ()))
         return self._session.submit(operation, reply)
 
-    async def close(self) -> None:
-        """Ends this client, and weights that have no name of their own; checkpoints stay.
-
-        Samples on their way are finished. Sampling those weights again, from any client, ends with
-        `CheckpointNotFoundError`.
-        """
-        self._closed = True
-        if self._unneeded.detach():
-            with suppress(NotFoundError):  # it made room for newer ones
-                await self._session.submit(ReleaseSampler(sampler_id=self.sampler_id), RELEASED)
-
-    async def get_tokenizer(self) -> PreTrainedTokenizer:
-        """The model's tokenizer, a transformers one; loaded once per client."""
-        return await self._session.get_tokenizer(self.base_model)
-
     def _operation(
         self,
         prompt: object,
@@ -230,8 +199,7 @@ class AsyncSamplingClient:
         stream: bool = False,
         field: str = "prompt",
     ) -> Sample:
-        if self._closed:
-            raise ClosedError("this sampling client was closed.", hint="Make another one.")
+        self._check_open()
         checked = as_value(types.SamplingParams, params or {}, field="sampling_params")
         max_tokens = checked.max_tokens if num_samples else 0
         check_top(top_logprobs, self.model_info, field="top_logprobs")

@@ -20,6 +20,7 @@ from weaver.client.exports import export_to
 from weaver.client.handle import OperationHandle
 from weaver.client.imports import import_from
 from weaver.client.opening import open_service
+from weaver.client.rewards import AsyncRewardClient, open_rewards
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
@@ -106,6 +107,7 @@ class AsyncServiceClient:
         lora_config: types.LoraConfig | Mapping[str, object] | None = None,
         *,
         training_mode: types.TrainingMode = "lora",
+        head: types.Head | None = None,
         seed: int = 0,
         user_metadata: types.JsonDict | None = None,
         from_checkpoint: CheckpointPath | None = None,
@@ -119,6 +121,7 @@ class AsyncServiceClient:
         Args:
             base_model: a name of `list_supported_models`, a Hugging Face id, or a local folder.
             lora_config: rank, alpha, seed, and train_attn, train_mlp, train_unembed.
+            head: "scalar" makes a reward model, whose output is one number a sequence; LoRA alone.
             seed: of the adapter's initial values, where `lora_config` has none.
             user_metadata: kept with the run, for `list_training_runs`.
             from_checkpoint: a weaver:// path, a `CheckpointInfo`, or a folder that `save_state`
@@ -143,6 +146,7 @@ class AsyncServiceClient:
                 as_path(from_checkpoint, field="from_checkpoint"),
                 base_model=base_model,
                 include_optimizer=include_optimizer,
+                head=head,
                 user_metadata=user_metadata or {},
             )
         if base_model is None or include_optimizer:
@@ -157,9 +161,16 @@ class AsyncServiceClient:
                 field="lora_config",
                 hint='Leave it out, or use training_mode="lora".',
             )
+        if training_mode == "full_ft" and head is not None:
+            raise errors.InvalidParamsError(
+                "is trained beside a LoRA adapter, the model's own weights stay.",
+                field="head",
+                hint='Use training_mode="lora".',
+            )
         lora = None
         if training_mode == "lora":
             lora = as_value(types.LoraConfig, lora_config or {}, field="lora_config")
+            lora = types.LoraConfig(**{**lora, "head": head or lora.head})
         operation = protocol.CreateModel(
             base_model=base_model,
             training_mode=training_mode,
@@ -226,6 +237,26 @@ class AsyncServiceClient:
             model_path=None if model_path is None else as_path(model_path, field="model_path"),
             base_model=base_model,
         )
+
+    def create_reward_client(
+        self, model_path: CheckpointPath, base_model: str | None = None
+    ) -> OperationHandle[AsyncRewardClient]:
+        """A client that scores sequences with a saved reward model.
+
+        Args:
+            model_path: a weaver:// path, a `CheckpointInfo`, or a folder with an adapter in PEFT's
+                layout that has a head called `score`, for which `base_model` names the model below.
+
+        Raises:
+            InvalidNameError: at the call.
+            UnsupportedError: from the handle: these weights give tokens.
+            UnknownModelError, CheckpointNotFoundError, CheckpointMismatchError,
+            CheckpointCorruptError: from the handle.
+        """
+        if base_model is not None:
+            _check_model_name(base_model)
+        path = as_path(model_path, field="model_path")
+        return open_rewards(self._session, model_path=path, base_model=base_model)
 
     # --- what there is ---
 

@@ -1,4 +1,4 @@
-"""`ServiceClient`, `TrainingClient`, `SamplingClient`: the sync way in.
+"""`ServiceClient`, `TrainingClient`, `SamplingClient`, `RewardClient`: the sync way in.
 
 Each wraps its async twin, whose documentation holds here too. Where a method has `wait`, True
 blocks for the result and False returns a `Handle` at once; either way the call fixes the
@@ -15,6 +15,7 @@ from weaver import types
 from weaver.checks import CheckpointPath, LossConfig, Prompt, Prompts
 from weaver.client.custom_loss import CustomLoss
 from weaver.client.portal import Handle, Portal, Twin, blocking, making, queued
+from weaver.client.rewards import AsyncRewardClient, TokenPrompts
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
 from weaver.client.training import AsyncTrainingClient
@@ -115,6 +116,27 @@ class SamplingClient(Twin[AsyncSamplingClient]):
     close = blocking(AsyncSamplingClient.close)
 
 
+class RewardClient(Twin[AsyncRewardClient]):
+    """Scores with weights as they were when this client was made."""
+
+    def __init__(self, inner: AsyncRewardClient, portal: Portal) -> None:
+        super().__init__(inner, portal)
+        self.sampler_id = inner.sampler_id
+        self.base_model = inner.base_model
+        self.model_info = inner.model_info
+        self.weights_version = inner.weights_version
+
+    @overload
+    def score(self, prompts: TokenPrompts, *, wait: Now = ...) -> list[float]: ...
+    @overload
+    def score(self, prompts: TokenPrompts, *, wait: Later) -> Handle[list[float]]: ...
+    @queued(AsyncRewardClient.score, wait=True)
+    def score(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    get_tokenizer = blocking(AsyncRewardClient.get_tokenizer)
+    close = blocking(AsyncRewardClient.close)
+
+
 class TrainingClient(Twin[AsyncTrainingClient]):
     """Trains one run; several clients of one service client may share a run and its order."""
 
@@ -124,6 +146,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
         self.base_model = inner.base_model
         self.model_info = inner.model_info
         self.deterministic = inner.deterministic
+        self.head = inner.head
 
     get_tokenizer = blocking(AsyncTrainingClient.get_tokenizer)
     get_info = blocking(AsyncTrainingClient.get_info)
@@ -161,6 +184,8 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     ) -> types.ForwardBackwardResult: ...
     @queued(AsyncTrainingClient.forward_backward_custom, wait=False)
     def forward_backward_custom(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    score = queued(AsyncTrainingClient.score, wait=True)(RewardClient.score)
 
     @overload
     def optim_step(
@@ -209,6 +234,9 @@ class TrainingClient(Twin[AsyncTrainingClient]):
 
     save_weights_and_get_sampling_client = making(
         AsyncTrainingClient.save_weights_and_get_sampling_client, SamplingClient
+    )
+    save_weights_and_get_reward_client = making(
+        AsyncTrainingClient.save_weights_and_get_reward_client, RewardClient
     )
 
     @overload
@@ -276,6 +304,7 @@ class ServiceClient(Twin[AsyncServiceClient]):
     )
     attach = making(AsyncServiceClient.attach, TrainingClient)
     create_sampling_client = making(AsyncServiceClient.create_sampling_client, SamplingClient)
+    create_reward_client = making(AsyncServiceClient.create_reward_client, RewardClient)
     list_supported_models = blocking(AsyncServiceClient.list_supported_models)
     list_training_runs = blocking(AsyncServiceClient.list_training_runs)
     get_training_run = blocking(AsyncServiceClient.get_training_run)

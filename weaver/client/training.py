@@ -15,13 +15,19 @@ from weaver.checks import CheckpointPath, LossConfig, as_path, as_value, check_d
 from weaver.client import custom_loss
 from weaver.client.custom_loss import CustomLoss
 from weaver.client.handle import OperationHandle
+from weaver.client.rewards import AsyncRewardClient, TokenPrompts, open_rewards, token_prompts
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session
+from weaver.heads import check_asked
 from weaver.names import check_name
 from weaver.threads import in_daemon_thread
 from weaver.tokenizers import PreTrainedTokenizer
 
 GRADIENTS = Answer(protocol.GradientsDone, lambda result: result.output)
+SCORES = Answer(
+    protocol.GradientsDone,
+    lambda done: [one["scores"].to_numpy().item() for one in done.output.loss_fn_outputs],
+)
 STEP = Answer(protocol.StepDone, lambda result: result.output)
 SAVED = Answer(protocol.CheckpointSaved, lambda result: result.checkpoint)
 LOADED = Answer(protocol.CheckpointLoaded, lambda result: result.checkpoint)
@@ -35,6 +41,8 @@ class AsyncTrainingClient:
         self.model_id = run.run_id
         self.model_info = model
         self.base_model = model.name
+        self.head = run.lora_config.head if run.lora_config else None
+        """Of a reward model "scalar"; None where it gives tokens."""
         self.deterministic = session.deterministic
         """No number depends on what else the service computes, or on when."""
 
@@ -72,11 +80,11 @@ class AsyncTrainingClient:
 
         Returns:
             `metrics["loss"]` and more; `loss_fn_outputs[i]["logprobs"]`, float32 in the shape of
-            the targets of datum i, [T] or [T, K].
+            the targets of datum i, [T] or [T, K]; of a reward model `scores`, [1].
 
         Raises:
             InvalidDatumError, TokenOutOfRangeError, ContextLengthError, UnknownLossError,
-            InvalidLossConfigError: at the call, before anything is queued.
+            InvalidLossConfigError, UnsupportedError: at the call, before anything is queued.
             NonFiniteError: from the handle; the next `optim_step` then fails too, so that no part
                 of a batch is applied.
         """
@@ -90,7 +98,8 @@ class AsyncTrainingClient:
         `loss_fn(datums, logprobs)` is called in a worker thread with the datums and, for each, a
         float32 tensor of the log-probabilities of its `target_tokens`, in their shape: [T], or
         [T, K] for several at each position. It returns a scalar
-        tensor made from them and a dict of metrics. Beside `target_tokens` the datums may carry
+        tensor made from them and a dict of metrics. Of a reward model it is called with the scores
+        of the datums, [1] each. Beside `target_tokens` the datums may carry
         whatever inputs the function reads. It costs one more forward pass than a built-in loss.
 
         Returns:
@@ -108,7 +117,10 @@ class AsyncTrainingClient:
                 field="loss_fn",
                 hint="Pass a function of (datums, logprobs).",
             )
-        forward = self.forward(custom_loss.targets_only(datums))
+        if self.head is None:
+            forward = self.forward(custom_loss.targets_only(datums))
+        else:
+            forward = self.forward(custom_loss.tokens_only(datums), "surrogate")
         place = self._session.reserve(
             "forward_backward_custom", GRADIENTS, run_id=self.model_id, adds_gradient=True
         )
@@ -124,6 +136,19 @@ class AsyncTrainingClient:
             return result.model_copy(update={"metrics": {**done.metrics, **result.metrics}})
 
         return self._session.compose(place.handle.label, [forward, place.handle], finish)
+
+    def score(self, prompts: TokenPrompts) -> OperationHandle[list[float]]:
+        """What the reward model says of sequences of tokens, at this place in the run's order.
+
+        Raises:
+            UnsupportedError: this is no reward model.
+            InvalidDatumError, TokenOutOfRangeError, ContextLengthError: at the call.
+        """
+        check_asked(True, self.head)
+        given = [types.Datum(model_input=one) for one in token_prompts(prompts, self.model_info)]
+        datums = tuple(custom_loss.tokens_only(given))
+        operation = protocol.ForwardBackward(datums=datums, loss_fn="surrogate", backward=False)
+        return self._session.submit(operation, SCORES, run_id=self.model_id)
 
     def optim_step(
         self, adam_params: types.AdamParams | Mapping[str, object]
@@ -185,7 +210,12 @@ class AsyncTrainingClient:
 
         Without a name the weights live as long as the client that is answered, and at most 64 of
         them; with one they are saved.
+
+        Raises:
+            UnsupportedError: at the call, of a reward model, which has
+                `save_weights_and_get_reward_client`.
         """
+        check_asked(False, self.head)
         operation = protocol.SaveCheckpoint(purpose="sampler", name=check_name(name))
         saved = self._session.submit(operation, SAVED, run_id=self.model_id)
         parts: list[OperationHandle[Any]] = [saved]
@@ -195,6 +225,27 @@ class AsyncTrainingClient:
             opened = open_sampler(
                 self._session, model_path=path, base_model=None, owned=name is None
             )
+            parts.append(opened)
+            return await opened
+
+        return self._session.compose(saved.label, parts, finish)
+
+    def save_weights_and_get_reward_client(
+        self, name: str | None = None
+    ) -> OperationHandle[AsyncRewardClient]:
+        """`save_weights_and_get_sampling_client` of a reward model: a client that scores.
+
+        Raises:
+            UnsupportedError: at the call: this is no reward model.
+        """
+        check_asked(True, self.head)
+        operation = protocol.SaveCheckpoint(purpose="sampler", name=check_name(name))
+        saved = self._session.submit(operation, SAVED, run_id=self.model_id)
+        parts: list[OperationHandle[Any]] = [saved]
+
+        async def finish() -> AsyncRewardClient:
+            path = (await saved).path
+            opened = open_rewards(self._session, model_path=path, owned=name is None)
             parts.append(opened)
             return await opened
 
@@ -251,7 +302,7 @@ class AsyncTrainingClient:
         *,
         backward: bool,
     ) -> OperationHandle[types.ForwardBackwardResult]:
-        check_datums(datums, loss_fn, config=loss_fn_config, model=self.model_info)
+        check_datums(datums, loss_fn, config=loss_fn_config, model=self.model_info, head=self.head)
         given = {k: v for k, v in (loss_fn_config or {}).items() if v is not None}
         operation = protocol.ForwardBackward(
             datums=tuple(datums), loss_fn=loss_fn, loss_fn_config=given, backward=backward

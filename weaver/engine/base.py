@@ -53,6 +53,8 @@ class SampleJob:
     params: types.SamplingParams
     num_samples: int
     """0: only score the prompt."""
+    score: bool = False
+    """What a scalar head says of the prompt is wanted, and nothing else: it draws no tokens."""
     include_prompt_logprobs: bool = False
     top_logprobs: int = 0
     """So many of the likeliest tokens are wanted at each place of the samples."""

@@ -31,7 +31,7 @@ TEXT = """\
 {data}
 ```
 
-The folder is read as it is by transformers (`AutoModelForCausalLM.from_pretrained`) and by vLLM
+The folder is read as it is by transformers (`{auto}.from_pretrained`) and by vLLM
 (`vllm serve FOLDER`). The licence is that of the base model.
 """
 
@@ -49,9 +49,10 @@ def write_card(
     `origin` is where the base comes from: the front matter names it if it may be an id of the hub.
     `metrics` are the last ones that were logged, by name.
     """
+    scores = info.lora_config is not None and info.lora_config.head is not None
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if scores else "text-generation",
         "tags": ["weaver", info.training_mode],
     }
     if HUB_ID.fullmatch(origin):
@@ -63,6 +64,7 @@ def write_card(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         name=f"{info.run_id}/{info.name}",
         base=info.base_model,
+        auto="AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM",
         step=info.step,
         method=METHODS[info.training_mode],
         data=json.dumps(data, indent=2),

@@ -17,6 +17,7 @@ from weaver import errors, protocol, wire
 from weaver.boundary import attempt, attempt_async
 from weaver.checks import check_datums
 from weaver.errors import WeaverError
+from weaver.heads import lengths_together
 from weaver.names import check_name
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
@@ -204,7 +205,7 @@ class Intake:
             and isinstance(operation, protocol.ForwardBackward)
             and operation.backward
         ):
-            lengths = [datum.model_input.length for datum in operation.datums]
+            lengths = lengths_together(operation.datums, operation.loss_fn)
             mine = self.registry.runs_of(run.project)
             unsaved = ticket.size_bytes + sum(one.unsaved_bytes for one in mine)
             error = attempt(partial(self.limits.check_trained, lengths, fitting=fitting))
@@ -274,6 +275,7 @@ def _check(submission: protocol.Submission, run: Run | None) -> None:
                 operation.loss_fn,
                 config=operation.loss_fn_config,
                 model=run.model,
+                head=run.head,
             )
         case protocol.SaveCheckpoint(name=str(name)):
             check_name(name)

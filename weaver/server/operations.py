@@ -180,6 +180,7 @@ class Operations:
                 str(location),
                 await self.engine.snapshot(run.run_id),
                 model=run.model,
+                head=run.head,
                 pinned=disk is None,
                 expires_at=info.expires_at,
             )

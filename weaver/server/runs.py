@@ -58,6 +58,11 @@ class Run:
     """Held while this process has it loaded: a descriptor of its lock file."""
     lane: Lane = field(default_factory=Lane)
 
+    @property
+    def head(self) -> types.Head | None:
+        """None: that for tokens."""
+        return self.lora_config.head if self.lora_config else None
+
     @classmethod
     def of(cls, record: RunRecord) -> Run:
         """A run that is not loaded."""
@@ -130,7 +135,7 @@ class Run:
         if checkpoint.lora_config is not None and self.lora_config is not None:
             pairs += [
                 (name, checkpoint.lora_config[name], self.lora_config[name])
-                for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed")
+                for name in ("head", "rank", "alpha", "train_attn", "train_mlp", "train_unembed")
             ]
         wrong = (f"{name} is {its}, not {ours}" for name, its, ours in pairs if its != ours)
         return next(wrong, None)

@@ -19,6 +19,7 @@ from weaver import errors
 from weaver.boundary import attempt, attempt_async, blocking
 from weaver.checks import check_targets, check_tokens, check_top
 from weaver.engine.base import SampleJob, WeightsRef
+from weaver.heads import check_asked
 from weaver.protocol import OpenSampler, Sample, SamplerOpened
 from weaver.server.checkpoints import SCHEME
 from weaver.server.manifest import MANIFEST
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.base import Engine, SampleProgress
     from weaver.server.checkpoints import Checkpoints
-    from weaver.types import CheckpointInfo, ModelInfo
+    from weaver.types import CheckpointInfo, Head, ModelInfo
 
 
 BASE = "base:"
@@ -44,6 +45,7 @@ class Loaded:
     weights_id: str
     model: ModelInfo
     version: int
+    head: Head | None
     pinned: bool
     """They exist nowhere else, so they are never dropped to make room."""
     expires_at: datetime | None = None
@@ -80,6 +82,7 @@ class Samplers:
             sampler_id = str(folder)
             self._folders[sampler_id] = source
         loaded = await self._get(sampler_id)
+        check_asked(operation.head is not None, loaded.head)
         if path is not None and base_model not in (None, loaded.model.name):
             raise errors.CheckpointMismatchError(
                 f"{path} was made from {loaded.model.name}, not from {base_model}.",
@@ -96,6 +99,7 @@ class Samplers:
         ref: WeightsRef,
         *,
         model: ModelInfo,
+        head: Head | None,
         pinned: bool,
         expires_at: datetime | None,
     ) -> None:
@@ -103,7 +107,7 @@ class Samplers:
         self._count += 1
         weights_id = f"{sampler_id}#{self._count}"
         version = await self.engine.publish(weights_id, ref)
-        loaded = Loaded(weights_id, model, version, pinned=pinned, expires_at=expires_at)
+        loaded = Loaded(weights_id, model, version, head, pinned=pinned, expires_at=expires_at)
         await self._keep(sampler_id, loaded)
 
     def prepare(self, operation: Sample) -> Sample:
@@ -153,6 +157,7 @@ class Samplers:
         loaded = await self._get(operation.sampler_id)
         assert isinstance(operation.prompt, ModelInput)  # text was encoded when it was accepted
         tokens = operation.prompt.to_ints()
+        check_asked(operation.score, loaded.head)
         _check_sample(operation, tokens, loaded.model)
         params = operation.params
         if params.seed is None:  # drawn from the id, so that a restart in its middle repeats it
@@ -164,6 +169,7 @@ class Samplers:
             prompt=tokens,
             params=params,
             num_samples=operation.num_samples,
+            score=operation.score,
             include_prompt_logprobs=operation.include_prompt_logprobs,
             top_logprobs=operation.top_logprobs,
             prompt_top_logprobs=operation.prompt_top_logprobs,
@@ -189,7 +195,10 @@ class Samplers:
         base_model, folder, expires_at = await blocking(self._find, sampler_id)
         model = await blocking(self.engine.get_model, base_model)
         ref = WeightsRef(base_model=base_model, uri=None if folder is None else folder.as_uri())
-        await self.publish(sampler_id, ref, model=model, pinned=False, expires_at=expires_at)
+        head = None if folder is None else await blocking(_head_of, folder)
+        await self.publish(
+            sampler_id, ref, model=model, head=head, pinned=False, expires_at=expires_at
+        )
 
     def _find(self, sampler_id: str) -> tuple[str, Path | None, datetime | None]:
         """The base model of a sampler, the folder of its weights, and when they expire."""
@@ -245,9 +254,26 @@ class Samplers:
         )
 
 
+def _head_of(folder: Path) -> Head | None:
+    """Of the adapter in a folder; None where there is none, which the engine says."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        return "scalar" if settings.get("modules_to_save") else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _check_sample(operation: Sample, tokens: Sequence[int], model: ModelInfo) -> None:
     top, targets = operation.prompt_top_logprobs, operation.prompt_targets
     scored = operation.include_prompt_logprobs or top or targets is not None
+    if operation.score:
+        if scored or operation.num_samples:
+            raise errors.InvalidParamsError(
+                "a score is asked, and more of the same prompt.",
+                field="score",
+                hint="A reward model gives nothing else; leave num_samples at 0.",
+            )
+        scored = True
     if operation.num_samples == 0 and (operation.top_logprobs or not scored):
         raise errors.InvalidParamsError(
             "is 0.",

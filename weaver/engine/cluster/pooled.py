@@ -106,6 +106,12 @@ class PooledEngine(ModelsOf):
                 field="training_mode",
                 hint="Train a LoRA adapter, or sample with torch.",
             )
+        if lora_config.head is not None:
+            raise UnsupportedError(
+                "vLLM gives no scores here.",
+                field="head",
+                hint="Train the reward model on a server that samples with torch.",
+            )
         await self._check_lora(base_model, lora_config)
         await self.trainer.create_run(
             run_id, base_model, training_mode=training_mode, lora_config=lora_config, seed=seed

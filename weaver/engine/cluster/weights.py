@@ -24,6 +24,8 @@ from weaver.errors import (
 )
 
 CONFIG, TENSORS, STATE = "adapter_config.json", "adapter_model.safetensors", "weaver_state.json"
+SCORE = "base_model.model.score.weight"
+"""What a scalar head is called in them."""
 LARGEST_HEADER = 2**26
 
 
@@ -72,6 +74,12 @@ class Adapter:
                 hint="Serve the whole model by its own name, or sample with torch.",
             )
         shapes = _shapes(folder / TENSORS)
+        if SCORE in shapes:
+            raise UnsupportedError(
+                f"{folder.name} is a reward model; vLLM gives no scores here.",
+                field="model_path",
+                hint="Score on a server that samples with torch.",
+            )
         layers = {
             name.partition(".lora_A.")[0].rpartition(".")[2]: shape[0]
             for name, shape in shapes.items()

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from weaver import errors
 from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import files
+from weaver.engine.torch.adapter_files import ADAPTER_CONFIG, read_adapter, write_adapter
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.types import LoraConfig, ModelInfo, Quantize, TrainingMode, Value
 
@@ -109,7 +110,7 @@ class Copy:
         try:
             if state.lora_config is not None:
                 base = self.facts.origin
-                files.write_adapter(folder, self.weights, config=state.lora_config, base=base)
+                write_adapter(folder, self.weights, config=state.lora_config, base=base)
             else:
                 with files.without_progress_bars():
                     self.module.save_pretrained(
@@ -226,8 +227,8 @@ def read_snapshot(folder: Path, *, facts: ModelFacts, quantize: Quantize) -> Wei
             said = "%s was trained with quantize=%s; here it is %s, which changes what it computes"
             logger.warning(said, folder.name, state.quantize, quantize)
     tensors, config = (
-        files.read_adapter(folder, facts=facts)
-        if (folder / files.ADAPTER_CONFIG).exists()
+        read_adapter(folder, facts=facts)
+        if (folder / ADAPTER_CONFIG).exists()
         else (_read_model(folder), None)
     )
     return WeightSnapshot(

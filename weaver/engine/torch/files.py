@@ -1,13 +1,12 @@
-"""Weights in files: whole models as transformers keeps them, LoRA adapters as PEFT does.
+"""Weights in files: whole models as transformers keeps them.
 
-`ModelStore` reads models, checkpoints are written and read through here, and the sampler loads
-adapters that PEFT itself wrote. R rank; A [R, in], B [out, R].
+`ModelStore` reads models, and checkpoints are written and read through here. Adapters are those of
+`adapter_files`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,52 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file, logging
 
 from weaver import errors
 from weaver.engine.torch.catalog import ModelFacts, only_here, refusing
 from weaver.engine.torch.device import CPU, take_from_files
-from weaver.engine.torch.lora import PREFIX
 from weaver.engine.torch.packing import ATTENTION
-from weaver.types import LoraConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Of weights in one file of a whole model, as the hub's own client makes them."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-FREE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
-"""Settings of adapter_config.json that may have any value: they are read elsewhere, only say which
-layers are adapted, which the tensors tell, or count for training, or beside another setting."""
-PLAIN: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
-"""Settings, and the values under which an adapter is what `Adapter` is."""
-NEUTRAL: tuple[object, ...] = (None, False, [], {})
-"""The values of every other setting under which it changes nothing, and PEFT's defaults of them."""
 
 
 def read_module(
@@ -243,125 +209,6 @@ def stored_tensor(facts: ModelFacts, name: str) -> torch.Tensor | None:
     except (OSError, SafetensorError, ValueError, KeyError):
         pass  # the loading of the base says what is wrong with them
     return None
-
-
-def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], *, config: LoraConfig, base: str
-) -> None:
-    """`tensors` by PEFT's names; `base` is what they call the model below."""
-    leaves = {name.rsplit(".", 3)[1] for name in tensors}
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(leaves),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_rslora": False,
-        "modules_to_save": None,
-    }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def read_adapter(folder: Path, *, facts: ModelFacts) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """An adapter's fp32 tensors by PEFT's names, and a configuration with its rank and scale.
-
-    Raises:
-        CheckpointCorruptError: a file is missing, unreadable or not finite.
-        CheckpointMismatchError: it does not fit the model.
-        UnsupportedError: a variant of LoRA, such as DoRA; a setting or tensor that is not known.
-    """
-    settings = read_json(folder / ADAPTER_CONFIG)
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise corrupt(folder / ADAPTER_CONFIG, "lacks r or lora_alpha")
-    _check_settings(settings)
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(rank)  # PEFT scales it by alpha / sqrt(r)
-    tensors = _lora_tensors(read_tensors(folder / ADAPTER_WEIGHTS), facts)
-    roles = _check_fit(tensors, rank, facts, folder)
-    return tensors, LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        train_attn="attn" in roles,
-        train_mlp="mlp" in roles,
-        train_unembed="unembed" in roles,
-    )
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses what is not known to leave an adapter plain, also settings of PEFT's to come."""
-    for name in sorted((settings.keys() | {"peft_type"}) - FREE):
-        value = settings.get(name)
-        if value not in PLAIN.get(name, NEUTRAL):
-            raise _not_plain(f"{name} = {json.dumps(value)[:100]}.")
-
-
-def _lora_tensors(
-    tensors: Mapping[str, torch.Tensor], facts: ModelFacts
-) -> dict[str, torch.Tensor]:
-    """Those of LoRA, in fp32, after checking that all others are copies of the base's.
-
-    PEFT adds copies of the base's embeddings where lm_head is adapted, and reads them back.
-    """
-    lora: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".lora_A.weight", ".lora_B.weight")):
-            lora[name] = tensor.float()
-            continue
-        base = stored_tensor(facts, name.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if base is None or not torch.equal(base.to(tensor.dtype), tensor):
-            raise _not_plain(
-                f"{name}, which is neither LoRA's nor what {facts.info.name} has there."
-            )
-    return lora
-
-
-def _check_fit(
-    tensors: Mapping[str, torch.Tensor], rank: int, facts: ModelFacts, folder: Path
-) -> set[str]:
-    """The roles of the adapted layers, after checking every tensor's name and shape."""
-    roles: set[str] = set()
-    stems = {name.rsplit(".lora_", 1)[0] for name in tensors}
-    for stem in sorted(stems):
-        target = facts.targets.get(stem.removeprefix(PREFIX))
-        if target is None:
-            raise _of_another(f"the adapter changes {stem}, {facts.info.name} has no such layer.")
-        shapes = {"A": (rank, target.in_features), "B": (target.out_features, rank)}
-        for matrix, shape in shapes.items():
-            tensor = tensors.get(f"{stem}.lora_{matrix}.weight")
-            if tensor is None:
-                raise corrupt(folder / ADAPTER_WEIGHTS, f"lacks {stem}.lora_{matrix}.weight")
-            if tuple(tensor.shape) != shape:
-                raise _of_another(
-                    f"{stem}.lora_{matrix} has shape {list(tensor.shape)}, "
-                    f"{facts.info.name} needs {list(shape)}."
-                )
-        roles.add(target.role)
-    if not roles:
-        raise corrupt(folder / ADAPTER_WEIGHTS, "has no LoRA tensors")
-    return roles
-
-
-def _not_plain(what: str) -> errors.UnsupportedError:
-    return errors.UnsupportedError(
-        f"the adapter has {what}",
-        field="model_path",
-        hint="Only plain LoRA adapters are read; merge it with PEFT into a whole model.",
-    )
-
-
-def _of_another(what: str) -> errors.CheckpointMismatchError:
-    return errors.CheckpointMismatchError(
-        what, field="path", hint="Load it on the model it was trained on."
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from weaver import errors
 from weaver.engine.base import ImportedWeights
 from weaver.engine.torch import files
+from weaver.engine.torch.adapter_files import ADAPTER_CONFIG, read_adapter, write_adapter
 from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.checkpoints import STATE, State, write_tokenizer
 from weaver.engine.torch.lora import choose_targets, new_adapter
@@ -41,13 +42,13 @@ def import_weights(
 ) -> ImportedWeights:
     """See `Engine.import_weights`."""
     try:
-        if (source / files.ADAPTER_CONFIG).is_file():
+        if (source / ADAPTER_CONFIG).is_file():
             facts, config = _import_adapter(catalog, source, folder, base_model=base_model)
         elif (source / files.CONFIG).is_file():
             facts, config = _import_model(catalog, source, folder, base_model=base_model), None
         else:
             raise errors.CheckpointCorruptError(
-                f"there is neither {files.ADAPTER_CONFIG} nor {files.CONFIG}.",
+                f"there is neither {ADAPTER_CONFIG} nor {files.CONFIG}.",
                 field="files",
                 hint="Import an adapter as PEFT saves it, or a model as transformers does.",
             )
@@ -67,22 +68,23 @@ def _import_adapter(
 ) -> tuple[ModelFacts, LoraConfig]:
     """Layers that a run trains beside those of the adapter begin as a new one's: they add nothing
     to the output."""
-    named = files.read_json(source / files.ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = files.read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
     facts = catalog.facts(base_model or _base_of(catalog, named))
-    tensors, config = files.read_adapter(source, facts=facts)
+    tensors, config = read_adapter(source, facts=facts)
     targets = choose_targets(
         facts.targets.values(), config, model=facts.info.name, fused_experts=facts.fused_experts
     )
-    run = new_adapter(targets, config, seed=0, device=torch.device("cpu"))
+    size = facts.config.hidden_size
+    run = new_adapter(targets, config, seed=0, device=torch.device("cpu"), hidden_size=size)
     whole = run.tensors() | tensors
-    files.write_adapter(folder, whole, config=config, base=facts.origin)
+    write_adapter(folder, whole, config=config, base=facts.origin)
     return facts, config
 
 
 def _base_of(catalog: Catalog, named: Any) -> str:
     """What the catalog calls the base that an adapter names."""
     if not isinstance(named, str) or not named:
-        raise _without_base(f"{files.ADAPTER_CONFIG} does not name its base model.")
+        raise _without_base(f"{ADAPTER_CONFIG} does not name its base model.")
     return catalog.name_of(named)
 
 

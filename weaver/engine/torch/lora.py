@@ -1,5 +1,7 @@
 """LoRA adapters (Hu et al., arXiv:2106.09685), and the layers of a model that they can change.
 
+Beside its low-rank updates an adapter may have a scalar head.
+
 A run trains one `Adapter`; the sampler holds frozen copies. `weaver.engine.torch.linear` applies
 them. Shapes: R rank; A [R, in], B [out, R], scale alpha / R.
 """
@@ -18,6 +20,9 @@ from weaver.types import LoraConfig
 Role = Literal["attn", "mlp", "unembed"]
 PREFIX = "base_model.model."
 """PEFT's tensor names begin so."""
+SCORE = "score"
+"""What transformers calls the head of its models for sequence classification."""
+SCORE_WEIGHT = f"{PREFIX}{SCORE}.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +77,8 @@ class Adapter:
     scale: float
     frozen: bool = False
     """Whether no value ever changes."""
+    score: torch.Tensor | None = None
+    """float32 [1, H]: a scalar head, in place of the model's own for tokens."""
     _blocks: dict[tuple[str, ...], Block | None] = field(default_factory=dict, init=False)
 
     def block(self, paths: tuple[str, ...]) -> Block | None:
@@ -87,7 +94,7 @@ class Adapter:
         for path, pair in self.pairs.items():
             named[f"{PREFIX}{path}.lora_A.weight"] = pair.a
             named[f"{PREFIX}{path}.lora_B.weight"] = pair.b
-        return named
+        return named if self.score is None else named | {SCORE_WEIGHT: self.score}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,8 @@ def has_fused_experts(model: torch.nn.Module) -> bool:
 
 def roles(config: LoraConfig) -> dict[Role, bool]:
     """Which of them `config` trains."""
-    return {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
+    unembed = config.train_unembed and config.head is None
+    return {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": unembed}
 
 
 def choose_targets(
@@ -173,11 +181,17 @@ def choose_targets(
 
 
 def new_adapter(
-    targets: Sequence[Target], config: LoraConfig, *, seed: int, device: torch.device
+    targets: Sequence[Target],
+    config: LoraConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    hidden_size: int = 0,
 ) -> Adapter:
     """A trainable fp32 adapter with PEFT's initial values: A kaiming-uniform (a = √5), B zero.
 
-    The values depend on `seed` and the targets alone.
+    A scalar head, which needs H, `hidden_size`, is normal, of variance 1 / (H + 1) (Stiennon et
+    al., arXiv:2009.01325). The values depend on `seed` and the targets alone.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -189,10 +203,14 @@ def new_adapter(
         )
         tensors[f"{stem}.lora_B.weight"] = torch.zeros(target.out_features, config.rank)
     pairs = pairs_of(tensors, device=device, dtype=torch.float32)
-    for pair in pairs.values():
-        pair.a.requires_grad_()
-        pair.b.requires_grad_()
-    return Adapter(pairs, config.alpha / config.rank)
+    score = None
+    if config.head is not None:
+        drawn = torch.randn(1, hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
+        score = drawn.to(device)
+    adapter = Adapter(pairs, config.alpha / config.rank, score=score)
+    for tensor in adapter.tensors().values():
+        tensor.requires_grad_()
+    return adapter
 
 
 def adapter_from_tensors(
@@ -203,8 +221,10 @@ def adapter_from_tensors(
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """A frozen adapter from tensors by PEFT's names; its B share storage where they can."""
-    pairs = pairs_of(tensors, device=device, dtype=dtype)
-    return Adapter(pairs, config.alpha / config.rank, frozen=True)
+    pairs, score = pairs_of(tensors, device=device, dtype=dtype), tensors.get(SCORE_WEIGHT)
+    if score is not None:
+        score = score.detach().to(device, torch.float32)
+    return Adapter(pairs, config.alpha / config.rank, frozen=True, score=score)
 
 
 def pairs_of(

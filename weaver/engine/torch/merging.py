@@ -18,9 +18,11 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, GENERATION
 
 from weaver import errors
 from weaver.engine.torch import files
+from weaver.engine.torch.adapter_files import read_adapter
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.checkpoints import write_tokenizer
-from weaver.engine.torch.lora import Adapter, LoraPair, adapter_from_tensors
+from weaver.engine.torch.lora import SCORE, Adapter, LoraPair, adapter_from_tensors
+from weaver.engine.torch.scalar import scalar_settings
 
 BESIDE = {".json", ".jinja", ".txt", ".model"}
 """Suffixes of the base's files that are copied: the tokenizer and the generation settings."""
@@ -33,14 +35,16 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     the generation settings. Computed in float32 and kept in the dtype of each W; one file of
     weights is in memory at a time, or the whole model where its files name their tensors in another
     way than transformers does. A tied head that the adapter changes is untied: the embedding stays,
-    `config.json` says so.
+    `config.json` says so. Of a scalar head it is a model for sequence classification of one label,
+    `score` being kept in float32, and the head for tokens is left out.
 
     Raises:
         CheckpointCorruptError, CheckpointMismatchError: the adapter is damaged or of another model.
-        UnsupportedError: a variant of LoRA, or the base cannot be read.
+        UnsupportedError: a variant of LoRA, the base cannot be read, or it names its tensors in
+            another way and the head is a scalar one.
         StorageError: the disk is full or not writable.
     """
-    tensors, config = files.read_adapter(adapter, facts=facts)
+    tensors, config = read_adapter(adapter, facts=facts)
     made = adapter_from_tensors(tensors, config, device=torch.device("cpu"))
     source, tied = files.folder_of(facts.source), files.tied_weights(facts)
     changed = {f"{path}.weight" for path in made.pairs}
@@ -48,12 +52,16 @@ def merge_adapter(facts: ModelFacts, adapter: Path, folder: Path) -> None:
     try:
         stored = files.weight_map(source)
         if (changed - untied.keys()) | {*untied.values()} <= stored.keys():
-            write_shards(folder, _merged_tensors(source, made, stored=stored, untied=untied))
+            merged = _merged_tensors(source, made, stored=stored, untied=untied)
+            write_shards(folder, _scoring(facts, made.score, merged))
         else:
             _write_whole(facts, folder, made, untied=untied)
         _copy_others(facts, source, folder)
-        if untied:
-            settings = files.read_json(source / files.CONFIG) | {"tie_word_embeddings": False}
+        settings: dict[str, object] = {"tie_word_embeddings": False} if untied else {}
+        if made.score is not None:
+            settings |= scalar_settings(facts)
+        if settings:
+            settings = files.read_json(source / files.CONFIG) | settings
             (folder / files.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise errors.StorageError(
@@ -114,9 +122,27 @@ def _merged_tensors(
                     yield name, weight.clone() if name != its_name else weight
 
 
+def _scoring(
+    facts: ModelFacts, score: torch.Tensor | None, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, with a scalar head in place of that for tokens where there is one."""
+    unembed = {f"{path}.weight" for path, one in facts.targets.items() if one.role == "unembed"}
+    for name, tensor in tensors:
+        if score is None or name not in unembed:
+            yield name, tensor
+    if score is not None:
+        yield f"{SCORE}.weight", score
+
+
 def _write_whole(
     facts: ModelFacts, folder: Path, adapter: Adapter, *, untied: Mapping[str, str]
 ) -> None:
+    if adapter.score is not None:
+        raise errors.UnsupportedError(
+            f"the files of {facts.info.name} name their tensors in another way than transformers.",
+            field="merge",
+            hint="Export the adapter, which PEFT loads.",
+        )
     dtype = facts.config.dtype or torch.float32
     module = files.read_module(facts.source, name=facts.info.name, config=facts.config, dtype=dtype)
     for name in untied:

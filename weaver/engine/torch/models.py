@@ -180,3 +180,8 @@ class PublishedWeights:
     version: int
     own: LoadedModel | None = None
     """A snapshot's own copy after full fine-tuning."""
+
+    @property
+    def scalar(self) -> torch.Tensor | None:
+        """float32 [1, H]: its head, where it scores in place of sampling."""
+        return None if self.adapter is None else self.adapter.score

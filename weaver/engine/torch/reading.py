@@ -24,6 +24,7 @@ from weaver.engine.torch.packing import pack
 from weaver.engine.torch.prefixes import Owner, Prefixes
 from weaver.engine.torch.prompt_scores import PromptScores
 from weaver.engine.torch.sample_jobs import Prompt, Row, RunningJob
+from weaver.engine.torch.scalar import last_scores
 
 PIECE_TOKENS = 512
 """One pass has so many: enough rows to keep the matrix products busy, few enough for others to go
@@ -124,12 +125,10 @@ class Reader:
                 self.prefixes.keep(prompt.owner, prompt.tokens, sequence, prompt.cache, limit=limit)
             if not prompt.unread:
                 ended.append((prompt, some[-1]))
-        if ended:
-            last = torch.stack([row for _, row in ended])
-            adapters = [prompt.owner.weights.adapter for prompt, _ in ended]
-            logits = parts[0][0].model.logits(last, adapters)
-            for (prompt, _), row in zip(ended, torch.split(logits, 1), strict=True):
-                prompt.logits = row
+        for scalar in (False, True):
+            some_ended = [e for e in ended if (e[0].owner.weights.scalar is not None) == scalar]
+            if some_ended:
+                _end(some_ended, scalar=scalar)
 
     def keep(self, row: Row, *, limit: int) -> None:
         """Keeps what a sample has drawn, for prompts that go on behind it."""
@@ -189,6 +188,18 @@ class Reader:
                 cache=cache.read([(prompt.cached, size) for prompt, size in parts]),
             )
         )
+
+
+def _end(ended: Sequence[tuple[Prompt, torch.Tensor]], *, scalar: bool) -> None:
+    """Prompts that are read, with the hidden state [H] of the last token of each."""
+    last = torch.stack([row for _, row in ended])
+    weights = [prompt.owner.weights for prompt, _ in ended]
+    if scalar:
+        logits = last_scores(last, [one.scalar for one in weights])[:, None]
+    else:
+        logits = ended[0][0].model.logits(last, [one.adapter for one in weights])
+    for (prompt, _), row in zip(ended, torch.split(logits, 1), strict=True):
+        prompt.logits = row
 
 
 def _score(prompt: Prompt, hidden: torch.Tensor, scores: PromptScores) -> None:

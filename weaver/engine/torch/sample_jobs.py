@@ -37,7 +37,7 @@ class Prompt:
     cached: Cached | None = None
     """Their keys and values, once it is begun."""
     logits: torch.Tensor | None = None
-    """float32 [1, V] behind it, once it is read."""
+    """float32 [1, V] behind it, once it is read; of a scalar head [1, 1], the score."""
     scores: PromptScores | None = None
     """Of its places, where they are wanted."""
     jobs: int = 0
@@ -146,9 +146,15 @@ class RunningJob:
         return rows
 
     def check_scores(self) -> None:
-        """Fails the job if a log-probability of its prompt is not finite."""
-        if self.prompt.scores is not None and not self.prompt.scores.finite:
+        """Fails the job if a log-probability of its prompt, or the score, is not finite."""
+        scores, score = self.prompt.scores, self._score
+        if (scores and not scores.finite) or not (score is None or math.isfinite(score)):
             self.error = _not_finite("in the prompt")
+
+    @property
+    def _score(self) -> float | None:
+        logits = self.prompt.logits
+        return float(logits) if self.job.score and logits is not None else None
 
     def take(
         self, row: Row, token: int, *, logprob: float, sampling_logprob: float, top: Top | None
@@ -183,6 +189,7 @@ class RunningJob:
             prompt_logprobs=scores and scores.logprobs,
             prompt_top_logprobs=scores and scores.top,
             prompt_target_logprobs=scores and scores.targets,
+            score=self._score,
         )
 
 

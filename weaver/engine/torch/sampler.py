@@ -145,6 +145,7 @@ class TorchSampler:
         prompt = self._reader.prompt_of(job, weights)
         self._jobs[job.job_id] = running = RunningJob(job, prompt)
         self._reader.begin(running)
+        running.check_scores()  # of a prompt that others have read
 
     def cancel(self, job_id: str) -> None:
         self.waiting.drop(job_id)

@@ -27,13 +27,14 @@ from weaver.engine.torch import checkpoints
 from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.device import ADAM_COPIES
 from weaver.engine.torch.files import check_finite, set_weights
-from weaver.engine.torch.logprobs import Queries, Scores, target_scores
+from weaver.engine.torch.logprobs import Scores
 from weaver.engine.torch.lora import choose_targets, new_adapter
 from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_training
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
-from weaver.engine.torch.objective import Objective
-from weaver.engine.torch.packing import Share, pack, split_passes, stacked
+from weaver.engine.torch.objective import Objective, scores_asked
+from weaver.engine.torch.packing import Share, pack, split_passes
+from weaver.engine.torch.scalar import check_scalar, sequence_scores
 from weaver.engine.torch.team import ALONE, Team
 from weaver.engine.torch.training_run import Run
 from weaver.tensors import TensorData
@@ -95,8 +96,15 @@ class TorchTrainer:
         targets = choose_targets(
             facts.targets.values(), config, model=base_model, fused_experts=facts.fused_experts
         )
-        seed = seed if config.seed is None else config.seed
-        adapter = new_adapter(targets, config, seed=seed, device=self._store.device)
+        if config.head is not None:
+            check_scalar(facts)
+        adapter = new_adapter(
+            targets,
+            config,
+            seed=seed if config.seed is None else config.seed,
+            device=self._store.device,
+            hidden_size=facts.config.hidden_size,
+        )
         self._store.base(base_model)  # what is wrong with it is said before there is a run
         self._runs[run_id] = run = Run(facts, config, adapter, quantize=self._store.quantize)
         self._store.room.adapters[run_id] = ADAM_COPIES * sum(p.nbytes for p in run.parameters())
@@ -111,12 +119,14 @@ class TorchTrainer:
     def forward_backward(
         self, jobs: Sequence[GradientJob]
     ) -> Sequence[types.ForwardBackwardResult | errors.WeaverError]:
-        """See the protocol. Jobs of one model and one `backward` share passes."""
-        tasks = [_Task(job, self._run(job.run_id), Objective(job)) for job in jobs]
-        groups: dict[tuple[object, bool], list[_Task]] = {}
+        """See the protocol. Jobs of one model, one kind of head and one `backward` share passes."""
+        runs = [self._run(job.run_id) for job in jobs]
+        tasks = [_Task(j, r, Objective(j, r.head)) for j, r in zip(jobs, runs, strict=True)]
+        groups: dict[tuple[object, ...], list[_Task]] = {}
         for task in tasks:
             task.error = attempt(check_finite, task.run.named_parameters())
-            groups.setdefault((task.run.shares, task.job.backward), []).append(task)
+            key = task.run.shares, task.run.head, task.job.backward
+            groups.setdefault(key, []).append(task)
         for group in groups.values():
             self._compute(group)
         self._team.settle(tasks)
@@ -218,7 +228,7 @@ class TorchTrainer:
         return self._runs[run_id]
 
     def _compute(self, tasks: list[_Task]) -> None:
-        """Runs all passes of jobs that share a model and `backward`.
+        """Runs all passes of jobs that share a model, the kind of head and `backward`.
 
         A pass that finds no memory is repeated once, in halves and with all layers recomputed, as
         are those that follow. With `deterministic` it is not halved, which would change bits.
@@ -286,6 +296,7 @@ class _Task:
     gradient: list[torch.Tensor] | None = None
     """Kept apart from the run's until the whole job has succeeded."""
     logprobs: dict[int, TensorData] = field(default_factory=dict)
+    """Or scores."""
     error: errors.WeaverError | None = None
 
     def fail(self, what: str, *, field: str) -> None:
@@ -312,7 +323,7 @@ class _Task:
             self.run.gradient = _added(self.run.gradient, self.gradient)
         return types.ForwardBackwardResult(
             loss_fn_outputs=tuple(
-                {"logprobs": self.logprobs[i]} for i in range(len(self.job.datums))
+                {self.objective.output: self.logprobs[i]} for i in range(len(self.job.datums))
             ),
             metrics=metrics,
         )
@@ -320,48 +331,38 @@ class _Task:
 
 def _run_pass(alive: Sequence[tuple[_Task, Share]], model: LoadedModel, plan: Plan) -> None:
     """One pass of the model over the shares of several tasks, which have not failed so far."""
-    device = model.device
-    inputs = [(task, i) for task, share in alive for i in share.datums]
+    riding = [(task, task.objective.datums(share.datums)) for task, share in alive]
+    inputs = [(task, i) for task, datums in riding for i in datums]
     batch = pack(
         [task.job.datums[i].model_input.to_ints() for task, i in inputs],
         adapters=[task.run.adapter for task, _ in inputs],
-        device=device,
+        device=model.device,
     )
-    objectives = [(task.objective, share.datums) for task, share in alive]
-    lengths = [sum(o.lengths[i] for i in datums) for o, datums in objectives]
-    queries = Queries(
-        targets=stacked([one for o, i in objectives for one in o.targets(i)]).to(device),
-        temperature=torch.tensor([o.loss.temperature for o, _ in objectives])
-        .repeat_interleave(torch.tensor(lengths))
-        .to(device),
-        active=torch.cat([o.active(i) for o, i in objectives]).to(device),
-    )
-    scores = target_scores(
-        model,
-        model.hidden_states(batch, recompute=plan.layers_recomputed(batch.lengths)),
-        batch,
-        queries=queries,
-        chunk=plan.footprint.chunk,
-        entropy=any(o.loss.reads_entropy for o, _ in objectives),
-        entropy_gradient=any(o.loss.trains_entropy for o, _ in objectives),
-    )
+    rows = [sum(task.objective.rows[i] for i in datums) for task, datums in riding]
+    hidden = model.hidden_states(batch, recompute=plan.layers_recomputed(batch.lengths))
+    if riding[0][0].run.head is None:
+        objectives = [(task.objective, datums) for task, datums in riding]
+        scores = scores_asked(objectives, rows, model, batch, hidden, chunk=plan.footprint.chunk)
+    else:
+        scores = Scores(sequence_scores(hidden, batch), None)
     losses: dict[_Task, torch.Tensor] = {}
-    for (task, share), size, end in zip(alive, lengths, accumulate(lengths), strict=True):
-        loss = _score_share(task, share, scores.rows(end - size, end))
+    for (task, datums), size, end in zip(riding, rows, accumulate(rows), strict=True):
+        loss = _score_share(task, datums, scores.rows(end - size, end))
         if task.error is None:
             losses[task] = loss
     if any(loss.requires_grad for loss in losses.values()):
         _differentiate(list(losses), torch.stack(list(losses.values())).sum())
 
 
-def _score_share(task: _Task, share: Share, scores: Scores) -> torch.Tensor:
-    """The share's loss; keeps its log-probabilities, or marks the task as failed."""
-    loss_D = task.objective.add(share.datums, scores)
-    pieces = task.objective.of_datums(share.datums, scores.logprobs.detach().cpu())
-    for datum, lp, loss in zip(share.datums, pieces, loss_D.tolist(), strict=True):
+def _score_share(task: _Task, datums: Sequence[int], scores: Scores) -> torch.Tensor:
+    """The share's loss; keeps what it was made of, or marks the task as failed."""
+    loss_D = task.objective.add(datums, scores)
+    pieces = task.objective.of_datums(datums, scores.logprobs.detach().cpu())
+    for datum, lp, loss in zip(datums, pieces, loss_D.tolist(), strict=True):
         piece: Any = lp.numpy()
         if not np.isfinite(piece).all():
-            task.fail("a log-probability", field=f"datums[{datum}]")
+            what = "a log-probability" if task.run.head is None else "a score"
+            task.fail(what, field=f"datums[{datum}]")
         elif not np.isfinite(loss):
             task.fail("the loss", field=f"datums[{datum}]")
         task.logprobs[datum] = TensorData(piece)

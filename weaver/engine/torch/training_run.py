@@ -37,6 +37,10 @@ class Run:
     def training_mode(self) -> types.TrainingMode:
         return "full_ft" if self.adapter is None else "lora"
 
+    @property
+    def head(self) -> types.Head | None:
+        return self.lora_config.head if self.lora_config else None
+
     def __post_init__(self) -> None:
         self.reset_optimizer()
 

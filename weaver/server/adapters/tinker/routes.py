@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 
 from weaver import errors, protocol
 from weaver.errors import WeaverError
+from weaver.heads import check_asked
 from weaver.server.adapters.tinker import answers, bodies, messages, passes
 from weaver.server.adapters.tinker.session import (
     Future,
@@ -216,6 +217,7 @@ async def _create_like(request: Request, model_id: str, path: str, body: bodies.
     """
     service, gateway = request.state.service, request.state.gateway
     info = await service.get_checkpoint(path)
+    check_asked(False, info.lora_config.head if info.lora_config else None)
     marked = {"model_id": model_id, "loaded": True}
     operation = protocol.CreateModel(
         base_model=info.base_model,
