@@ -4,18 +4,18 @@
 
 Fine-tuning, by the API's complete training loop:
 
-1. Sample held-out phrases from the bundled model, which gets some of them right in pig latin.
-2. Fine-tune a LoRA adapter on other phrases: `forward_backward` by cross-entropy on the answers,
+1. Ask the bundled model for phrases in Ubbi Dubbi ("ub" before each vowel), of which it knows
+   nothing: it was made without a word of it, and gets every one wrong.
+2. Fine-tune a LoRA adapter on made-up words: `forward_backward` by cross-entropy on the answers,
    then `optim_step`, both submitted before the last step's loss is awaited.
-3. Save a checkpoint, sample the same phrases again, and compare. No phrase shares a word with the
-   held-out ones.
+3. Save a checkpoint, ask for the same phrases again, and compare: none was trained on.
 
 Reinforcement learning, from a reward of one line: `rl.train` samples replies, scores them, and
 makes the better ones likelier; it is told what is right, never shown it. The reward's curve rises
 as it learns to reverse words, and the report shows every reply.
 
-It fails, with exit code 1, unless the loss falls by more than half, and the distance of the reward
-from 1 as well.
+It fails, with exit code 1, unless half of the phrases are right then that were all wrong, and the
+distance of the reward from 1 falls by more than half.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ import weaver_rl as rl
 from weaver import SamplingClient, ServiceClient, TrainingClient, types
 from weaver_rl.conversations import from_pieces
 from weaver_rl.storage import read_lines
-from weaver_rl.tasks.words import pig_latin, reverse_tasks
+from weaver_rl.tasks.words import LETTERS, VOWELS, reverse_tasks, ubbi_dubbi
 
-WORDS = """
-    hello world banana split summer garden winter light river stone yellow flower music paper
-    little train green apple open window silver moon purple cloud happy dog magic forest orange
-    juice tiny planet golden bridge early bird simple secret brave knight quiet ocean
-""".split()
-HELD_OUT = ("coffee table", "blue sky", "strong wind", "under water", "chess player", "new idea")
+HELD_OUT = (
+    "coffee table", "blue sky", "strong wind", "under water",
+    "chess player", "new idea", "hello world", "magic garden",
+)  # fmt: skip
+ALPHABET = LETTERS + 3 * VOWELS
+"""What words are made of: with as many vowels as English ones have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
     base_model: str = "weaver-nano"
-    steps: int = 60
+    steps: int = 200
     """Steps of fine-tuning."""
     rl_steps: int = 40
     batch_size: int = 24
     learning_rate: float | None = None
-    """None: by the model's size."""
-    rank: int = 8
+    """None: by the model's size, twice as large for fine-tuning."""
+    rank: int = 16
     seed: int = 0
     base_url: str | None = None
     """A Weaver server; none: WEAVER_BASE_URL, or this process."""
@@ -65,7 +65,7 @@ class Flags:
 def main(flags: Flags) -> bool:
     """Runs the demo; answers whether both parts learned."""
     console = Console()
-    console.rule("1 of 2: fine-tuning, pig latin")
+    console.rule("1 of 2: fine-tuning, Ubbi Dubbi")
     tuned = fine_tune(flags, console)
     console.rule("2 of 2: reinforcement learning from a reward, reversed words")
     rewarded = reinforce(flags, console)
@@ -73,19 +73,21 @@ def main(flags: Flags) -> bool:
 
 
 def fine_tune(flags: Flags, console: Console) -> bool:
-    """Whether the loss fell by more than half."""
+    """Whether no held-out phrase was right before, and half of them are now."""
     with ServiceClient(flags.base_url) as service:
         trainer = service.create_model(flags.base_model, {"rank": flags.rank}, seed=flags.seed)
         before = answers(service.create_sampling_client(base_model=flags.base_model))
         losses = train(trainer, flags, console)
-        checkpoint = trainer.save_state("pig-latin")
+        checkpoint = trainer.save_state("ubbi-dubbi")
         after = answers(trainer.save_weights_and_get_sampling_client())
     console.print(comparison(before, after))
     first, last = losses[0], fmean(losses[-5:])
     console.print(f"Loss {first:.3f} → {last:.3f} (mean of the last 5 steps)")
     where = checkpoint.folder or "the server's home"
     console.print(f"Checkpoint {checkpoint.path}\n  in {where}", soft_wrap=True)
-    return last < first / 2
+    return not any(map(is_right, HELD_OUT, before)) and 2 * sum(
+        map(is_right, HELD_OUT, after)
+    ) >= len(HELD_OUT)
 
 
 def reinforce(flags: Flags, console: Console) -> bool:
@@ -124,14 +126,16 @@ def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float
     """The training loop; answers the loss of every step, in nats per answer token."""
     tokenizer = trainer.get_tokenizer()
     rng = Random(flags.seed)
-    rate = flags.learning_rate or rl.schedules.for_model(trainer.model_info.num_parameters)
+    rate = flags.learning_rate
+    if rate is None:
+        rate = 2 * rl.schedules.for_model(trainer.model_info.num_parameters)
     adam = types.AdamParams(learning_rate=rate, grad_clip_norm=1.0)
     losses: list[float] = []
     with closing(rl.Display(steps=flags.steps, stream=console.file)) as display:
         for step in range(flags.steps):
-            phrases = [" ".join(rng.sample(WORDS, 2)) for _ in range(flags.batch_size)]
+            phrases = [f"{word(rng)} {word(rng)}" for _ in range(flags.batch_size)]
             datums = [
-                from_pieces(tokenizer, [(prompt_of(one), False), (f" {pig_latin(one)}\n\n", True)])
+                from_pieces(tokenizer, [(prompt_of(one), False), (f" {ubbi_dubbi(one)}\n\n", True)])
                 for one in phrases
             ]
             gradients = trainer.forward_backward(datums, "cross_entropy")
@@ -141,22 +145,30 @@ def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float
     return losses
 
 
+def word(rng: Random) -> str:
+    return "".join(rng.choices(ALPHABET, k=rng.randint(3, 7)))
+
+
 def prompt_of(phrase: str) -> str:
-    return f"English: {phrase}\nPig Latin:"
+    return f"English: {phrase}\nUbbi Dubbi:"
+
+
+def is_right(phrase: str, said: str) -> bool:
+    return said == ubbi_dubbi(phrase)
 
 
 def answers(sampler: SamplingClient) -> list[str]:
-    """One sample, at temperature 1, for each held-out phrase."""
-    params = types.SamplingParams(max_tokens=40, temperature=1.0, stop=["\n"], seed=0)
+    """The likeliest reply to each held-out phrase."""
+    params = types.SamplingParams(max_tokens=40, temperature=0.0, stop=["\n"])
     results = sampler.sample([prompt_of(phrase) for phrase in HELD_OUT], params)
     return [result.sequences[0].text.strip() for result in results]
 
 
 def comparison(before: list[str], after: list[str]) -> Table:
-    table = Table("held out", "before", "after", title="Sampled at temperature 1")
+    table = Table("held out", "before", "after", title="The likeliest reply")
     for phrase, *said in zip(HELD_OUT, before, after, strict=True):
-        right = pig_latin(phrase)
-        table.add_row(phrase, *(Text(s, "green" if s == right else "red") for s in said))
+        colours = ("green" if is_right(phrase, one) else "red" for one in said)
+        table.add_row(phrase, *map(Text, said, colours))
     return table
 
 

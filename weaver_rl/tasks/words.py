@@ -1,4 +1,4 @@
-"""Reversing strings and pig latin: tasks without a download, in weaver-nano's own words."""
+"""Reversing strings, pig latin, Ubbi Dubbi: tasks without a download, in weaver-nano's words."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def vowel_first(task: Task, reply: Reply) -> float:
 def pig_latin(text: str) -> str:
     """`hello apple` becomes `ello-hay apple-way`: a first consonant moves behind, then "ay"."""
     return " ".join(map(_pig_word, text.split()))
+
+
+def ubbi_dubbi(text: str) -> str:
+    """`hello apple` becomes `hubellubo ubapplube`: "ub" before each vowel.
+
+    Other than pig latin, weaver-nano was made without any of it.
+    """
+    return "".join(f"ub{letter}" if letter in VOWELS else letter for letter in text)
 
 
 def exact(task: Task, reply: Reply) -> float:
