@@ -325,6 +325,7 @@ class SampleDelta(Value):
     tokens: fields.Integers
     text: str
     logprobs: fields.Floats
+    sampling_logprobs: fields.Floats = ()
     stop_reason: StopReason | None = None
     """Set in the last piece of a sequence."""
     top_logprobs: TopLogprobs | None = None

@@ -24,6 +24,7 @@ from weaver.types import ModelInput, SampledSequence, SampleResult, SamplingPara
 from weaver_rl.clock import timed
 from weaver_rl.conversations import render
 from weaver_rl.examples import read_messages
+from weaver_rl.in_flight import InFlight
 from weaver_rl.recorded import Conversation
 from weaver_rl.types import Reply, Trajectory
 
@@ -64,7 +65,7 @@ class Agent:
 
     def __init__(
         self,
-        sampler: AsyncSamplingClient,
+        sampler: AsyncSamplingClient | InFlight,
         tokenizer: PreTrainedTokenizerBase,
         *,
         sampling: SamplingParams,

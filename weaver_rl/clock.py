@@ -58,6 +58,29 @@ def timed_alone(kind: str) -> Iterator[None]:
             spend(name, one)
 
 
+class Stopwatch:
+    """`with watch: ...` in any number of tasks: the seconds in which at least one is inside."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._since = self._before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return self._before + (time.monotonic() - self._since if self._inside else 0.0)
+
+    def __enter__(self) -> None:
+        if not self._inside:
+            self._since = time.monotonic()
+        self._inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        if self._inside == 1:
+            self._before = self.seconds
+        self._inside -= 1
+
+
 def merged(spent: Mapping[str, list[float]]) -> dict[str, tuple[float, ...]]:
     """For a `Group`: whole microseconds, since it is kept as JSON."""
     return {kind: tuple(round(one, 6) for one in every) for kind, every in spent.items()}

@@ -222,7 +222,20 @@ def _token_metrics(rollouts: Sequence[Rollout], weights_version: int) -> dict[st
         return {}
     ages = weights_version - sampled[:, 0]
     surprise = {"policy/surprise": float(-sampled[:, 1].mean())}
-    return surprise | _summary("staleness", ages, "mean", "max")
+    return surprise | _summary("staleness", ages, "mean", "max") | _shares(rollouts, ages)
+
+
+def _shares(rollouts: Sequence[Rollout], ages: npt.NDArray[np.float64]) -> dict[str, float]:
+    """`staleness/share_2`: of tokens that are two steps old; and of rollouts of several weights."""
+    drawn_by = [
+        {v for segment in rollout.trajectory.segments for v in segment.versions if v >= 0}
+        for rollout in rollouts
+    ]
+    found, counts = np.unique(ages.astype(int), return_counts=True)
+    return {
+        **{f"staleness/share_{a}": n / len(ages) for a, n in zip(found, counts, strict=True)},
+        "staleness/mixed_fraction": sum(len(one) > 1 for one in drawn_by) / len(rollouts),
+    }
 
 
 KL_LIMIT = 0.5

@@ -75,6 +75,9 @@ ZeroVariance = Literal["keep", "drop", "resample"]
 """What becomes of groups whose samples all earned the same, and so teach nothing. keep: they count
 in the denominator; drop: they do not; resample: others take their place. The latter two are the
 dynamic sampling of DAPO (Yu et al., arXiv:2503.14476, section 3.2)."""
+Move = Literal["never", "turn", "reply"]
+"""When a rollout takes newer weights. never: it ends with those of its beginning; turn: with each
+of its turns; reply: in the midst of what it says, too."""
 Schedule = Callable[[int], float]
 """Step, from 0, to learning rate: `lambda step: schedules.cosine(1e-3, step, steps=60)`."""
 
@@ -160,6 +163,10 @@ class Plan(Steps):
     max_staleness: int = 0
     """Steps by which rollouts may be older than the weights that train on them; `off_policy` only.
     Above 0 the objective must name its correction."""
+    in_flight: Move | None = None
+    """When rollouts that are under way go on with newer weights, where `max_staleness` is above 0;
+    None: "turn", or "never" on a deterministic engine, where no number depends on what was faster.
+    """
     max_failure_rate: float = 0.1
     max_logprob_gap: MaxGap = "auto"
     """Nats by which trainer and sampler may differ on a token of the same weights; auto: what
@@ -177,6 +184,9 @@ class Plan(Steps):
             raise ConfigError(
                 f"is {self.zero_variance!r}.", field="zero_variance", hint="keep, drop or resample."
             )
+        if self.in_flight not in (None, *get_args(Move)):
+            hint = "never, turn, reply or None."
+            raise ConfigError(f"is {self.in_flight!r}.", field="in_flight", hint=hint)
         if self.credit is not None and self.advantage is not None:
             raise ConfigError(
                 "is given beside a credit.",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weaver.tokenizers import encode_text
 from weaver.types import SampledSequence
 from weaver_rl.conversations import decode_behind, encode_behind, reply_content
+from weaver_rl.in_flight import versions_of
 from weaver_rl.types import Segment
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class Conversation:
     def write(self, sequence: SampledSequence, turn: int) -> None:
         """Adds what it sampled, as the next message."""
         self.text += decode_behind(self.tokenizer, self.tokens, sequence.tokens)
-        columns = (sequence.tokens, sequence.logprobs, sequence.sampling_logprobs)
+        columns = (sequence.logprobs, sequence.sampling_logprobs, versions_of(sequence))
         self.rows += [
-            (token, 1, logprob, drawn, sequence.weights_version)
-            for token, logprob, drawn in zip(*columns, strict=True)
+            (token, 1, logprob, drawn, version)
+            for token, logprob, drawn, version in zip(sequence.tokens, *columns, strict=True)
         ]
         stopped = sequence.stop_reason == "stop"
         said = reply_content(self.tokenizer, sequence.tokens, stopped=stopped)

@@ -22,6 +22,7 @@ from weaver.types import SamplingParams
 from weaver_rl.agent import Agent, Budget, BudgetExceeded, derive_seed, respond_all
 from weaver_rl.clock import merged, recording, timed_alone
 from weaver_rl.guard import attempt_async, gather, is_async, name_of
+from weaver_rl.in_flight import InFlight
 from weaver_rl.rewards import GroupReward, Reward, checked, copy_of, scorer, scores_of
 from weaver_rl.types import Failure, Group, Rollout, Score, Task
 
@@ -139,7 +140,7 @@ class RolloutsFailedError(WeaverError):
 
 
 async def sample_groups(
-    sampler: AsyncSamplingClient,
+    sampler: AsyncSamplingClient | InFlight,
     tasks: Sequence[Task],
     environment: GroupEnvironment,
     *,

@@ -76,7 +76,7 @@ class Reply:
     stop_reason: StopReason
     """`stop`, or `length` where max_tokens cut it off."""
     weights_version: int = 0
-    """The optimizer step of the weights that sampled it."""
+    """The optimizer step of the weights that sampled it, or its last token."""
     prompt_tokens: tuple[int, ...] = ()
     """All that the model had read before."""
 

@@ -25,14 +25,16 @@ from weaver_rl import rollouts
 from weaver_rl.agent import derive_seed
 from weaver_rl.algorithms.run import Result, Run
 from weaver_rl.algorithms.step import policy_step
+from weaver_rl.clock import Stopwatch
 from weaver_rl.credit.marks import models_of
 from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.curriculum import Picked, Picker, outcomes
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.guard import task_group
+from weaver_rl.in_flight import InFlight, unfollowed
 from weaver_rl.metrics import rollout_metrics
-from weaver_rl.plan import Plan, ZeroVariance
+from weaver_rl.plan import Move, Plan, ZeroVariance
 from weaver_rl.rollouts import Environment, GroupEnvironment
 from weaver_rl.run_folder import Manifest
 from weaver_rl.types import Filtered, Group, Task
@@ -86,6 +88,9 @@ async def off_policy(
 ) -> Result:
     """`on_policy` with rollouts up to `plan.max_staleness` steps old; at 0 it is `on_policy`.
 
+    Training and sampling overlap, and rollouts that are under way go on with newer weights as
+    `plan.in_flight` says.
+
     Args:
         choose: what of a step's rollouts is learned, and the metrics of that; all by default.
 
@@ -93,13 +98,21 @@ async def off_policy(
 
     Raises:
         ConfigError: the run has a folder, `run.exact` is on, rollouts overlap training, and the
-            engine is not deterministic.
+            engine is not deterministic or weights are to move in flight; sampling that
+            cannot go on from one request into the next, where they move within replies.
     """
     run = run or Run()
     _check(trainer, plan, run, reference)
     played = rollouts.as_group_environment(environment)
     check_tasks(tasks, fields=played.fields)
     tokenizer = await trainer.get_tokenizer()
+    if plan.max_staleness and plan.in_flight == "reply":
+        if name := unfollowed(plan.sampling, tokenizer):
+            raise ConfigError(
+                "goes by all tokens of a reply, and in_flight='reply' asks for it in parts.",
+                field=f"sampling.{name}",
+                hint="Leave it out (special tokens: stop_token_ids), or use in_flight='turn'.",
+            )
     await check_vocabulary(models_of(plan.credited), tokenizer)
     await check_vocabulary([reference] if reference else [], tokenizer, field="reference")
     done, version = await run.restore(trainer)
@@ -107,13 +120,16 @@ async def off_policy(
     measure = evaluate and partial(evaluate, sampler)
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
     async with task_group() as group:
-        pipeline = Pipeline(tasks, played, plan, group=group, kept=done.extra)
+        moves: Move = plan.in_flight or ("never" if trainer.deterministic else "turn")
+        pipeline = Pipeline(
+            tasks, played, plan, sampler=sampler, moves=moves, group=group, kept=done.extra
+        )
         tokens = int(done.extra.get("tokens", 0))
         for step in range(done.step, plan.steps):
             begin = time.monotonic()
             run.waiting_for(f"rollouts of step {step + 1}")
-            found = await pipeline.play(step, sampler)
-            chosen, collected = choose(found), time.monotonic()
+            found = await pipeline.play(step)
+            chosen, collected, drawing = choose(found), time.monotonic(), pipeline.drawing.seconds
             run.waiting_for(f"training of step {step + 1}")
             stepped = await policy_step(
                 trainer, chosen.kept, plan, step=step, version=version, reference=reference
@@ -128,11 +144,13 @@ async def off_policy(
                 **stepped.metrics,
                 "time/rollout_s": collected - begin,
                 "time/train_s": now - collected,
+                "time/overlap_s": pipeline.drawing.seconds - drawing,
                 "time/step_s": now - begin,
             }
             version = stepped.version
             run.log_rollouts(chosen, stepped, step=step + 1)
             sampler = await trainer.save_weights_and_get_sampling_client()
+            pipeline.move(sampler)
             if evaluate is not None and plan.evaluates(step + 1, steps=plan.steps):
                 run.waiting_for(f"the evaluation behind step {step + 1}")
                 metrics |= await evaluate(sampler)
@@ -152,8 +170,16 @@ def _check(
             field="reference",
             hint="Pass reference=await service.create_sampling_client(base_model=...).",
         )
-    exact = run.folder is None or not run.exact or trainer.deterministic
-    if plan.max_staleness and not exact:
+    if not plan.max_staleness or run.folder is None or not run.exact:
+        return
+    if plan.in_flight in ("turn", "reply"):
+        raise ConfigError(
+            f"is {plan.in_flight!r}: which weights draw which token depends on what is faster, and "
+            "a run that was killed would not go on exactly.",
+            field="in_flight",
+            hint='Use "never", or do without, by Run(exact=False).',
+        )
+    if not trainer.deterministic:
         raise ConfigError(
             "is above 0: on this engine a run that was killed would not go on exactly.",
             field="max_staleness",
@@ -165,16 +191,18 @@ def _check(
 class Pipeline:
     """The rollouts that are under way, by step: which are played when and with which weights.
 
-    Step t trains on rollouts that were begun max_staleness steps before, with the weights of then,
-    while those of the steps behind it are being played; at 0 playing and training take turns. One
-    step's rollouts are admitted for each step that is trained on, so at most max_staleness + 1 of
-    them are under way, none is dropped, and the staleness is bounded by construction.
+    Step t trains on rollouts that were begun max_staleness steps before, with the weights of then
+    and as `moves` says newer ones, while those of the steps behind it are being played; at 0
+    playing and training take turns. One step's rollouts are admitted for each step that is trained
+    on, so at most max_staleness + 1 of them are under way; those of a step are waited for, none is
+    dropped, and the age of the oldest token is bounded by construction.
 
-    Which tasks are played and every sampling seed come from (seed, step, round), so what is trained
-    on at which step depends on the seed alone, not on which rollout was faster, and a resumed run
-    plays what an uninterrupted one does. A checkpoint waits for the rollouts under way and keeps
-    them; but only a deterministic engine repeats those that overlap, since elsewhere the last bits
-    depend on what shares a batch. It lives in the task group that plays them.
+    Which tasks are played and every sampling seed come from (seed, step, round). So while weights
+    never move, what is trained on at which step depends on the seed alone, not on which rollout was
+    faster, and a resumed run plays what an uninterrupted one does. A checkpoint waits for the
+    rollouts under way and keeps them; but only a deterministic engine repeats those that overlap,
+    since elsewhere the last bits depend on what shares a batch. It lives in the task group that
+    plays them.
     """
 
     def __init__(
@@ -183,6 +211,8 @@ class Pipeline:
         environment: GroupEnvironment,
         plan: Plan,
         *,
+        sampler: AsyncSamplingClient,
+        moves: Move,
         group: TaskGroup,
         kept: Mapping[str, Any],
     ) -> None:
@@ -197,6 +227,10 @@ class Pipeline:
             count=plan.groups_per_step,
             state=kept.get("curriculum", {}),
         )
+        self.drawing = Stopwatch()
+        """Runs while anything is under way."""
+        self._sampler = sampler
+        self._in_flight = None if moves == "never" else InFlight(sampler, within=moves == "reply")
         self._environment = environment
         self._plan = plan
         self._group = group
@@ -206,7 +240,13 @@ class Pipeline:
         for event in self._finished.values():
             event.set()
 
-    async def play(self, step: int, sampler: AsyncSamplingClient) -> Filtered:
+    def move(self, sampler: AsyncSamplingClient) -> None:
+        """Rollouts to come begin with these weights, and those that are to go on with them do."""
+        self._sampler = sampler
+        if self._in_flight is not None:
+            self._in_flight.move(sampler)
+
+    async def play(self, step: int) -> Filtered:
         """Begins all rollouts that may begin with these weights; answers those of `step`, from 0.
 
         Raises:
@@ -219,7 +259,8 @@ class Pipeline:
         for ahead in range(step, min(step + self._plan.max_staleness + 1, self._plan.steps)):
             if ahead not in self._finished:
                 self._finished[ahead] = anyio.Event()
-                self._group.start_soon(self._collect, ahead, sampler, *self._picker.begin(ahead))
+                begun = ahead, self._in_flight or self._sampler, *self._picker.begin(ahead)
+                self._group.start_soon(self._collect, *begun)
         await self._finished[step].wait()
         del self._finished[step]
         found = self._found.pop(step)
@@ -238,8 +279,23 @@ class Pipeline:
         return Manifest(step=step, data_position=step * self._plan.groups_per_step, extra=kept)
 
     async def _collect(
-        self, step: int, sampler: AsyncSamplingClient, picked: Picked, tasks: Sequence[Task]
+        self,
+        step: int,
+        sampler: AsyncSamplingClient | InFlight,
+        picked: Picked,
+        tasks: Sequence[Task],
     ) -> None:
+        with self.drawing:
+            self._found[step] = await self._played(step, sampler, picked, tasks)
+        self._finished[step].set()
+
+    async def _played(
+        self,
+        step: int,
+        sampler: AsyncSamplingClient | InFlight,
+        picked: Picked,
+        tasks: Sequence[Task],
+    ) -> Filtered:
         """Plays and filters the groups of a step; resamples those that teach nothing, if asked."""
         plan, count = self._plan, self._plan.groups_per_step
         groups: list[Group] = []
@@ -266,8 +322,7 @@ class Pipeline:
             found = replace(found, outcomes=outcomes(picked.indices, groups))
         if rounds > 1:
             found.metrics["groups/rounds"] = number + 1.0
-        self._found[step] = found
-        self._finished[step].set()
+        return found
 
 
 def filtered(groups: Sequence[Group], zero_variance: ZeroVariance = "keep") -> Filtered:

@@ -186,6 +186,7 @@ class Draft:
             tokens=(token,),
             text=text,
             logprobs=(logprob,),
+            sampling_logprobs=(sampling_logprob,),
             stop_reason=self.stop_reason,
             top_logprobs=None if top is None else _top_logprobs([top]),
         )
