@@ -17,6 +17,7 @@ from tests.server.test_service import Recorder
 from weaver.engine import threaded
 from weaver.engine.torch.admission import in_turn
 from weaver.protocol import Sample
+from weaver.server import executor
 from weaver.server.keys import Caller
 from weaver.server.service import LocalService
 from weaver.types import ModelInput, SamplingParams
@@ -52,11 +53,13 @@ def steps_beside(record: Recorder, begin: int, name: str, count: int) -> int:
 def record(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Of an engine whose calls take a second of a clock that nothing else moves."""
     record = Recorder()
-    clock = SimpleNamespace(
-        perf_counter=lambda: float(sum(name in ENGINE_CALLS for name, _ in record.calls)),
-        monotonic=time.monotonic,
-    )
+
+    def calls() -> float:
+        return float(sum(name in ENGINE_CALLS for name, _ in record.calls))
+
+    clock = SimpleNamespace(perf_counter=calls, monotonic=time.monotonic)
     monkeypatch.setattr(threaded, "time", clock)
+    monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=calls))
     monkeypatch.setattr(
         threaded, "PATIENCE_S", 1.0
     )  # for calls that take no time on a busy machine

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver.engine.threaded import FairShare
-from weaver.server.lanes import Head, plan
+from weaver.server.lanes import Head, Turns, plan
 
 HEADS = st.lists(
     st.builds(
@@ -64,3 +64,44 @@ def test_an_idle_side_saves_up_no_claim() -> None:
         share.charge(side, 1.0)
         turns.append(side)
     assert turns.count("sampler") <= 4 and turns.count("trainer") >= 2
+
+
+def served(turns: Turns, waiting: dict[str, float]) -> str:
+    """Who is next of those that wait, whose operation takes so long."""
+    project = min(waiting, key=turns.place)
+    turns.serve([project])
+    turns.charge(project, waiting[project])
+    return project
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=2, max_size=6), st.integers(1, 200))
+def test_projects_that_wait_get_the_same_time_however_long_their_operations_are(
+    lengths: list[float], count: int
+) -> None:
+    turns, waiting = Turns(), {str(i): length for i, length in enumerate(lengths)}
+    used_s = dict.fromkeys(waiting, 0.0)
+    for _ in range(count):
+        project = served(turns, waiting)
+        used_s[project] += waiting[project]
+    assert max(used_s.values()) - min(used_s.values()) <= max(lengths) + 1e-6
+
+
+def test_projects_with_equal_operations_alternate() -> None:
+    turns = Turns()
+    assert [served(turns, {"a": 1.0, "b": 1.0}) for _ in range(6)] == ["a", "b"] * 3
+
+
+def test_an_idle_project_saves_up_no_claim() -> None:
+    turns = Turns()
+    for _ in range(100):
+        served(turns, {"a": 1.0})
+    order = [served(turns, {"a": 1.0, "b": 1.0}) for _ in range(10)]
+    assert order.count("b") in range(4, 7)
+
+
+def test_who_joins_a_shared_call_pays_for_it() -> None:
+    turns = Turns()
+    turns.serve(["a", "b"])
+    turns.charge("a", 1.0)
+    turns.charge("b", 1.0)
+    assert served(turns, {"b": 1.0, "c": 1.0}) == "c"

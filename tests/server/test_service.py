@@ -195,6 +195,20 @@ async def test_a_merged_pass_with_a_defect_poisons_each_run_in_it(home: Path) ->
             await caller.do(STEP, StepDone, run_id=run)
 
 
+async def test_a_run_is_created_in_its_own_lane_of_the_engine(home: Path) -> None:
+    engine, asked = FakeEngine(), list[tuple[str, str]]()
+
+    def lane(run_id: str, base_model: str) -> str:
+        asked.append((run_id, base_model))
+        return run_id
+
+    engine.lane = lane  # type: ignore[method-assign]
+    async with LocalService(engine, home=home) as service:
+        caller = await Caller.open(service)
+        runs = [await caller.create() for _ in range(2)]
+    assert asked == [(run, "fake") for run in runs]
+
+
 async def test_a_missing_operation_is_given_up_by_name(home: Path) -> None:
     async with LocalService(FakeEngine(), home=home, gap_timeout_s=0.05) as service:
         caller = await Caller.open(service)

@@ -104,7 +104,8 @@ class Trainer(Protocol):
     def lane(self, run_id: str, base_model: str) -> str:
         """Where the calls of a run wait for each other: always the same for a run.
 
-        Both may be empty, for calls of no run, or of no base model.
+        Asked before it is created, too. Both may be empty, for calls of no run, or of no base
+        model.
         """
 
     async def create_run(

@@ -22,6 +22,7 @@ from weaver.errors import OperationCancelledError, WeaverError
 from weaver.server.activity import run_of
 from weaver.server.attempts import Attempts
 from weaver.server.lanes import Head, Lane, Turns, plan
+from weaver.server.operations import run_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -50,10 +51,11 @@ class Worker:
     wake: anyio.Event = field(default_factory=anyio.Event)
     lanes: dict[Lane, Run | None] = field(default_factory=dict)
     """Those with something at their head, the one served longest ago first, and their runs."""
+    turns: Turns = field(default_factory=Turns)
 
 
 class Executor:
-    """Among the lanes of a worker that of the project served longest ago comes first."""
+    """Among the lanes of a worker those of the project that had least of its time come first."""
 
     def __init__(
         self,
@@ -69,7 +71,6 @@ class Executor:
         self._attempts = Attempts(operations, recovery, outcomes)
         self._samplers = operations.samplers
         self._merge_tokens = merge_tokens
-        self._turns = Turns()
         self._stopped = False
         self._workers: dict[str, Worker] = {}
         """By the engine's lane."""
@@ -107,7 +108,7 @@ class Executor:
         """Takes in an accepted operation; that of a run is in its lane already."""
         operation = ticket.submission.operation
         if run is not None:
-            self._work_on(run.lane, run, base_model=run.model.name)
+            self._work_on(run.lane, run, run_id=run.run_id, base_model=run.model.name)
         elif isinstance(operation, protocol.Sample):
             held = self._held.get((ticket.session, operation.sampler_id))
             if held is not None:
@@ -119,20 +120,22 @@ class Executor:
             self._begin(operation.sampler_id, ticket)
         else:
             base_model = getattr(operation, "base_model", None) or ""
-            self._work_on(Lane(ticket), None, base_model=base_model)
+            creates = isinstance(operation, protocol.CreateModel)
+            run_id = run_id_of(ticket) if creates else ""
+            self._work_on(Lane(ticket), None, run_id=run_id, base_model=base_model)
 
     # --- training and the like, in turns --------------------------------------------------------
 
-    def _worker(self, run: Run | None, *, base_model: str) -> Worker:
-        lane = self._operations.engine.lane(run.run_id if run else "", base_model)
+    def _worker(self, run_id: str, base_model: str) -> Worker:
+        lane = self._operations.engine.lane(run_id, base_model)
         worker = self._workers.get(lane)
         if worker is None:
             worker = self._workers[lane] = Worker()
             self.beside(partial(self._work_off, worker))
         return worker
 
-    def _work_on(self, lane: Lane, run: Run | None, *, base_model: str) -> None:
-        worker = self._worker(run, base_model=base_model)
+    def _work_on(self, lane: Lane, run: Run | None, *, run_id: str, base_model: str) -> None:
+        worker = self._worker(run_id, base_model)
         worker.lanes.setdefault(lane, run)
         worker.wake.set()
 
@@ -151,7 +154,7 @@ class Executor:
         since = time.monotonic() - self._recovery.durability.unload_after_s
         for run in list(self._operations.registry.runs.values()):
             if run.loaded and run.heard_at < since:
-                turn = self._worker(run, base_model=run.model.name).turn
+                turn = self._worker(run.run_id, run.model.name).turn
                 with anyio.move_on_after(UNLOAD_S) as waiting:
                     await turn.acquire()
                 if waiting.cancelled_caught:  # it may wait for memory: another time
@@ -171,7 +174,7 @@ class Executor:
         """Cancels what waits for a run, lets what has begun end, and unloads it."""
         with CancelScope(shield=True):
             await self.cancel(*run.lane.tickets())
-            async with self._worker(run, base_model=run.model.name).turn:
+            async with self._worker(run.run_id, run.model.name).turn:
                 await self._unload(run)
         run.stopped = True
 
@@ -211,7 +214,7 @@ class Executor:
             if ticket is None:
                 del worker.lanes[lane]
         ready = [(run, ticket) for _, run, ticket in heads if ticket is not None]
-        return sorted(ready, key=lambda head: self._turns.last(_project(head[1])))
+        return sorted(ready, key=lambda head: worker.turns.place(_project(head[1])))
 
     async def _train(self, worker: Worker, heads: Sequence[tuple[Run | None, Ticket]]) -> None:
         chosen = plan([_head(run, ticket) for run, ticket in heads], self._merge_tokens)
@@ -220,7 +223,7 @@ class Executor:
             ticket.begin()
             if run is not None:
                 worker.lanes[run.lane] = worker.lanes.pop(run.lane)  # to the back of the queue
-        self._turns.serve({_project(ticket) for _, ticket in batch})
+        worker.turns.serve([_project(ticket) for _, ticket in batch])
         batch = [(run, ticket) for run, ticket in batch if await self._is_loaded(run, ticket)]
         if not batch or self._stopped:  # which may have emptied the engine
             return
@@ -230,6 +233,7 @@ class Executor:
         changed: list[tuple[Run, protocol.Result]] = []
         for i, (run, ticket) in enumerate(batch):
             result = results[i]
+            worker.turns.charge(_project(ticket), took_s)
             if run is not None:
                 ticket.number = run.execute(ticket)
                 if self._recovery.store.keeps != "nothing":

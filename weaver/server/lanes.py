@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from weaver.server.sessions import Ticket
 
@@ -120,9 +120,8 @@ class Head:
 def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:
     """The heads, by index, to run in one engine call.
 
-    `heads` are in the order in which their projects and lanes were last served, so the first one
-    always runs;
-    later ones that can share its pass join while the sum of tokens stays within the budget.
+    `heads` are in the order in which their projects and lanes are next, so the first one always
+    runs; later ones that can share its pass join while the sum of tokens stays within the budget.
     """
     if not heads:
         return []
@@ -136,16 +135,33 @@ def plan(heads: Sequence[Head], budget_tokens: int) -> list[int]:
 
 
 class Turns:
-    """Remembers when each project was last served."""
+    """Gives the projects that wait for a lane of the engine the same time of it.
+
+    Start-time fair queueing (Goyal, Vin and Cheng, doi:10.1145/248156.248171) of projects with
+    equal weights: each has a clock, which goes on by what its operations took. The one whose clock
+    is earliest is next, of those the one served longest ago. A project that was idle saves up no
+    claim: its clock is set to that of the last one served.
+    """
 
     def __init__(self) -> None:
+        self._now_s = 0.0
+        self._until_s: dict[str, float] = {}
+        """The clocks of those that are ahead of that."""
         self._count = 0
         self._served: dict[str, int] = {}
 
-    def last(self, project: str) -> int:
-        """Grows with each turn; 0 for a project that had none."""
-        return self._served.get(project, 0)
+    def place(self, project: str) -> tuple[float, int]:
+        """The least is next."""
+        ahead_s = max(self._now_s, self._until_s.get(project, 0.0))
+        return ahead_s, self._served.get(project, 0)
 
-    def serve(self, projects: Iterable[str]) -> None:
+    def serve(self, projects: Sequence[str]) -> None:
+        """Their operations begin, those of the first because it was next."""
+        self._now_s, _ = self.place(projects[0])
+        self._until_s = {one: at for one, at in self._until_s.items() if at > self._now_s}
         self._count += 1
         self._served |= dict.fromkeys(projects, self._count)
+
+    def charge(self, project: str, seconds: float) -> None:
+        """So long an operation of it took, or its part of a call that several share."""
+        self._until_s[project] = max(self._now_s, self._until_s.get(project, 0.0)) + seconds

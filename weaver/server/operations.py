@@ -88,7 +88,7 @@ class Operations:
     async def _create_model(
         self, operation: protocol.CreateModel, ticket: Ticket
     ) -> protocol.ModelCreated:
-        run_id, project = f"run-{ticket.token}", ticket.session.caller.project
+        run_id, project = run_id_of(ticket), ticket.session.caller.project
         self.limits.check_runs(len(self.registry.runs_of(project)))
         model = await blocking(self.engine.get_model, operation.base_model)
         mode, lora = operation.training_mode, operation.lora_config
@@ -242,6 +242,11 @@ class Operations:
         run.step = await self.engine.load(run.run_id, folder, include_optimizer=optimizer)
         run.lane.cleared()
         return protocol.CheckpointLoaded(checkpoint=info.model_copy(update={"step": run.step}))
+
+
+def run_id_of(ticket: Ticket) -> str:
+    """That of the run which it creates, known before: its lane of the engine depends on it."""
+    return f"run-{ticket.token}"
 
 
 def _both(fill: Callable[[Path], None], also: Callable[[Path], None], folder: Path) -> None:

@@ -33,7 +33,7 @@ class Run:
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
     loaded: bool = True
     """Whether the engine has it; if not, its next operation brings it back."""
-    heard_at: float = field(default_factory=time.monotonic)
+    heard_at: float = field(default_factory=lambda: time.monotonic())
     """When its last request came, by the clock that durations are taken from."""
     stopped: bool = False
     """Whether it was told to stop, and nothing has come since."""
@@ -47,7 +47,7 @@ class Run:
     metric_counts: Counter[str] | None = None
     """How many points it has of each name; None until some are added."""
     snapshot_step: int = 0
-    snapshot_at: float = field(default_factory=time.monotonic)
+    snapshot_at: float = field(default_factory=lambda: time.monotonic())
     snapshot_cost_s: float = 0.0
     """What the last snapshot took: of the engine, and beside it."""
     computed_s: float = 0.0

@@ -50,9 +50,9 @@ class Ticket:
     stream: SampleStream | None = None
     error: WeaverError | None = None
     """Why it was refused, cancelled or failed."""
-    submitted_at: float = field(default_factory=time.time)
+    submitted_at: float = field(default_factory=lambda: time.time())
     """Seconds since 1970; after a restart, that of the restart."""
-    queued_at: float = field(default_factory=time.monotonic)
+    queued_at: float = field(default_factory=lambda: time.monotonic())
     """The same moment by the clock that durations are taken from, as is the next."""
     began_at: float | None = None
     """When the engine took it up."""
@@ -132,7 +132,7 @@ class Session:
     held_bytes: int = 0
     """About, of submissions without an outcome and of outcomes that are kept."""
     _follower: Callable[[Outcome], None] | None = None
-    _heard_at: float = field(default_factory=time.monotonic)
+    _heard_at: float = field(default_factory=lambda: time.monotonic())
     _polls: int = 0
     _prints: dict[str, tuple[bytes, Place | None]] = field(default_factory=dict)
     _places: dict[Place, str] = field(default_factory=dict)

@@ -12,12 +12,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING
 from uuid import uuid4
-from zlib import crc32
 
 from weaver.boundary import blocking
 from weaver.engine.base import WeightsRef
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig, read_cluster_file
 from weaver.engine.cluster.group import TrainerGroup
+from weaver.engine.cluster.lanes import GroupLanes
 from weaver.engine.cluster.models import ModelsOf
 from weaver.engine.cluster.placement import Cluster
 from weaver.engine.cluster.status import forget_status, write_status
@@ -83,6 +83,7 @@ class ClusterEngine(ModelsOf):
             )
             for name, group in config.named().items()
         }
+        self._lanes = GroupLanes()
         self._of: dict[str, TrainerGroup] = {}
         """By run."""
         self._snapshots: dict[str, Path] = {}
@@ -116,7 +117,7 @@ class ClusterEngine(ModelsOf):
 
     def lane(self, run_id: str, base_model: str) -> str:
         groups = [name for name, g in self._groups.items() if g.config.model == base_model]
-        return groups[crc32(run_id.encode()) % len(groups)] if groups else ""
+        return self._lanes.of(run_id, groups) if run_id and groups else ""
 
     async def create_run(
         self,
@@ -137,6 +138,7 @@ class ClusterEngine(ModelsOf):
             )
         group = self._groups[name]
         await group.create_run(run_id, training_mode, lora_config, seed)
+        self._lanes.add(run_id)
         self._of[run_id] = group
 
     def _group(self, run_id: str) -> TrainerGroup:
@@ -190,6 +192,7 @@ class ClusterEngine(ModelsOf):
 
     async def delete_run(self, run_id: str) -> None:
         await self._forget_snapshot(run_id)
+        self._lanes.discard(run_id)
         group = self._of.pop(run_id, None)
         if group is not None:
             await group.forget(run_id)
