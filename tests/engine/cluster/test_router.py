@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tests.optional import given, settings, st
-from weaver.engine.cluster.router import PREFIX_TOKENS, Turns, choose, key_of
+from weaver.engine.cluster.router import LIGHT, PREFIX_TOKENS, Turns, choose, key_of
 
 IDLE = dict.fromkeys("abcd", 0)
 KEYS = [key_of("w", [i]) for i in range(400)]
@@ -32,6 +32,8 @@ def test_an_overloaded_first_choice_leaves_to_the_second() -> None:
     first = choose(key, IDLE)
     second = choose(key, {name: load for name, load in IDLE.items() if name != first})
     assert first is not None and second is not None
+    assert choose(key, IDLE | {first: LIGHT}) == first  # though the mean is a quarter of that
+    assert choose(key, IDLE | {first: LIGHT + 1}) == second
     even = dict.fromkeys(IDLE, 100)
     assert choose(key, even | {first: 130}) == first  # the mean is 107.5
     assert choose(key, even | {first: 150}) == second  # that of 112.5 is exceeded by a third

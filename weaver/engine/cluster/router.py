@@ -13,6 +13,8 @@ PREFIX_TOKENS = 256
 """Prompts that have so many in common go to the same worker, where they were read already."""
 OVERLOAD = 1.25
 """Times the mean load, above which a worker's prompts go to the second choice."""
+LIGHT = 16
+"""Rows, above which a worker can be overloaded: so many are drawn hardly slower than one."""
 
 
 def key_of(weights: str, prompt: Sequence[int]) -> bytes:
@@ -26,14 +28,15 @@ def choose(
     """A worker for the key, by their names and loads in rows; None: none of them has room.
 
     Rendezvous hashing (Thaler and Ravishankar, doi:10.1109/90.663936): when a worker leaves or
-    joins, only its own keys move. The first choice that is loaded above `OVERLOAD` times the mean
-    leaves the key to the second, unless that is loaded more; where neither has room, the next has.
+    joins, only its own keys move. The first choice that is loaded above `OVERLOAD` times the mean,
+    and not just lightly, leaves the key to the second, unless that is loaded more; where neither
+    has room, the next has.
     """
     ranked = sorted(loads, key=lambda name: _score(key, name), reverse=True)
     if len(ranked) > 1:
         first, second = ranked[:2]
         mean = sum(loads.values()) / len(loads)
-        if loads[first] > OVERLOAD * mean and loads[second] <= loads[first]:
+        if loads[first] > max(OVERLOAD * mean, LIGHT) and loads[second] <= loads[first]:
             ranked[:2] = second, first
     return next((name for name in ranked if has_room(name)), None)
 
