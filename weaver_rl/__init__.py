@@ -1,7 +1,8 @@
 """Reinforcement learning and fine-tuning on Weaver: loops, environments, rewards, evaluation.
 
-Three levels, each written with the names of the one below: `train(model, tasks, reward)`;
-`on_policy`, `off_policy`, `rejection`, `supervised` with environments; the verbs of `weaver`.
+Three levels, each written with the names of the one below: `train(model, tasks, reward)` and
+`fine_tune(model, examples)`; `on_policy`, `off_policy`, `rejection`, `supervised`, `preference`
+with a trainer of yours; the verbs of `weaver`.
 Every module lists what it gives to users in `__all__`.
 """
 
@@ -20,6 +21,7 @@ from weaver_rl.data import *
 from weaver_rl.display import *
 from weaver_rl.endpoint import *
 from weaver_rl.evaluation import *
+from weaver_rl.fine_tuning import *
 from weaver_rl.loggers import *
 from weaver_rl.objectives import *
 from weaver_rl.plan import *
@@ -27,6 +29,7 @@ from weaver_rl.report import *
 from weaver_rl.rewards import *
 from weaver_rl.rollouts import *
 from weaver_rl.run_folder import *
+from weaver_rl.sweeps import *
 from weaver_rl.tools import *
 from weaver_rl.trackers import *
 from weaver_rl.train import *

@@ -1,6 +1,7 @@
 """The run on the terminal: progress, numbers, a curve as it rises, hints; loops log to it.
 
-Lively where standard output is a terminal, one plain line a step where it is not.
+Lively where standard output is a terminal, one plain line a step where it is not. A loop that has
+no run shows its `Progress` alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from weaver.errors import requiring
 from weaver_rl.loggers import Logger, prompt_text
 from weaver_rl.metrics import find_hints
+from weaver_rl.pace import Pace
 from weaver_rl.types import Group, Rollout
 
 __all__ = ["Display", "draw_curve"]
@@ -31,6 +33,8 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """What is shown, and the metrics it may come from, the first that is there."""
 CURVES = ("reward/mean", "train/loss")
 WIDTH, HEIGHT = 64, 6
+QUIET_S = 30.0
+"""Between the lines of a progress that is not on a terminal."""
 
 
 class Display(Logger):
@@ -43,12 +47,10 @@ class Display(Logger):
         Raises:
             MissingDependencyError: on a terminal, rich is not installed.
         """
-        self._steps = steps
-        self._of = f"/{steps}" if steps else ""
+        self._pace = Pace(steps=steps)
+        self.expect = self._pace.expect
         self._stream = stream or sys.stdout
         self._history: list[Mapping[str, float]] = []
-        self._step = 0
-        self._started = time.monotonic()
         self._waiting = ""
         self._sample: Rollout | None = None
         self._hints: dict[str, str] = {}
@@ -56,11 +58,12 @@ class Display(Logger):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._history.append(dict(metrics))
-        self._step, self._waiting = step, ""
+        self._pace.reach(step)
+        self._waiting = ""
         hints = find_hints(self._history)
         if self._live is None:
             numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics))
-            self._print(f"step {step}{self._of}  {numbers}")
+            self._print(f"{step_text(self._pace)}  {numbers}  {self._pace}".rstrip())
             for name, text in hints.items():
                 if name not in self._hints:
                     self._print(f"hint: {text}")
@@ -103,10 +106,9 @@ class Display(Logger):
         from rich.text import Text
 
         head = table.Table.grid(padding=(0, 2))
-        seconds = time.monotonic() - self._started
-        bar = progress_bar.ProgressBar(total=self._steps, completed=self._step, width=24)
-        pace = f"{seconds / self._step:.1f} s a step" if self._step else ""
-        head.add_row(bar, Text(f"step {self._step}{self._of}", style="bold"), pace, self._waiting)
+        pace = self._pace
+        bar = progress_bar.ProgressBar(total=pace.steps, completed=pace.step, width=24)
+        head.add_row(bar, Text(step_text(pace), style="bold"), str(pace), self._waiting)
         rows: list[Any] = [head]
         numbers = shown(self._history[-1]) if self._history else []
         if numbers:
@@ -126,10 +128,53 @@ class Display(Logger):
         for name in CURVES:
             values = [row[name] for row in self._history if name in row]
             if len(values) > 1:
-                done = min(1.0, self._step / self._steps) if self._steps else 1.0
+                done = min(1.0, self._pace.step / self._pace.steps) if self._pace.steps else 1.0
                 width = max(2, round(WIDTH * done))
                 return [f"{name} by step", *draw_curve(values, width=width, height=HEIGHT)]
         return []
+
+
+class Progress(Logger):
+    """One line for a loop without a run, `step 3/60  reward 0.531  1.2 s a step, 1 m 8 s left`.
+
+    On a terminal it is written over itself; elsewhere again after every half minute at most, so
+    that what takes less leaves nothing.
+    """
+
+    name = "progress"
+
+    def __init__(self, *, stream: IO[str] | None = None) -> None:
+        self._pace = Pace()
+        self.expect = self._pace.expect
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._told = time.monotonic()
+        self._width = 0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._pace.reach(step)
+        numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics)[:2])
+        line = f"{step_text(self._pace)}  {numbers}  {self._pace}".rstrip()
+        if self._live:
+            self._write(f"\r{line:<{self._width}}")
+            self._width = len(line)
+        elif time.monotonic() - self._told >= QUIET_S:
+            self._write(f"{line}\n")
+            self._told = time.monotonic()
+
+    def close(self) -> None:
+        if self._width:
+            self._write("\n")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def step_text(pace: Pace) -> str:
+    """`step 3/60`"""
+    return f"step {pace.step}" + (f"/{pace.steps}" if pace.steps else "")
 
 
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

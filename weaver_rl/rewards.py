@@ -35,6 +35,7 @@ from weaver.types import SamplingParams
 from weaver_rl import clock
 from weaver_rl.agent import Agent, Prompt
 from weaver_rl.guard import attempt, attempt_async, call_pickled, gather, is_async, name_of
+from weaver_rl.serving import sampler_of
 from weaver_rl.types import Failure, Place, Reply, Score, Task
 
 __all__ = ["GroupReward", "Reward", "group_reward", "judge", "weighted"]
@@ -100,7 +101,7 @@ def weighted(rewards: Mapping[Reward, float]) -> Reward:
 
 
 def judge(
-    sampler: AsyncSamplingClient,
+    model: AsyncSamplingClient | str,
     question: Callable[[Task, Reply], Prompt],
     *,
     read: Callable[[str], float] | None = None,
@@ -109,6 +110,8 @@ def judge(
     """A reward that asks another model.
 
     Args:
+        model: its sampler; inside `rl.train` the name of a base model or a `weaver://` path as
+            well, which is opened on the run's own service.
         question: makes the judge's prompt: a text, or chat messages.
         read: turns its answer into the reward; by default the last number in it. What it raises
             makes the rollout fail.
@@ -118,6 +121,7 @@ def judge(
     parse = read or last_number
 
     async def judged(task: Task, reply: Reply) -> float:
+        sampler = await sampler_of(model) if isinstance(model, str) else model
         tokenizer = await sampler.get_tokenizer()
         agent = Agent(sampler, tokenizer, sampling=params, seed=params.seed or 0)
         answer = await agent.respond(question(task, reply))

@@ -49,7 +49,7 @@ class Tracking:
     """wandb's and Trackio's project, MLflow's experiment."""
     to: Tracker = "wandb"
     name: str | None = None
-    """Of the run; None: the tracker invents one."""
+    """Of the run; None: that of its folder, and without one the tracker invents it."""
     group: str | None = None
     """Runs of a group stand together."""
     tags: tuple[str, ...] = ()
@@ -79,14 +79,15 @@ class Tracking:
     ) -> Logger:
         """
         Args:
-            folder: where wandb keeps its files.
+            folder: of the run, where wandb keeps its files.
             state: of the run to go on with, from the manifest.
 
         Raises:
             MissingDependencyError: the tracker's package is not installed.
         """
         shared: dict[str, Any] = {"config": config, "state": state, "group": self.group}
-        shared |= {"tags": self.tags, "run_name": self.name}
+        named = self.name or (folder.resolve().name if folder is not None else None)
+        shared |= {"tags": self.tags, "run_name": named}
         if self.to == "mlflow":
             return MlflowLogger(self.project, uri=self.uri, **shared)
         if self.to == "trackio":

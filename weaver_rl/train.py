@@ -1,17 +1,21 @@
 """`train`: reinforcement learning from a reward in one blocking call; the top of the three levels.
 
+`fine_tune`, its sibling for given answers, is in `weaver_rl.fine_tuning`.
+
 Below it are `on_policy` and its friends, which take a trainer of yours, and the verbs of `weaver`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient
+from weaver.errors import ConfigError
 from weaver.types import SamplingParams
 from weaver_rl.advantages import AdvantageFn
 from weaver_rl.algorithms.policy import off_policy
@@ -21,16 +25,21 @@ from weaver_rl.curriculum import Curriculum
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import evaluator
 from weaver_rl.objectives import Objective
-from weaver_rl.plan import MaxGap, Plan, Schedule
+from weaver_rl.plan import MaxGap, Plan, Schedule, Steps
 from weaver_rl.report import write_report
 from weaver_rl.rewards import GroupReward, Reward
 from weaver_rl.rollouts import Environment, GroupEnvironment, played_by
+from weaver_rl.serving import serving
 from weaver_rl.trackers import Tracking
 from weaver_rl.types import Task
 
 __all__ = ["Trained", "train"]
 
+AnyPlan = TypeVar("AnyPlan", bound=Steps)
+
 LORA = {"rank": 8, "alpha": 32}
+DEFAULT = Plan(steps=60, sampling=SamplingParams(max_tokens=64), evaluate_every=10)
+"""What `train` does unless it is told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +54,29 @@ class Trained:
     """`report.html` of the run's folder."""
 
 
+def chosen_plan(given: AnyPlan | None, own: AnyPlan, default: AnyPlan) -> AnyPlan:
+    """The plan that was given, or the one made of single arguments.
+
+    Raises:
+        ConfigError: both were given; names the argument.
+    """
+    if given is None:
+        return own
+    for one in fields(default):
+        if getattr(own, one.name) != getattr(default, one.name):
+            raise ConfigError(
+                "is given beside a plan.", field=one.name, hint="Say it in the plan alone."
+            )
+    return given
+
+
 def train(
     model: str,
     tasks: Sequence[Task],
     reward: Reward | GroupReward | None = None,
     *,
     environment: Environment | GroupEnvironment | None = None,
+    plan: Plan | None = None,
     steps: int = 60,
     groups_per_step: int = 32,
     group_size: int = 8,
@@ -78,6 +104,8 @@ def train(
 
     Args:
         reward: of the reply to `task["prompt"]`; or give an `environment`.
+        plan: in place of the arguments that it has, such as `steps`, and for those that are
+            only there, such as `passes`.
         held_out: tasks that are only evaluated, greedily.
         lora_config: rank 8, alpha 32 by default.
         folder: gets config, metrics, transcripts, checkpoints and the report; None: nothing.
@@ -93,12 +121,12 @@ def train(
         ConflictError: the folder holds a run and `resume` is off.
         RolloutsFailedError, LogprobGapError: see `Plan`.
     """
-    plan = Plan(
+    own = Plan(
         steps=steps,
         groups_per_step=groups_per_step,
         group_size=group_size,
         learning_rate=learning_rate,
-        sampling=sampling or SamplingParams(max_tokens=64),
+        sampling=sampling or DEFAULT.sampling,
         objective=objective,
         advantage=advantage,
         credit=credit,
@@ -108,6 +136,7 @@ def train(
         max_logprob_gap=max_logprob_gap,
         seed=seed,
     )
+    plan = chosen_plan(plan, own, DEFAULT)
     played = played_by(reward, environment)
     check_tasks(tasks, fields=played.fields)
     lora = dict(lora_config or LORA)
@@ -115,13 +144,14 @@ def train(
 
     async def work(run: Run) -> tuple[Mapping[str, float], str]:
         # What is killed must go on exactly, though rollouts of several steps share the engine.
-        exact = max_staleness > 0 and run.folder is not None
+        exact = plan.max_staleness > 0 and run.folder is not None
         async with AsyncServiceClient(base_url, deterministic=exact) as service:
             run.delete = service.delete_checkpoint
-            trainer = await service.create_model(model, lora, seed=seed)
-            asked = evaluator(held_out, environment=played, sampling=plan.sampling, seed=seed)
+            trainer = await service.create_model(model, lora, seed=plan.seed)
+            asked = evaluator(held_out, environment=played, sampling=plan.sampling, seed=plan.seed)
             evaluate = asked if held_out else None
-            result = await off_policy(trainer, tasks, played, plan, run=run, evaluate=evaluate)
+            with serving(service):
+                result = await off_policy(trainer, tasks, played, plan, run=run, evaluate=evaluate)
             saved = await trainer.save_weights_for_sampler("final", overwrite=True)
             return result.metrics, saved.path
 
@@ -129,7 +159,7 @@ def train(
         Path(folder) if folder is not None else None,
         {**given, **plan.as_config()},
         tasks=tasks,
-        steps=steps,
+        steps=plan.steps,
         resume=resume,
         checkpoint_every=checkpoint_every,
         display=display,

@@ -27,7 +27,7 @@ Task = Mapping[str, Any]
 A `prompt` is a text (sampled from as it is) or a list of chat messages.
 """
 
-Place = Literal["reward", "environment", "tool", "logger"]
+Place = Literal["reward", "environment", "tool", "logger", "run"]
 FailureKind = Literal["raised", "timeout", "bad_value"]
 FloatPG = npt.NDArray[np.float64]
 BoolPG = npt.NDArray[np.bool_]

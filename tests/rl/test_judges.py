@@ -42,3 +42,10 @@ def test_no_number_is_a_failure() -> None:
 @pytest.mark.parametrize(("text", "number"), [("-3", -3), ("1 of 10: 0.25.", 0.25), ("7/9", 9)])
 def test_the_last_number(text: str, number: float) -> None:
     assert last_number(text) == number
+
+
+def test_a_name_needs_a_service_around_it() -> None:
+    (failure,) = anyio.run(scorer(judge("weaver-nano", lambda task, reply: "")), {}, [REPLY])
+    assert isinstance(failure, Failure)
+    assert "no service is known here" in failure.message
+    assert "create_sampling_client" in failure.message

@@ -23,7 +23,7 @@ from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl import rollouts
 from weaver_rl.agent import derive_seed
-from weaver_rl.algorithms.run import Result, Run
+from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.algorithms.step import policy_step
 from weaver_rl.clock import Stopwatch
 from weaver_rl.credit.marks import models_of
@@ -75,6 +75,7 @@ async def on_policy(
     )
 
 
+@shows_progress
 async def off_policy(
     trainer: AsyncTrainingClient,
     tasks: Sequence[Task],
@@ -115,7 +116,7 @@ async def off_policy(
             )
     await check_vocabulary(models_of(plan.credited), tokenizer)
     await check_vocabulary([reference] if reference else [], tokenizer, field="reference")
-    done, version = await run.restore(trainer)
+    done, version = await run.restore(trainer, steps=plan.steps)
     sampler = await trainer.save_weights_and_get_sampling_client()
     measure = evaluate and partial(evaluate, sampler)
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)

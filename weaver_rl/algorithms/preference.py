@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import Datum, ModelInfo
-from weaver_rl.algorithms.run import Result, Run
+from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.conversations import to_datum
 from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.data import check_tasks
@@ -98,6 +98,7 @@ class Row:
     encoded: dict[str, Datum] = field(default_factory=dict)
 
 
+@shows_progress
 async def preference(
     trainer: AsyncTrainingClient,
     pairs: Sequence[Mapping[str, Any]],
@@ -136,7 +137,7 @@ async def preference(
     planned = [await encode([rows[i] for i in batch]) for batch in _planned(len(rows), plan)]
     tested = await encode(tests) if tests else None
     run = run or Run()
-    done, version = await run.restore(trainer)
+    done, version = await run.restore(trainer, steps=len(planned))
     known = None
     if loss.needs_reference:
         known = Reference(run.folder.path / "reference.json" if run.folder else None)

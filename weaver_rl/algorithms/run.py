@@ -11,14 +11,16 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver_rl import run_folder
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
-from weaver_rl.display import Display
+from weaver_rl.display import Display, Progress
 from weaver_rl.guard import name_of
 from weaver_rl.loggers import JsonlLogger, Logger, Loggers
 from weaver_rl.plan import Steps
@@ -30,6 +32,7 @@ from weaver_rl.types import Filtered, Task
 __all__ = ["Result", "Run", "open_run"]
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 MAY_DIFFER = ("steps", "evaluate_every", "max_failure_rate", "max_logprob_gap")
 """Options that may differ in a run that goes on: they change no step that is done."""
@@ -51,11 +54,18 @@ class Run:
     """`service.delete_checkpoint`, to free the weights of forgotten checkpoints."""
     waiting_for: Callable[[str], None] = lambda what: None
     """Told what the loop waits for; the display shows it."""
+    expect: Callable[[int, int], None] = lambda steps, done: None
+    """Told how many steps a loop takes and how many of them are done; the display shows it."""
     _trainer: AsyncTrainingClient | None = None
     _decode: Callable[[tuple[int, ...]], str] | None = None
 
-    async def restore(self, trainer: AsyncTrainingClient) -> tuple[Manifest, int]:
-        """Loads the last checkpoint, if there is one; where to go on, and the weights' version."""
+    async def restore(
+        self, trainer: AsyncTrainingClient, *, steps: int | None = None
+    ) -> tuple[Manifest, int]:
+        """Loads the last checkpoint, if there is one; where to go on, and the weights' version.
+
+        `steps` are all that the loop takes, for what shows how far it is.
+        """
         self._trainer = trainer
         done = Manifest(step=0)
         if self.folder is not None:
@@ -64,6 +74,8 @@ class Run:
             done = await run_folder.restore(self.folder, trainer) or done
             if done.step:
                 log.info("Going on behind step %d of %s.", done.step, self.folder.path)
+        if steps is not None:
+            self.expect(steps, done.step)
         known = done.extra.get("version")
         return done, known if isinstance(known, int) else (await trainer.get_info()).step
 
@@ -136,13 +148,30 @@ class Result:
     """Those of the last step, and of the final evaluation."""
 
 
+def shows_progress(loop: Callable[P, Awaitable[Result]]) -> Callable[P, Awaitable[Result]]:
+    """Decorates a loop: without a run it shows how far it is on standard error."""
+
+    @wraps(loop)
+    async def shown(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if kwargs.get("run") is not None:
+            return await loop(*args, **kwargs)
+        progress = Progress()
+        kwargs["run"] = Run(loggers=Loggers(progress), expect=progress.expect)
+        try:
+            return await loop(*args, **kwargs)
+        finally:
+            progress.close()
+
+    return shown
+
+
 @contextmanager
 def open_run(
     path: Path | None,
     config: Mapping[str, object],
     *,
     tasks: Sequence[Task],
-    steps: int,
+    steps: int | None,
     resume: bool = False,
     checkpoint_every: int = 10,
     display: bool = True,
@@ -157,7 +186,7 @@ def open_run(
             name, with a digest of the tasks as `task_set`. In a run that goes on only the names of
             MAY_DIFFER may be others.
         tasks: those that are trained on.
-        steps: of the loop, for the display.
+        steps: of the loop, for the display; None: the loop will say.
         wandb_project: short for `track=[Tracking(wandb_project)]`.
         track: where the numbers go as well; one of a kind.
 
@@ -194,7 +223,7 @@ def open_run(
             loggers.append(opened)
         if display:  # the last, since it takes the terminal until it is closed
             shown = Display(steps=steps)
-            run.waiting_for = shown.waiting_for
+            run.waiting_for, run.expect = shown.waiting_for, shown.expect
             loggers.append(shown)
         run.folder, run.loggers = folder, Loggers(*loggers)
         stack.callback(run.loggers.close)

@@ -19,7 +19,7 @@ from anyio.lowlevel import checkpoint
 from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
-from weaver_rl.algorithms.run import Result, Run
+from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.conversations import cut_datum, to_datum
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
@@ -73,6 +73,7 @@ class SupervisedPlan(Steps):
             raise ConfigError(f"is {self.steps}.", field="steps", hint="At least 0, or None.")
 
 
+@shows_progress
 async def supervised(
     trainer: AsyncTrainingClient,
     examples: Sequence[Mapping[str, Any]],
@@ -96,7 +97,7 @@ async def supervised(
     encoded = await to_datums(trainer, examples, plan)
     tests = (await to_datums(trainer, held_out, plan, source="held_out")).datums
     steps = _planned(encoded.datums, plan)
-    done, version = await run.restore(trainer)
+    done, version = await run.restore(trainer, steps=len(steps))
 
     async def measure() -> dict[str, float]:
         measured: dict[str, float] = {}
