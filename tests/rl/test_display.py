@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.rl.helpers import group
@@ -77,6 +77,7 @@ def test_the_first_metric_that_is_there_is_shown() -> None:
     assert shown({}) == []
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a machine with other work
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300),
     st.integers(1, 40),
