@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import datum, gradient_of, job, new_run, result_of, sequences
-from weaver.engine.torch import trainer as trainer_module
+from weaver.engine.torch import objective
 from weaver.engine.torch.engine import TorchEngine
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.trainer import TorchTrainer
@@ -32,7 +32,7 @@ ERRORS: list[Exception] = [
 ]
 PLACES: dict[str, tuple[Any, str]] = {
     "forward": (LoadedModel, "hidden_states"),
-    "head": (trainer_module, "target_scores"),
+    "head": (objective, "target_scores"),
     "backward": (LoadedModel, "hidden_states"),
     "gradients": (torch.autograd, "grad"),
 }

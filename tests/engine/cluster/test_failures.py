@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from weaver.engine.cluster.group import TrainerGroup
     from weaver.protocol import Outcome
+    from weaver.types import TrainingMode
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 GROUP = partial(GroupConfig, model="weaver-nano", device="cpu", threads=1, cpus=0.5)
@@ -86,9 +87,9 @@ class Patient(Caller):
                     await Caller.outcome(self, submission_id)
         return self.outcomes[submission_id]
 
-    async def model(self) -> str:
-        lora = LoraConfig(rank=4, seed=0)
-        operation = CreateModel(base_model="weaver-nano", lora_config=lora)
+    async def model(self, mode: TrainingMode = "lora") -> str:
+        lora = LoraConfig(rank=4, seed=0) if mode == "lora" else None
+        operation = CreateModel(base_model="weaver-nano", training_mode=mode, lora_config=lora)
         return (await self.do(operation, ModelCreated)).run.run_id
 
 
@@ -104,7 +105,12 @@ def gradient(seed: int, *lengths: int) -> ForwardBackward:
 
 
 async def loop_of(
-    engine: ClusterEngine, home: Path, *, killed_at: str = "", rank: int = 1
+    engine: ClusterEngine,
+    home: Path,
+    *,
+    killed_at: str = "",
+    rank: int = 1,
+    mode: TrainingMode = "lora",
 ) -> list[Any]:
     """All that a client sees of three steps."""
     group, seen = engine._groups[NAME], list[Any]()
@@ -116,7 +122,7 @@ async def loop_of(
 
     async with LocalService(engine, home=home, store=Journal(database)) as service:
         caller = await Patient.open(service)
-        run = await caller.model()
+        run = await caller.model(mode)
         for step in range(3):
             last, long = step == 2, gradient(step, *[200] * 40)
             passing = await caller.start(long, run)

@@ -31,8 +31,8 @@ class GroupConfig(Value):
     model: str
     """As the server knows it."""
     ranks: int = Field(1, ge=1, le=1024)
-    mode: Literal["replicated"] = "replicated"
-    """Each rank holds the whole base."""
+    mode: Literal["replicated", "fsdp"] = "replicated"
+    """Each rank holds the whole base, or a part of each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Of each rank, which has it for itself; auto: CUDA where Ray has GPUs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -211,8 +211,9 @@ class ClusterEngine(ModelsOf):
     # --- models ---------------------------------------------------------------------------------
 
     def prepare(self) -> Sequence[types.ModelInfo]:
-        """See `TorchEngine.prepare`."""
-        return self.local.prepare()
+        """See `TorchEngine.prepare`; what ranks divide need not fit here, unless it is sampled."""
+        groups = [group.config for group in self._groups.values()]
+        return self.local.prepare(larger=[g.model for g in groups if g.mode == "fsdp"])
 
     def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
         """Of the smallest ranks; None before any have started."""

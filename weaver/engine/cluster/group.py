@@ -197,6 +197,7 @@ class TrainerGroup:
                 config=self.config,
                 source=self._source,
                 deterministic=self._deterministic,
+                folder=str(self._proof[0].parent),
             )
             for rank in range(self.config.ranks)
         ]

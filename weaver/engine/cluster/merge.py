@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from weaver.engine.torch.objective import Totals
 from weaver.engine.torch.packing import Share, plan_passes
@@ -58,22 +59,28 @@ class _Told:
 
 
 class Ranks:
-    """`group` is a process group of torch, of which this process is `rank` of `size`."""
+    """`group` is a process group of torch, of which this process is `rank` of `size`.
 
-    def __init__(self, group: Any, *, rank: int, size: int) -> None:
+    Where models are `divided`, every rank makes as many passes as the one that has most.
+    """
+
+    def __init__(self, group: Any, *, rank: int, size: int, divided: bool = False) -> None:
         self._group = group
         self._rank = rank
         self._size = size
+        self._divided = divided
 
     def plan(
         self, lengths: Sequence[Sequence[int]], *, budget: int, merge: bool
     ) -> list[tuple[Share, ...]]:
-        mine = deal(lengths, ranks=self._size, merge=merge)[self._rank]
-        sizes = [[of[i] for i in datums] for of, datums in zip(lengths, mine, strict=True)]
-        return [
-            tuple(Share(s.job, tuple(mine[s.job][i] for i in s.datums)) for s in each)
-            for each in plan_passes(sizes, budget=budget, merge=merge)
+        dealt = deal(lengths, ranks=self._size, merge=merge)
+        planned = [
+            _passes_of(mine, lengths, budget=budget, merge=merge)
+            for rank, mine in enumerate(dealt)
+            if self._divided or rank == self._rank
         ]
+        passes = planned[self._rank if self._divided else 0]
+        return passes + [()] * (max(map(len, planned)) - len(passes))
 
     def settle(self, tasks: Sequence[Task]) -> None:
         told = self.gather([_Told(t.error, t.objective.totals, t.logprobs) for t in tasks])
@@ -81,8 +88,17 @@ class Ranks:
             task.error = next((one.error for one in each if one.error is not None), None)
             task.objective.totals = merged([one.totals for one in each])
             task.logprobs = {i: lp for one in each for i, lp in one.logprobs.items()}
-            if task.job.backward and task.error is None:
+            summed = task.run.parts is not None
+            if task.job.backward and task.error is None and not summed:
                 task.gradient = self._summed(task)
+
+    def norm(self, gradient: Sequence[torch.Tensor], *, divided: bool) -> torch.Tensor:
+        norm = get_total_norm(gradient)
+        if not divided:
+            return norm
+        square = norm.double().square().cpu().reshape(1)
+        self._group.allreduce([square]).wait()
+        return square[0].sqrt().to(norm)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, by rank."""
@@ -108,6 +124,21 @@ class Ranks:
         sizes = [p.numel() for p in parameters]
         pieces = torch.split(flat.to(parts[0].device), sizes)
         return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def _passes_of(
+    mine: Sequence[tuple[int, ...]],
+    lengths: Sequence[Sequence[int]],
+    *,
+    budget: int,
+    merge: bool,
+) -> list[tuple[Share, ...]]:
+    """Of the datums of one rank."""
+    sizes = [[of[i] for i in datums] for of, datums in zip(lengths, mine, strict=True)]
+    return [
+        tuple(Share(s.job, tuple(mine[s.job][i] for i in s.datums)) for s in each)
+        for each in plan_passes(sizes, budget=budget, merge=merge)
+    ]
 
 
 def merged(each: Sequence[Totals]) -> Totals:

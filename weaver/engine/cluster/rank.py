@@ -29,6 +29,7 @@ from weaver.engine.cluster.merge import Ranks
 from weaver.engine.torch.catalog import Catalog
 from weaver.engine.torch.device import DTYPES, choose_device, free_bytes
 from weaver.engine.torch.model_store import ModelStore
+from weaver.engine.torch.shards import Shards
 from weaver.engine.torch.trainer import TorchTrainer
 from weaver.errors import StorageError, WeaverError
 
@@ -52,6 +53,8 @@ class Setup:
     source: str
     """Of the model: a folder, or a Hugging Face id."""
     deterministic: bool
+    folder: str
+    """That all ranks see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +120,15 @@ class Rank:
         if setup.rank:
             self._store = distributed.TCPStore(host, port, timeout=self._start_s)
         store = distributed.PrefixStore("weaver", self._store)
-        group = distributed.ProcessGroupGloo(
-            store, setup.rank, setup.size, timedelta(seconds=config.call_s)
-        )
+        group = distributed.ProcessGroupGloo(store, setup.rank, setup.size, self._call_s)
+        divided = config.mode == "fsdp"
+        team = Ranks(group, rank=setup.rank, size=setup.size, divided=divided)
         place = self._device.place
         memory = int(config.memory_gb * 1e9) or free_bytes(place)
         if memory is not None and place.type == "cpu" and not config.memory_gb:
             memory //= setup.size
+        if divided and memory is not None:  # passes are planned alike
+            memory = min(team.gather(memory))
         models = Catalog({config.model: setup.source}, allow_paths=False)
         self._models = ModelStore(
             models,
@@ -131,14 +136,32 @@ class Rank:
             dtype=DTYPES[self._device.dtype],
             threads=config.threads,
             memory=memory,
+            shards=self._shards(team) if divided else None,
         )
         self._trainer = TorchTrainer(
             self._models,
             deterministic=setup.deterministic,
             tokens_per_pass=config.tokens_per_pass,
             recompute=config.recompute,
-            team=Ranks(group, rank=setup.rank, size=setup.size),
+            team=team,
         )
+
+    def _shards(self, team: Ranks) -> Shards:
+        """For FSDP2, which takes collectives from torch's default group."""
+        setup, kind = self._setup, self._device.place.type
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=distributed.PrefixStore("shards", self._store),
+            rank=setup.rank,
+            world_size=setup.size,
+            timeout=self._call_s,
+        )
+        mesh = distributed.init_device_mesh(kind, (setup.size,))
+        return Shards(mesh, gather=team.gather, folder=Path(setup.folder))
+
+    @property
+    def _call_s(self) -> timedelta:
+        return timedelta(seconds=self._setup.config.call_s)
 
     @property
     def _start_s(self) -> timedelta:

@@ -30,6 +30,7 @@ from weaver.engine.blocking import WeightSnapshot
 from weaver.engine.torch import files
 from weaver.engine.torch.adapter_files import ADAPTER_CONFIG, read_adapter, write_adapter
 from weaver.engine.torch.catalog import ModelFacts
+from weaver.engine.torch.shards import Parts
 from weaver.types import LoraConfig, ModelInfo, Quantize, TrainingMode, Value
 
 logger = logging.getLogger(__name__)
@@ -180,10 +181,14 @@ def _optimizer_tensors(
     return _copied(tensors)
 
 
+Moments = dict[torch.Tensor, dict[str, torch.Tensor]]
+"""The optimizer's state of each parameter."""
+
+
 def read_optimizer(
-    folder: Path, parameters: Mapping[str, torch.Tensor]
-) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """The optimizer's state of each parameter; empty before the first step.
+    folder: Path, parameters: Mapping[str, torch.Tensor], *, parts: Parts | None = None
+) -> Moments:
+    """Those of `parameters`, which are `parts` where these are given; none before the first step.
 
     Raises:
         CheckpointMismatchError: it was not saved.
@@ -195,7 +200,8 @@ def read_optimizer(
             field="path",
             hint="Load it with load_state, or save with save_state.",
         )
-    tensors = files.read_tensors(folder / OPTIMIZER)
+    cut = None if parts is None else parts.cut_moment
+    tensors = files.read_tensors(folder / OPTIMIZER, cut=cut)
     step = tensors.get(ADAM_STEP, torch.zeros(()))
     stepped = parameters if bool((step > 0).all()) else {}
     expected = {f"{name}.{key}": p.shape for name, p in stepped.items() for key in MOMENTS}
@@ -210,8 +216,12 @@ def read_optimizer(
     }
 
 
-def read_snapshot(folder: Path, *, facts: ModelFacts, quantize: Quantize) -> WeightSnapshot:
+def read_snapshot(
+    folder: Path, *, facts: ModelFacts, quantize: Quantize, parts: Parts | None = None
+) -> WeightSnapshot:
     """The weights of a folder: of ours, one that PEFT wrote, or a whole model of this architecture.
+
+    Of a whole model, these `parts` alone, where they are given.
 
     A warning tells of an adapter that was trained on a base kept in another way than `quantize`.
 
@@ -229,7 +239,7 @@ def read_snapshot(folder: Path, *, facts: ModelFacts, quantize: Quantize) -> Wei
     tensors, config = (
         read_adapter(folder, facts=facts)
         if (folder / ADAPTER_CONFIG).exists()
-        else (_read_model(folder), None)
+        else (_read_model(folder, parts), None)
     )
     return WeightSnapshot(
         base_model=facts.info.name, lora_config=config, version=version, tensors=tensors
@@ -248,9 +258,12 @@ def read_state(folder: Path) -> State:
         raise files.corrupt(folder / STATE, f"is broken: {error}") from error
 
 
-def _read_model(folder: Path) -> dict[str, torch.Tensor]:
+def _read_model(folder: Path, parts: Parts | None) -> dict[str, torch.Tensor]:
+    cut = None if parts is None else parts.cut
     try:
-        module = files.read_module(folder, name=str(folder), config=None, dtype=torch.float32)
+        module = files.read_module(
+            folder, name=str(folder), config=None, dtype=torch.float32, change=cut
+        )
     except errors.UnsupportedError as error:
         raise files.corrupt(folder / files.WEIGHTS, f"is broken: {error.message}") from error
     return {name: parameter.detach() for name, parameter in module.named_parameters()}

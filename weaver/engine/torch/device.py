@@ -201,9 +201,29 @@ def adapter_bytes(facts: ModelFacts) -> int:
     return ADAM_COPIES * torch.float32.itemsize * lora.rank * sum(sides)
 
 
-def full_training_bytes(facts: ModelFacts) -> int:
-    """Weights, a gradient and two moments of full fine-tuning, in float32."""
-    return ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
+def full_training_bytes(facts: ModelFacts, *, ranks: int = 1) -> int:
+    """Weights, a gradient and two moments of full fine-tuning, in float32; of one of the ranks."""
+    whole = ADAM_COPIES * torch.float32.itemsize * facts.info.num_parameters
+    return part_bytes(facts, whole, ranks=ranks, trainable=True)
+
+
+def part_bytes(facts: ModelFacts, whole: int, *, ranks: int, trainable: bool = False) -> int:
+    """Of `whole` bytes of a model, what a rank has of it at most where layers are divided.
+
+    Two layers are gathered at a time; what is not of the layers is divided if it is trained, but
+    there in full, with its gradient, for the length of a pass.
+    """
+    if ranks == 1:
+        return whole
+    each = whole / facts.info.num_parameters
+    tied = facts.config.tie_word_embeddings
+    ends = (1 if tied else 2) * facts.info.vocab_size * facts.config.hidden_size
+    layers = max(0, facts.info.num_parameters - ends)
+    gathered = 2 * layers / facts.num_layers
+    if trainable:
+        gradients = 2 * torch.float32.itemsize * (gathered + ends)
+        return int(whole / ranks + gradients)
+    return int(each * (ends + layers / ranks + gathered))
 
 
 def threads_text(threads: int) -> str:

@@ -5,7 +5,7 @@ The embedded client and the server make one and give it to the service.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,17 @@ class TorchEngine(ThreadedEngine):
         known = {"dtype": self.device.dtype, "quantize": self.quantize}
         return facts.info.model_copy(update={**known, "size_bytes": self._store.room.size(facts)})
 
-    def prepare(self) -> list[ModelInfo]:
+    def prepare(self, *, larger: Collection[str] = ()) -> list[ModelInfo]:
         """Checks the configured models, and loads those that are to be there at the start.
 
-        Before anything else is asked of the engine.
+        Before anything else is asked of the engine. What is wanted of a model that is `larger` than
+        the memory fails when it is wanted.
 
         Raises:
             ConfigError: those to be loaded do not fit together.
             UnknownModelError, UnsupportedError: one cannot run here, or its weights are not whole.
         """
-        self._store.check_models()
+        self._store.check_models(larger=larger)
         for name in dict.fromkeys(map(self._catalog.shared, self._catalog.names(load="start"))):
             self._store.base(name)
         loaded = self.loaded_models

@@ -22,6 +22,7 @@ from weaver import errors
 from weaver.engine.torch.catalog import ModelFacts, only_here, refusing
 from weaver.engine.torch.device import CPU, take_from_files
 from weaver.engine.torch.packing import ATTENTION
+from weaver.engine.torch.shards import is_divided, local
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -36,12 +37,12 @@ def read_module(
     config: Any | None,
     dtype: torch.dtype,
     device: torch.device = CPU,
-    quantise: Callable[[Any], None] | None = None,
+    change: Callable[[Any], None] | None = None,
 ) -> Any:
     """transformers' model of a folder or cached id, complete and from safetensors.
 
-    `quantise` may replace layers of the model while its weights are views of the files, in the
-    dtype that they have there.
+    `change` may replace or divide layers of the model while its weights are views of the files, in
+    the dtype that they have there.
 
     Raises:
         UnsupportedError: its weights cannot be read; speaks of it as `name`.
@@ -55,7 +56,7 @@ def read_module(
         module, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            dtype=dtype if quantise is None else "auto",
+            dtype=dtype if change is None else "auto",
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
@@ -79,13 +80,14 @@ def read_module(
         if layer is not None and any(True for _ in layer.parameters(recurse=False)):
             raise _damaged(name, f"have {unknown}, which config.json does not.")
     try:
-        if quantise is not None:
+        if change is not None:
             stored = module.dtype
-            quantise(module)
-        take_from_files(module.parameters(), device)
+            change(module)
+        others = [p for p in module.parameters() if not is_divided(p)]
+        take_from_files(others, device)
         module.to(device)  # its buffers
-        if quantise is not None:
-            for tensor in module.parameters():
+        if change is not None:
+            for tensor in others:
                 if tensor.dtype == stored:  # others are those that an architecture keeps in float32
                     tensor.data = tensor.data.to(dtype)
         check_finite(dict(module.named_parameters()))
@@ -121,9 +123,10 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     Logits do not always tell: attention kernels for CPUs take the queries of NaN of a short
     sequence for masked ones, and answer zeros.
     """
-    if torch.nn.utils.get_total_norm(weights.values()).isfinite():
+    parts = {name: local(tensor) for name, tensor in weights.items()}
+    if torch.nn.utils.get_total_norm(parts.values()).isfinite():
         return
-    for name, tensor in weights.items():  # the squares of finite values may overflow
+    for name, tensor in parts.items():  # the squares of finite values may overflow
         if not tensor.isfinite().all():
             raise errors.NonFiniteError(
                 f"{name} has values that are not finite.",
@@ -222,13 +225,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, *, cut: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Copies of a safetensors file's tensors; CheckpointCorruptError if it is broken or not finite.
 
+    Of each, what `cut` leaves of it by its name.
     Copies, because `load_file` gives views of the file, and somebody may write over it.
     """
     try:
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = {
+            name: (tensor if cut is None else cut(name, tensor)).clone()
+            for name, tensor in load_file(path).items()
+        }
     except (OSError, SafetensorError) as error:
         raise corrupt(path, f"cannot be read ({type(error).__name__})") from error
     for name, tensor in tensors.items():

@@ -12,8 +12,9 @@ N rows; x [N, in], weight [out, in].
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -67,6 +68,33 @@ class Plain:
 
     def dense(self) -> torch.Tensor:
         return self._weight
+
+
+class Divided:
+    """Of layers whose weights lie in parts in several processes, see `shards.py`.
+
+    FSDP2 puts the whole ones in their place while the decoder layer that they are of is computed.
+    """
+
+    differentiable = True
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = list(layers)
+        """torch's own."""
+
+    def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """With the biases of the layers; `bias` is None."""
+        ys = [functional.linear(x, layer.weight, layer.bias) for layer in self._layers]
+        return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+
+    def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = ys[0] @ self._layers[0].weight
+        for y, layer in zip(ys[1:], self._layers[1:], strict=True):
+            x.addmm_(y, layer.weight)
+        return x
+
+    def dense(self) -> torch.Tensor:
+        return torch.cat([layer.weight for layer in self._layers])
 
 
 class Prepacked:

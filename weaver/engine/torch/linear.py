@@ -18,9 +18,10 @@ import torch
 from torch.nn import functional
 
 from weaver.engine.torch.device import give_back_freed
-from weaver.engine.torch.kernels import Kernel, kernel_of
+from weaver.engine.torch.kernels import Divided, Kernel, kernel_of
 from weaver.engine.torch.quantised import Quantised, QuantisedLinear
 from weaver.engine.torch.routing import Call, Part, Routing
+from weaver.engine.torch.shards import is_divided
 
 Layer = torch.nn.Linear | QuantisedLinear
 
@@ -37,7 +38,8 @@ class Projection:
         self.paths = tuple(paths)
         self.in_features = layers[0].in_features
         self.sizes = [layer.out_features for layer in layers]
-        self.bias = _joined_bias(layers)
+        whole = [layer for layer in layers if not _is_divided(layer)]
+        self.bias = _joined_bias(whole)
         self.kernel = _take_kernel(layers)
 
     def outputs(self, x: torch.Tensor, call: Call) -> Sequence[torch.Tensor]:
@@ -163,11 +165,17 @@ def _siblings(module: torch.nn.Module, read: Callable[[], object]) -> list[list[
     return joined + [[path] for path in layers if path in alone]
 
 
+def _is_divided(layer: Layer) -> bool:
+    return isinstance(layer, torch.nn.Linear) and is_divided(layer.weight)
+
+
 def _take_kernel(layers: Sequence[Any]) -> Kernel:
     """Of [sum of out, in]; several layers lose their weights, which else were there twice."""
     if isinstance(layers[0], QuantisedLinear):
         kernels: list[Quantised] = [layer.kernel for layer in layers]
         return kernels[0].joined(kernels) if len(kernels) > 1 else kernels[0]
+    if _is_divided(layers[0]):
+        return Divided(layers)
     if len(layers) == 1:
         return kernel_of(layers[0].weight.detach())
     joined = torch.cat([layer.weight.detach() for layer in layers])

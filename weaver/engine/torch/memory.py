@@ -25,6 +25,7 @@ from weaver.engine.torch.device import (
     adapter_bytes,
     free_bytes,
     full_training_bytes,
+    part_bytes,
     size_text,
 )
 from weaver.engine.torch.quantised import weights_bytes
@@ -77,18 +78,21 @@ def shares(
     quantize: Quantize = "none",
     beside: int = 0,
     adapters: int = 0,
+    ranks: int = 1,
 ) -> Shares:
     """Halves of what is left of `free` beside the weights and what trains them, each at least 0.
 
     Args:
         beside: bytes that other models may take.
         adapters: bytes of all adapters in training, where it is known and more than the usual one.
+        ranks: among which the layers are divided.
     """
-    copies = 2 if device.type == "cpu" else 1  # a second layout for the way back
-    held = weights_bytes(facts, dtype=dtype, quantize=quantize, copies=copies)
+    copies = 2 if device.type == "cpu" and ranks == 1 else 1  # a second layout for the way back
+    whole = weights_bytes(facts, dtype=dtype, quantize=quantize, copies=copies)
+    held = part_bytes(facts, whole, ranks=ranks)
     held += max(adapter_bytes(facts), adapters)
     if training_mode == "full_ft":  # and the gradient of a pass, until it is added to the run's
-        held = adapters + full_training_bytes(facts) * (ADAM_COPIES + 1) // ADAM_COPIES
+        held = adapters + full_training_bytes(facts, ranks=ranks) * (ADAM_COPIES + 1) // ADAM_COPIES
     rest = max(0, int(USABLE * free) - held - beside)
     return Shares(passes=rest // 2, cache=rest // 2)
 
@@ -106,7 +110,7 @@ def check_full_training(facts: ModelFacts, store: ModelStore) -> None:
             field="training_mode",
             hint="Train with LoRA, or start without WEAVER_QUANTIZE (--quantize).",
         )
-    needed = full_training_bytes(facts)
+    needed = full_training_bytes(facts, ranks=store.ranks)
     now = free_bytes(store.device)
     if now is not None:
         now += store.room.freeable_bytes
@@ -262,7 +266,7 @@ class Planner:
             dtype = store.dtype if training_mode == "lora" else torch.float32
             if free is not None:
                 of = partial(shares, facts, dtype=dtype, quantize=store.quantize, beside=beside)
-                of = partial(of, device=store.device, adapters=adapters)
+                of = partial(of, device=store.device, adapters=adapters, ranks=store.ranks)
                 passes = of(free=free, training_mode=training_mode).passes
             self._plans[key] = make_plan(
                 facts,

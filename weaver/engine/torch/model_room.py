@@ -11,13 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
 
 from weaver.engine.torch.catalog import Catalog, ModelFacts
-from weaver.engine.torch.device import USABLE, give_back_freed, size_text
+from weaver.engine.torch.device import USABLE, give_back_freed, part_bytes, size_text
 from weaver.engine.torch.files import files_bytes
 from weaver.engine.torch.models import LoadedModel
 from weaver.engine.torch.quantised import weights_bytes
@@ -51,6 +50,7 @@ class ModelRoom:
         quantize: Quantize,
         memory: int | None,
         model_memory: int,
+        ranks: int = 1,
     ) -> None:
         self._catalog = catalog
         self.shared = catalog.shared
@@ -58,6 +58,8 @@ class ModelRoom:
         self._dtype = dtype
         self._quantize = quantize
         self._memory = memory
+        self._ranks = ranks
+        """Among which the layers are divided."""
         shared = None if memory is None else int(MODEL_SHARE * USABLE * memory)
         self.residents = Residents(
             budget=model_memory or shared, strict=bool(model_memory), memory=memory
@@ -87,8 +89,12 @@ class ModelRoom:
 
     def size(self, facts: ModelFacts) -> int:
         """Bytes of a base model; on a CPU each matrix has a second layout for the way back."""
-        copies = 2 if self._device.type == "cpu" else 1
-        return weights_bytes(facts, dtype=self._dtype, quantize=self._quantize, copies=copies)
+        copies = 2 if self._device.type == "cpu" and self._ranks == 1 else 1
+        return self._bytes(facts, copies=copies)
+
+    def _bytes(self, facts: ModelFacts, *, copies: int = 1) -> int:
+        whole = weights_bytes(facts, dtype=self._dtype, quantize=self._quantize, copies=copies)
+        return part_bytes(facts, whole, ranks=self._ranks)
 
     def beside(self, facts: ModelFacts, *, base: bool = True) -> int:
         """Bytes that other base models may take beside this one, or all beside a run's own.
@@ -202,7 +208,7 @@ class ModelRoom:
     def check_alone(self, facts: ModelFacts) -> None:
         """Raises UnsupportedError where a base model has no room even if it is alone."""
         name, size = facts.info.name, self.size(facts)
-        least = weights_bytes(facts, dtype=self._dtype, quantize=self._quantize)
+        least = self._bytes(facts)
         budget, memory = self.residents.budget, self._memory
         if self.residents.strict and budget is not None and size > budget:
             raise UnsupportedError(
@@ -269,8 +275,7 @@ class ModelRoom:
     def freeable_bytes(self) -> int:
         """What is free at least, once no base model is there any more."""
         known = (self._known(name) for name in self.residents.names)
-        least = partial(weights_bytes, dtype=self._dtype, quantize=self._quantize)
-        return sum(least(facts) for facts in known if facts is not None)
+        return sum(self._bytes(facts) for facts in known if facts is not None)
 
     @property
     def owned_bytes(self) -> int:

@@ -7,9 +7,9 @@ so each call asks for the one that it needs, and keeps none that is not in use.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,9 +28,11 @@ from weaver.engine.torch.model_check import settle_attention
 from weaver.engine.torch.model_room import ModelRoom
 from weaver.engine.torch.models import LoadedModel, PublishedWeights
 from weaver.engine.torch.quantised import QuantisedLinear, can_quantise, weights_bytes
+from weaver.engine.torch.shards import Shards
 from weaver.errors import EngineError, UnsupportedError
 from weaver.types import Quantize
 
+R = TypeVar("R")
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it gives: 6 ms a step against 660 ms."""
 
@@ -52,6 +54,7 @@ class ModelStore:
         memory: int | None = None,
         quantize: Quantize = "none",
         model_memory: int = 0,
+        shards: Shards | None = None,
     ) -> None:
         self.catalog = catalog
         self.device = device
@@ -59,6 +62,8 @@ class ModelStore:
         self.threads = threads
         self.memory = memory
         self.quantize = quantize
+        self.shards = shards
+        """Among which the layers of all models are divided; then every process loads alike."""
         self.room = ModelRoom(
             catalog,
             device=device,
@@ -66,9 +71,19 @@ class ModelStore:
             quantize=quantize,
             memory=memory,
             model_memory=model_memory,
+            ranks=self.ranks,
         )
         self._attention: dict[tuple[str, bool], tuple[Attention, Paging]] = {}
         """By name, and whether trainable, of what is known to run here."""
+
+    @property
+    def ranks(self) -> int:
+        """Among which the layers of models are divided."""
+        return 1 if self.shards is None else self.shards.size
+
+    def agreed(self, work: Callable[[], R]) -> R:
+        """What it answers, once all of `ranks` have it; else the first error, in all."""
+        return work() if self.shards is None else self.shards.agreed(work)
 
     # --- base models ----------------------------------------------------------------------------
 
@@ -84,14 +99,14 @@ class ModelStore:
         if there is not None:
             return there.model
         facts = self.catalog.facts(name)
-        self.room.prepare(facts)
+        self.agreed(partial(self.room.prepare, facts))
         began = time.monotonic()
         model = self._load(facts, dtype=self.dtype, quantize=self.quantize)
         self.room.put(facts, model, load_s=time.monotonic() - began)
         return model
 
-    def check_models(self) -> None:
-        """Looks at what the engine was given, before anything is loaded.
+    def check_models(self, *, larger: Collection[str] = ()) -> None:
+        """Looks at what the engine was given, before anything is loaded; `larger` may be too large.
 
         Raises:
             ConfigError: those that are to be loaded at the start do not fit together.
@@ -99,7 +114,8 @@ class ModelStore:
         """
         for name in self.catalog.given:
             facts = self.catalog.facts(name)
-            self.room.check_alone(facts)
+            if name not in larger:
+                self.room.check_alone(facts)
             if files_bytes(facts.source) is None and only_here(facts.source):
                 raise UnsupportedError(
                     f"the weights of {name} are not whole in {facts.source}.",
@@ -117,8 +133,8 @@ class ModelStore:
         Room is made for what trains it, too. Errors: see `base`.
         """
         facts = self.catalog.facts(name)
-        nbytes = full_training_bytes(facts)
-        self.room.make(nbytes, facts, base=False)
+        nbytes = full_training_bytes(facts, ranks=self.ranks)
+        self.agreed(partial(self.room.make, nbytes, facts, base=False))
         model = self._load(facts, dtype=torch.float32, trainable=True)
         self.room.owned[model] = nbytes
         return model
@@ -166,36 +182,54 @@ class ModelStore:
             CheckpointMismatchError: `weights` do not fit.
             EngineError: the device has not enough memory.
         """
+        change: Callable[[Any], None] | None = None
+        if quantize != "none":
+            change = partial(self._quantise, facts=facts, kind=quantize)
+        elif self.shards is not None:
+            change = partial(self.shards.divide, facts=facts, dtype=dtype, device=self.device)
+        module = self.agreed(
+            partial(self._read, facts, dtype=dtype, change=change, trainable=trainable)
+        )
+        if weights is not None:
+            set_weights(dict(module.named_parameters()), weights)
+        self.turn_to(facts)
+        with refusing(f"{facts.info.name} ({facts.info.architecture}) cannot run here", hint=HINT):
+            model = LoadedModel(
+                facts, module, trainable=trainable, quantize=quantize, shards=self.shards
+            )
+        key = (facts.info.name, trainable)
+        if key not in self._attention:
+            with torch.no_grad():
+                model.run(partial(settle_attention, model))
+            self._attention[key] = model.attention, model.paging
+        model.attention, model.paging = self._attention[key]
+        return model
+
+    def _read(
+        self,
+        facts: ModelFacts,
+        *,
+        dtype: torch.dtype,
+        change: Callable[[Any], None] | None,
+        trainable: bool,
+    ) -> Any:
         try:
-            module = read_module(
+            return read_module(
                 facts.source,
                 name=facts.info.name,
                 config=facts.config,
                 dtype=dtype,
                 device=self.device,
-                quantise=None
-                if quantize == "none"
-                else partial(self._quantise, facts=facts, kind=quantize),
+                change=change,
             )
         except torch.OutOfMemoryError as error:
             smaller = "WEAVER_DTYPE=bfloat16 or " if dtype == torch.float32 else ""
-            if quantize == "none":
+            if self.quantize == "none" and self.shards is None:
                 smaller += "WEAVER_QUANTIZE=nf4 or "
             raise EngineError(
                 f"not enough memory on {self.device} for {facts.info.name}.",
                 hint=f"Use {'' if trainable else smaller}a smaller model.",
             ) from error
-        if weights is not None:
-            set_weights(dict(module.named_parameters()), weights)
-        self.turn_to(facts)
-        with refusing(f"{facts.info.name} ({facts.info.architecture}) cannot run here", hint=HINT):
-            model = LoadedModel(facts, module, trainable=trainable, quantize=quantize)
-        key = (facts.info.name, trainable)
-        if key not in self._attention:
-            settle_attention(model)
-            self._attention[key] = model.attention, model.paging
-        model.attention, model.paging = self._attention[key]
-        return model
 
     @torch.no_grad()
     def _quantise(self, module: Any, *, facts: ModelFacts, kind: Quantize) -> None:

@@ -6,10 +6,10 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +25,10 @@ from weaver.engine.torch.packing import PackedBatch, pack
 from weaver.engine.torch.pages import PageCache, PageRows
 from weaver.engine.torch.recompute import prepare_layers, recomputed
 from weaver.engine.torch.routing import Routing
+from weaver.engine.torch.shards import Parts, Shards
 from weaver.types import Quantize
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +83,13 @@ class LoadedModel:
     """
 
     def __init__(
-        self, facts: ModelFacts, module: Any, *, trainable: bool, quantize: Quantize = "none"
+        self,
+        facts: ModelFacts,
+        module: Any,
+        *,
+        trainable: bool,
+        quantize: Quantize = "none",
+        shards: Shards | None = None,
     ) -> None:
         self.facts = facts
         self.info = facts.info
@@ -100,12 +109,20 @@ class LoadedModel:
         self.paging: Paging = ARENAS
         """Its store settles which, of both."""
         self.steps = DecodeSteps(CudaGraphs()) if self.device.type == "cuda" else None
+        self.parts = None if shards is None else Parts(shards, module, trainable=trainable)
+        """Where its layers are divided among processes; then what uses it has to `run`."""
         if not trainable:
-            freeze(module, self._read_a_token, routing=self.routing)
+            freeze(module, lambda: self.run(self._read_a_token), routing=self.routing)
         head = module.get_submodule(path)
         if tied and not trainable:
             share_embedding(module, head.projection.kernel)
+        if self.parts is not None and not trainable:
+            self.parts.hold(module.get_input_embeddings())
         self.head = Head.of(head, path, facts.config)
+
+    def run(self, work: Callable[[], R]) -> R:
+        """Calls `work`, in which the model is used."""
+        return work() if self.parts is None else self.parts.run(work)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

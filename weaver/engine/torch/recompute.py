@@ -39,13 +39,15 @@ class Layer(torch.nn.Module):
         )
 
 
-def prepare_layers(decoder: torch.nn.Module, count: int) -> list[Layer]:
-    """Lets the layers of a decoder, the first list of so many modules, be computed again.
-
-    A decoder that has no such list has no layers that could be.
-    """
+def decoder_layers(decoder: torch.nn.Module, count: int) -> list[Any]:
+    """The first list of so many modules; a decoder that has no such list has no layers."""
     lists = (m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
-    layers = next((m for m in lists if len(m) == count), ())
+    return list(next((m for m in lists if len(m) == count), ()))
+
+
+def prepare_layers(decoder: torch.nn.Module, count: int) -> list[Layer]:
+    """Lets the layers of a decoder be computed again."""
+    layers = decoder_layers(decoder, count)
     for layer in layers:
         kind: Any = type(layer)
         layer.__class__ = _with_choice(kind)

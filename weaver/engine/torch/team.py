@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch.nn.utils import get_total_norm
+
 from weaver.engine.torch.packing import Share, plan_passes
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ class Team(Protocol):
         A task that has failed in one has failed in all.
         """
 
+    def norm(self, gradient: Sequence[torch.Tensor], *, divided: bool) -> torch.Tensor:
+        """Of all of it, of which each process has a part where it is divided."""
+
 
 class _Alone:
     def plan(
@@ -53,6 +58,9 @@ class _Alone:
 
     def settle(self, tasks: Sequence[Any]) -> None:
         """What one process has is all."""
+
+    def norm(self, gradient: Sequence[torch.Tensor], *, divided: bool) -> torch.Tensor:
+        return get_total_norm(gradient)
 
 
 ALONE: Team = _Alone()

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from weaver import errors, types
 from weaver.boundary import attempt
@@ -27,17 +24,18 @@ from weaver.engine.torch import checkpoints
 from weaver.engine.torch.catalog import is_out_of_memory
 from weaver.engine.torch.device import ADAM_COPIES
 from weaver.engine.torch.files import check_finite, set_weights
-from weaver.engine.torch.logprobs import Scores
 from weaver.engine.torch.lora import choose_targets, new_adapter
 from weaver.engine.torch.memory import Plan, Planner, Recompute, check_full_training
 from weaver.engine.torch.model_store import ModelStore
 from weaver.engine.torch.models import LoadedModel
-from weaver.engine.torch.objective import Objective, scores_asked
-from weaver.engine.torch.packing import Share, pack, split_passes
-from weaver.engine.torch.scalar import check_scalar, sequence_scores
+from weaver.engine.torch.objective import Objective
+from weaver.engine.torch.packing import Share, split_passes
+from weaver.engine.torch.part_files import save_parts
+from weaver.engine.torch.passes import Alive, Task, run_pass
+from weaver.engine.torch.scalar import check_scalar
+from weaver.engine.torch.shards import Parts
 from weaver.engine.torch.team import ALONE, Team
 from weaver.engine.torch.training_run import Run
-from weaver.tensors import TensorData
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class TorchTrainer:
         """
         if training_mode == "full_ft":
             facts = self._store.catalog.facts(base_model)
-            check_full_training(facts, self._store)
+            self._store.agreed(partial(check_full_training, facts, self._store))
             self._runs[run_id] = Run(facts, own=self._store.own(base_model))
             return
         config = lora_config or types.LoraConfig()
@@ -121,8 +119,8 @@ class TorchTrainer:
     ) -> Sequence[types.ForwardBackwardResult | errors.WeaverError]:
         """See the protocol. Jobs of one model, one kind of head and one `backward` share passes."""
         runs = [self._run(job.run_id) for job in jobs]
-        tasks = [_Task(j, r, Objective(j, r.head)) for j, r in zip(jobs, runs, strict=True)]
-        groups: dict[tuple[object, ...], list[_Task]] = {}
+        tasks = [Task(j, r, Objective(j, r.head)) for j, r in zip(jobs, runs, strict=True)]
+        groups: dict[tuple[object, ...], list[Task]] = {}
         for task in tasks:
             task.error = attempt(check_finite, task.run.named_parameters())
             key = task.run.shares, task.run.head, task.job.backward
@@ -141,7 +139,7 @@ class TorchTrainer:
             )
         self._store.turn_to(run.own or run.facts)
         gradient, run.gradient = run.gradient, None
-        norm = get_total_norm(gradient)
+        norm = self._team.norm(gradient, divided=run.parts is not None)
         if not torch.isfinite(norm):
             raise errors.NonFiniteError(
                 f"the gradient's norm is {norm.item()}; the step was not taken.",
@@ -183,9 +181,14 @@ class TorchTrainer:
         )
 
     def save(self, run_id: str, *, include_optimizer: bool) -> Callable[[Path], None]:
-        """Errors: see `copy_of` and, of what is answered, `Copy.write`."""
+        """Errors: see `copy_of` and, of what is answered, `Copy.write`.
+
+        Of a divided model all ranks write their parts here, and one of them calls the answer.
+        """
         run = self._run(run_id)
         optimizer = run.optimizer if include_optimizer else None
+        if run.parts is not None:
+            return save_parts(run, optimizer)
         return checkpoints.copy_of(
             run.state(),
             facts=run.facts,
@@ -204,9 +207,17 @@ class TorchTrainer:
         """
         run = self._run(run_id)
         run.state().check_same(checkpoints.read_state(folder))
-        snapshot = checkpoints.read_snapshot(folder, facts=run.facts, quantize=run.quantize)
         parameters = run.named_parameters()
-        moments = checkpoints.read_optimizer(folder, parameters) if include_optimizer else {}
+
+        def read() -> tuple[WeightSnapshot, checkpoints.Moments]:
+            snapshot = checkpoints.read_snapshot(
+                folder, facts=run.facts, quantize=run.quantize, parts=run.parts
+            )
+            if not include_optimizer:
+                return snapshot, {}
+            return snapshot, checkpoints.read_optimizer(folder, parameters, parts=run.parts)
+
+        snapshot, moments = read() if run.parts is None else self._store.agreed(read)
         set_weights(parameters, snapshot.tensors)
         run.step, run.gradient = snapshot.version, None
         run.reset_optimizer()
@@ -227,7 +238,7 @@ class TorchTrainer:
             )
         return self._runs[run_id]
 
-    def _compute(self, tasks: list[_Task]) -> None:
+    def _compute(self, tasks: list[Task]) -> None:
         """Runs all passes of jobs that share a model, the kind of head and `backward`.
 
         A pass that finds no memory is repeated once, in halves and with all layers recomputed, as
@@ -239,6 +250,9 @@ class TorchTrainer:
         plan = self.plan(run.facts.info.name, run.training_mode)
         lengths = [task.objective.lengths for task in tasks]
         passes = self._team.plan(lengths, budget=plan.tokens, merge=not self._deterministic)
+        if model.parts is not None:
+            self._compute_together(tasks, passes, model, plan=plan, parts=model.parts)
+            return
         repeated = False
         while passes:
             first, *passes = passes
@@ -258,14 +272,35 @@ class TorchTrainer:
             if not self._deterministic:
                 passes = split_passes(passes, lengths, budget=tokens // 2)
 
-    def _has_memory(
-        self, alive: Sequence[tuple[_Task, Share]], model: LoadedModel, plan: Plan
-    ) -> bool:
+    def _compute_together(
+        self,
+        tasks: list[Task],
+        passes: Sequence[tuple[Share, ...]],
+        model: LoadedModel,
+        *,
+        plan: Plan,
+        parts: Parts,
+    ) -> None:
+        """Of a divided model: every process makes as many passes, and none can repeat one alone.
+
+        What is raised here ends the group.
+        """
+        backward = tasks[0].job.backward
+        with torch.set_grad_enabled(backward):
+            for shares in passes:
+                alive = [(tasks[s.job], s) for s in shares if tasks[s.job].error is None]
+                run_pass(alive, model, plan)
+        if backward and model.trainable:
+            [task] = tasks
+            task.gradient = parts.take_gradients()
+            task.check_gradient()
+
+    def _has_memory(self, alive: Alive, model: LoadedModel, plan: Plan) -> bool:
         """Runs a pass; one that finds no memory leaves nothing behind, and is answered False."""
         before = [(task, deepcopy(task.objective.totals)) for task, _ in alive]
         try:
             with torch.set_grad_enabled(alive[0][0].job.backward):
-                _run_pass(alive, model, plan)
+                run_pass(alive, model, plan)
             return True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -276,102 +311,3 @@ class TorchTrainer:
         if self._store.device.type == "cuda":
             torch.cuda.empty_cache()
         return False
-
-
-def _added(total: list[torch.Tensor] | None, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`total` plus `parts`, in the place of `total` where there is one."""
-    if total is None:
-        return parts
-    torch._foreach_add_(total, parts)
-    return total
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    """A job on its way through the passes."""
-
-    job: GradientJob
-    run: Run
-    objective: Objective
-    gradient: list[torch.Tensor] | None = None
-    """Kept apart from the run's until the whole job has succeeded."""
-    logprobs: dict[int, TensorData] = field(default_factory=dict)
-    """Or scores."""
-    error: errors.WeaverError | None = None
-
-    def fail(self, what: str, *, field: str) -> None:
-        self.error = errors.NonFiniteError(
-            f"{what} is not finite; this call added nothing to the gradient.",
-            field=field,
-            hint="Look for extreme logprobs or advantages, or go back to an earlier checkpoint.",
-        )
-
-    def finish(self) -> types.ForwardBackwardResult | errors.WeaverError:
-        """The result, after the gradient was added to the run; or the error."""
-        metrics = self.objective.metrics()
-        if self.error is None:
-            if self.job.backward and self.gradient is None:
-                self.gradient = [torch.zeros_like(p) for p in self.run.parameters()]
-            broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if self.gradient and not get_total_norm(self.gradient).isfinite():
-                self.fail("the gradient of a finite loss", field="datums")
-            elif broken:
-                self.fail(f"the metric {broken[0]!r} of a finite loss", field="datums")
-        if self.error is not None:
-            return self.error
-        if self.gradient is not None:
-            self.run.gradient = _added(self.run.gradient, self.gradient)
-        return types.ForwardBackwardResult(
-            loss_fn_outputs=tuple(
-                {self.objective.output: self.logprobs[i]} for i in range(len(self.job.datums))
-            ),
-            metrics=metrics,
-        )
-
-
-def _run_pass(alive: Sequence[tuple[_Task, Share]], model: LoadedModel, plan: Plan) -> None:
-    """One pass of the model over the shares of several tasks, which have not failed so far."""
-    riding = [(task, task.objective.datums(share.datums)) for task, share in alive]
-    inputs = [(task, i) for task, datums in riding for i in datums]
-    batch = pack(
-        [task.job.datums[i].model_input.to_ints() for task, i in inputs],
-        adapters=[task.run.adapter for task, _ in inputs],
-        device=model.device,
-    )
-    rows = [sum(task.objective.rows[i] for i in datums) for task, datums in riding]
-    hidden = model.hidden_states(batch, recompute=plan.layers_recomputed(batch.lengths))
-    if riding[0][0].run.head is None:
-        objectives = [(task.objective, datums) for task, datums in riding]
-        scores = scores_asked(objectives, rows, model, batch, hidden, chunk=plan.footprint.chunk)
-    else:
-        scores = Scores(sequence_scores(hidden, batch), None)
-    losses: dict[_Task, torch.Tensor] = {}
-    for (task, datums), size, end in zip(riding, rows, accumulate(rows), strict=True):
-        loss = _score_share(task, datums, scores.rows(end - size, end))
-        if task.error is None:
-            losses[task] = loss
-    if any(loss.requires_grad for loss in losses.values()):
-        _differentiate(list(losses), torch.stack(list(losses.values())).sum())
-
-
-def _score_share(task: _Task, datums: Sequence[int], scores: Scores) -> torch.Tensor:
-    """The share's loss; keeps what it was made of, or marks the task as failed."""
-    loss_D = task.objective.add(datums, scores)
-    pieces = task.objective.of_datums(datums, scores.logprobs.detach().cpu())
-    for datum, lp, loss in zip(datums, pieces, loss_D.tolist(), strict=True):
-        piece: Any = lp.numpy()
-        if not np.isfinite(piece).all():
-            what = "a log-probability" if task.run.head is None else "a score"
-            task.fail(what, field=f"datums[{datum}]")
-        elif not np.isfinite(loss):
-            task.fail("the loss", field=f"datums[{datum}]")
-        task.logprobs[datum] = TensorData(piece)
-    return loss_D.sum()
-
-
-def _differentiate(tasks: Sequence[_Task], loss: torch.Tensor) -> None:
-    parameters = [task.run.parameters() for task in tasks]
-    flat = [p for group in parameters for p in group]
-    gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
-    for task, group in zip(tasks, parameters, strict=True):
-        task.gradient = _added(task.gradient, [next(gradients) for _ in group])

@@ -11,6 +11,7 @@ from weaver.engine.torch import checkpoints
 from weaver.engine.torch.catalog import ModelFacts
 from weaver.engine.torch.lora import Adapter
 from weaver.engine.torch.models import LoadedModel
+from weaver.engine.torch.shards import Parts
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +53,14 @@ class Run:
         if self.adapter is not None:
             return self.adapter.tensors()
         assert self.own is not None, "a run without an adapter has a model of its own"
+        if self.own.parts is not None:
+            return self.own.parts.trained
         return dict(self.own.module.named_parameters())
+
+    @property
+    def parts(self) -> Parts | None:
+        """Where what it trains is divided among processes, so that all tensors here are parts."""
+        return None if self.own is None else self.own.parts
 
     @property
     def shares(self) -> object:
