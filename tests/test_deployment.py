@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import typer.main
+import yaml
 
+from tests.sizes import PAGE, in_page, table
 from weaver.cli import app
+from weaver.engine.cluster.config import read_cluster_file
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 BIN = Path(sys.executable).parent
-FILES = ("Dockerfile", "compose.yaml", "weaver.service")
+KUBERNETES = DEPLOY / "kubernetes"
+CLUSTER = KUBERNETES / "cluster"
+FILES = (
+    "Dockerfile",
+    "compose.yaml",
+    "weaver.service",
+    "weaver.sbatch",
+    "kubernetes/server/server.yaml",
+    "kubernetes/cluster/raycluster.yaml",
+)
+OLDEST_KUBERNETES = "1.29"
 
 
 def run(*command: str | Path) -> None:
@@ -67,3 +85,151 @@ def test_everything_that_the_image_is_built_from_reaches_the_builder() -> None:
     for name in " ".join(copied).split():
         assert (ROOT / name).exists()
         assert f"!{name}" in allowed
+
+
+# --- Kubernetes -------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [one for one in yaml.safe_load_all(path.read_text()) if one]
+
+
+def resources(folder: Path) -> list[dict[str, Any]]:
+    """Of a kustomization and those that it is made of."""
+    [told] = read(folder / "kustomization.yaml")
+    found = []
+    for name in told["resources"]:
+        path = folder / name
+        found += resources(path) if path.is_dir() else read(path)
+    return found
+
+
+def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = resource["spec"]
+    if resource["kind"] == "RayCluster":
+        groups = spec["headGroupSpec"], *spec["workerGroupSpecs"]
+        return [group["template"] for group in groups]
+    return [spec["template"]] if "template" in spec else []
+
+
+def raycluster() -> dict[str, Any]:
+    [one] = read(CLUSTER / "raycluster.yaml")
+    return one
+
+
+@pytest.mark.parametrize("name", ["server", "cluster"])
+def test_kubernetes_takes_what_a_kustomization_has(name: str) -> None:
+    found = resources(KUBERNETES / name)
+    assert {one["kind"] for one in found} >= {"PersistentVolumeClaim", "Service", "NetworkPolicy"}
+    for one in found:
+        if one["apiVersion"] != "ray.io/v1":
+            kubernetes_validate.validate(one, OLDEST_KUBERNETES, strict=True)
+        for pod in pods(one):
+            whole = {"apiVersion": "v1", "kind": "Pod", **pod}
+            kubernetes_validate.validate(whole, OLDEST_KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["server", "cluster"])
+def test_what_is_named_in_a_kustomization_is_there(name: str) -> None:
+    found = resources(KUBERNETES / name)
+    claims = {one["metadata"]["name"] for one in found if one["kind"] == "PersistentVolumeClaim"}
+    [told] = read(KUBERNETES / name / "kustomization.yaml")
+    maps = {one["name"] for one in told.get("configMapGenerator", [])}
+    [service] = [one for one in found if one["kind"] == "Service"]
+    every = [pod for one in found for pod in pods(one)]
+    served = []
+    for pod in every:
+        assert pod["spec"]["securityContext"]["runAsUser"] == 10001  # the image's own
+        volumes = {one["name"]: one for one in pod["spec"]["volumes"]}
+        for volume in volumes.values():
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in maps
+        [container] = pod["spec"]["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+        assert {"/tmp", "/dev/shm"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+        if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items():
+            served.append({port["name"] for port in container["ports"]})
+    assert len(served) == 1 and "http" in served[0]
+
+
+def test_the_ranks_fit_the_gpus_that_are_asked_for() -> None:
+    config = read_cluster_file(CLUSTER / "cluster.toml")
+    [group] = raycluster()["spec"]["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    gpus = group["replicas"] * int(limits["nvidia.com/gpu"])
+    cpus = group["replicas"] * int(limits["cpu"])
+    assert sum(one.ranks for one in config.trainer if one.device == "cuda") <= gpus
+    assert sum(one.ranks * one.cpus for one in config.trainer) <= cpus
+    home = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}["home"]
+    assert config.shared is not None and config.shared.is_relative_to(home)
+    head = raycluster()["spec"]["headGroupSpec"]["rayStartParams"]
+    assert (head["num-cpus"], head["num-gpus"]) == ("0", "0")  # the server's GPU is not Ray's
+
+
+def test_the_clusters_ray_is_the_one_that_is_installed_with_it() -> None:
+    [pin] = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert raycluster()["spec"]["rayVersion"] == pin
+
+
+# --- Slurm ------------------------------------------------------------------------------------
+
+STUBS = {
+    "scontrol": "printf 'node1\\nnode2\\n'",
+    "srun": 'echo "$@" >>"$LOG"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "hostname": "echo 10.0.0.1",
+    "ray": "[[ $1 == health-check ]] && exit 0; exec sleep 30",
+    "weaver": 'trap "echo stopped >>\\"$LOG\\"; exit 0" TERM; while :; do sleep 0.05; done',
+}
+
+
+def test_the_scripts_have_no_fault_that_shellcheck_knows() -> None:
+    run(BIN / "shellcheck", DEPLOY / "weaver.sbatch", DEPLOY / "backup.sh")
+
+
+def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(tmp_path: Path) -> None:
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, body in STUBS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    log = tmp_path / "log"
+    variables = {
+        **os.environ,
+        "HOME_FOLDER": str(tmp_path),
+        "DATABASE": "postgresql://host/weaver",
+        "LOG": str(log),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    job = subprocess.Popen(
+        ["bash", DEPLOY / "weaver.sbatch"], env=variables, start_new_session=True
+    )
+    try:
+        end = time.monotonic() + 30
+        while "weaver serve" not in (log.read_text() if log.exists() else ""):
+            assert time.monotonic() < end and job.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.2)  # until it listens to the signal
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 0
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+    told = log.read_text().splitlines()
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6" in told[1] and "--num-gpus=7" in told[1]
+    ranks = next(line for line in told if "ray start --block" in line)
+    assert "--exclude=node1" in ranks and "--address=10.0.0.1:6379" in ranks
+    server = next(line for line in told if "weaver serve" in line)
+    assert "--nodelist=node1" in server and "CUDA_VISIBLE_DEVICES=7" in server
+    assert told[-1] == "stopped"
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_sizes_that_the_engine_reckons_with() -> None:
+    assert in_page(PAGE.read_text()) == table(), "python -m tests.sizes writes it anew"
