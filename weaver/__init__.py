@@ -8,6 +8,7 @@ Clients and types are imported when they are first used, so that `import weaver`
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from weaver import errors
@@ -36,4 +37,10 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         values = import_module("weaver.types")
         return getattr(values, name, None) or getattr(import_module("weaver.client"), name)
+    if name == "__version__":
+        return version("weaver-post-training")
     raise AttributeError(f"module 'weaver' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})

@@ -17,8 +17,9 @@ from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
+from weaver.curves import number_text
 from weaver.errors import ConfigError, NotFoundError, WeaverError, nearest
-from weaver_rl.display import number_text, one_line
+from weaver_rl.display import one_line
 from weaver_rl.report import MAX_POINTS, make_page, thinned
 from weaver_rl.run_folder import RunFolder, read_config
 from weaver_rl.storage import flattened, read_lines, write_atomically

@@ -29,12 +29,12 @@ from typing import Any
 import anyio
 from anyio.from_thread import start_blocking_portal
 
+from weaver.curves import number_text
 from weaver.errors import ConfigError, NotFoundError
 from weaver.files import hold_lock, release_lock
 from weaver.threads import in_daemon_thread
 from weaver_rl.algorithms.run import MAY_DIFFER
 from weaver_rl.comparison import MAIN, compare, is_number, short
-from weaver_rl.display import number_text
 from weaver_rl.guard import attempt, attempt_async, is_async, task_group
 from weaver_rl.pace import duration
 from weaver_rl.plan import Steps

@@ -63,14 +63,14 @@ def saved(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, st
 def test_lists_and_details(saved: tuple[str, str]) -> None:
     run, path = saved
     assert run in weaver("runs", "list") and path in weaver("checkpoints", "list")
-    assert [r["run_id"] for r in json.loads(weaver("runs", "list", "--json"))] == [run]
-    assert [c["path"] for c in json.loads(weaver("checkpoints", "list", "--json"))] == [path]
-    assert json.loads(weaver("checkpoints", "list", "--run", run, "--json"))[0]["step"] == 1
+    assert [r["run_id"] for r in json.loads(weaver("runs", "list", "-o", "json"))] == [run]
+    assert [c["path"] for c in json.loads(weaver("checkpoints", "list", "-o", "json"))] == [path]
+    assert json.loads(weaver("checkpoints", "list", "--run", run, "-o", "json"))[0]["step"] == 1
     short = run.removeprefix("run-")[:8]
-    shown = json.loads(weaver("runs", "show", short, "--json"))
+    shown = json.loads(weaver("runs", "show", short, "-o", "json"))
     assert shown["run_id"] == run and shown["metrics"] == {"loss": 0.5}
-    assert json.loads(weaver("checkpoints", "show", "best", "--json"))["path"] == path
-    names = [m["name"] for m in json.loads(weaver("models", "list", "--json"))]
+    assert json.loads(weaver("checkpoints", "show", "best", "-o", "json"))["path"] == path
+    names = [m["name"] for m in json.loads(weaver("models", "list", "-o", "json"))]
     assert names == ["weaver-nano", "fake"]
     assert "context_length" in weaver("models", "check", "fake")
 
@@ -86,14 +86,14 @@ def test_checkpoints_expire_and_go(saved: tuple[str, str]) -> None:
     assert path in weaver("checkpoints", "list")
     assert path in weaver("checkpoints", "delete", "best", "--yes")
     assert weaver("checkpoints", "list") == "No checkpoints.\n"
-    assert json.loads(weaver("checkpoints", "list", "--json")) == []
+    assert json.loads(weaver("checkpoints", "list", "-o", "json")) == []
 
 
 def test_runs_stop_and_go(saved: tuple[str, str]) -> None:
     run, path = saved
     short = run.removeprefix("run-")[:8]
     assert f"Stopped {run} at step 1" in weaver("runs", "stop", short)
-    assert json.loads(weaver("runs", "show", short, "--json"))["status"] == "stopped"
+    assert json.loads(weaver("runs", "show", short, "-o", "json"))["status"] == "stopped"
     with pytest.raises(SystemExit):
         weaver("runs", "delete", short, stdin="n\n")
     assert run in weaver("runs", "delete", short, "--yes")
@@ -148,21 +148,21 @@ def test_an_adapter_is_imported(saved: tuple[str, str], tmp_path: Path) -> None:
     folder = written(tmp_path / "adapter", adapter())
     path = weaver("checkpoints", "import", str(folder), "--name", "mine").strip()
     assert path.endswith("/weights/mine")
-    assert json.loads(weaver("checkpoints", "show", path, "--json"))["base_model"] == "fake"
+    assert json.loads(weaver("checkpoints", "show", path, "-o", "json"))["base_model"] == "fake"
     with pytest.raises(WeaverError, match="elsewhere"):
         weaver("checkpoints", "import", str(folder), "--base-model", "elsewhere")
 
 
 def test_sessions_are_listed(saved: tuple[str, str]) -> None:
-    [row] = json.loads(weaver("sessions", "--json"))
+    [row] = json.loads(weaver("sessions", "-o", "json"))
     assert row["session_id"] in weaver("sessions") and row["pending"] == 0
 
 
 def test_sample_and_chat(saved: tuple[str, str]) -> None:
     _, path = saved
     assert len(weaver("sample", "hi", "-n", "2", "--max-tokens", "4").splitlines()) >= 2
-    once = weaver("sample", "-", "--model", path, "--seed", "1", "--json", stdin="hi")
-    assert once == weaver("sample", "hi", "--model", path, "--seed", "1", "--json")
+    once = weaver("sample", "-", "--model", path, "--seed", "1", "-o", "json", stdin="hi")
+    assert once == weaver("sample", "hi", "--model", path, "--seed", "1", "-o", "json")
     assert json.loads(once)["sequences"][0]["weights_version"] == 1
     assert weaver("chat", "--max-tokens", "4", stdin="hello\nagain\n\n").count("> ") == 3
 
@@ -261,12 +261,12 @@ def test_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No keys" in weaver("keys", "list")
     secret = weaver("keys", "create", "--project", "alice", "--name", "laptop").strip()
     assert secret.startswith("wv-")
-    made = json.loads(weaver("keys", "create", "--project", "ops", "--admin", "--json"))
+    made = json.loads(weaver("keys", "create", "--project", "ops", "--admin", "-o", "json"))
     assert made["key"].startswith("wv-") and made["admin"]
     listed = weaver("keys", "list")
     assert "alice" in listed and "laptop" in listed and secret not in listed
     assert made["id"] in weaver("keys", "revoke", made["id"][:6])
-    rows = json.loads(weaver("keys", "list", "--json"))
+    rows = json.loads(weaver("keys", "list", "-o", "json"))
     assert [row["revoked_at"] is None for row in rows] == [True, False]
     assert all("hash" not in row and "key" not in row for row in rows)
     with pytest.raises(NotFoundError, match="no keys match 'zz'"):
@@ -319,11 +319,12 @@ def test_a_shell_completes_commands(shell: str) -> None:
     assert "checkpoints" not in run("complete", **line, **fish)
 
 
-def test_every_list_has_json() -> None:
+def test_every_list_has_formats() -> None:
     lists = [path for path in commands() if path[-1] in ("list", "sessions")]
     assert len(lists) == 5
     for path in lists:
-        assert "--json" in weaver(*path, "--help"), path
+        told = weaver(*path, "--help")
+        assert "<table|json|tsv>" in told and "--wide" in told, path
 
 
 def commands() -> dict[tuple[str, ...], Any]:

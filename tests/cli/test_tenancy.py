@@ -102,7 +102,7 @@ def test_what_is_anothers_is_answered_as_what_is_nowhere(alice: Alice, tmp_path:
         if words[0] == "checkpoints":
             assert refusal(words, "best", folder) == refusal(words, "worst", folder), words
     for words in (("runs", "list"), ("checkpoints", "list"), ("sessions",)):
-        assert json.loads(weaver(*words, "--json")) == []
+        assert json.loads(weaver(*words, "-o", "json")) == []
     assert not folder.exists()
 
 
@@ -112,11 +112,11 @@ def test_it_is_all_still_there_for_its_own_project(
     for words in (*RUN, *PATH):
         refusal(words, alice.path if words in PATH else alice.run, tmp_path / "out")
     monkeypatch.setenv("WEAVER_API_KEY", alice.secret)
-    assert json.loads(weaver("runs", "show", alice.run, "--json"))["step"] == 1
-    assert json.loads(weaver("checkpoints", "show", "best", "--json"))["expires_at"] is None
+    assert json.loads(weaver("runs", "show", alice.run, "-o", "json"))["step"] == 1
+    assert json.loads(weaver("checkpoints", "show", "best", "-o", "json"))["expires_at"] is None
     assert weaver("sample", "hi", "--model", alice.path, "--max-tokens", "2")
     assert weaver("runs", "stop", alice.run) and weaver("runs", "delete", alice.run, "--yes")
-    assert json.loads(weaver("checkpoints", "list", "--json"))[0]["path"] == alice.path
+    assert json.loads(weaver("checkpoints", "list", "-o", "json"))[0]["path"] == alice.path
 
 
 def test_evaluating_is_refused_alike(

@@ -101,7 +101,7 @@ def server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 def steps_of(state_path: str, server: dict[str, str]) -> int:
     """The optimizer steps of the run that a checkpoint's path names."""
     listed = subprocess.run(
-        [WEAVER, "runs", "list", "--json"],
+        [WEAVER, "runs", "list", "-o", "json"],
         env={**os.environ, **server},
         capture_output=True,
         text=True,

@@ -35,7 +35,16 @@ def evaluate(*arguments: str, env: Mapping[str, str], cwd: Path) -> dict[tuple[s
     """The scores by task and metric, as printed and as written."""
     (cwd / "words.jsonl").write_text((TASKS / "words.jsonl").read_text())
     out = cwd / "out"
-    command = [PYTHON, "-m", "tests.clients.weaver_eval", *arguments, "--out", str(out), "--json"]
+    command = [
+        PYTHON,
+        "-m",
+        "tests.clients.weaver_eval",
+        *arguments,
+        "--out",
+        str(out),
+        "-o",
+        "json",
+    ]
     done = subprocess.run(
         command,
         env={

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.clients
 
 def runs_of(server: dict[str, str]) -> list[dict[str, Any]]:
     listed = subprocess.run(
-        [WEAVER, "runs", "list", "--json"],
+        [WEAVER, "runs", "list", "-o", "json"],
         env={**os.environ, **server},
         capture_output=True,
         text=True,

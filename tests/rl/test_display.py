@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.rl.helpers import group
-from weaver_rl.display import Display, draw_curve, number_text, shown
+from weaver.curves import draw_curve, number_text
+from weaver_rl.display import Display, shown
 
 
 class Terminal(io.StringIO):

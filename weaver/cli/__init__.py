@@ -7,6 +7,7 @@ quick.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -22,6 +23,25 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import weaver
+
+        print(weaver.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end.")
+    ] = False,
+) -> None:
+    """Without a text of its own: the command's is above."""
+
+
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("sessions")(runs.sessions)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, Yes, ask, confirm, find, show, show_one
+from weaver.cli.output import Format, Output, Wide, Yes, ask, confirm, find, show, show_one
 from weaver.errors import InvalidParamsError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Saved states and samplers.", no_args_is_help=True)
 PATH = "weaver://..., or a part of it that only one has."
 Path = Annotated[str, typer.Argument(help=PATH)]
-LONG = ("run_id", "name", "training_mode", "lora_config", "ttl_seconds", "folder")
+COLUMNS = ("path", "step", "size_bytes", "created_at", "expires_at", "base_model", "kind")
 
 
 @app.command("list")
@@ -26,7 +26,8 @@ def list_checkpoints(
     run: Annotated[
         str | None, typer.Option(help="Only those of this run; its id, or its beginning.")
     ] = None,
-    as_json: Json = False,
+    output: Output = Format.table,
+    wide: Wide = False,
 ) -> None:
     """List checkpoints, oldest first."""
 
@@ -35,13 +36,13 @@ def list_checkpoints(
         owner = None if run is None else await find_owner(service, run)
         return [c for c in known if owner in (None, c.run_id)]
 
-    show(ask(read), as_json=as_json, empty="No checkpoints.", hide=LONG)
+    show(ask(read), output, columns=COLUMNS, wide=wide, empty="No checkpoints.")
 
 
 @app.command("show")
-def show_checkpoint(path: Path, as_json: Json = False) -> None:
+def show_checkpoint(path: Path, output: Output = Format.table) -> None:
     """Show a checkpoint."""
-    show_one(ask(lambda service: find_checkpoint(service, path)), as_json=as_json)
+    show_one(ask(lambda service: find_checkpoint(service, path)), output)
 
 
 @app.command()
@@ -124,7 +125,7 @@ def _delete_many(
         return which, await service.delete_checkpoints(which, dry_run=True)
 
     which, chosen = ask(choose)
-    show(chosen, as_json=False, empty="No checkpoints.", hide=LONG)
+    show(chosen, columns=COLUMNS, empty="No checkpoints.")
     if dry_run or not chosen:
         print(f"Would delete {_count(chosen)}.")
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, show_one
+from weaver.cli.output import Format, Output, show_one
 from weaver.config import load_settings
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def status(
         Path | None,
         typer.Option(help="The `shared` folder of cluster.toml, if not `cluster` in the home."),
     ] = None,
-    as_json: Json = False,
+    output: Output = Format.table,
 ) -> None:
     """Show the groups of a server, their ranks, and what waits for what."""
     from weaver.engine.cluster.status import read_status
 
     found = read_status(folder.expanduser() if folder else load_settings().home / "cluster")
-    if as_json:
-        show_one(found, as_json=True)
+    if output is not Format.table:
+        show_one(found, output)
         return
     print(f"{found.ray}; server {found.pid} on {found.host}")
     for group in found.groups:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weaver.cli.checkpoints import find_checkpoint
-from weaver.cli.output import Json, show
+from weaver.cli.output import Format, Output, show
 from weaver.config import EngineSettings, Settings, load_settings
 from weaver.errors import InvalidParamsError, NameTakenError, requiring
 
@@ -53,7 +53,7 @@ def evaluate(
         bool, typer.Option("--chat", help="Through the chat template; inspect-ai always does.")
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at once.")] = 16,
-    as_json: Json = False,
+    output: Output = Format.table,
 ) -> None:
     """Evaluate a checkpoint with lm-eval and inspect-ai, which the extra `eval` installs."""
     import anyio
@@ -93,7 +93,7 @@ def evaluate(
         "scores": [score.model_dump(mode="json") for score in scores],
     }
     (folder / "scores.json").write_text(json.dumps(told, indent=2))
-    show(scores, as_json=as_json, empty="")
+    show(scores, output)
     print(f"Wrote {folder / 'scores.json'}.", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from weaver.cli.output import Json, ask, show, show_one
+from weaver.cli.output import Format, Output, Wide, ask, show, show_one
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,13 +19,14 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a we
 MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 T = TypeVar("T")
+COLUMNS = ("name", "num_parameters", "context_length", "size_bytes", "loaded", "architecture")
 
 
 @app.command("list")
-def list_models(as_json: Json = False) -> None:
+def list_models(output: Output = Format.table, wide: Wide = False) -> None:
     """List the base models that the service names."""
     models = ask(lambda service: service.list_models())
-    show(models, as_json=as_json, empty="No models.")
+    show(models, output, columns=COLUMNS, wide=wide, empty="No models.")
 
 
 @app.command()
@@ -43,10 +44,10 @@ def download(
 @app.command()
 def check(
     name: Annotated[str, typer.Argument(help="A name, a Hugging Face id or a folder.")],
-    as_json: Json = False,
+    output: Output = Format.table,
 ) -> None:
     """Say whether a model can be trained here, without loading its weights."""
-    show_one(ask(lambda service: service.get_model(name)), as_json=as_json)
+    show_one(ask(lambda service: service.get_model(name)), output)
 
 
 def sample(
@@ -57,7 +58,7 @@ def sample(
     num_samples: Annotated[int, typer.Option("--num-samples", "-n")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Ends an answer; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same samples again.")] = None,
-    as_json: Json = False,
+    output: Output = Format.table,
 ) -> None:
     """Sample from a model or a checkpoint."""
     from weaver.types import SamplingParams
@@ -67,7 +68,7 @@ def sample(
         max_tokens=max_tokens, temperature=temperature, stop=stop or (), seed=seed
     )
     result = ask_model(model, lambda client: client.sample(text, params, num_samples=num_samples))
-    if as_json:
+    if output is Format.json:
         print(result.model_dump_json(indent=2))
         return
     for sequence in result.sequences:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Json, Yes, ask, confirm, find, show, show_one
+from weaver.cli.output import Format, Output, Wide, Yes, ask, confirm, find, show, show_one
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,27 +16,31 @@ if TYPE_CHECKING:
     from weaver.types import MetricPoint, TrainingRun
 
 runs = typer.Typer(help="Models in training.", no_args_is_help=True)
+RUN = ("run_id", "status", "step", "base_model", "last_request_at", "training_mode", "project")
+TELLING = ("reward/mean", "train/loss", "eval/mean", "loss")
+"""What is drawn unless metrics are named, those that are there."""
+SESSION = ("session_id", "project", "pending", "unnamed_samplers")
 RunId = Annotated[str, typer.Argument(help="The id, or its beginning, with or without `run-`.")]
 
 
-def sessions(as_json: Json = False) -> None:
+def sessions(output: Output = Format.table, wide: Wide = False) -> None:
     """List the open sessions of clients, and how much each waits for."""
     found = ask(lambda service: service.list_sessions())
-    show(found, as_json=as_json, empty="No sessions.", hide=("user_metadata",))
+    show(found, output, columns=SESSION, wide=wide, empty="No sessions.")
 
 
 # --- runs ---------------------------------------------------------------------------------------
 
 
 @runs.command("list")
-def list_runs(as_json: Json = False) -> None:
+def list_runs(output: Output = Format.table, wide: Wide = False) -> None:
     """List the runs that the service has."""
     found = ask(lambda service: service.list_runs())
-    show(found, as_json=as_json, empty="No runs.", hide=("lora_config", "user_metadata"))
+    show(found, output, columns=RUN, wide=wide, empty="No runs.")
 
 
 @runs.command("show")
-def show_run(run_id: RunId, as_json: Json = False) -> None:
+def show_run(run_id: RunId, output: Output = Format.table) -> None:
     """Show a run and its last metrics."""
 
     async def read(service: Service) -> tuple[TrainingRun, Sequence[MetricPoint]]:
@@ -43,7 +48,102 @@ def show_run(run_id: RunId, as_json: Json = False) -> None:
         return run, await service.read_metrics(run.run_id)
 
     run, points = ask(read)
-    show_one(run, as_json=as_json, metrics={point.name: point.value for point in points})
+    show_one(run, output, metrics={point.name: point.value for point in points})
+
+
+@runs.command()
+def watch(
+    run_id: RunId,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="To draw; repeatable.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Draw once, and end.")] = False,
+) -> None:
+    """Draw a run's curves in the terminal, as they grow, until Ctrl-C."""
+    import anyio
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+
+    async def look(service: Service) -> None:
+        run = await find_run(service, run_id)
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                run = await service.get_run(run.run_id)
+                points = await service.read_metrics(run.run_id)
+                live.update(Text("\n".join(_curves(run, points, metric, console.width))))
+                live.refresh()
+                if once or not console.is_terminal:
+                    return
+                await anyio.sleep(every)
+
+    ask(look)
+
+
+@runs.command()
+def tail(
+    run_id: RunId,
+    count: Annotated[int, typer.Option("--lines", "-n", min=0, help="Steps to begin with.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="To print; repeatable.")
+    ] = None,
+) -> None:
+    """Print a run's last steps, a line each with its metrics."""
+    import anyio
+
+    from weaver.curves import number_text
+
+    async def look(service: Service) -> None:
+        run = await find_run(service, run_id)
+        printed: int | None = None
+        while True:
+            steps = _by_step(await service.read_metrics(run.run_id), metric)
+            # While it is followed, the newest step may lack metrics that are still on their way.
+            whole = list(steps)[:-1] if follow else list(steps)
+            new = [step for step in whole if printed is None or step > printed]
+            for step in new[max(0, len(new) - count) :] if printed is None else new:
+                values = (f"{name}={number_text(value)}" for name, value in steps[step].items())
+                print(step, *values, flush=True)
+            printed = max(whole, default=printed)
+            if not follow:
+                return
+            await anyio.sleep(1.0)
+
+    ask(look)
+
+
+def _by_step(
+    points: Sequence[MetricPoint], wanted: Sequence[str] | None
+) -> dict[int, dict[str, float]]:
+    """The metrics of each step, in order; those without a step are left out."""
+    found: dict[int, dict[str, float]] = {}
+    for point in points:
+        if point.step is not None and (not wanted or point.name in wanted):
+            found.setdefault(point.step, {})[point.name] = point.value
+    return dict(sorted(found.items()))
+
+
+def _curves(
+    run: TrainingRun, points: Sequence[MetricPoint], wanted: Sequence[str] | None, width: int
+) -> list[str]:
+    """A header, and a curve for each metric: those asked for, or those that tell of learning."""
+    from weaver.curves import draw_curve, number_text
+
+    by_name: dict[str, list[float]] = {}
+    for point in points:
+        by_name.setdefault(point.name, []).append(point.value)
+    names = wanted or [name for name in TELLING if name in by_name] or list(by_name)[:2]
+    lines = [f"{run.run_id}  {run.base_model}  {run.status}, step {run.step}"]
+    for name in names:
+        values = [value for value in by_name.get(name, []) if math.isfinite(value)]
+        lines += ["", f"{name}: {number_text(values[-1])}" if values else f"{name}: nothing yet"]
+        if len(values) > 1:
+            lines += draw_curve(values, width=min(max(width - 12, 8), 100), height=6)
+    return lines if by_name or wanted else [*lines, "", "No metrics yet."]
 
 
 @runs.command()

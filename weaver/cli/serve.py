@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weaver.cli.output import Json, find, show, show_one
+from weaver.cli.output import Format, Output, Wide, find, show, show_one
 from weaver.config import changed, options
 from weaver.engine.sources import parse_models, table_text
 from weaver.errors import ConfigError, nearest, requiring
@@ -162,12 +162,12 @@ def create(
     admin: Annotated[bool, typer.Option(help="May see every project.")] = False,
     home: Home = DEFAULTS.home,
     database_url: Database = None,
-    as_json: Json = False,
+    output: Output = Format.table,
 ) -> None:
     """Make a key. It is shown this once and cannot be read again."""
     info, secret = _keys(home, database_url).create(project, name=name, admin=admin)
-    if as_json:
-        show_one(info, as_json=True, key=secret)
+    if output is not Format.table:
+        show_one(info, output, key=secret)
         return
     print(secret)
     print(f"Key {info.id} of project {project}. Keep it: it is not shown again.", file=sys.stderr)
@@ -175,11 +175,14 @@ def create(
 
 @keys.command("list")
 def list_keys(
-    home: Home = DEFAULTS.home, database_url: Database = None, as_json: Json = False
+    home: Home = DEFAULTS.home,
+    database_url: Database = None,
+    output: Output = Format.table,
+    wide: Wide = False,
 ) -> None:
     """List keys, without their secrets."""
     found = _keys(home, database_url).list()
-    show(found, as_json=as_json, empty="No keys; `weaver keys create` makes one.")
+    show(found, output, wide=wide, empty="No keys; `weaver keys create` makes one.")
 
 
 @keys.command()
