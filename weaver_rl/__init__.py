@@ -9,6 +9,7 @@ Every module lists what it gives to users in `__all__`.
 from weaver_rl import credit, curriculum, schedules
 from weaver_rl.advantages import *
 from weaver_rl.agent import *
+from weaver_rl.algorithms.distillation import *
 from weaver_rl.algorithms.policy import *
 from weaver_rl.algorithms.preference import *
 from weaver_rl.algorithms.rejection import *

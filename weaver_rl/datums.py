@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from weaver.types import Datum, ModelInput
 from weaver_rl.credit.marks import Marks
+from weaver_rl.divergences import SoftTargets
 from weaver_rl.objectives import Aggregate, Behaviour, Objective
 from weaver_rl.types import Group, Rollout, Segment
 
@@ -48,6 +49,8 @@ class Example:
     """Which rollout of the batch it is part of, from 0."""
     place: tuple[int, int, int]
     """Group, rollout of the group, segment of the rollout; from 0."""
+    soft: tuple[SoftTargets, ...] = ()
+    """What teachers say of each target; weights are shares in the loss, as above."""
 
 
 def examples(
@@ -70,12 +73,18 @@ def examples(
                 continue
             share = 1.0 / total if aggregate == "sequence" else 1.0
             columns = by_segment(rollout, one.advantages), by_segment(rollout, one.weights)
+            softs = [_soft_by_segment(rollout, soft) for soft in one.soft]
             segments = zip(rollout.trajectory.segments, *columns, strict=True)
-            made.extend(
-                _example(segment, advantages, counts, share, behaviour, number, (p, g, s))
-                for s, (segment, advantages, counts) in enumerate(segments)
-                if counts[1:].any()
-            )
+            for s, (segment, advantages, counts) in enumerate(segments):
+                if counts[1:].any():
+                    example = _example(
+                        segment, advantages, counts, share, behaviour, number, (p, g, s)
+                    )
+                    said = tuple(
+                        replace(soft[s], weights=soft[s].weights * example.weights)
+                        for soft in softs
+                    )
+                    made.append(replace(example, soft=said))
             number += 1
     return made
 
@@ -90,6 +99,18 @@ def by_segment(rollout: Rollout, values: FloatN) -> list[FloatN]:
         placed = np.zeros(len(mask))
         placed[mask] = values[begin:end]
         made.append(placed)
+        begin = end
+    return made
+
+
+def _soft_by_segment(rollout: Rollout, soft: SoftTargets) -> list[SoftTargets]:
+    """The rows of the sampled tokens where they are targets of each segment, [N] each."""
+    made = []
+    begin = 0
+    for segment in rollout.trajectory.segments:
+        mask = np.array(segment.mask, dtype=np.bool_)
+        end = begin + int(mask.sum())
+        made.append(soft.rows(begin, end).placed(mask).rows(1, len(mask)))
         begin = end
     return made
 

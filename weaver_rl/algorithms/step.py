@@ -2,8 +2,8 @@
 
 1. Marks from the plan's credit, checked; datums from trajectories.
 2. A forward pass, if the objective replaces q by the policy of now, or the sampler told no q.
-3. For each pass and minibatch: forward_backward, a second one for the KL in the loss, optim_step;
-   all are submitted before the first is awaited.
+3. For each pass and minibatch: forward_backward, others for the KL in the loss and for what
+   teachers say, optim_step; all are submitted before the first is awaited.
 4. The trainer's log-probabilities are compared with the sampler's, before any correction: of the
    same weights they must agree; of older ones, how far they are apart is logged.
 """
@@ -22,6 +22,7 @@ from weaver.types import ForwardBackwardResult, ModelInput, OptimStepResult
 from weaver_rl import datums
 from weaver_rl.credit.marks import Marks, check_marks, short_name
 from weaver_rl.datums import Example, FloatN
+from weaver_rl.divergences import soft_loss
 from weaver_rl.guard import gather
 from weaver_rl.metrics import credit_metrics, train_metrics
 from weaver_rl.objectives import behaviour
@@ -45,6 +46,7 @@ class _Submitted(NamedTuple):
     indices: list[int]
     gradient: OperationHandle[ForwardBackwardResult]
     kl_gradient: OperationHandle[ForwardBackwardResult] | None
+    soft_gradients: list[OperationHandle[ForwardBackwardResult]]
     step: OperationHandle[OptimStepResult]
 
 
@@ -135,7 +137,11 @@ async def _submit(
             total = datums.denominator(
                 part, objective.aggregate, max_tokens=plan.sampling.max_tokens
             )
-            gradient = trainer.forward_backward(
+            # where teachers say it all, nothing is left to differentiate here
+            alone = all(e.soft and not e.advantages.any() for e in part)
+            alone = alone and not objective.config and objective.loss_fn != "dro"
+            score = trainer.forward if alone else trainer.forward_backward
+            gradient = score(
                 [datums.to_datum(example, objective.loss_fn) for example in part],
                 objective.loss_fn,
                 loss_fn_config=given | {"denominator": total},
@@ -147,8 +153,24 @@ async def _submit(
                     "dro",
                     loss_fn_config={"beta": objective.kl_loss, "denominator": total},
                 )
-            submitted.append(_Submitted(indices, gradient, kl_gradient, trainer.optim_step(adam)))
+            softs = _submit_soft(trainer, part, denominator=total)
+            stepped = trainer.optim_step(adam)
+            submitted.append(_Submitted(indices, gradient, kl_gradient, softs, stepped))
     return submitted
+
+
+def _submit_soft(
+    trainer: AsyncTrainingClient, part: Sequence[Example], *, denominator: float
+) -> list[OperationHandle[ForwardBackwardResult]]:
+    """The reverse KL to each teacher at the sampled places."""
+    vocab = trainer.model_info.vocab_size
+    handles = []
+    for number in range(max(len(example.soft) for example in part)):
+        told = [(e.tokens, e.soft[number].within(vocab)) for e in part if len(e.soft) > number]
+        loss = soft_loss([targets for _, targets in told], denominator=denominator)
+        data = [targets.datum(tokens) for tokens, targets in told]
+        handles.append(trainer.forward_backward_custom(data, loss))
+    return handles
 
 
 def _first_logprobs(
@@ -167,6 +189,9 @@ async def _metrics(
     submitted: Sequence[_Submitted], results: Sequence[ForwardBackwardResult]
 ) -> dict[str, float]:
     kl_losses = [(await s.kl_gradient).metrics["loss"] for s in submitted if s.kl_gradient]
+    soft_losses = [
+        sum([(await one).metrics["loss"] for one in s.soft_gradients]) for s in submitted
+    ]
     steps = [(await one.step).metrics for one in submitted]
     metrics = train_metrics([result.metrics for result in results])
     metrics |= {f"train/{name}": value for name, value in steps[-1].items()}
@@ -174,6 +199,9 @@ async def _metrics(
     if kl_losses:
         metrics["train/kl_loss"] = float(np.mean(kl_losses))
         metrics["train/loss"] += metrics["train/kl_loss"]
+    if submitted[0].soft_gradients:
+        metrics["train/distil_loss"] = float(np.mean(soft_losses))
+        metrics["train/loss"] += metrics["train/distil_loss"]
     return metrics
 
 

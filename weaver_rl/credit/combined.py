@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -68,8 +69,16 @@ def _added(marks: Mapping[str, Marks]) -> Marks:
     for name, one in marks.items():
         parts |= one.parts or {name: one.advantages}
         measured |= one.measured
-    advantages = np.divide(summed, weights, out=np.zeros_like(summed), where=weights > 0)
-    return Marks(advantages, weights, parts, measured)
+
+    def share(of: FloatS) -> FloatS:
+        return np.divide(of, weights, out=np.zeros_like(of), where=weights > 0)
+
+    soft = [
+        replace(soft, weights=share(soft.weights * one.weights))
+        for one in marks.values()
+        for soft in one.soft
+    ]
+    return Marks(share(summed), weights, parts, measured, tuple(soft))
 
 
 def truncated(rollout: Rollout) -> bool:
@@ -100,7 +109,7 @@ def unless(when: Callable[[Rollout], bool], credit: Credit) -> NamedCredit:
 
     def _unless(marks: Marks, rollout: Rollout) -> Marks:
         counts = 0.0 if when(rollout) else 1.0
-        return Marks(marks.advantages, marks.weights * counts, marks.parts, marks.measured)
+        return replace(marks, weights=marks.weights * counts)
 
     label = f"unless({name_of(when)}, {_labels([credit])})"
     return NamedCredit(label, mark, models_of(credit))
@@ -145,10 +154,7 @@ def _whitened(made: Sequence[Sequence[Marks]], ddof: int) -> list[list[Marks]]:
         mean, scale = 0.0, 0.0
     else:
         mean, scale = float(values.mean()), 1 / (float(values.std(ddof=ddof)) + EPSILON)
-    return [
-        [Marks((m.advantages - mean) * scale, m.weights, m.parts, m.measured) for m in row]
-        for row in made
-    ]
+    return [[replace(m, advantages=(m.advantages - mean) * scale) for m in row] for row in made]
 
 
 def check_credits(*credits: Credit) -> None:

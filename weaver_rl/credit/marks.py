@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from weaver import AsyncSamplingClient
 from weaver.errors import InvalidRequestError
+from weaver_rl.divergences import SoftTargets
 from weaver_rl.types import FloatPG, Group, Rollout, Trajectory
 
 __all__ = ["Credit", "Marks"]
@@ -37,6 +38,9 @@ class Marks:
     """[S] each, by name: the advantages that were added up; logged, and colours of the report."""
     measured: Mapping[str, FloatS] = field(default_factory=dict)
     """[S] each, by a metric's name: what was seen on the way, such as `kl/reference` in nats."""
+    soft: tuple[SoftTargets, ...] = ()
+    """[S] rows each, by teacher: the reverse KL to it there is added to the loss, of the token's
+    weight times that of its row."""
 
 
 Credit = Callable[[Sequence[Group]], Awaitable[list[list[Marks]]]]
@@ -116,7 +120,13 @@ def _checked(marks: Any, rollout: Rollout, place: str) -> Marks:
             field=f"{place}.weights[{token}]",
             hint="A weight is at least 0; the sign of a token is that of its advantage.",
         )
-    return Marks(**own, parts=numbers(marks.parts), measured=numbers(marks.measured))
+    for i, soft in enumerate(marks.soft):
+        if len(soft.tokens) != count:
+            hint = "Give a row for each sampled token, over all segments of the rollout."
+            message = f"has {len(soft.tokens)} rows, the rollout {count} sampled tokens."
+            raise InvalidRequestError(message, field=f"{place}.soft[{i}]", hint=hint)
+    parts, measured = numbers(marks.parts), numbers(marks.measured)
+    return Marks(**own, parts=parts, measured=measured, soft=tuple(marks.soft))
 
 
 def _numbers(values: Any, count: int, place: str) -> FloatS:

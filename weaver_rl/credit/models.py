@@ -6,7 +6,8 @@ vocabulary of the one that is trained; loops check that by `check_vocabulary` be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from weaver.errors import ConfigError
 from weaver.types import ModelInput
 from weaver_rl.credit.marks import FloatS, Marks, NamedCredit, level
 from weaver_rl.credit.turns import check_discount, to_go
+from weaver_rl.divergences import SoftTargets, check_top_k, soft_targets
 from weaver_rl.guard import gather
 from weaver_rl.types import Group, Rollout
 
@@ -44,21 +46,51 @@ def kl(reference: AsyncSamplingClient, *, beta: float, discount: float = 1.0) ->
     return _scored(label, reference, scale=beta, discount=discount, measured="kl/reference")
 
 
-def distil(teacher: AsyncSamplingClient, *, discount: float = 0.0) -> NamedCredit:
+def distil(
+    teacher: AsyncSamplingClient, *, discount: float = 0.0, top_k: int | None = None
+) -> NamedCredit:
     """On-policy distillation: the advantage of a token is log π_teacher − log π, in nats.
 
     That is the reverse KL to the teacher, token by token, on the student's own samples (Agarwal et
     al., arXiv:2306.13649; Gu et al., MiniLLM, arXiv:2306.08543). Rewards are not looked at.
 
+    With `top_k` each place has the reverse KL of the whole distribution in its loss, in the place
+    of the one sampled token's share in it: of the teacher's `top_k` likeliest tokens and all others
+    as one (Tail-Aware OPD, arXiv:2608.14728; `divergences.divergence`). Its gradient is the mean of
+    the other's over what the student might have sampled there, without that noise. Advantages are 0
+    then.
+
     Args:
         discount: 0: each token for itself, as is usual; 1: the gradient of the KL of whole
-            rollouts, noisier.
+            rollouts, noisier. 0 with `top_k`.
+        top_k: 1 to 256; None: the sampled token alone.
 
     Raises:
         ConfigError: at construction; names the argument.
     """
-    label = f"distil(discount={discount:g})"
-    return _scored(label, teacher, scale=1.0, discount=discount, measured="kl/teacher")
+    if top_k is None:
+        label = f"distil(discount={discount:g})"
+        return _scored(label, teacher, scale=1.0, discount=discount, measured="kl/teacher")
+    check_top_k(teacher, top_k)
+    if discount:
+        raise ConfigError(f"is {discount!r} with top_k.", field="discount", hint="Leave it out.")
+
+    async def one(rollout: Rollout) -> Marks:
+        marks = level(rollout)
+        segments = [s for s in rollout.trajectory.segments if any(s.mask)]
+        if rollout.failure is not None or not segments:
+            return marks
+        ask = partial(soft_targets, teacher, top_k=top_k)
+        said = await gather([partial(ask, s.tokens, np.array(s.mask) > 0) for s in segments])
+        own = np.concatenate([np.array(s.logprobs)[np.array(s.mask) > 0] for s in segments])
+        ratios = own - np.concatenate([found for _, found in said])
+        columns = zip(
+            *((soft.tokens, soft.logprobs, soft.weights) for soft, _ in said), strict=True
+        )
+        soft = SoftTargets(*map(np.concatenate, columns))
+        return replace(marks, measured={"kl/teacher": ratios}, soft=(soft,))
+
+    return _asking(f"distil(top_k={top_k})", teacher, one)
 
 
 def _scored(
@@ -78,6 +110,12 @@ def _scored(
         ratios = await log_ratios(rollout, model)
         return Marks(-scale * to_go(ratios, discount), np.ones(len(ratios)), {}, {measured: ratios})
 
+    return _asking(label, model, one)
+
+
+def _asking(
+    label: str, model: AsyncSamplingClient, one: Callable[[Rollout], Awaitable[Marks]]
+) -> NamedCredit:
     async def mark(groups: Sequence[Group]) -> list[list[Marks]]:
         done = iter(await gather([partial(one, r) for group in groups for r in group.rollouts]))
         return [[next(done) for _ in group.rollouts] for group in groups]
