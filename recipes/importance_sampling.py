@@ -50,7 +50,9 @@ class Flags(_run.Flags):
     advantage: str = "group_centred"
     """Or standardised, leave_one_out, reinforce_pp."""
     passes: int = 1
-    """Optimizer steps on the samples of a step."""
+    """How often the samples of a step are trained on."""
+    minibatches: int = 1
+    """Optimizer steps of a pass."""
     max_staleness: int = 0
     """Steps by which sampling may run ahead of training; above 0, name a correction."""
     correction: Literal["ratio", "token", "sequence", "none"] | None = None

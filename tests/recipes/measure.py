@@ -1,10 +1,11 @@
 """Runs every recipe over seeds, as a user would, and writes the numbers into two pages.
 
     python -m tests.recipes.measure --seeds 0 1 2
+    python -m tests.recipes.measure --pages credit --only turns kl
 
 `recipes/README.md` gets the recipes without a flag; `docs/objectives.md` gets the curve of each
-objective. Each run is a process of its own, whose CPU time includes loading. What stands between a
-page's marks is replaced; the rest is written by hand.
+objective, other pages those of `cards`. A recipe's run is a process of its own, whose CPU time
+includes loading. What stands between a page's marks is replaced; the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -18,17 +19,23 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+import anyio
 import numpy as np
 import tyro
 
 import weaver
+from tests.recipes.cards import CARDS, Card
+from weaver import AsyncServiceClient
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from weaver_rl.proofs import Outcome
 
 NANO = Path(weaver.__file__).parent / "models" / "nano" / "model.safetensors"
 ROOT = Path(__file__).parents[2]
@@ -40,8 +47,16 @@ RECIPES = {
 }
 """The metric whose curve is shown, and its name for people."""
 OBJECTIVES = ("importance_sampling", "ppo", "cispo", "gspo", "dro", "cross_entropy")
-REUSE = "--steps 12 --groups-per-step 16 --passes 4 --learning-rate 2e-3"
+GRPO = "--advantage standardised"
+PAPERS = {
+    "cispo_paper": f"{GRPO} --objective cispo --minibatches 16 --learning-rate 5e-4",
+    "gspo_paper": f"{GRPO} --objective gspo --minibatches 4",
+}
+"""Objectives as their papers use them: one pass, cut into so many optimizer steps. CISPO's 192 in
+all are at a quarter of the rate of the others' 48."""
+REUSE = "--steps 12 --groups-per-step 16 --learning-rate 2e-3"
 """Flags under which the objectives differ: with one pass they are the same."""
+PAGES = ("recipes", "objectives", *dict.fromkeys(one.page for one in CARDS.values()))
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 24
 """Of a curve."""
@@ -60,22 +75,68 @@ class Measured:
 def main(
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
-    pages: tuple[Literal["recipes", "objectives"], ...] = ("recipes", "objectives"),
+    pages: tuple[str, ...] = PAGES,
+    only: tuple[str, ...] = (),
 ) -> None:
-    """Measures one run after the other; about half an hour of one core."""
-    if "recipes" in pages:
-        page = ROOT / "recipes" / "README.md"
-        for name in RECIPES:
-            runs = [measure(name, seed) for seed in seeds]
-            fill(page, name, table(name, runs, seeds))
-        fill(page, "measured", f"Measured by `python -m tests.recipes.measure` {machine()}\n")
-    if "objectives" in pages:
-        page = ROOT / "docs" / "objectives.md"
-        for name in OBJECTIVES:
-            flags = [*REUSE.split(), "--objective", name]
-            runs = [measure("importance_sampling", seed, flags) for seed in seeds]
-            fill(page, name, f"{card(runs)}\n")
-        fill(page, "measured", f"Measured by `python -m tests.recipes.measure` {machine()}\n")
+    """Measures one run after the other; about an hour of one core.
+
+    Args:
+        pages: recipes, objectives, and those of the cards.
+        only: these of a page; none: all.
+    """
+    for name in pages:
+        page = path_of(name)
+        for mark, text in texts(name, seeds).items():
+            if not only or mark in only:
+                fill(page, mark, f"{text().rstrip()}\n")
+        if not only:
+            fill(page, "measured", f"Measured by `python -m tests.recipes.measure` {machine()}\n")
+
+
+def path_of(page: str) -> Path:
+    return ROOT / ("recipes/README.md" if page == "recipes" else f"docs/{page}.md")
+
+
+def texts(page: str, seeds: Sequence[int]) -> dict[str, Callable[[], str]]:
+    """What stands between the marks of a page, measured when it is called."""
+    if page == "recipes":
+        return {name: partial(recipe_table, name, seeds) for name in RECIPES}
+    if page == "objectives":
+        reuse = {name: f"{REUSE} --passes 4 --objective {name}" for name in OBJECTIVES}
+        papers = {mark: f"{REUSE} {flags}" for mark, flags in PAPERS.items()}
+        return {
+            mark: partial(objective_card, flags.split(), seeds)
+            for mark, flags in {**reuse, **papers}.items()
+        }
+    return {
+        mark: partial(measured_card, one, mark, seeds)
+        for mark, one in CARDS.items()
+        if one.page == page
+    }
+
+
+def recipe_table(name: str, seeds: Sequence[int]) -> str:
+    return table(name, [measure(name, seed) for seed in seeds], seeds)
+
+
+def objective_card(flags: Sequence[str], seeds: Sequence[int]) -> str:
+    return card([measure("importance_sampling", seed, flags) for seed in seeds])
+
+
+def measured_card(one: Card, mark: str, seeds: Sequence[int]) -> str:
+    """Runs a card of `cards` here, each seed with a home of its own."""
+    outcomes = [anyio.run(run_card, one, mark, seed) for seed in seeds]
+    runs = [Measured(held_out=out.value, curve=out.curve, cpu_s=0.0) for out in outcomes]
+    note = f"; {outcomes[0].note}" if outcomes[0].note else ""
+    return card(runs, end=one.end, low=one.low, high=one.high) + note
+
+
+async def run_card(one: Card, mark: str, seed: int) -> Outcome:
+    with tempfile.TemporaryDirectory() as home:
+        async with AsyncServiceClient(home=Path(home)) as service:
+            outcome = await one.run(service, seed)
+    print(mark, seed, f"{outcome.value:.3f}", outcome.note, flush=True)
+    return outcome
 
 
 def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
@@ -118,13 +179,15 @@ def table(name: str, runs: Sequence[Measured], seeds: Sequence[int]) -> str:
     return f"| seed | held out, greedy | {head} | curve | CPU |\n|---|---|---|---|---|\n{rows}"
 
 
-def card(runs: Sequence[Measured]) -> str:
-    """The measured line of an objective: means over the seeds, and the held-out ends of each."""
+def card(
+    runs: Sequence[Measured], *, end: str = "held out", low: float = 0.0, high: float = 1.0
+) -> str:
+    """The measured line of a card: means over the seeds, and the ends of each."""
     curve = np.mean([run.curve for run in runs], axis=0)
     ends = ", ".join(f"{run.held_out:.2f}" for run in runs)
     return (
-        f"`{sparkline(curve, low=0.0, high=1.0)}` {curve[:2].mean():.2f} → "
-        f"{curve[-3:].mean():.2f}, held out {ends}"
+        f"`{sparkline(curve, low=low, high=high)}` {curve[:2].mean():.2f} → "
+        f"{curve[-3:].mean():.2f}, {end} {ends}"
     )
 
 
@@ -135,7 +198,7 @@ def sparkline(
     parts = np.array([part.mean() for part in np.array_split(curve, min(POINTS, len(curve)))])
     low = parts.min() if low is None else low
     high = parts.max() if high is None else high
-    share = (parts - low) / ((high - low) or 1.0)
+    share = np.clip((parts - low) / ((high - low) or 1.0), 0.0, 1.0)
     return "".join(BARS[round(float(value) * (len(BARS) - 1))] for value in share)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.recipes import measure
+from tests.recipes.cards import Card
 from tests.recipes.measure import Measured
+from weaver_rl.proofs import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,13 +42,28 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
         measure.fill(page, "y", "")
 
 
-@pytest.mark.parametrize(
-    ("page", "marks"),
-    [
-        ("recipes/README.md", ("measured", *measure.RECIPES)),
-        ("docs/objectives.md", ("measured", *measure.OBJECTIVES)),
-    ],
-)
-def test_the_pages_have_their_marks(page: str, marks: tuple[str, ...]) -> None:
-    text = (measure.ROOT / page).read_text()
-    assert all(text.count(f"<!-- {mark}: begin -->\n") == 1 for mark in marks)
+@pytest.mark.parametrize("page", measure.PAGES)
+def test_the_pages_have_their_marks_and_no_others(page: str) -> None:
+    text = measure.path_of(page).read_text()
+    wanted = {"measured", *measure.texts(page, (0,))}
+    assert sorted(re.findall(r"<!-- (\w+): begin -->\n", text)) == sorted(wanted)
+    empty = re.findall(r"<!-- \w+: begin -->\n<!-- \w+: end -->", text)
+    assert not empty, "measure them"
+
+
+def test_only_what_is_asked_for_is_measured_and_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(service: object, seed: int) -> Outcome:
+        return Outcome(value=0.5 + seed, passed=True, curve=(-4.0, -2.0), note="a note")
+
+    marks = "".join(f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n" for mark in "ab")
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(marks)
+    cards = {mark: Card("page", run, "ends", low=-4.0, high=0.0) for mark in "ab"}
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "CARDS", cards)
+    measure.main(seeds=(0, 1), pages=("page",), only=("a",))
+    said = "`▁▅` -3.00 → -3.00, ends 0.50, 1.50; a note"
+    assert page.read_text() == marks.replace("a: begin -->\n", f"a: begin -->\n{said}\n", 1)
