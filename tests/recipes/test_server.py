@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from recipes import custom_reward, demo, importance_sampling
+from recipes import agent, custom_reward, demo, importance_sampling
 from tests.recipes.test_recipes import RECIPES, short
 from weaver_rl.storage import read_lines
 
@@ -86,6 +86,15 @@ def test_so_are_metrics_of_a_custom_reward(address: str) -> None:
     here, there = (timeless(read_lines(Path(name, "metrics.jsonl"))) for name in ("here", "there"))
     assert here[1]["reward/mean"] > 0
     assert here == there
+
+
+def test_a_program_is_trained_there_as_here(address: str) -> None:
+    for name, base_url in (("here", None), ("there", address)):
+        few = {"steps": 2, "upper": 3, "groups_per_step": 2, "group_size": 2}
+        agent.main(agent.Flags(out=Path(name), base_url=base_url, **few))
+    here, there = (read_lines(Path(name, "metrics.jsonl")) for name in ("here", "there"))
+    assert [row["reward/mean"] for row in here] == [row["reward/mean"] for row in there]
+    assert len(here) == 2
 
 
 def test_the_demo_shows_the_same(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from random import Random
 
 import weaver_rl as rl
@@ -30,33 +31,46 @@ def split_bits(low: int, high: int, guess: int) -> float:
     return -sum(share * math.log2(share) for share in shares)
 
 
-async def guess_by_halving(agent: rl.Agent, task: rl.Task) -> rl.Score:
-    """An environment that rewards each guess by how well it splits what is left: from −1 to 0.
+def rate_guesses(guesses: Sequence[str], task: rl.Task) -> list[float]:
+    """A reward for each guess by how well it splits what is left: from −1 to 0.
 
-    0 for the middle, −1 for what tells nothing, such as a number that is out of the question; a
-    reply that is no number ends the game and has −1 for each guess that was left. The result is the
-    sum. It ends as `guess_number` does, and has the same metric `won`.
+    0 for the middle, −1 for what tells nothing, such as a number that is out of the question; what
+    is no number ends the game, and has −1 for each guess that was left.
     """
-    low, high = 1, task["upper"]
-    best = optimal_guesses(high)
-    said, total = f"Guess a number from 1 to {high}.", 0.0
-    for turn in range(2 * best):
-        text = (await agent.chat(said)).text.strip()
+    low, high, most_guesses = 1, task["upper"], 2 * optimal_guesses(task["upper"])
+    rewards: list[float] = []
+    for turn, text in enumerate(guesses):
         if not re.fullmatch(r"\d{1,9}", text):
-            agent.reward(turn - 2.0 * best)
-            return rl.Score(total + turn - 2.0 * best, {"won": 0.0})
+            return [*rewards, float(turn - most_guesses)]
         guess = int(text)
         most = split_bits(low, high, (low + high) // 2)
         told = split_bits(low, high, guess)
-        earned = told / most - 1 if most else float(guess == low) - 1
-        agent.reward(earned)
-        total += earned
-        if guess == task["answer"]:
-            return rl.Score(total, {"won": float(turn < best)})
+        rewards.append(told / most - 1 if most else float(guess == low) - 1)
         if low <= guess <= high:
             low, high = (guess + 1, high) if guess < task["answer"] else (low, guess - 1)
-        said = "higher" if guess < task["answer"] else "lower"
-    return rl.Score(total, {"won": 0.0})
+    return rewards
+
+
+def score_guesses(guesses: Sequence[str], task: rl.Task) -> rl.Score:
+    """The sum of `rate_guesses`; the metric `won` is 1 if the number was found by the optimum."""
+    won = guesses[-1:] == [str(task["answer"])] and len(guesses) <= optimal_guesses(task["upper"])
+    return rl.Score(math.fsum(rate_guesses(guesses, task)), {"won": float(won)})
+
+
+async def guess_by_halving(agent: rl.Agent, task: rl.Task) -> rl.Score:
+    """An environment that rewards each guess by `rate_guesses`; the result is `score_guesses`.
+
+    It ends as `guess_number` does.
+    """
+    guesses: list[str] = []
+    said = f"Guess a number from 1 to {task['upper']}."
+    for _ in range(2 * optimal_guesses(task["upper"])):
+        guesses.append((await agent.chat(said)).text.strip())
+        agent.reward(rate_guesses(guesses, task)[-1])
+        if not re.fullmatch(r"\d{1,9}", guesses[-1]) or int(guesses[-1]) == task["answer"]:
+            break
+        said = "higher" if int(guesses[-1]) < task["answer"] else "lower"
+    return score_guesses(guesses, task)
 
 
 async def guess_number(agent: rl.Agent, task: rl.Task) -> rl.Score:

@@ -1,0 +1,76 @@
+"""An agent that is a program of its own learns what the same agent learns in Python.
+
+The program knows OpenAI's protocol alone; the service is deterministic, so that both runs are the
+same to the last bit, step by step. The control's advantages have the wrong sign.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+import pytest
+
+import weaver_rl as rl
+from recipes.agent import play
+from weaver import AsyncServiceClient
+from weaver.types import SamplingParams
+from weaver_rl.advantages import group_centred
+from weaver_rl.proofs import LORA
+from weaver_rl.tasks.guess_number import guess_by_halving, guess_number_tasks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from weaver_rl.types import BoolPG, FloatPG
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def learned(
+    environment: rl.Environment, home: Path, *, steps: int = 12, credit: rl.Credit | None = None
+) -> list[float]:
+    """The mean reward of each step."""
+    plan = rl.Plan(
+        steps=steps,
+        groups_per_step=7,
+        group_size=8,
+        learning_rate=4e-3,
+        sampling=SamplingParams(max_tokens=4),
+        credit=credit or rl.credit.turns(discount=0.0),
+    )
+
+    async def run() -> list[float]:
+        async with AsyncServiceClient(home=home, deterministic=True) as service:
+            trainer = await service.create_model("weaver-nano", LORA, seed=plan.seed)
+            await rl.off_policy(trainer, guess_number_tasks(7), rl.each(environment), plan)
+            return [point.value for point in await trainer.read_metrics("reward/mean")]
+
+    return anyio.run(run)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEAVER_THREADS", "1")
+    monkeypatch.delenv("WEAVER_BASE_URL", raising=False)
+
+
+def gained(rewards: list[float]) -> float:
+    return float(np.mean(rewards[-3:]) - np.mean(rewards[:3]))
+
+
+def test_a_program_learns_what_the_agent_in_python_learns(tmp_path: Path) -> None:
+    inside = learned(guess_by_halving, tmp_path / "inside")
+    program = learned(play, tmp_path / "program")
+    assert program == inside
+    assert gained(inside) >= 0.4
+
+
+def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
+    return -group_centred(rewards_P_G, valid_P_G)
+
+
+def test_with_the_wrong_sign_the_program_unlearns(tmp_path: Path) -> None:
+    credit = rl.credit.turns(flipped, discount=0.0)
+    assert gained(learned(play, tmp_path, steps=6, credit=credit)) <= 0
