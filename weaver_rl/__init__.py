@@ -24,12 +24,14 @@ from weaver_rl.endpoint import *
 from weaver_rl.evaluation import *
 from weaver_rl.fine_tuning import *
 from weaver_rl.loggers import *
+from weaver_rl.mcp import *
 from weaver_rl.objectives import *
 from weaver_rl.plan import *
 from weaver_rl.report import *
 from weaver_rl.rewards import *
 from weaver_rl.rollouts import *
 from weaver_rl.run_folder import *
+from weaver_rl.sandbox import *
 from weaver_rl.sweeps import *
 from weaver_rl.tools import *
 from weaver_rl.trackers import *

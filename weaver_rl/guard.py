@@ -34,10 +34,15 @@ async def task_group() -> AsyncIterator[TaskGroup]:
         async with anyio.create_task_group() as tasks:
             yield tasks
     except ExceptionGroup as group:
-        error: Exception = group
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
+        error = innermost(group)
         raise error from error.__cause__
+
+
+def innermost(error: Exception) -> Exception:
+    """The first error of a group, or of a group in it; any other as it is."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

@@ -50,6 +50,10 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
+class ToolError(Exception):
+    """Why a call failed, in words for the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """What a model asked for: `ToolCall("multiply", {"a": 12, "b": 34})`; or why it is no call."""
@@ -60,11 +64,14 @@ class ToolCall:
 
 
 def schema(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a function, in the form that chat templates take.
+    """The JSON schema of a function, in the form that chat templates take; or its `json_schema`.
 
     Raises:
         ConfigError: an argument has no annotation, or one that JSON does not know.
     """
+    own = getattr(tool, "json_schema", None)
+    if own is not None:
+        return dict(own)
     hints = typing.get_type_hints(tool)
     parameters = inspect.signature(tool).parameters
     properties: dict[str, Any] = {}
