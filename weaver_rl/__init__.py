@@ -28,6 +28,7 @@ from weaver_rl.mcp import *
 from weaver_rl.objectives import *
 from weaver_rl.plan import *
 from weaver_rl.report import *
+from weaver_rl.reward_models import *
 from weaver_rl.rewards import *
 from weaver_rl.rollouts import *
 from weaver_rl.run_folder import *

@@ -1,6 +1,7 @@
 """Losses of preferences: pure functions of the log-probabilities of whole replies.
 
 `algorithms.preference` calls them; a loss of your own is one more `PreferenceLoss` in `LOSSES`.
+`bradley_terry` is the engine's own, of a reward model's scores.
 Log-probabilities are natural logarithms, summed over the tokens of a reply and its end; suffix N:
 the rows of a batch. A row has both replies or, of a loss that is `unpaired`, one of them.
 """
@@ -115,12 +116,18 @@ def _log_odds(means_N: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceLoss:
-    formula: Formula
+    formula: Formula | None
+    """None: of scores, which the engine computes."""
     beta: float
     """Its paper's."""
     needs_reference: bool = False
     unpaired: bool = False
     """Whether a row may have one reply, and whether `Batch.kl` is wanted."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether it trains a reward model, by the loss of that name in `weaver.losses`."""
+        return self.formula is None
 
     def rewards(self, replies: Replies, beta: float) -> torch.Tensor:
         """[N], what the loss pushes up for chosen replies: β·(log π − log π_ref), or the mean of
@@ -134,4 +141,5 @@ LOSSES: Mapping[str, PreferenceLoss] = {
     "kto": PreferenceLoss(formula=kto, beta=0.1, needs_reference=True, unpaired=True),
     "simpo": PreferenceLoss(formula=simpo, beta=2.0),
     "orpo": PreferenceLoss(formula=orpo, beta=0.1),
+    "bradley_terry": PreferenceLoss(formula=None, beta=1.0),
 }

@@ -71,7 +71,7 @@ class Reference:
             if isinstance(model, AsyncTrainingClient):
                 found = [one.tolist() for one in logprobs_of(await model.forward(asked))]
             else:
-                texts = [_whole(datum) for datum in asked]
+                texts = [whole(datum) for datum in asked]
                 scored = await gather([partial(model.compute_logprobs, text) for text in texts])
                 found = [list(one[1:]) for one in scored]
             for (key, datum), logprobs in zip(some, found, strict=True):
@@ -83,11 +83,12 @@ class Reference:
 
 def _key(datum: Datum) -> str:
     """The same for the same tokens of which the same are learned."""
-    parts = [_whole(datum).to_ints(), datum.loss_fn_inputs["weights"].tolist()]
+    parts = [whole(datum).to_ints(), datum.loss_fn_inputs["weights"].tolist()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _whole(datum: Datum) -> ModelInput:
+def whole(datum: Datum) -> ModelInput:
+    """Its tokens with the last one that it predicts."""
     last = datum.loss_fn_inputs["target_tokens"].tolist()[-1]
     return ModelInput.from_ints([*datum.model_input.to_ints(), last])
 

@@ -23,7 +23,7 @@ from weaver.client.handle import OperationHandle, Process, Status
 from weaver.client.service import AsyncServiceClient
 from weaver.errors import ClosedError
 
-A = TypeVar("A")
+A = TypeVar("A", covariant=True)
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C")

@@ -159,7 +159,7 @@ async def off_policy(
             if run.is_due(step + 1, plan.steps):
                 extra = {"version": version, "tokens": tokens}
                 await run.checkpoint(trainer, await pipeline.drain(step + 1, extra=extra))
-    return Result(sampler=sampler, steps=plan.steps, version=version, metrics=metrics)
+    return Result(final=sampler, steps=plan.steps, version=version, metrics=metrics)
 
 
 def _check(

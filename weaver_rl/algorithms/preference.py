@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,9 +26,11 @@ from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.metrics import train_metrics
+from weaver_rl.pairs import SIDES, Row, read_pair
 from weaver_rl.plan import Steps, at_least
 from weaver_rl.preference_losses import LOSSES, Batch, Replies
 from weaver_rl.reference import Reference, logprobs_of
+from weaver_rl.reward_models import sequence_of, sides_of
 from weaver_rl.run_folder import Manifest
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PreferencePlan", "check_pairs", "preference"]
 
-SIDES = ("chosen", "rejected")
 EQUAL = 1e-5
 """Rewards no further apart are equal: passes of other batches round otherwise."""
 
@@ -45,13 +46,16 @@ EQUAL = 1e-5
 class PreferencePlan(Steps):
     """`PreferencePlan(loss="dpo", epochs=2, batch_size=16, learning_rate=1e-3)`"""
 
-    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
+    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo", "bradley_terry"] = "dpo"
+    """The last trains a reward model."""
     beta: float | None = None
     """How much the loss weighs its margin; None: the paper's, 0.1, of SimPO 2."""
     gamma: float = 1.0
     """SimPO's margin, in units of its reward."""
     label_smoothing: float = 0.0
     """DPO's chance that a pair is the wrong way round, below 0.5."""
+    centre: float = 0.0
+    """How much bradley_terry holds scores near 0."""
     epochs: int = 1
     steps: int | None = None
     """The most steps, where that ends before the epochs do; None: all epochs."""
@@ -64,9 +68,14 @@ class PreferencePlan(Steps):
     def __post_init__(self) -> None:
         Steps.__post_init__(self)
         at_least(1, self, "epochs", "batch_size")
-        at_least(0, self, "gamma", "label_smoothing")
+        at_least(0, self, "gamma", "label_smoothing", "centre")
         if self.loss not in LOSSES:
             raise ConfigError(f"is {self.loss!r}.", field="loss", hint=f"One of {list(LOSSES)}.")
+        scores = LOSSES[self.loss].scores
+        for name, wrong in (("centre", self.centre and not scores), ("beta", self.beta and scores)):
+            if wrong:
+                value, hint = getattr(self, name), "Leave it out."
+                raise ConfigError(f"is {value}; {self.loss} has none.", field=name, hint=hint)
         if self.beta is not None and not 0 < self.beta < float("inf"):
             raise ConfigError(f"is {self.beta}.", field="beta", hint="A number above 0.")
         if self.label_smoothing and not (self.loss == "dpo" and self.label_smoothing < 0.5):
@@ -87,15 +96,10 @@ class PreferencePlan(Steps):
         """`beta`, or the paper's."""
         return LOSSES[self.loss].beta if self.beta is None else self.beta
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A prompt with its replies, as examples that `to_datum` reads."""
-
-    sides: Mapping[str, Mapping[str, Any]]
-    """By `chosen` and `rejected`; one may be missing."""
-    where: str
-    encoded: dict[str, Datum] = field(default_factory=dict)
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """Those of the engine's loss."""
+        return {"centre": self.centre}
 
 
 @shows_progress
@@ -113,20 +117,30 @@ async def preference(
 
     A row is `{"prompt": ..., "chosen": ..., "rejected": ...}`, all texts or all lists of messages;
     without a prompt the messages with which both begin are it. With `loss="kto"` a row may have one
-    reply alone.
+    reply alone. With `loss="bradley_terry"`, of a trainer with `head="scalar"`, a row may have a
+    `margin`, a number.
 
     Args:
         held_out: rows of which `eval/accuracy`, the share whose chosen reply has the larger reward
             (equal ones count half), `eval/margin` and `eval/loss` are logged.
         reference: the model that DPO, IPO and KTO hold the policy to; None: the policy as it was
             when the run began.
-        evaluate: as of `on_policy`.
+        evaluate: as of `on_policy`; of a reward model there is nothing to sample.
 
     Raises:
         InvalidRequestError: no pairs, or one that cannot be learned; names it.
-        ConfigError: a reference that the loss does not ask, or of another vocabulary.
+        ConfigError: a reference that the loss does not ask, or of another vocabulary; a trainer
+            without the loss's head.
     """
     loss = LOSSES[plan.loss]
+    if loss.scores != (trainer.head is not None):
+        what, hint = ("scores", "no head") if loss.scores else ("tokens", 'head="scalar"')
+        said = f"is {plan.loss}, which is of {what}; the model was made with {hint}."
+        raise ConfigError(
+            said, field="loss", hint='create_model(head="scalar") is for bradley_terry.'
+        )
+    if loss.scores and evaluate is not None:
+        raise ConfigError("samples.", field="evaluate", hint="Leave it out; give held_out pairs.")
     if reference is not None and not loss.needs_reference:
         raise ConfigError(f"{plan.loss} asks none.", field="reference", hint="Leave it out.")
     rows = _read(pairs, plan, source="pairs")
@@ -146,7 +160,9 @@ async def preference(
 
     async def measure() -> dict[str, float]:
         measured: dict[str, float] = {}
-        if tested:
+        if tested and loss.scores:
+            measured = await tested.measured(trainer, plan)
+        elif tested:
             found = logprobs_of(await trainer.forward(tested.datums))
             value, seen = tested.loss(plan, known, found)
             measured = {f"eval/{name}": n for name, n in {**seen, "loss": float(value)}.items()}
@@ -164,7 +180,11 @@ async def preference(
         ) -> tuple[torch.Tensor, dict[str, float]]:
             return batch.loss(plan, known, found)
 
-        gradient = trainer.forward_backward_custom(batch.datums, compute)
+        gradient = (
+            trainer.forward_backward(batch.datums, plan.loss, loss_fn_config=plan.loss_options)
+            if loss.scores
+            else trainer.forward_backward_custom(batch.datums, compute)
+        )
         update = trainer.optim_step(plan.adam_params(step, trainer.model_info))
         version += 1
         metrics = train_metrics([(await gradient).metrics, (await update).metrics])
@@ -174,8 +194,12 @@ async def preference(
         await run.log(metrics, step=step + 1)
         if run.is_due(step + 1, len(planned)):
             await run.checkpoint(trainer, Manifest(step=step + 1, extra={"version": version}))
-    sampler = await trainer.save_weights_and_get_sampling_client()
-    return Result(sampler=sampler, steps=len(planned), version=version, metrics=metrics)
+    final = (
+        await trainer.save_weights_and_get_reward_client()
+        if loss.scores
+        else await trainer.save_weights_and_get_sampling_client()
+    )
+    return Result(final=final, steps=len(planned), version=version, metrics=metrics)
 
 
 async def check_pairs(
@@ -194,50 +218,9 @@ def _read(pairs: Sequence[Any], plan: PreferencePlan, *, source: str) -> list[Ro
         hint = "Give two: a reply is compared with those to other prompts."
         raise InvalidRequestError("is one row.", field=source, hint=hint)
     return [
-        read_pair(row, plan, where=str(getattr(row, "where", f"{source}[{i}]")))
+        read_pair(row, LOSSES[plan.loss], where=str(getattr(row, "where", f"{source}[{i}]")))
         for i, row in enumerate(pairs)
     ]
-
-
-def read_pair(row: Any, plan: PreferencePlan, *, where: str) -> Row:
-    """What a row compares.
-
-    Raises:
-        InvalidRequestError: a side is missing, or both are the same; names the field.
-    """
-    if not hasattr(row, "keys"):
-        hint = 'Give {"prompt": ..., "chosen": ..., "rejected": ...}.'
-        raise InvalidRequestError(f"is a {type(row).__name__}.", field=where, hint=hint)
-    given = {side: row[side] for side in SIDES if row.get(side) is not None}
-    missing = [side for side in SIDES if side not in given]
-    unpaired = LOSSES[plan.loss].unpaired
-    if missing and (len(missing) == 2 or not unpaired):
-        hint = "One of both is enough." if unpaired else 'Only loss="kto" learns from one side.'
-        raise InvalidRequestError("is missing.", field=f"{where}.{missing[0]}", hint=hint)
-    if not missing and given["chosen"] == given["rejected"]:
-        hint = "Leave the row out: it prefers nothing."
-        raise InvalidRequestError("is the same as chosen.", field=f"{where}.rejected", hint=hint)
-    prompt = row.get("prompt")
-    if prompt is None:
-        prompt, given = _shared(given, where)
-    more = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
-    sides = {side: {"prompt": prompt, "completion": said, **more} for side, said in given.items()}
-    return Row(sides=sides, where=where)
-
-
-def _shared(given: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
-    """The messages with which both sides begin, and what each has behind them."""
-    texts = any(isinstance(side, str) or not isinstance(side, Sequence) for side in given.values())
-    if texts or len(given) < 2:
-        hint = "Give it, or two lists of messages that begin alike."
-        raise InvalidRequestError("is missing.", field=f"{where}.prompt", hint=hint)
-    one, two = given["chosen"], given["rejected"]
-    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
-    same = min(len(one), len(two)) if same is None else same
-    if not 0 < same < min(len(one), len(two)):
-        hint = "Both begin with the same messages, and each ends with others."
-        raise InvalidRequestError("compares no replies.", field=where, hint=hint)
-    return one[:same], {side: said[same:] for side, said in given.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +231,14 @@ class Encoded:
     places: list[tuple[str, int]]
     """Of each datum: its side, or `other` for a reply to another prompt, and its row."""
     rows: int
+
+    async def measured(
+        self, trainer: AsyncTrainingClient, plan: PreferencePlan
+    ) -> dict[str, float]:
+        """What the engine says of a reward model's scores."""
+        options = plan.loss_options
+        found = await trainer.forward(self.datums, plan.loss, loss_fn_config=options)
+        return {f"eval/{name}": found.metrics[name] for name in ("accuracy", "margin", "loss")}
 
     def loss(
         self, plan: PreferencePlan, known: Reference | None, logprobs: Sequence[torch.Tensor]
@@ -286,6 +277,7 @@ class Encoded:
             if bool(of.given.any()):
                 mean = (of.logprobs.detach() * of.given).sum() / of.given.sum()
                 metrics[f"{side}_logprob"] = float(mean)
+        assert loss.formula is not None
         return loss.formula(batch), metrics
 
     def _side(
@@ -311,6 +303,23 @@ class Encoded:
         )
 
 
+def _scored(tokenizer: Any, model: ModelInfo, plan: PreferencePlan, row: Row) -> list[Datum]:
+    """Both sides whole, for a reward model; by an epoch before they are encoded."""
+    if not row.encoded:
+        chosen, rejected = (
+            sequence_of(
+                tokenizer, example, model, where=f"{row.where}.{side}", max_length=plan.max_length
+            )
+            for side, example in row.sides.items()
+        )
+        if chosen == rejected:
+            hint = "Leave the row out: it prefers nothing."
+            said = "has the same tokens as chosen."
+            raise InvalidRequestError(said, field=f"{row.where}.rejected", hint=hint)
+        row.encoded.update(zip(SIDES, sides_of(chosen, rejected, row.margin), strict=True))
+    return [row.encoded[side] for side in SIDES]
+
+
 async def _encode(
     tokenizer: Any, model: ModelInfo, plan: PreferencePlan, rows: Sequence[Row]
 ) -> Encoded:
@@ -325,6 +334,9 @@ async def _encode(
     places: list[tuple[str, int]] = []
     for number, row in enumerate(rows):
         await checkpoint()  # a data set takes minutes, and the session has to be kept alive
+        if LOSSES[plan.loss].scores:
+            datums += _scored(tokenizer, model, plan, row)
+            continue
         for side, example in row.sides.items():
             if side not in row.encoded:  # by an epoch before
                 row.encoded[side] = encode(example, where=f"{row.where}.{side}")

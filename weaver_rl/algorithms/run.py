@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
-from weaver import AsyncSamplingClient, AsyncTrainingClient
+from weaver import AsyncRewardClient, AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError
+from weaver.heads import check_asked
 from weaver_rl import run_folder
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
@@ -138,14 +139,28 @@ class Run:
 class Result:
     """What a loop ends with."""
 
-    sampler: AsyncSamplingClient
-    """It samples with the final weights."""
+    final: AsyncSamplingClient | AsyncRewardClient
+    """It samples with the final weights, or of a reward model scores."""
     steps: int
     """All that the loop took; those before a resume included."""
     version: int
     """Optimizer steps of the weights."""
     metrics: Mapping[str, float]
     """Those of the last step, and of the final evaluation."""
+
+    @property
+    def sampler(self) -> AsyncSamplingClient:
+        """It samples with the final weights. Raises UnsupportedError: they are a reward model's."""
+        if isinstance(self.final, AsyncRewardClient):
+            check_asked(False, "scalar")
+        return cast("AsyncSamplingClient", self.final)
+
+    @property
+    def rewards(self) -> AsyncRewardClient:
+        """It scores with the final weights. Raises UnsupportedError: they are no reward model's."""
+        if not isinstance(self.final, AsyncRewardClient):
+            check_asked(True, None)
+        return cast("AsyncRewardClient", self.final)
 
 
 def shows_progress(loop: Callable[P, Awaitable[Result]]) -> Callable[P, Awaitable[Result]]:

@@ -132,7 +132,7 @@ async def supervised(
         if run.is_due(step + 1, len(steps)):
             await run.checkpoint(trainer, Manifest(step=step + 1, extra={"version": version}))
     sampler = await trainer.save_weights_and_get_sampling_client()
-    return Result(sampler=sampler, steps=len(steps), version=version, metrics=metrics)
+    return Result(final=sampler, steps=len(steps), version=version, metrics=metrics)
 
 
 async def to_datums(
