@@ -19,7 +19,7 @@ import pytest
 import weaver
 from tests.client.helpers import DATUMS, STEP
 from tests.fake_engine import FakeEngine
-from weaver import Handle, SamplingClient, ServiceClient, TrainingClient
+from weaver import Handle, RewardClient, SamplingClient, ServiceClient, TrainingClient
 from weaver.errors import (
     ClosedError,
     MissingDependencyError,
@@ -281,6 +281,7 @@ PAIRS = [
     (weaver.AsyncServiceClient, ServiceClient),
     (weaver.AsyncTrainingClient, TrainingClient),
     (weaver.AsyncSamplingClient, SamplingClient),
+    (weaver.AsyncRewardClient, RewardClient),
 ]
 ONLY_ASYNC = {"stream"}
 LATER = {
@@ -297,7 +298,8 @@ LATER = {
 @pytest.mark.parametrize(("twin", "cls"), PAIRS)
 def test_sync_and_async_signatures_agree(twin: type, cls: type) -> None:
     def public(kind: type) -> dict[str, Any]:
-        return {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+        names = {name for one in kind.__mro__[:-1] for name in vars(one)}
+        return {name: getattr(kind, name) for name in names if not name.startswith("_")}
 
     theirs, ours = public(twin), public(cls)
     methods = {name for name, value in theirs.items() if callable(value)} - ONLY_ASYNC
