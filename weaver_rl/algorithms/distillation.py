@@ -190,7 +190,7 @@ async def distil(
         if run.is_due(step + 1, len(planned)):
             await run.checkpoint(trainer, Manifest(step=step + 1, extra={"version": version}))
     sampler = await trainer.save_weights_and_get_sampling_client()
-    return Result(sampler=sampler, steps=len(planned), version=version, metrics=metrics)
+    return Result(final=sampler, steps=len(planned), version=version, metrics=metrics)
 
 
 async def check_distil(
