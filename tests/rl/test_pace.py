@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import pkgutil
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,6 +15,7 @@ import weaver_rl as rl
 from tests.rl.fake import fake_service, vowels
 from tests.rl.test_display import Terminal
 from weaver.types import SamplingParams
+from weaver_rl import algorithms
 from weaver_rl.display import Progress
 from weaver_rl.pace import Pace, duration
 
@@ -86,3 +90,16 @@ def test_loops_without_a_run_show_how_far_they_are(
     anyio.run(loops)
     said = [line.split("  ")[0] for line in terminal.getvalue().splitlines()]
     assert said == ["step 1/2", "step 2/2", "step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_no_loop_is_without_progress() -> None:
+    loops = {
+        name: function
+        for one in pkgutil.iter_modules(algorithms.__path__)
+        for name, function in vars(import_module(f"weaver_rl.algorithms.{one.name}")).items()
+        if inspect.iscoroutinefunction(function)
+        and {"trainer", "run"} <= inspect.signature(function).parameters.keys()
+    }
+    silent = {name for name, function in loops.items() if not hasattr(function, "__wrapped__")}
+    assert silent == {"on_policy", "rejection"}  # these are off_policy
+    assert {"off_policy", "supervised", "preference", "distil"} <= loops.keys()

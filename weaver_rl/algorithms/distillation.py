@@ -26,7 +26,7 @@ from weaver.fields import MOST_ALTERNATIVES
 from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import Datum, ModelInput, SamplingParams
 from weaver_rl.agent import derive_seed
-from weaver_rl.algorithms.run import Result, Run
+from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.algorithms.supervised import batches
 from weaver_rl.conversations import render, to_datum
 from weaver_rl.credit.models import check_vocabulary
@@ -117,6 +117,7 @@ class Row:
     """Tokens that both have left for a reply."""
 
 
+@shows_progress
 async def distil(
     trainer: AsyncTrainingClient,
     examples: Sequence[Mapping[str, Any]],
@@ -149,9 +150,9 @@ async def distil(
     """
     rows, tests = await _checked(trainer, teacher, plan, examples, held_out)
     run = run or Run()
-    done, version = await run.restore(trainer)
-    ask = Asking(plan, teacher, trainer.model_info.vocab_size, await trainer.get_tokenizer())
     planned = list(islice(_planned(len(rows), plan), plan.steps))
+    done, version = await run.restore(trainer, steps=len(planned))
+    ask = Asking(plan, teacher, trainer.model_info.vocab_size, await trainer.get_tokenizer())
     tested = await ask.texts(tests, range(len(tests)), HELD_OUT)
 
     async def measure() -> dict[str, float]:
