@@ -207,9 +207,23 @@ def from_code(
     return CODES.get(code, WeaverError)(message, field=field, hint=hint)
 
 
+MEANT = {
+    "lr": "learning_rate",
+    "r": "rank",
+    "lora": "lora_config",
+    "lora_alpha": "alpha",
+    "max_new_tokens": "max_tokens",
+    "model": "base_model",
+    "n": "num_samples",
+}
+"""Names that others have for what is called something else here, in the way of `nearest`."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: the nearest valid one, or all of them."""
     names = sorted(known)
+    if MEANT.get(name) in names:
+        return f"Did you mean {MEANT[name]!r}?"
     close = difflib.get_close_matches(name[:80], names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
 

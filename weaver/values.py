@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weaver import fields
 from weaver.errors import InvalidParamsError, InvalidRequestError, nearest
+
+LONGEST_CELL = 2000
 
 
 class Value(BaseModel, Mapping[str, Any]):
@@ -37,6 +40,12 @@ class Value(BaseModel, Mapping[str, Any]):
         except ValidationError as error:
             raise _named(error, type(self)) from None
 
+    def _repr_html_(self) -> str:
+        """In notebooks: a line for each field that is set, as text, whatever is in it."""
+        rows = [f"<tr><td>{name}</td><td>{_html(value)}</td></tr>" for name, value in self.items()
+                if value not in (None, (), {})]  # fmt: skip
+        return f"<table>{''.join(rows)}</table>"
+
     def __getitem__(self, key: str) -> Any:
         if key in type(self).model_fields or key in self._also:
             return getattr(self, key)
@@ -47,6 +56,12 @@ class Value(BaseModel, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(type(self).model_fields)
+
+
+def _html(value: object) -> str:
+    if isinstance(value, tuple) and all(isinstance(each, Value) for each in value):
+        return "".join(each._repr_html_() for each in value)
+    return f"<pre>{escape(str(value)[:LONGEST_CELL])}</pre>"
 
 
 def _named(error: ValidationError, cls: type[Value]) -> InvalidRequestError:

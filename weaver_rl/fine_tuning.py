@@ -9,6 +9,7 @@ from typing import Any
 from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient
+from weaver.keywords import suggesting
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.algorithms.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.data import check_tasks
@@ -25,6 +26,7 @@ DEFAULT = SupervisedPlan(evaluate_every=20)
 """What `fine_tune` does unless it is told otherwise."""
 
 
+@suggesting
 def fine_tune(
     model: str,
     examples: Sequence[Mapping[str, Any]],

@@ -16,6 +16,7 @@ from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient
 from weaver.errors import ConfigError
+from weaver.keywords import suggesting
 from weaver.types import SamplingParams
 from weaver_rl.advantages import AdvantageFn
 from weaver_rl.algorithms.policy import off_policy
@@ -70,6 +71,7 @@ def chosen_plan(given: AnyPlan | None, own: AnyPlan, default: AnyPlan) -> AnyPla
     return given
 
 
+@suggesting
 def train(
     model: str,
     tasks: Sequence[Task],

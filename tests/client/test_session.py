@@ -101,6 +101,7 @@ async def test_a_cancelled_wait_leaves_the_operation_alone() -> None:
     service = ScriptedService()
     async with session_on(service) as session:
         handle = step(session)
+        await anyio.wait_all_tasks_blocked()  # sent, however long that took
         with anyio.move_on_after(0.01):
             await handle
         assert handle.status == "running" and service.cancelled == []

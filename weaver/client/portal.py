@@ -11,8 +11,8 @@ import ctypes
 import inspect
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
@@ -22,6 +22,7 @@ from anyio.lowlevel import current_token
 from weaver.client.handle import OperationHandle, Process, Status
 from weaver.client.service import AsyncServiceClient
 from weaver.errors import ClosedError
+from weaver.keywords import UnknownKeywordError
 
 A = TypeVar("A", covariant=True)
 P = ParamSpec("P")
@@ -36,6 +37,9 @@ class Twin(Generic[A]):
     def __init__(self, inner: A, portal: Portal) -> None:
         self._inner = inner
         self._portal = portal
+
+    def __repr__(self) -> str:
+        return repr(self._inner).replace("Async", "", 1)
 
 
 class Handle(Twin[OperationHandle[T]]):
@@ -132,7 +136,8 @@ def blocking(
 
     @wraps(method)
     def call(self: Twin[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._portal.call(partial(method, self._inner, *args, **kwargs))
+        with _in_own_name():
+            return self._portal.call(partial(method, self._inner, *args, **kwargs))
 
     return call
 
@@ -162,7 +167,8 @@ def queued(method: Callable[..., OperationHandle[Any]], *, wait: bool) -> Callab
     @wraps(method)
     def call(self: Twin[Any], /, *args: Any, wait: bool = default, **kwargs: Any) -> Any:
         queue = partial(method, self._inner, *args, **kwargs)
-        handle = Handle(self._portal.run(queue), self._portal)
+        with _in_own_name():
+            handle = Handle(self._portal.run(queue), self._portal)
         return handle.result() if wait else handle
 
     theirs = inspect.signature(method)
@@ -175,6 +181,15 @@ def queued(method: Callable[..., OperationHandle[Any]], *, wait: bool) -> Callab
         return cast("F", call)
 
     return replace
+
+
+@contextmanager
+def _in_own_name() -> Iterator[None]:
+    """Around a call of an async twin: what is wrong with its keywords is said of the sync one."""
+    try:
+        yield
+    except UnknownKeywordError as error:
+        raise UnknownKeywordError(str(error).replace("Async", "", 1)) from None
 
 
 def _close(stack: ExitStack, process: Process) -> None:

@@ -28,6 +28,10 @@ class Published:
         self.weights_version = opened.weights_version
         """The optimizer step of the weights; 0 for a base model."""
 
+    def __repr__(self) -> str:
+        of = f"{self.sampler_id} of {self.base_model}, step {self.weights_version}"
+        return f"<{type(self).__name__}: {of}>"
+
     async def close(self) -> None:
         """Ends this client, and weights that have no name of their own; checkpoints stay.
 

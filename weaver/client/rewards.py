@@ -15,12 +15,14 @@ from weaver.client.handle import OperationHandle
 from weaver.client.published import Published
 from weaver.client.session import Answer, Session
 from weaver.errors import InvalidDatumError
+from weaver.keywords import suggesting
 from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
 
 TokenPrompts = Sequence[types.ModelInput] | Sequence[Sequence[int]]
 SCORED = Answer(Sampled, lambda result: cast("float", result.output.score))
 
 
+@suggesting
 class AsyncRewardClient(Published):
     """Scores with weights as they were when this client was made."""
 

@@ -25,6 +25,7 @@ from weaver.client.handle import OperationHandle
 from weaver.client.published import Published
 from weaver.client.session import Answer, Session
 from weaver.fields import MOST_ALTERNATIVES
+from weaver.keywords import suggesting
 from weaver.protocol import OpenSampler, Sample, Sampled, SamplerOpened
 from weaver.tensors import TensorData
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SAMPLED = Answer(Sampled, lambda result: result.output)
 
 
+@suggesting
 class AsyncSamplingClient(Published):
     """Samples from weights as they were when this client was made.
 

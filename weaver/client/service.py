@@ -26,8 +26,10 @@ from weaver.client.session import Answer, Session, open_session
 from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
 from weaver.exchange import Selection
+from weaver.keywords import suggesting
 
 
+@suggesting
 class AsyncServiceClient:
     """Opens a session with a service; use it as `async with AsyncServiceClient() as service:`.
 
@@ -77,6 +79,10 @@ class AsyncServiceClient:
         self._given = service
         self._stack = AsyncExitStack()
         self._open: Session | None = None
+
+    def __repr__(self) -> str:
+        where = self._settings.base_url or f"embedded, below {self._settings.home}"
+        return f"<AsyncServiceClient: {where}>"
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

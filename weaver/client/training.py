@@ -19,6 +19,7 @@ from weaver.client.rewards import AsyncRewardClient, TokenPrompts, open_rewards,
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
 from weaver.client.session import Answer, Session
 from weaver.heads import check_asked
+from weaver.keywords import suggesting
 from weaver.names import check_name
 from weaver.threads import in_daemon_thread
 from weaver.tokenizers import PreTrainedTokenizer
@@ -33,6 +34,7 @@ SAVED = Answer(protocol.CheckpointSaved, lambda result: result.checkpoint)
 LOADED = Answer(protocol.CheckpointLoaded, lambda result: result.checkpoint)
 
 
+@suggesting
 class AsyncTrainingClient:
     """Trains one run; several clients of one service client may share a run and its order."""
 
@@ -45,6 +47,9 @@ class AsyncTrainingClient:
         """Of a reward model "scalar"; None where it gives tokens."""
         self.deterministic = session.deterministic
         """No number depends on what else the service computes, or on when."""
+
+    def __repr__(self) -> str:
+        return f"<AsyncTrainingClient: {self.model_id} of {self.base_model}>"
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""
