@@ -122,6 +122,23 @@ def preferring(loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"]) -> Measure:
     return run
 
 
+async def scoring(service: AsyncServiceClient, seed: int) -> Outcome:
+    """The same of a reward model."""
+    trainer = await service.create_model(MODEL, LORA, head="scalar", seed=seed)
+    pairs = preference_pairs(1100, seed=1)
+    plan = rl.PreferencePlan(
+        loss="bradley_terry", epochs=2, steps=40, batch_size=32, learning_rate=1e-3, seed=seed
+    )
+    done = await rl.preference(trainer, pairs[100:], plan, held_out=pairs[:100], run=rl.Run())
+    apart = await curve_of(trainer, "train/margin")
+    return Outcome(
+        value=done.metrics["eval/accuracy"],
+        passed=True,
+        curve=await curve_of(trainer, "train/accuracy"),
+        note=f"scores apart {apart[0]:.1f} → {apart[-1]:.1f}",
+    )
+
+
 CARDS: Mapping[str, Card] = {
     "outcome": Card("credit", guessing(rl.credit.outcome), "greedy", low=-6.0, high=0.0),
     "turns": Card(
@@ -141,5 +158,6 @@ CARDS: Mapping[str, Card] = {
         loss: Card("preferences", preferring(loss), "held-out pairs right")
         for loss in ("dpo", "ipo", "kto", "simpo", "orpo")
     },
+    "bradley_terry": Card("preferences", scoring, "held-out pairs right"),
 }
 """By the card's mark; one more is one more line, and the marks on its page."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from recipes import agent, custom_reward, demo, importance_sampling
+from recipes import agent, custom_reward, demo, importance_sampling, reward_model
 from tests.recipes.test_recipes import RECIPES, short
 from weaver_rl.storage import read_lines
 
@@ -78,6 +78,19 @@ def test_a_run_on_a_server_goes_on_exactly(address: str) -> None:
     short(importance_sampling, "torn", base_url=address)  # evaluated behind its own last step, too
     torn = short(importance_sampling, "torn", steps=3, resume=True, base_url=address)
     assert timeless(torn, without="eval/") == timeless(whole, without="eval/")
+
+
+def test_so_are_those_of_a_reward_model_and_of_its_policy(address: str) -> None:
+    few = {"held_out": 8, "steps": 2, "policy_steps": 1, "groups_per_step": 2, "group_size": 4}
+    for name, base_url in (("here", None), ("there", address)):
+        flags = reward_model.Flags(**few, batch_size=8, out=Path(name), base_url=base_url)
+        reward_model.main(flags)
+    for folder in ("", "policy"):
+        here, there = (
+            timeless(read_lines(Path(name, folder, "metrics.jsonl"))) for name in ("here", "there")
+        )
+        assert len(here) > 1
+        assert here == there
 
 
 def test_so_are_metrics_of_a_custom_reward(address: str) -> None:
