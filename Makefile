@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook test-vllm tinker-methods
+.PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook test-vllm test-trl tinker-methods
 .PHONY: test-cluster bench gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-clients  the published clients of other projects at our server"
 	@echo "make test-cookbook  all recipes of tinker-cookbook at our server, for minutes"
 	@echo "make test-vllm  an exported adapter in vLLM, transformers and PEFT"
+	@echo "make test-trl   losses and their gradients against TRL's"
 	@echo "make tinker-methods  write the table of docs/tinker.md anew"
 	@echo "make test-cluster  the sampler's contract over vLLM, in an environment of its own"
 	@echo "make proto      compile tinker.proto, after it was changed"
@@ -135,6 +136,18 @@ test-cookbook: $(CLIENTS)
 test-vllm: .venv/.installed-dev .venv-vllm/.installed
 	$(BIN)/python -m pytest -m clients --timeout 900 tests/clients/test_vllm.py
 
+# TRL computes losses for comparison, on given numbers; no model is loaded.
+.venv-trl/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-trl/bin/uv pip install --quiet \
+		--python .venv-trl/bin/python trl==1.16.0 \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@touch $@
+
+test-trl: .venv/.installed-dev .venv-trl/.installed
+	$(BIN)/python -m pytest -m clients --timeout 900 tests/clients/test_trl.py
+
 tinker-methods: $(CLIENTS)
 	$(BIN)/python -m tests.clients.methods
 
@@ -158,4 +171,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-vllm .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-vllm .venv-trl .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -18,7 +18,7 @@ from weaver import AsyncServiceClient
 from weaver.errors import ConfigError, WeaverError
 from weaver.types import LoraConfig, SamplingParams
 
-Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan, rl.PreferencePlan)
+Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan, rl.PreferencePlan, rl.DistilPlan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

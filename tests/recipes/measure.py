@@ -43,6 +43,7 @@ RECIPES = {
     "sft": ("train/loss", "loss"),
     "rejection_sampling": ("reward/mean", "mean reward"),
     "importance_sampling": ("reward/mean", "mean reward"),
+    "distillation": ("train/loss", "loss"),
     "custom_reward": ("reward/mean", "mean reward"),
 }
 """The metric whose curve is shown, and its name for people."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from recipes import importance_sampling, preference, rejection_sampling, sft
+from recipes import distillation, importance_sampling, preference, rejection_sampling, sft
 from tests.rl.test_trackers import settled_history, wandb_files
 from weaver.errors import (
     ConfigError,
@@ -183,3 +183,29 @@ def test_a_dry_run_of_pairs_names_the_broken_row(capsys: pytest.CaptureFixture[s
     for dry in (True, False):
         with pytest.raises(InvalidRequestError, match=r"chat\.jsonl\[9\]\.rejected"):
             preference.main(preference.Flags(tasks=tasks, held_out=0, dry_run=dry, out=Path("no")))
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_teacher_is_learned_from(lmbda: float, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = distillation.Flags(out=Path("run"), held_out=8, steps=3, batch_size=8, lmbda=lmbda)
+    distillation.main(flags)
+    first, *rows = read_lines(Path("run", "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert 0 < rows[2]["eval/loss"] < first["eval/loss"]
+    assert rows[0]["distil/on_policy_fraction"] == lmbda
+    said = capsys.readouterr().out
+    assert "Of held-out tokens " in said and "Report: run/report.html" in said
+    with pytest.raises(ConflictError):
+        distillation.main(flags)
+
+
+def test_a_dry_run_of_distillation_names_the_broken_row(capsys: pytest.CaptureFixture[str]) -> None:
+    distillation.main(distillation.Flags(dry_run=True))
+    assert "1000 rows for weaver-nano and weaver-nano are sound" in capsys.readouterr().out
+    tasks = write_rows(*distillation.ROWS[:9], {"completion": "a"})
+    for dry in (True, False):
+        flags = {"tasks": tasks, "held_out": 0, "dry_run": dry, "out": Path("no")}
+        with pytest.raises(InvalidRequestError, match=r"chat\.jsonl\[9\]\.prompt"):
+            distillation.main(distillation.Flags(**flags))
+    with pytest.raises(ConfigError, match=r"^beta"):
+        distillation.main(distillation.Flags(dry_run=True, beta=2.0))

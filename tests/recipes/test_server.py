@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from recipes import agent, custom_reward, demo, importance_sampling, reward_model
+from recipes import agent, custom_reward, demo, distillation, importance_sampling, reward_model
 from tests.recipes.test_recipes import RECIPES, short
 from weaver_rl.storage import read_lines
 
@@ -108,6 +108,16 @@ def test_a_program_is_trained_there_as_here(address: str) -> None:
     here, there = (read_lines(Path(name, "metrics.jsonl")) for name in ("here", "there"))
     assert [row["reward/mean"] for row in here] == [row["reward/mean"] for row in there]
     assert len(here) == 2
+
+
+def test_so_are_those_of_distillation(address: str) -> None:
+    found = []
+    for name, base_url in (("here", None), ("there", address)):
+        more = {"held_out": 4, "steps": 2, "batch_size": 4, "lmbda": 0.5, "base_url": base_url}
+        distillation.main(distillation.Flags(out=Path(name), **more))
+        found.append(timeless(read_lines(Path(name, "metrics.jsonl"))))
+    assert len(found[0]) == 3 and found[0][1]["distil/on_policy_fraction"] == 0.5
+    assert found[0] == found[1]
 
 
 def test_the_demo_shows_the_same(address: str) -> None:

@@ -9,7 +9,7 @@ With `teacher_prompt` the teacher reads what the student does not: context disti
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -32,7 +32,7 @@ from weaver_rl.algorithms.supervised import batches
 from weaver_rl.conversations import render, to_datum
 from weaver_rl.credit.models import check_vocabulary
 from weaver_rl.data import check_tasks
-from weaver_rl.divergences import SoftTargets, check_top_k, soft_loss, soft_targets
+from weaver_rl.divergences import SoftLoss, SoftTargets, check_top_k, soft_loss, soft_targets
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.examples import read_messages
 from weaver_rl.guard import gather
@@ -368,12 +368,12 @@ class Asking:
         return _behind(row.prompt, row.read, answer.sequences[0].tokens)
 
 
-def _batch(told: Sequence[Told], plan: DistilPlan) -> tuple[list[Datum], Any]:
+def _batch(told: Sequence[Told], plan: DistilPlan) -> tuple[list[Datum], SoftLoss]:
     loss = soft_loss([soft for _, soft in told], beta=plan.beta, temperature=plan.temperature)
     return [soft.datum(text.tokens) for text, soft in told], loss
 
 
-def _planned(count: int, plan: DistilPlan) -> Any:
+def _planned(count: int, plan: DistilPlan) -> Iterator[list[int]]:
     """The rows of all steps."""
     for epoch in range(plan.epochs):
         yield from batches([1] * count, plan.batch_size, seed=plan.seed, epoch=epoch)
