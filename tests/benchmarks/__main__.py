@@ -18,7 +18,17 @@ from tests.benchmarks.figures import machine
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BENCHMARKS = ("chats", "client", "fairness", "serve", "service", "softmax", "streams", "tinker")
+BENCHMARKS = (
+    "chats",
+    "client",
+    "cluster",
+    "fairness",
+    "serve",
+    "service",
+    "softmax",
+    "streams",
+    "tinker",
+)
 """Modules of this folder with a function `figures(smoke)`."""
 
 

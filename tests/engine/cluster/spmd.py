@@ -40,19 +40,16 @@ class Rank:
     team: Ranks
     shards: Shards
 
-    def store(self, catalog: Catalog) -> ModelStore:
+    def store(self, catalog: Catalog, *, dtype: torch.dtype = torch.float32) -> ModelStore:
         place = torch.device("cpu")
-        dtype = torch.float32
         return ModelStore(catalog, device=place, dtype=dtype, threads=1, shards=self.shards)
 
     def trainer(self, store: ModelStore, **options: Any) -> TorchTrainer:
         return TorchTrainer(store, team=self.team, **options)
 
 
-@cache
-def this_rank() -> Rank:
-    """Of a process that `in_ranks` has started."""
-    number, size, port = (int(os.environ[f"SPMD_{name}"]) for name in ("RANK", "SIZE", "PORT"))
+def join(number: int, size: int, port: int, folder: Path, *, divided: bool = True) -> Rank:
+    """Waits for the others; the first listens at the port."""
     store = distributed.TCPStore(
         "127.0.0.1", port, is_master=number == 0, wait_for_workers=False, timeout=TIMEOUT
     )
@@ -66,10 +63,17 @@ def this_rank() -> Rank:
     group = distributed.ProcessGroupGloo(
         distributed.PrefixStore("team", store), number, size, TIMEOUT
     )
-    team = Ranks(group, rank=number, size=size, divided=True)
+    team = Ranks(group, rank=number, size=size, divided=divided)
     mesh = distributed.init_device_mesh("cpu", (size,))
-    shards = Shards(mesh, gather=team.gather, folder=Path(os.environ["SPMD_FOLDER"]))
+    shards = Shards(mesh, gather=team.gather, folder=folder)
     return Rank(number=number, size=size, team=team, shards=shards)
+
+
+@cache
+def this_rank() -> Rank:
+    """Of a process that `in_ranks` has started."""
+    number, size, port = (int(os.environ[f"SPMD_{name}"]) for name in ("RANK", "SIZE", "PORT"))
+    return join(number, size, port, Path(os.environ["SPMD_FOLDER"]))
 
 
 def in_ranks(size: int, folder: Path, arguments: Sequence[str], *, within_s: float) -> list[str]:

@@ -79,22 +79,22 @@ class Divided:
     differentiable = True
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._layers = list(layers)
+        self.layers = list(layers)
         """torch's own."""
 
     def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """With the biases of the layers; `bias` is None."""
-        ys = [functional.linear(x, layer.weight, layer.bias) for layer in self._layers]
+        ys = [functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
         return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
 
     def project_back(self, *ys: torch.Tensor) -> torch.Tensor:
-        x: torch.Tensor = ys[0] @ self._layers[0].weight
-        for y, layer in zip(ys[1:], self._layers[1:], strict=True):
+        x: torch.Tensor = ys[0] @ self.layers[0].weight
+        for y, layer in zip(ys[1:], self.layers[1:], strict=True):
             x.addmm_(y, layer.weight)
         return x
 
     def dense(self) -> torch.Tensor:
-        return torch.cat([layer.weight for layer in self._layers])
+        return torch.cat([layer.weight for layer in self.layers])
 
 
 class Prepacked:

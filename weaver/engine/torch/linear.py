@@ -98,6 +98,8 @@ class FrozenLinear(torch.nn.Module):
         self.index = index
         self.routing = routing
         self.in_features, self.out_features = projection.in_features, projection.sizes[index]
+        if isinstance(projection.kernel, Divided):
+            self.divided = projection.kernel.layers[index]  # so that its parameters are the model's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; the leading axes flatten to the rows of the current routing."""

@@ -116,8 +116,10 @@ class LoadedModel:
         head = module.get_submodule(path)
         if tied and not trainable:
             share_embedding(module, head.projection.kernel)
-        if self.parts is not None and not trainable:
-            self.parts.hold(module.get_input_embeddings())
+        if self.parts is not None:
+            self.parts.check(self._layers, facts)
+            if not trainable:
+                self.parts.hold(module.get_input_embeddings())
         self.head = Head.of(head, path, facts.config)
 
     def run(self, work: Callable[[], R]) -> R:

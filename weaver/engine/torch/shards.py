@@ -8,7 +8,8 @@ all of them, there and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -20,7 +21,6 @@ from weaver.engine.torch.recompute import decoder_layers
 from weaver.errors import (
     CheckpointMismatchError,
     ConfigError,
-    EngineError,
     StorageError,
     UnsupportedError,
     WeaverError,
@@ -93,7 +93,6 @@ class Shards:
 
         Raises:
             UnsupportedError: the model has no list of layers.
-            EngineError: more was kept than the part.
         """
         from torch.distributed.fsdp import fully_shard
 
@@ -113,7 +112,6 @@ class Shards:
             del parameters, parameter
             fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
             give_back_freed()
-        check_divided(layers, size=self.size, name=facts.info.name)
 
     def whole(self, module: Any, *, trainable: bool) -> Any:
         """What a pass is a call of. Of a trainable model it has what is not of the layers, too.
@@ -150,11 +148,7 @@ class _Root(torch.nn.Module):
 
 
 class Parts:
-    """A divided model: how its passes are run, and the parts of what is trained.
-
-    Args:
-        embedding: its first module.
-    """
+    """A divided model: how its passes are run, and the parts of what is trained."""
 
     def __init__(self, shards: Shards, module: Any, *, trainable: bool) -> None:
         self.shards = shards
@@ -162,6 +156,10 @@ class Parts:
         self._anchor = torch.zeros((), dtype=module.dtype, device=module.device)
         self._divided = dict(module.named_parameters()) if trainable else {}
         self._trained: dict[str, torch.Tensor] = {}
+
+    def check(self, layers: Sequence[torch.nn.Module], facts: ModelFacts) -> None:
+        """Raises UnsupportedError in all processes: see `check_divided`."""
+        self.shards.agreed(partial(check_divided, layers, facts, ranks=self.shards.size))
 
     def hold(self, embedding: torch.nn.Module) -> None:
         """Lets the gradient of every pass of a frozen model go all the way back.
@@ -267,18 +265,26 @@ def local(tensor: Any) -> torch.Tensor:
     return part
 
 
-def check_divided(layers: list[Any], *, size: int, name: str) -> None:
-    """Raises EngineError where a process holds more of the layers' bytes than its share.
+def check_divided(layers: Sequence[torch.nn.Module], facts: ModelFacts, *, ranks: int) -> None:
+    """Raises UnsupportedError where a rank holds more of the layers than its share.
 
-    FSDP2 divides parameters of modules, and says nothing of any other tensor.
+    FSDP2 divides the parameters of modules, and says nothing of weights that are none any more.
     """
     parameters = [p for layer in layers for p in layer.parameters()]
-    held = sum(local(p).nbytes for p in parameters)
-    whole = sum(p.numel() * p.element_size() for p in parameters)
-    if held > (1 / size + UNEVEN) * whole:
-        raise EngineError(
-            f"a rank holds {held:,} of the {whole:,} bytes of the layers of {name}, "
-            f"which {size} ranks were to divide.",
+    targets = [t for t in facts.targets.values() if t.role != "unembed"]
+    linear = sum(t.out_features * t.in_features for t in targets)
+    divided = sum(p.numel() for p in parameters if is_divided(p))
+    if divided < linear:
+        what = f"divide {divided:,} of at least {linear:,} weights in the layers"
+        held = 1.0
+    else:
+        held = sum(local(p).nbytes for p in parameters) / sum(
+            p.numel() * p.element_size() for p in parameters
+        )
+        what = f"hold {held:.0%} of the layers' bytes each"
+    if held > 1 / ranks + UNEVEN:
+        raise UnsupportedError(
+            f"{ranks} ranks would {what} of {facts.info.name}.",
             field="mode",
             hint="Use mode = replicated, or a number of ranks that the layers' rows divide by.",
         )
