@@ -1,7 +1,8 @@
 """The contract of an engine's sampler beside its trainer: torch's own, and pools of workers.
 
 `pool` has workers that stand in for vLLM's and compute with our own engine; `vllm` has vLLM's, in
-the environment that `make test-cluster` makes.
+the environment that `make test-cluster` makes. `cluster` trains in two ranks and samples by
+stand-ins that Ray places.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from weaver.types import AdamParams, Datum, ForwardBackwardResult, LoraConfig, M
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from weaver.config import Settings
     from weaver.engine.base import Engine
     from weaver.types import SampleResult
 
@@ -62,9 +64,24 @@ class Kind:
         return self.name != "torch"
 
 
-@pytest.fixture(
-    scope="module", params=["torch", "pool", pytest.param("vllm", marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vllm", "cluster")]
+CLUSTER = """
+address = "local"
+[[trainer]]
+model = "weaver-nano"
+device = "cpu"
+ranks = 2
+cpus = 0.4
+[[pool]]
+model = "weaver-nano"
+device = "cpu"
+cpus = 0.1
+rows = 16
+cache_gb = 0.2
+"""
+
+
+@pytest.fixture(scope="module", params=["torch", "pool", *SLOW])
 def kind(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Kind]:
@@ -72,14 +89,24 @@ def kind(
     given |= {"WEAVER_DEVICE": "cpu", "WEAVER_SAMPLE_ROWS": "16"}
     if request.param != "torch":
         environment = Path(os.environ.get("WEAVER_TEST_SAMPLER_ENV", ENVIRONMENT))
-        if request.param == "pool":
+        if request.param != "vllm":
             environment = an_environment(tmp_path_factory.mktemp("made") / "env")
         elif faults := faults_of(environment, wanted_here()):
             pytest.skip(f"{faults[0]}; `make test-cluster` makes it")
         given |= {"WEAVER_SAMPLER": "vllm", "WEAVER_SAMPLER_ENV": str(environment)}
-    engine = open_engine(load_settings(given))
+    engine = (_open_cluster if request.param == "cluster" else open_engine)(load_settings(given))
     yield Kind(request.param, engine)
     engine.close()
+
+
+def _open_cluster(settings: Settings) -> Engine:
+    pytest.importorskip("ray")
+    from weaver.engine.cluster.pooled_cluster import open_cluster
+
+    settings.home.mkdir(exist_ok=True)
+    file = settings.home / "cluster.toml"
+    file.write_text(CLUSTER)
+    return open_cluster(settings, file=file, address=None)
 
 
 @pytest.fixture

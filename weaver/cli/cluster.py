@@ -13,7 +13,7 @@ from weaver.cli.output import Format, Output, show_one
 from weaver.config import load_settings
 
 if TYPE_CHECKING:
-    from weaver.engine.cluster.status import GroupStatus
+    from weaver.engine.cluster.status import GroupStatus, SamplerStatus
 
 app = typer.Typer(help="Samplers and trainers beyond one process.", no_args_is_help=True)
 
@@ -51,7 +51,7 @@ def status(
     ] = None,
     output: Output = Format.table,
 ) -> None:
-    """Show the groups of a server, their ranks, and what waits for what."""
+    """Show the groups of a server, their ranks, its samplers, and what waits for what."""
     from weaver.engine.cluster.status import read_status
 
     found = read_status(folder.expanduser() if folder else load_settings().home / "cluster")
@@ -61,6 +61,8 @@ def status(
     print(f"{found.ray}; server {found.pid} on {found.host}")
     for group in found.groups:
         _show(group)
+    for sampler in found.samplers:
+        _show_sampler(sampler)
 
 
 def _show(group: GroupStatus) -> None:
@@ -76,3 +78,16 @@ def _show(group: GroupStatus) -> None:
     for number, rank in enumerate(group.ranks):
         memory = f"{rank.memory_bytes / 1e9:.2f} GB"
         print(f"  rank {number:<3} {rank.host} process {rank.pid} on {rank.device}, {memory}")
+
+
+def _show_sampler(sampler: SamplerStatus) -> None:
+    since_s = max(0.0, time.time() - sampler.since)
+    where = f", process {sampler.pid} on {sampler.host}" if sampler.pid else ""
+    print(
+        f"{sampler.name:<24} {sampler.state} for {since_s:.0f} s, started {sampler.starts} times"
+        f"{where}"
+    )
+    if sampler.waits_for:
+        print(f"  waits for {sampler.waits_for}")
+    if sampler.last_loss:
+        print(f"  last lost: {sampler.last_loss}")

@@ -114,7 +114,7 @@ def serve(config: Config = None, **given: Any) -> None:
     models = parse_models(settings.models or [])
     engine: TorchEngine | PooledEngine | ClusterEngine
     if settings.cluster or settings.ray:
-        from weaver.engine.cluster.engine import open_cluster
+        from weaver.engine.cluster.pooled_cluster import open_cluster
 
         engine = open_cluster(
             settings, models, file=settings.cluster, address=settings.ray, allow_paths=False

@@ -19,7 +19,7 @@ from weaver.engine.base import SampleJob, SampleProgress, WeightsRef
 from weaver.engine.cluster.pool import SamplerPool
 from weaver.engine.cluster.sampled_model import SampledModel
 from weaver.engine.cluster.weights import Shelf
-from weaver.engine.cluster.worker_process import WorkerProcess
+from weaver.engine.cluster.worker_process import Opener, WorkerProcess
 from weaver.types import SampleResult, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from weaver.types import SampleDelta
 
 STANDIN = Path(__file__).with_name("standin.py")
+COMMAND = [sys.executable, str(STANDIN)]
 BASE = WeightsRef(base_model="letters")
 WAIT_S = 30
 MODEL = SampledModel(
@@ -44,15 +45,27 @@ MODEL = SampledModel(
 
 @contextmanager
 def standins(
-    folder: Path, *, workers: int = 1, max_rank: int = 8, version: str = "1", **how: Any
+    folder: Path,
+    *,
+    workers: int = 1,
+    max_rank: int = 8,
+    version: str = "1",
+    opener: Callable[[str], Opener] | None = None,
+    **how: Any,
 ) -> Iterator[SamplerPool]:
-    """A pool of them; `how` as their start frame has it, `version` the one that is asked for."""
+    """A pool of them; `how` as their start frame has it, `version` the one that is asked for.
+
+    `opener` starts the one of a name, if not in a process of this one.
+    """
     (folder / "pids").mkdir(parents=True, exist_ok=True)
     names = [f"worker-{i}" for i in range(workers)]
-    command = [sys.executable, str(STANDIN)]
+
+    def process(name: str) -> Opener:
+        return WorkerProcess(command=COMMAND, log=folder / f"{name}.log").open
+
     pool = SamplerPool(
         MODEL,
-        {n: WorkerProcess(command=command, log=folder / f"{n}.log").open for n in names},
+        {name: (opener or process)(name) for name in names},
         start={"engine": {"pids": str(folder / "pids"), **how}},
         shelf=Shelf(folder / "shelf"),
         max_rank=max_rank,

@@ -42,6 +42,8 @@ def test_groups_have_names_of_their_own(tmp_path: Path) -> None:
         (f"object_store_mb = 1\n{GROUP}", "object_store_mb"),
         (f"adress = 'auto'\n{GROUP}", "adress"),
         ("[[trainer", "TOML"),
+        (f'{GROUP}[[pool]]\nmodel = "b"\nmax_rank = 513', "pool.0.max_rank"),
+        (f"{GROUP}[[pool]]\nworkers = 2", "pool.0.model"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -52,3 +54,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read"):
         read_cluster_file(tmp_path / "nowhere.toml")
+
+
+def test_pools_are_one_for_each_model_or_none(tmp_path: Path) -> None:
+    assert read(tmp_path, GROUP).pools() == {}
+    text = '[[trainer]]\nmodel = "a"\n[[pool]]\nmodel = "{}"\n'
+    assert [*read(tmp_path, text.format("a")).pools()] == ["a"]
+    with pytest.raises(ConfigError, match=r"trainer\.0\.model: is a, which no pool samples"):
+        read(tmp_path, text.format("b")).pools()
+    twice = text.format("a") + '[[pool]]\nmodel = "a"\n'
+    with pytest.raises(ConfigError, match=r"pool\.1\.model: is a, which has a pool already"):
+        read(tmp_path, twice).pools()

@@ -23,9 +23,10 @@ from tests.contracts.caller import STEP, Caller
 from tests.engine.cluster.test_ranks import data_of
 from weaver.config import EngineSettings, changed
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig
-from weaver.engine.cluster.engine import ClusterEngine, open_cluster
+from weaver.engine.cluster.engine import ClusterEngine
 from weaver.engine.cluster.group import check_alike
 from weaver.engine.cluster.placement import Cluster, Room
+from weaver.engine.cluster.pooled_cluster import open_cluster
 from weaver.engine.cluster.rank import Facts
 from weaver.engine.cluster.status import read_status
 from weaver.engine.torch.engine import TorchEngine
@@ -231,7 +232,7 @@ async def test_a_group_without_room_waits_and_says_for_what(
                     if group.state == "waiting":
                         break
                     await anyio.sleep(0.1)
-            [told] = read_status(engine._folder).groups
+            [told] = read_status(engine.folder).groups
             assert told.state == "waiting" and "free 0 CPU" in (told.waits_for or "")
             taken.give_back()
         assert group.state == "ready"
@@ -282,13 +283,22 @@ def test_another_version_on_a_rank_is_named() -> None:
         check_alike([FACTS, replace(FACTS, device="cuda:0")])
 
 
-@pytest.mark.parametrize(("name", "value"), [("sampler", "vllm"), ("quantize", "int8")])
-def test_settings_that_groups_do_not_go_with_are_refused_at_the_start(
-    name: str, value: str
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"quantize": "int8"}, "quantize: is int8"),
+        ({"sampler": "vllm", "deterministic": True}, "deterministic: is on"),
+        (
+            {"sampler": "vllm", "sampler_devices": "0,1"},
+            "sampler_devices: is set, and in a cluster",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_with_a_cluster_are_refused_at_the_start(
+    given: dict[str, Any], words: str
 ) -> None:
-    settings = changed(EngineSettings(), {name: value})
-    with pytest.raises(ConfigError, match=f"{name}: is {value}"):
-        open_cluster(settings, file=None, address=None)
+    with pytest.raises(ConfigError, match=words):
+        open_cluster(changed(EngineSettings(), given), file=None, address=None)
 
 
 def test_an_address_at_which_nothing_listens_is_named_in_time() -> None:

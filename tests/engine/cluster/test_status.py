@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from weaver.cli import app
-from weaver.engine.cluster.status import GroupStatus, RankStatus, Status, read_status
+from weaver.engine.cluster.status import GroupStatus, RankStatus, SamplerStatus, Status, read_status
 from weaver.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,24 @@ def status(*, pid: int) -> Status:
     )
     waiting = {"name": "large#0", "state": "waiting", "waits_for": WAITS, "ranks": ()}
     groups = (group, group.model_copy(update=waiting))
-    return Status(host=os.uname().nodename, pid=pid, at=time.time(), ray="Ray", groups=groups)
+    sampler = SamplerStatus(
+        name="nano/sampler-0",
+        state="running",
+        since=time.time(),
+        waits_for=None,
+        starts=2,
+        last_loss="it has ended",
+        host="b",
+        pid=8,
+    )
+    return Status(
+        host=os.uname().nodename,
+        pid=pid,
+        at=time.time(),
+        ray="Ray",
+        groups=groups,
+        samplers=(sampler,),
+    )
 
 
 def test_groups_ranks_and_what_waits_are_shown(tmp_path: Path) -> None:
@@ -46,6 +63,7 @@ def test_groups_ranks_and_what_waits_are_shown(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert f"waits for {WAITS}" in done.output
     assert "last lost: forward_backward: ActorDiedError" in done.output
+    assert "started 2 times, process 8 on b\n  last lost: it has ended" in done.output
     assert "rank 0   a process 7 on cpu, 0.50 GB" in done.output
 
 

@@ -50,7 +50,7 @@ def beside_torch(
     Raises:
         ConfigError: of settings that do not go together, or the environment is not there.
     """
-    _check(settings)
+    check_settings(settings)
     trainer = TorchEngine.of(settings, models, allow_paths=allow_paths)
     on_cpu = trainer.device.place.type == "cpu"
     environment, wanted = environment_of(settings), ON_CPU if on_cpu else ON_CUDA
@@ -97,8 +97,8 @@ def beside_torch(
     return PooledEngine(trainer, open_pool, shelf=shelf, prepare=trainer.prepare)
 
 
-def _check(settings: EngineSettings) -> None:
-    """Raises ConfigError."""
+def check_settings(settings: EngineSettings) -> None:
+    """Raises ConfigError: vLLM does not go with them."""
     rank_bound(settings.sampler_max_rank)
     if settings.quantize != "none":
         raise errors.ConfigError(

@@ -1,11 +1,12 @@
 """`ClusterEngine`: an `Engine` whose gradients are computed by groups of ranks, which Ray places.
 
 `weaver serve --cluster` makes one. Models are known, and samples drawn, by an engine in this
-process, which is given weights as folders.
+process, which is given weights as folders; `pooled_cluster` has workers of vLLM sample instead.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from uuid import uuid4
 
 from weaver.boundary import blocking
 from weaver.engine.base import WeightsRef
-from weaver.engine.cluster.config import ClusterConfig, GroupConfig, read_cluster_file
+from weaver.engine.cluster.config import ClusterConfig, PoolConfig
 from weaver.engine.cluster.group import TrainerGroup
 from weaver.engine.cluster.lanes import GroupLanes
 from weaver.engine.cluster.models import ModelsOf
+from weaver.engine.cluster.placed_worker import PlacedWorker
 from weaver.engine.cluster.placement import Cluster
 from weaver.engine.cluster.status import forget_status, write_status
 from weaver.engine.torch.engine import TorchEngine
@@ -26,9 +28,7 @@ from weaver.errors import ConfigError, EngineLostError, UnknownModelError, neare
 
 if TYPE_CHECKING:
     from weaver import types
-    from weaver.config import EngineSettings
     from weaver.engine.base import GradientJob, SampleJob, SampleProgress
-    from weaver.engine.sources import ModelSource
     from weaver.errors import WeaverError
 
 FOLDER = "cluster"
@@ -51,14 +51,15 @@ class ClusterEngine(ModelsOf):
     ) -> None:
         super().__init__(local)
         self.local = local
-        self._folder = (config.shared or home / FOLDER).absolute()
-        for i, group in enumerate(config.trainer):
+        self.folder = (config.shared or home / FOLDER).absolute()
+        named = [(f"trainer.{i}.model", group.model) for i, group in enumerate(config.trainer)]
+        named += [(f"pool.{i}.model", pool.model) for i, pool in enumerate(config.pool)]
+        for field, model in named:
             try:
-                local.facts(group.model)
+                local.facts(model)
             except UnknownModelError as error:
-                field = f"trainer.{i}.model"
                 raise ConfigError(error.message, field=field, hint=error.hint) from None
-        self._live = self._folder / f"live-{uuid4().hex}"
+        self._live = self.folder / f"live-{uuid4().hex}"
         """Snapshots, of this engine alone."""
         proof = self._live / "proof", uuid4().hex
         try:
@@ -66,11 +67,14 @@ class ClusterEngine(ModelsOf):
             proof[0].write_text(proof[1])
         except OSError as error:
             raise ConfigError(
-                f"{self._folder} cannot be written to: {error.strerror}.",
+                f"{self.folder} cannot be written to: {error.strerror}.",
                 field="shared",
                 hint="Name a folder of yours that all machines of the cluster see.",
             ) from None
+        self._proof = proof
+        self._pooled = list(config.pools())
         self._cluster = Cluster.open(config)
+        self._writing = threading.Lock()
         self._groups = {
             name: TrainerGroup(
                 name,
@@ -83,6 +87,7 @@ class ClusterEngine(ModelsOf):
             )
             for name, group in config.named().items()
         }
+        self._samplers: list[PlacedWorker] = []
         self._lanes = GroupLanes()
         self._of: dict[str, TrainerGroup] = {}
         """By run."""
@@ -95,8 +100,8 @@ class ClusterEngine(ModelsOf):
         groups = ", ".join(
             f"{name} of {group.config.ranks} ranks" for name, group in self._groups.items()
         )
-        sampling = self.local.description
-        return f"{self._cluster.description}: {groups}; sampling with {sampling}"
+        sampling = "" if self._pooled else f"; sampling with {self.local.description}"
+        return f"{self._cluster.description}: {groups}{sampling}"
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -208,12 +213,45 @@ class ClusterEngine(ModelsOf):
     def sample(self, job: SampleJob, tell: Callable[[SampleProgress], None]) -> Callable[[], None]:
         return self.local.sample(job, tell)
 
+    def has_gpus(self, pool: PoolConfig) -> bool:
+        """Whether each of its workers gets one."""
+        return "GPU" in self._cluster.bundle(pool)
+
+    def place_workers(
+        self,
+        pool: PoolConfig,
+        command: Sequence[str],
+        *,
+        environment: Path,
+        wanted: Mapping[str, str],
+        logs: Path,
+    ) -> dict[str, PlacedWorker]:
+        """Those of a pool, by name; none is started before it is opened."""
+        workers = {
+            f"{pool.model}/sampler-{i}": PlacedWorker(
+                f"{pool.model}/sampler-{i}",
+                cluster=self._cluster,
+                bundle=self._cluster.bundle(pool),
+                command=command,
+                log=logs / f"{i}.log",
+                environment=environment,
+                wanted=wanted,
+                proof=self._proof,
+                place_s=pool.place_s,
+                changed=self._write_status,
+            )
+            for i in range(pool.workers)
+        }
+        self._samplers += workers.values()
+        return workers
+
     # --- models ---------------------------------------------------------------------------------
 
     def prepare(self) -> Sequence[types.ModelInfo]:
         """See `TorchEngine.prepare`; what ranks divide need not fit here, unless it is sampled."""
         groups = [group.config for group in self._groups.values()]
-        return self.local.prepare(larger=[g.model for g in groups if g.mode == "fsdp"])
+        divided = [group.model for group in groups if group.mode == "fsdp"]
+        return self.local.prepare(larger=[*divided, *self._pooled])
 
     def max_tokens_trained(self, base_model: str, training_mode: types.TrainingMode) -> int | None:
         """Of the smallest ranks; None before any have started."""
@@ -230,8 +268,9 @@ class ClusterEngine(ModelsOf):
     # --- the whole ------------------------------------------------------------------------------
 
     def _write_status(self) -> None:
-        """For `weaver cluster status`."""
-        write_status(self._folder, self._groups, ray=self._cluster.description)
+        """For `weaver cluster status`; in the threads of pools, too."""
+        with self._writing:
+            write_status(self.folder, self._groups, self._samplers, ray=self._cluster.description)
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -239,42 +278,4 @@ class ClusterEngine(ModelsOf):
         self._cluster.close()
         self.local.close()
         rmtree(self._live, ignore_errors=True)
-        forget_status(self._folder)
-
-
-def open_cluster(
-    settings: EngineSettings,
-    models: Mapping[str, str | Path | ModelSource] | None = None,
-    *,
-    file: Path | None,
-    address: str | None,
-    allow_paths: bool = True,
-) -> ClusterEngine:
-    """As the user has set it; without a file, a group of one rank for each model.
-
-    Args:
-        address: of Ray, in place of the file's.
-
-    Raises:
-        ConfigError: see `read_cluster_file` and `ClusterEngine`; or of settings that do not go
-            together.
-    """
-    for name, value, only in (
-        ("sampler", settings.sampler, "torch"),
-        ("quantize", settings.quantize, "none"),
-    ):
-        if value != only:
-            raise ConfigError(
-                f"is {value}, which groups of ranks do not go with yet.",
-                field=name,
-                hint=f"Use {only}, or leave --cluster and --ray out.",
-            )
-    local = TorchEngine.of(settings, models, allow_paths=allow_paths)
-    if file is not None:
-        config = read_cluster_file(file)
-    else:
-        groups = tuple(GroupConfig(model=model.name) for model in local.list_models())
-        config = ClusterConfig(trainer=groups)
-    if address is not None:
-        config = config.model_copy(update={"address": address})
-    return ClusterEngine(local, config, home=settings.home, deterministic=settings.deterministic)
+        forget_status(self.folder)

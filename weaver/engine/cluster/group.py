@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 State = Literal["stopped", "waiting", "starting", "ready"]
 BURY_S = 10.0
 """How long the end of a group is waited for; Ray goes on with it."""
-SAY_S = 30.0
-"""How often a group that waits for room says so in the log."""
 AGREE_S = 10.0
 """In which the other ranks have answered, when one has failed in a way that all can."""
 
@@ -217,30 +215,23 @@ class TrainerGroup:
 
     async def _placed(self) -> Room:
         """Waits for room, saying for what."""
-        from weaver.engine.cluster.placement import Room
+        from weaver.engine.cluster.placement import find_room
 
-        config, bundle = self.config, self._cluster.bundle(self.config)
-        room = await to_thread.run_sync(Room, bundle, config.ranks)
-        end, said = time.monotonic() + config.place_s, -SAY_S
-        there = False
+        config, there = self.config, False
         try:
-            while not (there := await to_thread.run_sync(room.wait)):
-                waits_for = self._cluster.missing(bundle, config.ranks)
-                self._turn("waiting", waits_for=waits_for)
-                if time.monotonic() - said > SAY_S:
-                    said = time.monotonic()
-                    logger.warning("%s waits for room: %s", self.name, waits_for)
-                if time.monotonic() > end:
-                    raise EngineError(
-                        f"there was no room for {self.name} in {config.place_s:g} s: {waits_for}.",
-                        hint="Add nodes, end other groups, or give this one fewer ranks.",
-                    )
+            room = await find_room(
+                self.name,
+                self._cluster,
+                self._cluster.bundle(config),
+                config.ranks,
+                within_s=config.place_s,
+                waiting=lambda what: self._turn("waiting", waits_for=what),
+            )
+            there = True
+            return room
         finally:
             if not there:
                 self._turn("stopped")
-                with CancelScope(shield=True):
-                    await to_thread.run_sync(room.give_back)
-        return room
 
     async def _join(self, ranks: Ranks) -> None:
         within_s = self.config.start_s

@@ -1,6 +1,6 @@
-"""`Cluster`: the Ray that ranks are placed on, joined or started here.
+"""`Cluster`: the Ray that ranks and samplers are placed on, joined or started here.
 
-`ClusterEngine` opens one. Its calls block; all have a bound.
+`ClusterEngine` opens one. Its calls block but `find_room`; all have a bound.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from anyio import CancelScope, to_thread
+
 from weaver.config import environment
-from weaver.errors import ConfigError, requiring
+from weaver.errors import ConfigError, EngineError, requiring
 
 if TYPE_CHECKING:
-    from weaver.engine.cluster.config import ClusterConfig, GroupConfig
+    from weaver.engine.cluster.config import ClusterConfig, GroupConfig, PoolConfig
 
 with requiring("a cluster", "cluster"):
     import ray
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 SLICE_S = 2.0
 """So long each look whether there is room takes."""
+SAY_S = 30.0
+"""How often what waits for room says so in the log."""
 
 
 class Cluster:
@@ -78,11 +83,11 @@ class Cluster:
         how = "started here" if self.started else "joined"
         return f"Ray {ray.__version__} ({how}) with {_said(total)}"
 
-    def bundle(self, group: GroupConfig) -> dict[str, float]:
-        """What Ray keeps for each rank."""
-        auto = group.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-        gpus = {"GPU": 1.0} if auto or group.device == "cuda" else {}
-        return {"CPU": group.cpus, **gpus}
+    def bundle(self, part: GroupConfig | PoolConfig) -> dict[str, float]:
+        """What Ray keeps for each rank or worker."""
+        auto = part.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        gpus = {"GPU": 1.0} if auto or part.device == "cuda" else {}
+        return {"CPU": part.cpus, **gpus}
 
     def missing(self, bundle: dict[str, float], count: int) -> str:
         """In words, what a group waits for."""
@@ -94,15 +99,18 @@ class Cluster:
             return
         total = ray.cluster_resources()
         wanted: dict[str, float] = {}
-        for i, group in enumerate(config.trainer):
-            for kind, amount in self.bundle(group).items():
-                wanted[kind] = wanted.get(kind, 0.0) + group.ranks * amount
+        parts: list[tuple[str, str, int, GroupConfig | PoolConfig]] = []
+        parts += [(f"trainer.{i}", "ranks", g.ranks, g) for i, g in enumerate(config.trainer)]
+        parts += [(f"pool.{i}", "workers", p.workers, p) for i, p in enumerate(config.pool)]
+        for field, noun, count, part in parts:
+            for kind, amount in self.bundle(part).items():
+                wanted[kind] = wanted.get(kind, 0.0) + count * amount
                 if wanted[kind] > total.get(kind, 0.0):
                     raise ConfigError(
-                        f"asks for {group.ranks} ranks, with which the groups need "
-                        f"{wanted[kind]:g} {kind}; this machine has {total.get(kind, 0.0):g}.",
-                        field=f"trainer.{i}.ranks",
-                        hint="Use fewer ranks, fewer `cpus` a rank, or join a larger Ray.",
+                        f"asks for {count} {noun}, with which all need {wanted[kind]:g} {kind}; "
+                        f"this machine has {total.get(kind, 0.0):g}.",
+                        field=f"{field}.{noun}",
+                        hint=f"Use fewer {noun}, fewer `cpus` for each, or join a larger Ray.",
                     )
 
     def close(self) -> None:
@@ -111,7 +119,7 @@ class Cluster:
 
 
 class Room:
-    """Places for the ranks of one group, kept for them together."""
+    """Places for the ranks of one group, kept for them together; or for a sampler's worker."""
 
     def __init__(self, bundle: dict[str, float], count: int) -> None:
         self.bundle = bundle
@@ -141,6 +149,41 @@ class Room:
 
     def give_back(self) -> None:
         remove_placement_group(self._group)
+
+
+async def find_room(
+    name: str,
+    cluster: Cluster,
+    bundle: dict[str, float],
+    count: int,
+    *,
+    within_s: float,
+    waiting: Callable[[str], None],
+) -> Room:
+    """Waits for it, and tells `waiting` for what, in words.
+
+    Raises:
+        EngineError: there was none in time.
+    """
+    room = await to_thread.run_sync(Room, bundle, count)
+    end, said, there = time.monotonic() + within_s, -SAY_S, False
+    try:
+        while not (there := await to_thread.run_sync(room.wait)):
+            waits_for = await to_thread.run_sync(cluster.missing, bundle, count)
+            waiting(waits_for)
+            if time.monotonic() - said > SAY_S:
+                said = time.monotonic()
+                logger.warning("%s waits for room: %s", name, waits_for)
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"there was no room for {name} in {within_s:g} s: {waits_for}.",
+                    hint="Add nodes, end other groups, or give this one fewer ranks.",
+                )
+    finally:
+        if not there:
+            with CancelScope(shield=True):
+                await to_thread.run_sync(room.give_back)
+    return room
 
 
 def _runs_here() -> bool:

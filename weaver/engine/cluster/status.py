@@ -1,6 +1,7 @@
-"""`Status`: what the groups of a server do, in a file that `weaver cluster status` reads.
+"""`Status`: what the groups and samplers of a server do, in a file.
 
-Another process reads it, so that it tells of a server that hangs, too. Nothing of Ray is needed.
+`weaver cluster status` reads it, another process, so that it tells of a server that hangs, too.
+Nothing of Ray is needed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from weaver.values import Value
 
 if TYPE_CHECKING:
     from weaver.engine.cluster.group import TrainerGroup
+    from weaver.engine.cluster.placed_worker import PlacedWorker
 
 FILE = "status.json"
 
@@ -48,6 +50,20 @@ class GroupStatus(Value):
     ranks: tuple[RankStatus, ...]
 
 
+class SamplerStatus(Value):
+    name: str
+    state: str
+    """`stopped`, `waiting` for room, `starting`, `running`."""
+    since: float
+    """Seconds since 1970."""
+    waits_for: str | None
+    starts: int
+    last_loss: str | None
+    host: str | None
+    pid: int
+    """Of its process there; 0 before there is one."""
+
+
 class Status(Value):
     host: str
     pid: int
@@ -55,6 +71,7 @@ class Status(Value):
     at: float
     ray: str
     groups: tuple[GroupStatus, ...]
+    samplers: tuple[SamplerStatus, ...] = ()
 
 
 def _status_of(name: str, group: TrainerGroup) -> GroupStatus:
@@ -78,7 +95,27 @@ def _status_of(name: str, group: TrainerGroup) -> GroupStatus:
     )
 
 
-def write_status(folder: Path, groups: Mapping[str, TrainerGroup], *, ray: str) -> None:
+def _status_of_sampler(worker: PlacedWorker) -> SamplerStatus:
+    ground = worker.ground
+    return SamplerStatus(
+        name=worker.name,
+        state=worker.state,
+        since=worker.since,
+        waits_for=worker.waits_for,
+        starts=worker.starts,
+        last_loss=worker.last_loss,
+        host=ground.host if ground is not None else None,
+        pid=worker.pid,
+    )
+
+
+def write_status(
+    folder: Path,
+    groups: Mapping[str, TrainerGroup],
+    samplers: Sequence[PlacedWorker] = (),
+    *,
+    ray: str,
+) -> None:
     """In the place of what was there, at once. One that cannot be written is left out."""
     told = Status(
         host=socket.gethostname(),
@@ -86,6 +123,7 @@ def write_status(folder: Path, groups: Mapping[str, TrainerGroup], *, ray: str) 
         at=time.time(),
         ray=ray,
         groups=tuple(_status_of(name, group) for name, group in groups.items()),
+        samplers=tuple(map(_status_of_sampler, samplers)),
     )
     new = folder / f"{FILE}.{os.getpid()}"
     with suppress(OSError):

@@ -1,7 +1,6 @@
 """`WorkerProcess`: how a sampler's worker is started here, and `Link`, what a pool has of any.
 
-A worker elsewhere, such as an actor of Ray, is another `Link`. What goes through is in
-`vllm_worker`.
+How one is started on another machine is in `placed_worker`. What goes through is in `vllm_worker`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +74,8 @@ class WorkerProcess:
         assert process.stdin is not None and process.stdout is not None
         async with process.stdin, process.stdout:
             try:
-                yield _Pipe(process.stdin, BufferedByteReceiveStream(process.stdout), self._why)
+                source = BufferedByteReceiveStream(process.stdout)
+                yield Pipe(process.stdin, source, partial(last_words, self.log))
             finally:
                 with anyio.CancelScope(shield=True):
                     with anyio.move_on_after(LEAVE_S):
@@ -84,17 +85,18 @@ class WorkerProcess:
                         os.killpg(process.pid, signal.SIGKILL)
                     await process.wait()
 
-    def _why(self) -> str:
-        """Its last words."""
-        with suppress(OSError):
-            lines = self.log.read_bytes()[-LAST_WORDS:].decode(errors="replace").splitlines()
-            said = [line.strip() for line in lines if line.strip()]
-            if said:
-                return f"its last words: {said[-1][:300]} (all in {self.log})"
-        return f"it said nothing in {self.log}"
+
+def last_words(log: Path) -> str:
+    """Of the worker that prints there."""
+    with suppress(OSError):
+        lines = log.read_bytes()[-LAST_WORDS:].decode(errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip()]
+        if said:
+            return f"its last words: {said[-1][:300]} (all in {log})"
+    return f"it said nothing in {log}"
 
 
-class _Pipe:
+class Pipe:
     """`Link` to a process, by its standard streams."""
 
     def __init__(
