@@ -28,6 +28,9 @@ TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
 SAMPLING = SamplingParams(max_tokens=12)
 PLAN = rl.Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
 """Without clipping: what a control shows must not be what clipping hides."""
+IN_FLIGHT = replace(
+    PLAN, max_staleness=1, in_flight="reply", objective=rl.Objective(correction="token")
+)
 GUESSING = replace(
     PLAN,
     steps=30,
@@ -180,6 +183,18 @@ async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
     return Outcome(value=value, passed=value >= 0.4, curve=curves[0], note=note)
 
 
+def dealt(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
+    """Advantages of rewards that are dealt to any of their group's rollouts."""
+    dice = np.random.default_rng(int(rewards_P_G.sum()))
+    return rl.ADVANTAGES["group_centred"](dice.permuted(rewards_P_G, axis=1), valid_P_G)
+
+
+async def dealt_in_flight(service: AsyncServiceClient, seed: int) -> Outcome:
+    sampler, curve = await _learn(service, replace(IN_FLIGHT, seed=seed, advantage=dealt))
+    sampled = await _held_out(sampler, samples=4)
+    return Outcome(value=sampled, passed=sampled <= 0.30, curve=curve)
+
+
 async def random_reward(service: AsyncServiceClient, seed: int) -> Outcome:
     dice = Random(seed)
 
@@ -278,6 +293,19 @@ PROOFS: tuple[Proof, ...] = (
         claim="With rollouts eight steps old, PPO's correction is what keeps it learning.",
         gate="at least 0.4 better than with no correction, mean of 3 seeds",
         run=staleness,
+    ),
+    Proof(
+        name="weights in flight",
+        claim="It learns while weights move in the midst of its replies.",
+        gate="held-out greedy ≥ 0.80",
+        run=held_out_after(IN_FLIGHT, gate=0.80),
+    ),
+    Proof(
+        name="dealt rewards",
+        claim="Not from rewards that are dealt to other replies of a group.",
+        gate="sampled ≤ 0.30",
+        run=dealt_in_flight,
+        control=True,
     ),
     *(
         Proof(

@@ -23,11 +23,16 @@ SMALL: dict[str, Any] = {
     "group_size": 4,
     "sampling": SamplingParams(max_tokens=12),
 }
+MOVING = {"max_staleness": 2, "objective": rl.Objective(correction="token")}
 STALENESS = {"on_policy": 0, "off_policy": 2}
 LOOPS: dict[str, Any] = {
     "rejection": (
         partial(rl.rejection, tasks=TASKS, environment=rl.single_turn(exact), keep=rl.Keep()),
         rl.Plan(**SMALL),
+    ),
+    "in_flight": (
+        partial(rl.off_policy, tasks=TASKS, environment=rl.single_turn(exact)),
+        rl.Plan(**SMALL, **MOVING, in_flight="reply"),
     ),
     "supervised": (
         partial(rl.supervised, examples=EXAMPLES),
@@ -62,6 +67,7 @@ async def run(folder: Path, loop: str) -> None:
         with rl.open_run(
             folder, config, tasks=TASKS, steps=STEPS, resume=True, checkpoint_every=2, display=False
         ) as opened:
+            opened.exact = loop != "in_flight"
             await call(trainer, plan=plan, run=opened)
         await trainer.save_weights_for_sampler("final", overwrite=True)
 

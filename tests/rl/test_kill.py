@@ -83,3 +83,18 @@ def test_killed_at_three_random_steps_the_weights_are_the_same(loop: str, tmp_pa
     if loop != "supervised":
         assert steps_with_transcripts(killed / "transcripts") == list(range(1, STEPS + 1))
     assert write_report(RunFolder(killed)).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_weights_that_move_in_flight_go_on_behind_the_last_checkpoint(tmp_path: Path) -> None:
+    """Not bit for bit; but every step once, and none of what was drawn is too old."""
+    folder = tmp_path / "run"
+    for step in (3, 8):
+        kill_at(folder, "in_flight", step, delay_s=0.1)
+    finish(folder, "in_flight")
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert max(row["staleness/max"] for row in rows) <= 2
+    assert {row["rollout/count"] for row in rows} == {16.0}
+    assert steps_with_transcripts(folder / "transcripts") == list(range(1, STEPS + 1))

@@ -139,7 +139,7 @@ async def test_a_worker_that_is_not_ready_in_time_is_named(
         await pool.ready()
 
 
-async def test_a_worker_that_dies_while_it_loads_is_a_named_error(tmp_path: Path) -> None:
+async def test_workers_that_die_while_they_load_are_a_named_error(tmp_path: Path) -> None:
     ref = WeightsRef(base_model="letters", uri=save_adapter(tmp_path / "bad").as_uri())
     with standins(tmp_path, fault="load") as pool:
         await pool.publish("base", BASE)

@@ -95,7 +95,8 @@ class Place:
         self._versions = versions
         self._changed = changed
         self._out: deque[Mapping[str, Any]] = deque()
-        self._some = anyio.Event()
+        self._some: anyio.Event
+        """Set once there is something to be written; made in the pool's own event loop."""
         self._asks: dict[int, _Ask] = {}
         self._numbers = count(1)
 
@@ -179,6 +180,7 @@ class Place:
                         facts = Facts.of(await link.receive(), versions=self._versions)
             except TimeoutError:
                 raise WorkerLostError(f"it was not ready in {START_S:.0f} s") from None
+            self._some = anyio.Event()
             self.facts, self.fault = facts, None
             logger.info("the sampler's worker %s draws %d rows at once", self.name, facts.rows)
             self._changed()

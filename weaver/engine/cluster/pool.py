@@ -145,7 +145,7 @@ class SamplerPool:
         Raises:
             CheckpointMismatchError: the rank or the layers are none that the workers take.
             UnsupportedError: the folder holds a whole model.
-            EngineError: no worker can be started, or one has died of it.
+            EngineError: no worker can be started, or several have died of it.
         """
         return await self._call(partial(self._publish, weights_id, ref))
 
@@ -239,12 +239,25 @@ class SamplerPool:
             folder, version = await blocking(self._take, source, facts)
             weights = Weights(folder.name, self._count, folder, version or ref.version, users=1)
             try:
-                await place.ask("load", LOAD_S, adapter=weights.adapter)
+                await self._load(weights, place)
             except (WorkerLostError, EngineError) as error:
                 await self._put_away(weights)
                 raise _not_loaded(source, error) from error
         self._weights[weights_id] = weights
         return weights.version
+
+    async def _load(self, weights: Weights, place: Place) -> None:
+        """Has a worker read an adapter, and another if that dies.
+
+        Raises:
+            WorkerLostError, EngineError
+        """
+        for _ in range(TRIES - 1):
+            try:
+                return await place.ask("load", LOAD_S, adapter=weights.adapter)
+            except WorkerLostError:
+                place = await self._any()
+        await place.ask("load", LOAD_S, adapter=weights.adapter)
 
     def _take(self, source: Path, facts: Facts) -> tuple[Path, int]:
         """A folder of the pool's own, and the step of its weights."""
