@@ -114,7 +114,16 @@ proto:
 		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	@touch $@
 
-CLIENTS := .venv/.installed-dev $(patsubst %,.venv-%/.installed,clients tinker cookbook eval)
+# verifiers pins openai and mcp to others than ours.
+.venv-others/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-others
+	.venv-others/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-others/bin/uv pip install --quiet \
+		--python .venv-others/bin/python -e '.[engine,server,rl]' verifiers==0.4.0 openenv-core==0.3.0 \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@touch $@
+
+CLIENTS := .venv/.installed-dev $(patsubst %,.venv-%/.installed,clients tinker cookbook eval others)
 
 test-clients: $(CLIENTS)
 	$(BIN)/python -m pytest -m "clients and not slow" --timeout 600 tests/clients
@@ -171,4 +180,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-vllm .venv-trl .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-others .venv-vllm .venv-trl .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

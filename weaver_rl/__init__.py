@@ -26,6 +26,7 @@ from weaver_rl.fine_tuning import *
 from weaver_rl.loggers import *
 from weaver_rl.mcp import *
 from weaver_rl.objectives import *
+from weaver_rl.others import *
 from weaver_rl.plan import *
 from weaver_rl.report import *
 from weaver_rl.reward_models import *
