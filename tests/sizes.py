@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,13 @@ from weaver.engine.torch.quantised import weights_bytes
 
 if TYPE_CHECKING:
     from weaver.engine.torch.catalog import ModelFacts
+    from weaver.types import TrainingMode
 
 PAGE = Path(__file__).parents[1] / "docs" / "cluster.md"
 BEGIN, END = "<!-- python -m tests.sizes -->\n", "<!-- end -->\n"
 GPUS_GB = (24, 48, 80, 141)
+RANKS, GPU_GB, TOKENS = (1, 2, 4, 8, 16, 32, 64), 80, 8192
+"""Of the last two columns."""
 CONTEXT_FREE = 0.5e9
 """Bytes that CUDA keeps for itself; assumed."""
 QWEN3: dict[str, tuple[int, int, int, int, bool]] = {
@@ -57,29 +61,53 @@ def facts_of(name: str) -> ModelFacts:
         return Catalog({name: folder}, allow_paths=False).facts(name)
 
 
-def longest(facts: ModelFacts, gpu_gb: int) -> str:
-    """Tokens of a sequence whose gradient fits beside the base and one run."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
+def longest(
+    facts: ModelFacts, gpu_gb: int, *, ranks: int = 1, training_mode: TrainingMode = "lora"
+) -> int:
+    """Tokens of a sequence whose gradient fits beside the base and one run; 0: none does."""
+    device = torch.device("cuda")
+    dtype = torch.bfloat16 if training_mode == "lora" else torch.float32
     free = int(gpu_gb * 1e9 - CONTEXT_FREE)
-    passes = shares(facts, free=free, dtype=dtype, device=device).passes
+    of = partial(shares, facts, free=free, dtype=dtype, device=device, ranks=ranks)
+    passes = of(training_mode=training_mode).passes
     plan = make_plan(facts, passes=passes, itemsize=dtype.itemsize, device=device)
-    return f"{plan.longest:,}" if plan.longest else "does not fit"
+    return plan.longest or 0
+
+
+def ranks_for(facts: ModelFacts, training_mode: TrainingMode) -> str:
+    """GPUs that take a sequence of `TOKENS`; more than one divide the base."""
+    for ranks in RANKS:
+        if longest(facts, GPU_GB, ranks=ranks, training_mode=training_mode) >= TOKENS:
+            return f"{ranks}"
+    return f"more than {RANKS[-1]}"
 
 
 def table() -> str:
-    rows = [
-        f"| model | base | a run of rank 32 | full fine-tuning | "
-        f"{' | '.join(f'{gb} GB' for gb in GPUS_GB)} |",
-        "| --- " * (4 + len(GPUS_GB)) + "|",
+    head = [
+        "model",
+        "base",
+        "a run of rank 32",
+        "full fine-tuning",
+        *(f"{gb} GB" for gb in GPUS_GB),
+        "LoRA",
+        "full",
     ]
+    rows = [head, ["---"] * len(head)]
     for name in QWEN3:
         facts = facts_of(name)
         base = weights_bytes(facts, dtype=torch.bfloat16, quantize="none")
         sizes = [base, adapter_bytes(facts), full_training_bytes(facts)]
-        shown = [f"{size / 1e9:.1f} GB" for size in sizes]
         fits = [longest(facts, gb) for gb in GPUS_GB]
-        rows.append(f"| {name} | {' | '.join((*shown, *fits))} |")
-    return "\n".join(rows) + "\n"
+        rows.append(
+            [
+                name,
+                *(f"{size / 1e9:.1f} GB" for size in sizes),
+                *(f"{tokens:,}" if tokens else "does not fit" for tokens in fits),
+                ranks_for(facts, "lora"),
+                ranks_for(facts, "full_ft"),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def in_page(text: str) -> str:
