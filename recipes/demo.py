@@ -1,6 +1,7 @@
 """Teaches weaver-nano two skills in about a minute, shown as it learns: the whole of Weaver, once.
 
     make demo                                                # or: python -m recipes.demo
+    python -m recipes.demo --cluster                         # the same, trained by two ranks
 
 Fine-tuning, by the API's complete training loop:
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from random import Random
@@ -34,6 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 import weaver_rl as rl
+from recipes._cluster import served
 from weaver import SamplingClient, ServiceClient, TrainingClient, types
 from weaver_rl.conversations import from_pieces
 from weaver_rl.storage import read_lines
@@ -60,10 +62,16 @@ class Flags:
     seed: int = 0
     base_url: str | None = None
     """A Weaver server; none: WEAVER_BASE_URL, or this process."""
+    cluster: bool = False
+    """On a server that is started here, whose gradients two processes compute, placed by Ray
+    (extras `server` and `cluster`). The numbers are those of one process."""
 
 
 def main(flags: Flags) -> bool:
     """Runs the demo; answers whether both parts learned."""
+    if flags.cluster:
+        with served(flags.base_model) as address:
+            return main(replace(flags, cluster=False, base_url=address))
     console = Console()
     console.rule("1 of 2: fine-tuning, Ubbi Dubbi")
     tuned = fine_tune(flags, console)

@@ -65,7 +65,11 @@ class Attempts:
                     results[i] = failure
                 else:
                     [results[i]] = await self.operations.execute([(run, ticket)])
-            self._lost(run, results[i])
+            if self._lost(run, results[i]) and not self.stopped:
+                results[i] = EngineLostError(
+                    f"what computes ended in each of {ATTEMPTS} attempts: {results[i]}",
+                    hint="Submit less at once; if it comes again, the server's log says why.",
+                )
         return results
 
     def _lost(self, run: Run | None, result: protocol.Result | WeaverError) -> bool:
