@@ -58,9 +58,9 @@ class Client:
     _waiting: dict[str, anyio.Event] = field(default_factory=dict)
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _digests: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    """By run."""
-    _expected: dict[str, int] = field(default_factory=dict)
-    """By submission, of steps."""
+    """By run: what was applied, and the gradients behind it."""
+    _sent: dict[str, tuple[Operation, str]] = field(default_factory=dict)
+    """Of runs, by submission: what has no outcome yet, and its run."""
 
     async def send(
         self, *operations: Operation, run_id: str | None = None, tokens: float = 0.0
@@ -89,13 +89,7 @@ class Client:
         self.account.sent[kind] = self.account.sent.get(kind, 0) + 1
         if run_id is not None:
             seq = self._seqs[run_id] = self._seqs.get(run_id, 0) + 1
-            before, batch = self._digests.get(run_id, (0, []))
-            if isinstance(operation, ForwardBackward):
-                batch = [*batch, operation.datums[0].model_input.chunks[0].tokens[0]]
-            elif isinstance(operation, OptimStep):
-                before, batch = digest(before, batch), []
-                self._expected[one_id] = before
-            self._digests[run_id] = before, batch
+            self._sent[one_id] = operation, run_id
         return Submission(id=one_id, operation=operation, run_id=run_id, seq=seq, note=note)
 
     async def outcome(self, submission_id: str) -> Outcome:
@@ -130,8 +124,19 @@ class Client:
         if outcome.error is not None:
             code = outcome.error.code
             self.account.failed[code] = self.account.failed.get(code, 0) + 1
-        expected = self._expected.pop(outcome.submission_id, None)
-        if isinstance(outcome.result, StepDone):
-            self.account.wrong += outcome.result.output.metrics["digest"] != expected
+        if outcome.submission_id in self._sent:
+            self._account(outcome, *self._sent.pop(outcome.submission_id))
         self._outcomes[outcome.submission_id] = outcome
         waiting.set()
+
+    def _account(self, outcome: Outcome, operation: Operation, run_id: str) -> None:
+        """What the run has come to: what failed was not applied, and a step leaves no gradient."""
+        before, batch = self._digests.get(run_id, (0, []))
+        if isinstance(operation, ForwardBackward) and outcome.error is None:
+            batch = [*batch, operation.datums[0].model_input.chunks[0].tokens[0]]
+        elif isinstance(operation, OptimStep):
+            if isinstance(outcome.result, StepDone):
+                before = digest(before, batch)
+                self.account.wrong += outcome.result.output.metrics["digest"] != before
+            batch = []
+        self._digests[run_id] = before, batch

@@ -40,6 +40,12 @@ def test_nothing_is_lost_or_doubled_when_samplers_and_groups_end(told: Figures) 
     assert (told.doubled, told.wrong, told.unfinished, told.failed) == (0, 0, 0, {})
 
 
+def test_what_is_refused_for_want_of_room_is_not_applied() -> None:
+    told = figures_of(simulate(replace(SMALL, load=replace(LOAD, hours=1.0), pending_bytes=10**5)))
+    assert told.failed.keys() == {"quota_exceeded", "gradients_discarded"}
+    assert (told.answered, told.doubled, told.wrong) == (told.operations, 0, 0)
+
+
 def test_no_tenant_starves(told: Figures) -> None:
     for kind, (_, *quantiles) in told.waits.items():
         assert quantiles[-1] < 900, kind

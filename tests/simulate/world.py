@@ -55,6 +55,8 @@ class Case:
     """Of the samplers, some that come only after a third of the time."""
     sampler_deaths: int = 40
     group_deaths: int = 8
+    pending_bytes: int = (SERVED.pending_bytes or 0) // UNIT
+    """That a project may have, of the simulation's small arrays."""
     seed: int = 0
 
 
@@ -132,7 +134,7 @@ async def _day(case: Case, seen: Seen, home: Path) -> None:
     limits = replace(
         SERVED,
         operation_tokens=2**22 // UNIT,
-        pending_bytes=(SERVED.pending_bytes or 0) // UNIT,
+        pending_bytes=case.pending_bytes,
     )
     async with anyio.create_task_group() as devices:
         workers = {f"sampler-{i}": site.open for i, site in enumerate(sites)}
