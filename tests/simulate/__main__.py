@@ -1,6 +1,6 @@
 """Simulates the day and its comparisons, side by side, and writes docs/simulation.md.
 
-python -m tests.simulate                       # a quarter of an hour on two quiet cores
+python -m tests.simulate                       # eight minutes on two cores
 python -m tests.simulate --tenants 50 --hours 1 --out /tmp/page.md
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEPT = Path(__file__).parents[2] / ".bench" / "simulation.pickle"
 GROWTH = (1, 2, 4)
 """Times the load, and the devices."""
-PEAK_HOURS, PEAK_AT, PEAK_JOBS = 1.0, 14.0, 1.0
+PEAK_HOURS, PEAK_AT = 1.0, 14.0
 
 
 def cases(tenants: int, hours: float, seed: int) -> dict[str, Case]:
@@ -43,7 +43,7 @@ def cases(tenants: int, hours: float, seed: int) -> dict[str, Case]:
     hours = min(PEAK_HOURS, hours)
     peak = replace(
         day,
-        load=replace(day.load, hours=hours, begins_at=PEAK_AT, jobs_a_day=PEAK_JOBS),
+        load=replace(day.load, hours=hours, begins_at=PEAK_AT),
         joining=0,
         sampler_deaths=0,
         group_deaths=0,

@@ -104,7 +104,7 @@ def _lost(told: Figures) -> str:
         ("answered", f"{told.answered:,}"),
         ("answered twice", f"{told.doubled}"),
         ("steps with another number than the client's", f"{told.wrong}"),
-        ("that failed", f"{sum(told.failed.values())}"),
+        ("that were refused, or failed", _failed(told)),
         ("requests that were told to come again", f"{told.refused}"),
         ("jobs that did not end", f"{told.unfinished}"),
         ("gradient passes replayed from the journal", f"{told.replayed:,}"),
@@ -121,6 +121,10 @@ def _lost(told: Figures) -> str:
         + "\n"
         + _table(("", ""), rows)
     )
+
+
+def _failed(told: Figures) -> str:
+    return ", ".join(f"{count} (`{code}`)" for code, count in told.failed.items()) or "0"
 
 
 def _seconds(value: float) -> str:
@@ -221,7 +225,7 @@ def _walls(found: Mapping[str, Figures]) -> str:
 GPUs are bought; what does not grow with them ends the growth, in this order:
 
 {_text(*walls, indent="   ")}
-An hour from 14:00 of a day with 2.5 times the jobs, and with as many times the tenants, groups and
+An hour from 14:00 that begins with nothing in it, with as many times the tenants, groups and
 samplers at the same server and folder:
 
 {_table(head, [(words, *values) for words, values in rows.items()])}"""
@@ -247,7 +251,7 @@ def _mended(found: Mapping[str, Figures]) -> str:
             "A hash of its id gave each run to one of the groups for its model: some were full "
             "while others had nothing, and every new run was made behind the passes of the first "
             "group, whichever it was for. Now a new run goes to the group with the fewest, and "
-            "waits for that one alone. That fuller hour from 14:00:",
+            "waits for that one alone. That hour from 14:00:",
         )
     }
 {_table(head, rows)}
@@ -259,10 +263,5 @@ def _mended(found: Mapping[str, Figures]) -> str:
             "Left as they are: each sweep reads the manifests of all checkpoints, once a minute; "
             "and a job with many samples at the head of the samplers' queue holds up smaller ones "
             "behind it until a worker has room for all of it.",
-            "Not explained to the end: in a whole day with 2.5 times the jobs, of 135,661 "
-            "operations two were refused as `quota_exceeded` and a step after them as "
-            "`gradients_discarded`, and in 19 steps the clients' numbers differed. The simulated "
-            "clients count what was refused as applied, which would make them differ; such a day "
-            "without that fault of theirs has not been run.",
         )
     }"""

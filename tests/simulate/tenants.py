@@ -46,7 +46,7 @@ TOKENS_A_DATUM = 31
 class Load:
     tenants: int = 1000
     hours: float = 24.0
-    jobs_a_day: float = 0.4
+    jobs_a_day: float = 1.0
     """Of a tenant, on average."""
     size: float = 0.5
     """Of all jobs, in steps and prompts."""
