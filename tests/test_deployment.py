@@ -211,7 +211,8 @@ def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(tmp_path: 
     )
     try:
         end = time.monotonic() + 30
-        while "weaver serve" not in (log.read_text() if log.exists() else ""):
+        begun = ("ray start --head", "ray start --block", "weaver serve")  # in any order
+        while not all(words in (log.read_text() if log.exists() else "") for words in begun):
             assert time.monotonic() < end and job.poll() is None
             time.sleep(0.05)
         time.sleep(0.2)  # until it listens to the signal
@@ -220,7 +221,8 @@ def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(tmp_path: 
     finally:
         os.killpg(job.pid, signal.SIGKILL)
     told = log.read_text().splitlines()
-    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6" in told[1] and "--num-gpus=7" in told[1]
+    head = next(line for line in told if "ray start --head" in line)
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6" in head and "--num-gpus=7" in head
     ranks = next(line for line in told if "ray start --block" in line)
     assert "--exclude=node1" in ranks and "--address=10.0.0.1:6379" in ranks
     server = next(line for line in told if "weaver serve" in line)

@@ -122,7 +122,10 @@ def test_every_list_at_80_columns(
     assert printed.out.splitlines() == first and columns[1] in printed.err
 
 
-def test_wide_and_pipes_have_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wide_and_pipes_have_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     show(RUNS, columns=RUN)
     assert "project" in capsys.readouterr().out.splitlines()[0]
     show(RUNS, columns=RUN, wide=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RUN = [
     ("runs", "show"),
+    ("runs", "watch", "--once"),
+    ("runs", "tail"),
     ("runs", "stop"),
     ("runs", "delete", "--yes"),
     ("runs", "delete", "--yes", "--checkpoints"),

@@ -121,7 +121,9 @@ async def off_policy(
     measure = evaluate and partial(evaluate, sampler)
     metrics = await run.evaluate_first(measure, plan, done=done.step, steps=plan.steps)
     async with task_group() as group:
-        moves: Move = plan.in_flight or ("never" if trainer.deterministic else "turn")
+        moves: Move = "never"  # without staleness, nothing is under way where weights move
+        if plan.max_staleness:
+            moves = plan.in_flight or ("never" if trainer.deterministic else "turn")
         pipeline = Pipeline(
             tasks, played, plan, sampler=sampler, moves=moves, group=group, kept=done.extra
         )

@@ -22,6 +22,7 @@ BETWEEN_RANKS = "engine/cluster/merge.py"
 """It unpickles what ranks of one group tell each other, as Ray does, which has started them."""
 STARTING = {
     "cli/harnesses.py": "evaluation tools, beside the command that was typed",
+    "engine/cluster/placed_worker.py": "the sampler's workers, where Ray has placed them",
     "engine/cluster/sampler_env.py": "pip, and the interpreter of the sampler's environment",
     "engine/cluster/worker_process.py": "the sampler's workers",
 }
