@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install demo check format lock proto test test-slow test-clients test-cookbook test-vllm test-trl tinker-methods
-.PHONY: test-cluster bench gpu clean
+.PHONY: test-cluster bench docs gpu clean
 help:
 	@echo "make demo       install, then fine-tune the bundled model and watch it learn"
 	@echo "make test       install, then run the tests"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-trl   losses and their gradients against TRL's"
 	@echo "make tinker-methods  write the table of docs/tinker.md anew"
 	@echo "make test-cluster  the sampler's contract over vLLM, in an environment of its own"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo "make proto      compile tinker.proto, after it was changed"
 	@echo "make check      formatting, lint, types, layers"
 	@echo "make lock       resolve all dependencies anew into constraints.txt"
@@ -67,8 +68,20 @@ lock:
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: .venv/.installed-dev
+test-slow: .venv/.installed-dev .venv-docs/.installed
 	$(BIN)/python -m pytest -m "slow and not clients" --timeout 1200 -n 2 --dist worksteal
+
+# mkdocs, which reads docstrings and imports nothing of ours.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-docs/bin/uv pip install --quiet --python .venv-docs/bin/python \
+		-c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
+	@echo "in site/; python3 -m http.server -d site shows it, with its search"
 
 # Other projects' clients, each as it was published, in an environment of their own.
 .venv-clients/.installed: constraints.txt
@@ -180,4 +193,4 @@ gpu:
 	WEAVER_TEST_DEVICE=cuda $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-others .venv-vllm .venv-trl .venv-lock .venv-proto .venv-sampler .venv-peer-* .bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb
+	rm -rf .venv .venv-clients .venv-tinker .venv-cookbook .venv-eval .venv-others .venv-vllm .venv-trl .venv-lock .venv-proto .venv-sampler .venv-docs .venv-peer-* .bench site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis runs wandb

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 
 from weaver import errors
 from weaver.errors import CODES, InvalidDatumError, WeaverError, from_code, nearest
 from weaver.protocol import ErrorInfo
+from weaver.server.http.errors import error_response
 
 
 def _all_classes() -> list[type[WeaverError]]:
@@ -48,3 +50,16 @@ def test_standard_classes_catch_ours() -> None:
         raise InvalidDatumError("bad")
     assert issubclass(errors.WaitTimeoutError, TimeoutError)
     assert issubclass(errors.RunNotFoundError, LookupError)
+
+
+def test_the_page_has_every_code_with_its_class_and_status() -> None:
+    page = (Path(__file__).parents[1] / "docs/errors.md").read_text()
+    row = re.compile(r"^\| `(\w+)` \| `(\w+)` \| (\d+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+    rows = row.findall(page)
+    assert [(code, name) for code, name, *_ in rows] == [
+        (code, cls.__name__) for code, cls in CODES.items()
+    ]
+    for code, _, status, when, what_to_do in rows:
+        answer = error_response(CODES[code](""), {"state": {"request_id": "1"}})
+        assert (answer.status_code, code) == (int(status), code)
+        assert when.strip() and what_to_do.strip()

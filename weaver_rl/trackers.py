@@ -188,7 +188,8 @@ class MlflowLogger(Logger):
         """
         Args:
             uri: of the server or store, such as `sqlite:///mlflow.db`; None: MLFLOW_TRACKING_URI.
-            group, tags: tags of the run, the latter with the value "true".
+            group: a tag of the run.
+            tags: others, with the value "true".
             state: of the run to go on with, from the manifest.
 
         Raises:

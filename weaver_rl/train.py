@@ -112,7 +112,8 @@ def train(
         lora_config: rank 8, alpha 32 by default.
         folder: gets config, metrics, transcripts, checkpoints and the report; None: nothing.
         resume: goes on in that folder behind its last checkpoint, exactly, if there is one.
-        wandb_project, track: other places for the numbers; see `open_run`.
+        wandb_project: another place for the numbers; see `open_run`.
+        track: more such places.
         base_url: a server; None: WEAVER_BASE_URL, or this process.
 
     The others are those of `Plan`.

@@ -129,7 +129,8 @@ class AsyncSamplingClient(Published):
         has its `stop_reason`. Under trio wrap it in `contextlib.aclosing` if you may leave early.
 
         Raises:
-            InvalidParamsError, InvalidDatumError, TokenOutOfRangeError, ContextLengthError
+            InvalidParamsError, InvalidDatumError: at the call, or in place of the first item.
+            TokenOutOfRangeError, ContextLengthError: the same.
         """
         check_num_samples(num_samples)
         operation = self._operation(

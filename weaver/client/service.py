@@ -136,8 +136,9 @@ class AsyncServiceClient:
 
         Raises:
             InvalidRequestError, InvalidParamsError: at the call.
-            UnknownModelError, UnsupportedError, CheckpointNotFoundError, CheckpointCorruptError,
-            CheckpointMismatchError: from the handle; there is no run then.
+            UnknownModelError, UnsupportedError, CheckpointNotFoundError: from the handle; there is
+                no run then.
+            CheckpointCorruptError, CheckpointMismatchError: the same.
         """
         session = self._session
         if base_model is not None:
@@ -227,8 +228,8 @@ class AsyncServiceClient:
 
         Raises:
             InvalidRequestError: neither is given.
-            UnknownModelError, CheckpointNotFoundError, CheckpointMismatchError,
-            CheckpointCorruptError: from the handle.
+            UnknownModelError, CheckpointNotFoundError: from the handle.
+            CheckpointMismatchError, CheckpointCorruptError: from the handle.
         """
         if model_path is None and base_model is None:
             raise errors.InvalidRequestError(
@@ -256,8 +257,8 @@ class AsyncServiceClient:
         Raises:
             InvalidNameError: at the call.
             UnsupportedError: from the handle: these weights give tokens.
-            UnknownModelError, CheckpointNotFoundError, CheckpointMismatchError,
-            CheckpointCorruptError: from the handle.
+            UnknownModelError, CheckpointNotFoundError: from the handle.
+            CheckpointMismatchError, CheckpointCorruptError: from the handle.
         """
         if base_model is not None:
             _check_model_name(base_model)
@@ -341,7 +342,7 @@ class AsyncServiceClient:
             UnsupportedError: a variant of LoRA, or a setting or tensor that is not known.
             CheckpointMismatchError, UnknownModelError: the weights are of another base model.
             CheckpointCorruptError: a file is broken or not finite.
-            TooLargeError, QuotaExceededError, StorageError
+            TooLargeError, QuotaExceededError, StorageError: the server has no room for it.
         """
         check_ttl(ttl_seconds)
         if base_model is not None:
@@ -360,7 +361,7 @@ class AsyncServiceClient:
         W + scale·B·A, computed in float32 and kept in the base model's dtype.
 
         Raises:
-            CheckpointNotFoundError
+            CheckpointNotFoundError: there is no such checkpoint.
             StorageError: the folder exists or cannot be written; nothing is left behind.
             CheckpointCorruptError: a file is not what was saved.
             UnsupportedError: this base model's files cannot be merged.

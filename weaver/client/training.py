@@ -88,8 +88,9 @@ class AsyncTrainingClient:
             the targets of datum i, [T] or [T, K]; of a reward model `scores`, [1].
 
         Raises:
-            InvalidDatumError, TokenOutOfRangeError, ContextLengthError, UnknownLossError,
-            InvalidLossConfigError, UnsupportedError: at the call, before anything is queued.
+            InvalidDatumError, TokenOutOfRangeError, ContextLengthError: at the call, before
+                anything is queued.
+            UnknownLossError, InvalidLossConfigError, UnsupportedError: the same.
             NonFiniteError: from the handle; the next `optim_step` then fails too, so that no part
                 of a batch is applied.
         """

@@ -1,0 +1,94 @@
+"""The site: its navigation has every page, its reference every name, and it builds strictly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import weaver
+from weaver import errors, types
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MKDOCS = ROOT / ".venv-docs/bin/mkdocs"
+CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+JOBS = (
+    "Fine-tune on my chats",
+    "Reward with a judge",
+    "Continue tomorrow",
+    "Evaluate",
+    "Serve to a team",
+    "Export to vLLM",
+    "Debug a run that does not learn",
+)
+
+
+def pages(nav: object) -> Iterator[str]:
+    match nav:
+        case str():
+            yield nav
+        case list():
+            for one in nav:
+                yield from pages(one)
+        case dict():
+            for one in nav.values():
+                yield from pages(one)
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    there = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+    assert sorted(pages(CONFIG["nav"])) == there
+
+
+def test_every_job_is_in_the_navigation_and_has_its_lines() -> None:
+    [by_job] = [one["By job"] for one in CONFIG["nav"] if "By job" in one]
+    named = [name for one in by_job if isinstance(one, dict) for name in one]
+    assert named[: len(JOBS)] == list(JOBS)
+    sections = (DOCS / "jobs.md").read_text().split("\n## ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == [*JOBS, "From Tinker, or TRL"]
+    for section in sections:
+        assert re.search(r"^```(python|text)$", section, re.MULTILINE), section
+
+
+def referred(page: str) -> list[str]:
+    text = (DOCS / "reference" / page).read_text()
+    return re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    assert referred("types.md") == ["weaver.types"]
+    elsewhere = {*types.__all__, *errors.__all__, "types"} - {"WeaverError"}
+    shown = {name.removeprefix("weaver.").removeprefix("errors.") for name in referred("weaver.md")}
+    assert shown == set(weaver.__all__) - elsewhere
+    source = (ROOT / "weaver_rl/__init__.py").read_text()
+    modules = re.findall(r"^from (weaver_rl[\w.]+) import \*", source, re.MULTILINE)
+    [own] = re.findall(r"^from weaver_rl import (.+)", source, re.MULTILINE)
+    modules += [f"weaver_rl.{name}" for name in own.split(", ")]
+    assert sorted(referred("weaver_rl.md")) == sorted(modules)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MKDOCS.exists(), reason="`make docs` installs mkdocs")
+def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [MKDOCS, "build", "--strict", "--site-dir", site],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", page.read_text()
+        )
+        assert [one for one in loaded if re.match(r"(https?:)?//", one)] == [], page
+    assert "TrainingClient" in (site / "reference/weaver.html").read_text()
+    assert "recipes.sft" in (site / "files/recipes/index.html").read_text()
+    assert "checkpoint_mismatch" in (site / "search/search_index.json").read_text()
