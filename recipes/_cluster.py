@@ -19,6 +19,8 @@ model = "{model}"
 ranks = 2
 cpus = 0.5
 """
+STOP_S = 60.0
+"""In which both have ended."""
 START_S = 180.0
 """In which the server and its Ray have started."""
 
@@ -50,4 +52,7 @@ def served(model: str) -> Iterator[str]:
             yield said.partition("Weaver at ")[2].split()[0]
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()

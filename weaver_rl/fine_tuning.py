@@ -6,19 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyio.from_thread import start_blocking_portal
-
-from weaver import AsyncServiceClient
+from weaver import AsyncTrainingClient
 from weaver.keywords import suggesting
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.algorithms.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.data import check_tasks
 from weaver_rl.evaluation import Evaluate
 from weaver_rl.plan import Schedule
-from weaver_rl.report import write_report
-from weaver_rl.serving import serving
 from weaver_rl.trackers import Tracking
-from weaver_rl.train import LORA, Trained, chosen_plan
+from weaver_rl.train import LORA, Trained, chosen_plan, in_one_call
 
 __all__ = ["fine_tune"]
 
@@ -88,18 +84,13 @@ def fine_tune(
     check_tasks(examples, fields=(), source="examples")
     lora = dict(lora_config or LORA)
 
-    async def work(run: Run) -> tuple[Mapping[str, float], str]:
-        async with AsyncServiceClient(base_url) as service:
-            run.delete = service.delete_checkpoint
-            trainer = await service.create_model(model, lora, seed=chosen.seed)
-            with serving(service):
-                result = await supervised(
-                    trainer, examples, chosen, held_out=held_out, run=run, evaluate=evaluate
-                )
-            saved = await trainer.save_weights_for_sampler("final", overwrite=True)
-            return result.metrics, saved.path
+    async def play(trainer: AsyncTrainingClient, run: Run) -> Mapping[str, float]:
+        result = await supervised(
+            trainer, examples, chosen, held_out=held_out, run=run, evaluate=evaluate
+        )
+        return result.metrics
 
-    with open_run(
+    opening = open_run(
         Path(folder) if folder is not None else None,
         {"model": model, "lora_config": lora, **chosen.as_config()},
         tasks=examples,
@@ -109,8 +100,7 @@ def fine_tune(
         display=display,
         wandb_project=wandb_project,
         track=track,
-    ) as run:
-        with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
-            metrics, weights = portal.call(work, run)
-    report = write_report(run.folder) if run.folder is not None else None
-    return Trained(metrics=metrics, weights=weights, report=report)
+    )
+    return in_one_call(
+        opening, play, model=model, lora_config=lora, seed=chosen.seed, base_url=base_url
+    )

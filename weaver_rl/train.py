@@ -7,14 +7,15 @@ Below it are `on_policy` and its friends, which take a trainer of yours, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
-from weaver import AsyncServiceClient
+from weaver import AsyncServiceClient, AsyncTrainingClient
 from weaver.errors import ConfigError
 from weaver.keywords import suggesting
 from weaver.types import SamplingParams
@@ -69,6 +70,38 @@ def chosen_plan(given: AnyPlan | None, own: AnyPlan, default: AnyPlan) -> AnyPla
                 "is given beside a plan.", field=one.name, hint="Say it in the plan alone."
             )
     return given
+
+
+def in_one_call(
+    opening: AbstractContextManager[Run],
+    play: Callable[[AsyncTrainingClient, Run], Awaitable[Mapping[str, float]]],
+    *,
+    model: str,
+    lora_config: Mapping[str, object],
+    seed: int,
+    base_url: str | None,
+    deterministic: bool = False,
+) -> Trained:
+    """Opens the run and a service, plays a loop to its end, saves the weights, writes the report.
+
+    Args:
+        play: the loop; answers its last metrics.
+    """
+
+    async def work(run: Run) -> tuple[Mapping[str, float], str]:
+        async with AsyncServiceClient(base_url, deterministic=deterministic) as service:
+            run.delete = service.delete_checkpoint
+            trainer = await service.create_model(model, lora_config, seed=seed)
+            with serving(service):
+                metrics = await play(trainer, run)
+            saved = await trainer.save_weights_for_sampler("final", overwrite=True)
+            return metrics, saved.path
+
+    with opening as run:
+        with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
+            metrics, weights = portal.call(work, run)
+    report = write_report(run.folder) if run.folder is not None else None
+    return Trained(metrics=metrics, weights=weights, report=report)
 
 
 @suggesting
@@ -144,21 +177,14 @@ def train(
     check_tasks(tasks, fields=played.fields)
     lora = dict(lora_config or LORA)
     given = {"model": model, "lora_config": lora, "reward": reward or environment}
+    asked = evaluator(held_out, environment=played, sampling=plan.sampling, seed=plan.seed)
+    evaluate = asked if held_out else None
 
-    async def work(run: Run) -> tuple[Mapping[str, float], str]:
-        # What is killed must go on exactly, though rollouts of several steps share the engine.
-        exact = plan.max_staleness > 0 and run.folder is not None
-        async with AsyncServiceClient(base_url, deterministic=exact) as service:
-            run.delete = service.delete_checkpoint
-            trainer = await service.create_model(model, lora, seed=plan.seed)
-            asked = evaluator(held_out, environment=played, sampling=plan.sampling, seed=plan.seed)
-            evaluate = asked if held_out else None
-            with serving(service):
-                result = await off_policy(trainer, tasks, played, plan, run=run, evaluate=evaluate)
-            saved = await trainer.save_weights_for_sampler("final", overwrite=True)
-            return result.metrics, saved.path
+    async def play(trainer: AsyncTrainingClient, run: Run) -> Mapping[str, float]:
+        result = await off_policy(trainer, tasks, played, plan, run=run, evaluate=evaluate)
+        return result.metrics
 
-    with open_run(
+    opening = open_run(
         Path(folder) if folder is not None else None,
         {**given, **plan.as_config()},
         tasks=tasks,
@@ -168,8 +194,14 @@ def train(
         display=display,
         wandb_project=wandb_project,
         track=track,
-    ) as run:
-        with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
-            metrics, weights = portal.call(work, run)
-    report = write_report(run.folder) if run.folder is not None else None
-    return Trained(metrics=metrics, weights=weights, report=report)
+    )
+    return in_one_call(
+        opening,
+        play,
+        model=model,
+        lora_config=lora,
+        seed=plan.seed,
+        base_url=base_url,
+        # What is killed must go on exactly, though rollouts of several steps share the engine.
+        deterministic=plan.max_staleness > 0 and folder is not None,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -164,6 +166,22 @@ def test_a_run_is_followed(saved: tuple[str, str]) -> None:
     assert "absent: nothing yet" in weaver("runs", "watch", run, "--once", "-m", "absent")
     shown = weaver("runs", "show", run)
     assert "\n  train/loss" in shown and "0.500" in shown
+
+
+def test_following_prints_the_newest_step_too_and_goes_on(saved: tuple[str, str]) -> None:
+    run, _ = saved
+    log(run, {"train/loss": 1.5}, 1)
+    program = "from weaver.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "runs", "tail", run, "-f"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1 train/loss=1.500\n"
+        log(run, {"train/loss": 0.5}, 2)
+        assert process.stdout.readline() == "2 train/loss=0.500\n"
+        process.terminate()
 
 
 def log(run: str, metrics: dict[str, float], step: int) -> None:

@@ -50,6 +50,9 @@ def test_each_step_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch, tmp_p
     ranks = steps_of(demo.Flags(steps=20, rl_steps=6, cluster=True), monkeypatch)
     assert len(ranks) == len(alone) >= 26
     for ours, theirs in zip(ranks, alone, strict=True):
+        for row in (ours, theirs):  # a sum over hundreds of tokens is as exact as its mean
+            if "train/loss_sum" in row:
+                row["train/loss_sum"] /= row["train/weight_sum"]
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 

@@ -100,10 +100,13 @@ def tail(
     async def look(service: Service) -> None:
         run = await find_run(service, run_id)
         printed: int | None = None
+        before: dict[str, float] | None = None
         while True:
             steps = _by_step(await service.read_metrics(run.run_id), metric)
-            # While it is followed, the newest step may lack metrics that are still on their way.
-            whole = list(steps)[:-1] if follow else list(steps)
+            # While followed, a step is whole when a later one has begun, or nothing more came.
+            last = max(steps, default=None)
+            whole = [s for s in steps if not follow or s != last or steps[s] == before]
+            before = steps.get(last) if last is not None else None
             new = [step for step in whole if printed is None or step > printed]
             for step in new[max(0, len(new) - count) :] if printed is None else new:
                 values = (f"{name}={number_text(value)}" for name, value in steps[step].items())

@@ -171,6 +171,7 @@ class PlacedWorker:
         self.starts += 1
         try:
             async with AsyncExitStack() as stack:
+                stack.push(self._note)
                 room = await self._placed()
                 actors: list[Any] = []
                 stack.push_async_callback(_end, room, actors)
@@ -179,12 +180,14 @@ class PlacedWorker:
                 link = await self._started(actors[0], stack)
                 self._turn("running")
                 yield link
-        except BaseException as error:
-            self.last_loss = _words(error)
-            raise
         finally:
             self.ground, self.pid = None, 0
             self._turn("stopped")
+
+    def _note(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """What ends it, on the way out."""
+        if error is not None:
+            self.last_loss = _words(error)
 
     async def _placed(self) -> Room:
         from weaver.engine.cluster.placement import find_room
