@@ -172,7 +172,7 @@ def randomise(trainer: TorchTrainer, run_id: str, *, seed: int = 5, size: float 
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trainer._run(run_id).named_parameters().items():
         if "lora_B" in name:
-            values = torch.randn(parameter.shape, generator=generator) * size
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * size
             parameter.data.copy_(values)
 
 

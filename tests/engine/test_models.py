@@ -176,3 +176,15 @@ def test_an_origin_is_what_others_load(
     catalog = Catalog({"alias": cached, "other": "mine"}, allow_paths=False)
     assert catalog.facts("alias").origin == "some-org/Tiny-1.5B"
     assert catalog.facts("other").origin == str(tmp_path / "mine")
+
+
+def test_what_a_model_is_is_read_without_a_dtype_for_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.Qwen3Config(**SIZES, dtype="bfloat16")
+    save_tiny(config, tmp_path / "half")
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", seen.append)
+    facts = Catalog({"half": tmp_path / "half"}, allow_paths=False).facts("half")
+    assert facts.config.dtype == torch.bfloat16
+    assert set(seen) <= {torch.float32}

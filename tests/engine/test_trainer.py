@@ -88,6 +88,30 @@ def test_any_split_into_passes_gives_the_same_gradient(
     assert dict(results[0].metrics) == pytest.approx(dict(results[1].metrics), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt_oss"])
+def test_a_dtype_that_others_set_for_the_process_changes_nothing(
+    store: ModelStore, architecture: str
+) -> None:
+    """As transformers does while it builds a model, in whatever thread."""
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer, before = TorchTrainer(store), torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            run_id = new_run(trainer, architecture=architecture)
+            data = ratio_datums(9, 4, 17)
+            results = []
+            for _ in range(2):
+                results.append(
+                    result_of(trainer, job(run_id, data, "ppo", config={"temperature": 0.7}))
+                )
+                trainer.optim_step(run_id, ADAM)
+        finally:
+            torch.set_default_dtype(before)
+        runs.append([logprobs_of(one) for one in results])
+    assert all(map(torch.equal, *runs))
+
+
 def test_calls_with_a_common_denominator_accumulate_to_one_call(trainer: TorchTrainer) -> None:
     data = datums(9, 4, 17, 4, 12)
     one, many = new_run(trainer, "one"), new_run(trainer, "many")

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -239,8 +240,12 @@ def _cut(facts: ModelFacts, context: int) -> ModelFacts:
 def _read_facts(name: str, source: str, *, config: Any) -> ModelFacts:
     """Builds the model without storage to see its layers."""
     _check_config(name, config)
+    # Of float32, as transformers makes a model's dtype that of the process meanwhile, in which
+    # others compute; it notes it in the configuration, too, of which this is a copy.
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     if not model._supports_attention_backend:
         raise _unsupported(name, "its attention cannot be replaced by packed attention.")
     head, heads = model.get_output_embeddings(), config.num_attention_heads

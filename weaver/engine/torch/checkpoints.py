@@ -173,7 +173,7 @@ def write_tokenizer(facts: ModelFacts, folder: Path) -> None:
 def _optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    tensors = {ADAM_STEP: torch.zeros(())}
+    tensors = {ADAM_STEP: torch.zeros((), dtype=torch.float32)}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             stored = key if key == ADAM_STEP else f"{name}.{key}"
@@ -202,7 +202,7 @@ def read_optimizer(
         )
     cut = None if parts is None else parts.cut_moment
     tensors = files.read_tensors(folder / OPTIMIZER, cut=cut)
-    step = tensors.get(ADAM_STEP, torch.zeros(()))
+    step = tensors.get(ADAM_STEP, torch.zeros((), dtype=torch.float32))
     stepped = parameters if bool((step > 0).all()) else {}
     expected = {f"{name}.{key}": p.shape for name, p in stepped.items() for key in MOMENTS}
     if expected | {ADAM_STEP: torch.Size()} != {n: t.shape for n, t in tensors.items()}:

@@ -198,14 +198,19 @@ def new_adapter(
     for target in targets:
         bound = target.in_features**-0.5
         stem = f"{PREFIX}{target.path}"
-        tensors[f"{stem}.lora_A.weight"] = torch.empty(config.rank, target.in_features).uniform_(
-            -bound, bound, generator=generator
+        tensors[f"{stem}.lora_A.weight"] = torch.empty(
+            config.rank, target.in_features, dtype=torch.float32
+        ).uniform_(-bound, bound, generator=generator)
+        tensors[f"{stem}.lora_B.weight"] = torch.zeros(
+            target.out_features, config.rank, dtype=torch.float32
         )
-        tensors[f"{stem}.lora_B.weight"] = torch.zeros(target.out_features, config.rank)
     pairs = pairs_of(tensors, device=device, dtype=torch.float32)
     score = None
     if config.head is not None:
-        drawn = torch.randn(1, hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
+        drawn = (
+            torch.randn(1, hidden_size, generator=generator, dtype=torch.float32)
+            * (hidden_size + 1) ** -0.5
+        )
         score = drawn.to(device)
     adapter = Adapter(pairs, config.alpha / config.rank, score=score)
     for tensor in adapter.tensors().values():

@@ -203,7 +203,7 @@ def scores_asked(
     """Of the targets of datums of some objectives, under `hidden` [T, H] of all; `rows` of each."""
     queries = Queries(
         targets=stacked([one for o, i in objectives for one in o.targets(i)]).to(model.device),
-        temperature=torch.tensor([o.loss.temperature for o, _ in objectives])
+        temperature=torch.tensor([o.loss.temperature for o, _ in objectives], dtype=torch.float32)
         .repeat_interleave(torch.tensor(rows))
         .to(model.device),
         active=torch.cat([o.active(i) for o, i in objectives]).to(model.device),

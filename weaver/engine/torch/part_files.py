@@ -51,7 +51,7 @@ def save_parts(run: Run, optimizer: torch.optim.Optimizer | None) -> Callable[[P
     }
     folder = shards.new_folder()
     _write(stored, folder)
-    step = states[0].get(ADAM_STEP, torch.zeros(()))
+    step = states[0].get(ADAM_STEP, torch.zeros((), dtype=torch.float32))
     saved = _Saved(
         folder=folder,
         shapes={key: tensor.shape for key, tensor in stored.items()},
