@@ -46,6 +46,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import ClassVar
 
 __all__ = ["InvalidRequestError", "WeaverError"]
@@ -233,11 +234,15 @@ def requiring(what: str, extra: str) -> Iterator[None]:
     """Around the imports that `what` needs, all of which an extra of the package installs.
 
     Raises:
-        MissingDependencyError: one of them is not installed.
+        MissingDependencyError: one of them is not installed; names it.
+        ImportError: as it came, where the package is there and does not load: it is broken.
     """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or find_spec(package) is not None:
+            raise
         raise MissingDependencyError(
-            f"{what} needs {error.name}.", hint=f'Run: pip install "weaver-post-training[{extra}]"'
+            f"{what} needs {package}.", hint=f'Run: pip install "weaver-post-training[{extra}]"'
         ) from error

@@ -36,17 +36,17 @@ weaver-rl compare FOLDER ...  runs side by side: a table, and a page of their cu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: done; 1: failed, and said why; 2: wrong arguments."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["selftest"]:
-        return selftest(words[1:])
-    if words[:1] == ["compare"]:
-        return comparison(words[1:])
-    if words[:1] == ["report"] and len(words) == 2:
-        try:
+    try:
+        if words[:1] == ["selftest"]:
+            return selftest(words[1:])
+        if words[:1] == ["compare"]:
+            return comparison(words[1:])
+        if words[:1] == ["report"] and len(words) == 2:
             sys.stdout.write(f"{write_report(RunFolder(Path(words[1])))}\n")
-        except WeaverError as error:
-            sys.stderr.write(f"{error}\n")
-            return 1
-        return 0
+            return 0
+    except WeaverError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     asked = words in (["--help"], ["-h"])
     (sys.stdout if asked else sys.stderr).write(USAGE)
     return 0 if asked else 2
@@ -174,12 +174,8 @@ def comparison(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     parser.add_argument("--page", type=Path, default=Path("comparison.html"))
     options = parser.parse_args(arguments)
-    try:
-        found = compare(options.folder, metrics=options.metric, window=options.last)
-        page = found.write_page(options.page).resolve()
-    except WeaverError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    found = compare(options.folder, metrics=options.metric, window=options.last)
+    page = found.write_page(options.page).resolve()
     if options.output == "json":
         text = encode({**found.as_json(), "page": str(page)}, indent=2).decode()
         sys.stdout.write(f"{text}\n")

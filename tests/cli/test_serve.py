@@ -124,7 +124,8 @@ def test_the_engine_is_closed_however_the_server_ends(
     monkeypatch.setattr(TorchEngine, "close", lambda engine: closed.append(engine))
     # It would be for this whole process.
     monkeypatch.setattr(telemetry, "configure_logs", lambda *, as_json: None)
-    result = CliRunner().invoke(app, ["serve", "--no-auth", "--host=0.0.0.0", f"--home={home}"])
+    given = ["--port=0", "--otel-endpoint=collector:4318", f"--home={home}"]
+    result = CliRunner().invoke(app, ["serve", *given])
     assert isinstance(result.exception, ConfigError)
     assert len(closed) == 1
     assert f"computing with {closed[0].description}" in result.stderr

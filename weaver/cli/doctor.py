@@ -62,7 +62,7 @@ def _checking(name: str, faults: list[str]) -> Iterator[None]:
     """Says and keeps the fault that is found inside; the command goes on behind it."""
     try:
         yield
-    except WeaverError as error:
+    except (WeaverError, ImportError) as error:  # a package that is there, but broken
         _say(name, f"FAILED: {error}")
         faults.append(name)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from weaver.cli.output import Format, Output, Wide, ask, show, show_one
+from weaver.errors import requiring
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -34,8 +35,8 @@ def download(
     name: Annotated[str, typer.Argument(metavar="ID", help="A Hugging Face id: owner/name.")],
 ) -> None:
     """Fetch a model from the Hugging Face hub to this machine, if it can run here."""
-    from weaver.engine.torch.download import download
-
+    with requiring("a download", "engine"):
+        from weaver.engine.torch.download import download
     model, folder = download(name)
     size = f"{model.num_parameters:,} parameters"
     print(f"{model.name} ({model.architecture}, {size}) is in {folder}.")

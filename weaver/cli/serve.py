@@ -20,6 +20,7 @@ from weaver.cli.output import Format, Output, Wide, find, show, show_one
 from weaver.config import changed, options
 from weaver.engine.sources import parse_models, table_text
 from weaver.errors import ConfigError, nearest, requiring
+from weaver.server.preflight import check_start
 from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -104,14 +105,15 @@ def serve(config: Config = None, **given: Any) -> None:
     """Serve models to many clients, until Ctrl-C or SIGTERM."""
     import anyio
 
+    settings = changed(DEFAULTS, given)
+    models = parse_models(settings.models or [])
+    check_start(settings)
     with requiring("the server", "server,engine"):
         from weaver.engine.local import open_engine
         from weaver.engine.torch.device import size_text
         from weaver.server.http.telemetry import configure_logs
         from weaver.server.serve import run_server
-    settings = changed(DEFAULTS, given)
     configure_logs(as_json=settings.log_json)
-    models = parse_models(settings.models or [])
     engine: TorchEngine | PooledEngine | ClusterEngine
     if settings.cluster or settings.ray:
         from weaver.engine.cluster.pooled_cluster import open_cluster
@@ -199,7 +201,7 @@ def revoke(
 
 
 def _keys(home: Path, database_url: str | None) -> Keys:
-    from weaver.server.database import open_database
-    from weaver.server.keys import Keys
-
+    with requiring("a list of keys", "server"):
+        from weaver.server.database import open_database
+        from weaver.server.keys import Keys
     return Keys(open_database(home.expanduser(), database_url))

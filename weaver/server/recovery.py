@@ -24,6 +24,7 @@ from weaver.files import hold_lock, release_lock
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server.checkpoints import Location
 from weaver.server.operations import gradient_job
+from weaver.server.preflight import OTHER_HOME
 from weaver.threads import out_at_exit
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-OTHER_HOME = "Close that one, or use another home (WEAVER_HOME)."
 
 
 SHARE = 0.05

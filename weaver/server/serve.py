@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from weaver.config import is_loopback
-from weaver.errors import ConfigError
 from weaver.server.adapters import ADAPTERS
 from weaver.server.database import open_database
 from weaver.server.http.app import App
@@ -28,6 +26,7 @@ from weaver.server.http.gateway import Gateway
 from weaver.server.http.telemetry import watch
 from weaver.server.journal import Journal
 from weaver.server.keys import Keys
+from weaver.server.preflight import check_keys, listen
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
@@ -74,14 +73,12 @@ async def run_server(
     """
     gc.set_threshold(*GARBAGE)
     sys.setswitchinterval(SWITCH_S)
-    if not settings.auth and not is_loopback(settings.host):
-        raise ConfigError(
-            f"is {settings.host!r}, which others can reach, and keys are off.",
-            field="host",
-            hint="Leave out --no-auth, or listen on 127.0.0.1.",
-        )
+    check_keys(settings)
     with ExitStack() as stack:
-        listener = stack.enter_context(_listen(settings.host, settings.port))
+        listener = stack.enter_context(listen(settings.host, settings.port))
+        # Connections inherit it. asyncio sets it only on sockets it has made itself, and without it
+        # each reply waits 40 ms for the client's delayed acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         database = open_database(settings.home, settings.database_url)
         stack.callback(database.dispose)
         store = Journal(database)
@@ -174,21 +171,3 @@ class _Server(uvicorn.Server):
 def _call(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(stop)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not host:  # to a socket, that is every address of the machine
-        raise ConfigError("is empty.", field="host", hint="Name an address, such as 127.0.0.1.")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}.",
-            field="port",
-            hint="Choose another --port or --host; 0 takes any free port.",
-        ) from None
-    # Connections inherit it. asyncio sets it only on sockets it has made itself, and without it
-    # each reply waits 40 ms for the client's delayed acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener

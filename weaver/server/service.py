@@ -26,7 +26,8 @@ from weaver.server.keys import OWNER
 from weaver.server.operations import Operations
 from weaver.server.outcomes import Outcomes
 from weaver.server.parts import Parts
-from weaver.server.recovery import OTHER_HOME, Recovery, release
+from weaver.server.preflight import LIVE, OTHER_HOME
+from weaver.server.recovery import Recovery, release
 from weaver.server.registry import Registry
 from weaver.server.restart import restore
 from weaver.server.sampling import Samplers
@@ -85,7 +86,7 @@ class LocalService:
     ) -> None:
         store, home, registry = store or Journal(), home.expanduser(), Registry()
         checkpoints, live, merged = (
-            Checkpoints(home, folder=folder, now=now) for folder in ("runs", "live", "merged")
+            Checkpoints(home, folder=folder, now=now) for folder in ("runs", LIVE, "merged")
         )
         kept = live if store.keeps == "everything" else None
         samplers = Samplers(engine, checkpoints, kept, max_loaded=loaded_samplers, now=now)
