@@ -36,6 +36,9 @@ class CreateModel(types.Value):
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seeds the adapter's initial values, where `lora_config.seed` is None."""
     user_metadata: fields.JsonDict = Field(default_factory=dict)
+    name: fields.ShortText | None = None
+    """Of the run, which gets a number behind it where the project has one of that name; None: that
+    in `user_metadata`, if there is one."""
 
 
 class ForwardBackward(types.Value):
@@ -325,6 +328,9 @@ class Service(Protocol):
     async def list_runs(self) -> Sequence[types.TrainingRun]: ...
 
     async def get_run(self, run_id: str) -> types.TrainingRun: ...
+
+    async def rename_run(self, run_id: str, name: str) -> types.TrainingRun:
+        """Gives a run another name, with a number where another run of its project has it."""
 
     async def stop_run(self, run_id: str) -> types.TrainingRun:
         """Cancels what waits for a run and takes it out of memory, if it can be brought back.

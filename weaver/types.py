@@ -20,9 +20,8 @@ from weaver.tensors import TensorData, as_token_ids
 from weaver.values import Value as Value
 
 __all__ = ["Datum", "EncodedTextChunk", "Message", "ModelInput"]
-__all__ += ["AdamParams", "LoraConfig", "SamplingParams"]
-__all__ += ["ForwardBackwardResult", "OptimStepResult"]
-__all__ += ["SampleDelta", "SampleResult", "SampledSequence", "TopLogprobs"]
+__all__ += ["AdamParams", "ForwardBackwardResult", "LoraConfig", "OptimStepResult"]
+__all__ += ["SampleDelta", "SampleResult", "SampledSequence", "SamplingParams", "TopLogprobs"]
 __all__ += ["CheckpointInfo", "MetricPoint", "ModelInfo", "TrainingRun"]
 
 TrainingMode = Literal["lora", "full_ft"]
@@ -33,7 +32,6 @@ CheckpointKind = Literal["weights", "weights_and_optimizer", "sampler"]
 
 
 # --- data ---------------------------------------------------------------------------------------
-
 
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(as_token_ids)]
 
@@ -379,6 +377,8 @@ class TrainingRun(Value):
     """One model in training."""
 
     run_id: str
+    name: str | None = None
+    """What people call it, as no other run of its project is called; None: nothing."""
     base_model: str
     training_mode: TrainingMode
     lora_config: LoraConfig | None

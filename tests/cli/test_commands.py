@@ -22,7 +22,7 @@ from tests.server.test_imports import adapter, written
 from weaver.cli import app
 from weaver.cli.output import find
 from weaver.client.http import HttpService
-from weaver.errors import NotFoundError, StorageError, WeaverError
+from weaver.errors import InvalidNameError, NotFoundError, StorageError, WeaverError
 from weaver.protocol import GradientsDone, StepDone
 from weaver.server.settings import ServerSettings
 from weaver.types import MetricPoint
@@ -101,6 +101,23 @@ def test_runs_stop_and_go(saved: tuple[str, str]) -> None:
     assert path in weaver("checkpoints", "list", "--run", short)
     with pytest.raises(NotFoundError, match="no runs match"):
         weaver("runs", "stop", short)
+
+
+def test_a_run_is_found_by_its_name(saved: tuple[str, str]) -> None:
+    run, path = saved
+    assert weaver("runs", "rename", run, "words") == f"{run} is called words now.\n"
+    assert f"{run}  words  " in weaver("runs", "list")
+    assert json.loads(weaver("runs", "show", "words", "-o", "json"))["run_id"] == run
+    assert (
+        json.loads(weaver("checkpoints", "list", "--run", "words", "-o", "json"))[0]["path"] == path
+    )
+    assert f"words ({run})" in weaver("runs", "watch", "words", "--once")
+    assert weaver("runs", "tail", "wor") == ""
+    assert weaver("runs", "rename", "words", "words") == f"words ({run}) is called words now.\n"
+    with pytest.raises(InvalidNameError, match="name: is 'run-0123456789ab'"):
+        weaver("runs", "rename", "words", "run-0123456789ab")
+    assert f"Stopped words ({run})" in weaver("runs", "stop", "words")
+    assert f"Deleted words ({run})" in weaver("runs", "delete", "words", "--yes")
 
 
 def test_a_run_goes_with_its_checkpoints_if_that_is_asked(saved: tuple[str, str]) -> None:
@@ -285,6 +302,13 @@ def test_ids_may_be_abbreviated_if_they_stay_unique() -> None:
     def pick_path(given: str) -> str:
         return find(given, paths, name=str, what="checkpoints", within=True)
 
+    aliases = {"run-ab12": "words", "run-ab34": "words-2", "run-cd56": "ab"}
+
+    def pick_alias(given: str) -> str:
+        return find(given, ids, name=str, alias=aliases.get, what="runs")
+
+    assert pick_alias("words") == "run-ab12" and pick_alias("words-") == "run-ab34"
+    assert pick_alias("ab") == "run-cd56" and pick_alias("ab3") == "run-ab34"
     assert pick_path("best") == pick_path("weights/best") == paths[0]
     assert pick_path("-2") == paths[1]
     with pytest.raises(NotFoundError, match=f"2 checkpoints match 'run-1': {paths[0]}, {paths[1]}"):

@@ -29,6 +29,7 @@ NOW = datetime.now(UTC)
 RUNS = [
     TrainingRun(
         run_id=f"run-0123456789a{n}",
+        name=f"reverse-{n}",
         base_model="Qwen/Qwen3-0.6B-Instruct-2507",
         training_mode="lora",
         lora_config=LoraConfig(rank=8),
@@ -74,9 +75,9 @@ GOLDEN: list[tuple[Sequence[Value], tuple[str, ...], str]] = [
         RUNS,
         RUN,
         """\
-run_id            status  step  base_model                     last_request_at
-run-0123456789a1  active  120   Qwen/Qwen3-0.6B-Instruct-2507  5 h ago
-run-0123456789a2  active  240   Qwen/Qwen3-0.6B-Instruct-2507  10 h ago
+run_id            name       status  step  base_model
+run-0123456789a1  reverse-1  active  120   Qwen/Qwen3-0.6B-Instruct-2507
+run-0123456789a2  reverse-2  active  240   Qwen/Qwen3-0.6B-Instruct-2507
 """,
     ),
     (
@@ -135,8 +136,8 @@ def test_wide_and_pipes_have_all(
     assert "lora_config" in wide and '"rank":8' in wide
     show(RUNS, Format.tsv, columns=RUN)
     header, *lines = capsys.readouterr().out.splitlines()
-    assert {len(line.split("\t")) for line in lines} == {len(header.split("\t"))} == {10}
-    assert lines[0].split("\t")[4] == RUNS[0].last_request_at.isoformat()
+    assert {len(line.split("\t")) for line in lines} == {len(header.split("\t"))} == {11}
+    assert lines[0].split("\t")[5] == RUNS[0].last_request_at.isoformat()
     show([], Format.tsv, columns=RUN, empty="No runs.")
     assert capsys.readouterr().out == "\t".join(RUN) + "\n"
     show(RUNS, Format.json, columns=RUN)

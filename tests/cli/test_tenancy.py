@@ -28,6 +28,7 @@ RUN = [
     ("runs", "show"),
     ("runs", "watch", "--once"),
     ("runs", "tail"),
+    ("runs", "rename"),
     ("runs", "stop"),
     ("runs", "delete", "--yes"),
     ("runs", "delete", "--yes", "--checkpoints"),
@@ -82,7 +83,7 @@ def alice(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alice]:
 def refusal(words: tuple[str, ...], given: str, folder: Path) -> tuple[str, str]:
     """The class and the text of the error, with `...` for the id."""
     arguments = [str(folder) if word == "FOLDER" else word for word in words]
-    last = ["60"] if words[1] == "ttl" else []
+    last = {"ttl": ["60"], "rename": ["words"]}.get(words[1], [])
     with pytest.raises(WeaverError) as raised:
         weaver(*arguments, given, *last, stdin="hello\n\n")
     return type(raised.value).__name__, str(raised.value).replace(given, "...")

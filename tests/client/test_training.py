@@ -13,6 +13,7 @@ from weaver import AdamParams, LoraConfig, types
 from weaver.errors import (
     CheckpointNotFoundError,
     GradientsDiscardedError,
+    InvalidNameError,
     InvalidParamsError,
     NameTakenError,
     OperationCancelledError,
@@ -45,6 +46,30 @@ async def test_pipelined_training_reduces_the_loss(tmp_path: Path) -> None:
             LoraConfig(rank=4),
             {"owner": "me"},
         )
+
+
+async def test_a_run_is_known_by_its_name(tmp_path: Path) -> None:
+    async with fake_client(tmp_path) as client:
+        trainer = await client.create_model("fake", name="words")
+        second = await client.create_model("fake", name="words")
+        assert (trainer.name, second.name) == ("words", "words-2")
+        assert repr(second) == f"<AsyncTrainingClient: words-2 ({second.model_id}) of fake>"
+        assert (await client.attach("words-2")).model_id == second.model_id
+        renamed = await client.rename_training_run("words-2", "letters")
+        assert (renamed.run_id, renamed.name) == (second.model_id, "letters")
+        assert (await client.get_training_run("letters")).run_id == second.model_id
+        state = await trainer.save_state("s")
+        again = await client.create_model(from_checkpoint=state, name="again")
+        assert (await again.get_info()).name == "again"
+        for name in ("", "a\nb", "x" * 129, "run-0123456789ab", "weaver://words"):
+            with pytest.raises(InvalidNameError) as caught:
+                client.create_model("fake", name=name)
+            assert caught.value.field == "name"
+            with pytest.raises(InvalidNameError):
+                await client.rename_training_run("words", name)
+        with pytest.raises(RunNotFoundError, match="words-2"):
+            await client.attach("words-2")
+        assert len(await client.list_training_runs()) == 3
 
 
 async def test_forward_keeps_no_gradient(tmp_path: Path) -> None:

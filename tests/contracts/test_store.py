@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -19,6 +19,8 @@ from weaver.server.records import Answer, SessionRecord, Settled
 from weaver.types import LoraConfig, MetricPoint, ModelInfo, OptimStepResult, TrainingRun
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weaver.protocol import Operation
     from weaver.server.journal import Journal
 
@@ -193,6 +195,40 @@ async def test_one_bad_write_does_not_fail_those_beside_it(store: Journal) -> No
             tasks.start_soon(append, submission_id)
     assert sorted(failed) == ["0", "4"]
     assert {entry.submission_id for entry in await store.entries()} == set("01235")
+
+
+async def test_two_processes_on_one_database_share_out_a_name(
+    store: Journal, database: sa.Engine
+) -> None:
+    """Each looks which names are free before either has written."""
+    other, barrier = journal.Journal(database), anyio.Event()
+    looked: list[Journal] = []
+
+    async def put(one: Journal, run_id: str) -> None:
+        read = one.writer.read
+
+        async def read_and_wait(query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+            rows = await read(query)
+            looked.append(one)
+            if len(looked) == 2:
+                barrier.set()
+            await barrier.wait()
+            return rows
+
+        one.writer.read = read_and_wait  # type: ignore[method-assign]
+        named = run(run_id).model_copy(update={"name": "words"})
+        given.append(await one.put_run(named, model=MODEL, seed=0))
+
+    given: list[str | None] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(put, store, "r")
+        group.start_soon(put, other, "s")
+    assert sorted(map(str, given)) == ["words", "words-2"] and len(looked) == 3
+    assert {record.run.name for record in await store.runs()} == set(given)
+    mine = await store.put_run(
+        run("t").model_copy(update={"project": "b", "name": "words"}), model=MODEL, seed=0
+    )
+    assert mine == "words"  # of another project
 
 
 async def test_connections_that_the_database_has_ended_are_made_anew(

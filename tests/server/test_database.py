@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import gc
 import sqlite3
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 import sqlalchemy as sa
 
 from weaver.errors import ConflictError
 from weaver.server import database as module
 from weaver.server.database import SERVING, Writer, in_memory, open_database, transaction
-from weaver.server.tables import names, owners, schema
+from weaver.server.journal import Journal
+from weaver.server.tables import names, owners, runs, schema
+from weaver.types import ModelInfo, TrainingRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
     from tests.postgres import Postgres
 
+MODEL = ModelInfo(name="fake", architecture="x", vocab_size=9, context_length=9, num_parameters=9)
 HOLDERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' "
     f"AND objid = {SERVING}"
@@ -60,27 +65,58 @@ def lose_connection(writer: Writer) -> None:
         assert connection.exec_driver_sql(HOLDERS).all()
 
 
-@pytest.mark.parametrize("version", [5, 6])
+GIVEN: list[Any] = ["words", "words", "words", "a\nb", None, 7, "run-0123456789ab"]
+NAMED = ["words", "words", "words-2", "a b", None, None, None]
+"""The first is of another project."""
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("on", ["sqlite", "postgresql"])
 def test_tables_of_earlier_versions_are_brought_up_to_date(
     on: str, version: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    """Runs are called what their metadata named them."""
     url = request.getfixturevalue("url") if on == "postgresql" else None
     database = open_database(tmp_path, url)
-    write(Writer(database), "run-1")
+    for i, name in enumerate(GIVEN):
+        anyio.run(put_run, Journal(database), i, name)
     with database.begin() as connection:
-        names.drop(connection)
+        for index in runs.indexes:
+            index.drop(connection)
+        for column in ("project", "name"):
+            connection.exec_driver_sql(f"ALTER TABLE runs DROP COLUMN {column}")
+        connection.execute(runs.update().where(runs.c.run_id == "run-6").values(description=b"?"))
+        if version < 7:
+            names.drop(connection)
         if version == 5:
-            connection.execute(owners.update().values(run_id="run/run-1"))
+            connection.exec_driver_sql("UPDATE owners SET run_id = 'run/' || run_id")
             connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN run_id TO resource")
         connection.execute(schema.update().values(version=version))
     database.dispose()
     for _ in range(2):
         database = open_database(tmp_path, url)
-        assert written(Writer(database)) == {"run-1"}
         with database.begin() as connection:
             assert not connection.execute(names.select()).all()
+            assert [*connection.scalars(sa.select(runs.c.name).order_by(runs.c.position))] == NAMED
         database.dispose()
+
+
+async def put_run(journal: Journal, number: int, name: object) -> None:
+    """As earlier versions did, whose runs had no names but in their metadata."""
+    now = datetime.now(UTC)
+    run = TrainingRun(
+        run_id=f"run-{number}",
+        base_model="fake",
+        training_mode="lora",
+        lora_config=None,
+        step=0,
+        status="idle",
+        created_at=now,
+        last_request_at=now,
+        user_metadata={} if name is None else {"name": name},
+        project="alice" if number else "bob",
+    )
+    await journal.put_run(run, model=MODEL, seed=0)
 
 
 def test_a_second_server_is_refused_until_the_first_has_ended(

@@ -692,7 +692,7 @@ def test_tables_of_another_version_are_refused(home: Path, version: int) -> None
     with database.begin() as connection:
         connection.execute(tables.schema.update().values(version=version))
     database.dispose()
-    with pytest.raises(ConfigError, match=f"version {version}, .* knows 7.*begin anew"):
+    with pytest.raises(ConfigError, match=f"version {version}, .* knows 8.*begin anew"):
         open_database(home)
 
 

@@ -24,7 +24,7 @@ COLUMNS = ("path", "step", "size_bytes", "created_at", "expires_at", "base_model
 @app.command("list")
 def list_checkpoints(
     run: Annotated[
-        str | None, typer.Option(help="Only those of this run; its id, or its beginning.")
+        str | None, typer.Option(help="Only those of this run; its name, its id, or its beginning.")
     ] = None,
     output: Output = Format.table,
     wide: Wide = False,
@@ -174,7 +174,7 @@ async def find_checkpoint(service: Service, given: str) -> CheckpointInfo:
 
 
 async def find_owner(service: Service, given: str) -> str:
-    """The id of a run, of one that is gone or of an import, which may be abbreviated."""
-    known = await service.list_checkpoints()
-    owners = {r.run_id for r in await service.list_runs()} | {c.run_id for c in known}
-    return find(given, sorted(owners), name=str, what="runs")
+    """The id of a run, by its name too, of one that is gone or of an import; may be abbreviated."""
+    names = {run.run_id: run.name for run in await service.list_runs()}
+    owners = names.keys() | {one.run_id for one in await service.list_checkpoints()}
+    return find(given, sorted(owners), name=str, alias=names.get, what="runs")

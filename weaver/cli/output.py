@@ -148,23 +148,29 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def find(
-    given: str, items: Sequence[T], *, name: Callable[[T], str], what: str, within: bool = False
+    given: str,
+    items: Sequence[T],
+    *,
+    name: Callable[[T], str],
+    what: str,
+    within: bool = False,
+    alias: Callable[[T], str | None] = lambda item: None,
 ) -> T:
     """The item that is called `given`, or the only one whose name begins so.
 
     A name may be given without what is before its first `-`, or without its folders. `within`: also
-    by any other part of it.
+    by any other part of it. `alias`: another name, which counts as much.
 
     Raises:
         NotFoundError: none, or more than one; names them.
     """
 
-    def ways(full: str) -> tuple[bool, bool, bool]:
-        exact = given == full or full.endswith(f"/{given}")
-        begins = full.startswith(given) or full.partition("-")[2].startswith(given)
-        return exact, begins, within and given in full
+    def ways(full: str, also: str) -> tuple[bool, bool, bool]:
+        exact = given in (full, also) or full.endswith(f"/{given}")
+        begun = (full, full.partition("-")[2], also)
+        return exact, any(one.startswith(given) for one in begun), within and given in full
 
-    fitting = [(item, ways(name(item))) for item in items if given]
+    fitting = [(item, ways(name(item), alias(item) or "")) for item in items if given]
     sieved = ([item for item, fits in fitting if fits[way]] for way in range(3))
     found = next(filter(None, sieved), [])
     if len(found) != 1:

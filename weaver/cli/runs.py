@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from weaver.types import MetricPoint, TrainingRun
 
 runs = typer.Typer(help="Models in training.", no_args_is_help=True)
-RUN = ("run_id", "status", "step", "base_model", "last_request_at", "training_mode", "project")
+RUN = (
+    "run_id",
+    "name",
+    "status",
+    "step",
+    "base_model",
+    "last_request_at",
+    "training_mode",
+    "project",
+)
 TELLING = ("reward/mean", "train/loss", "eval/mean", "loss")
 """What is drawn unless metrics are named, those that are there."""
 SESSION = ("session_id", "project", "pending", "unnamed_samplers")
-RunId = Annotated[str, typer.Argument(help="The id, or its beginning, with or without `run-`.")]
+RunId = Annotated[str, typer.Argument(help="The name or id, or its beginning, without `run-` too.")]
 
 
 def sessions(output: Output = Format.table, wide: Wide = False) -> None:
@@ -140,13 +149,28 @@ def _curves(
     for point in points:
         by_name.setdefault(point.name, []).append(point.value)
     names = wanted or [name for name in TELLING if name in by_name] or list(by_name)[:2]
-    lines = [f"{run.run_id}  {run.base_model}  {run.status}, step {run.step}"]
+    lines = [f"{called(run)}  {run.base_model}  {run.status}, step {run.step}"]
     for name in names:
         values = [value for value in by_name.get(name, []) if math.isfinite(value)]
         lines += ["", f"{name}: {number_text(values[-1])}" if values else f"{name}: nothing yet"]
         if len(values) > 1:
             lines += draw_curve(values, width=min(max(width - 12, 8), 100), height=6)
     return lines if by_name or wanted else [*lines, "", "No metrics yet."]
+
+
+@runs.command()
+def rename(run_id: RunId, name: Annotated[str, typer.Argument(help="The new one.")]) -> None:
+    """Give a run another name; one that another run has gets a number."""
+    from weaver.names import check_run_name
+
+    check_run_name(name)
+
+    async def change(service: Service) -> tuple[TrainingRun, TrainingRun]:
+        run = await find_run(service, run_id)
+        return run, await service.rename_run(run.run_id, name)
+
+    before, now = ask(change)
+    print(f"{called(before)} is called {now.name} now.")
 
 
 @runs.command()
@@ -157,7 +181,7 @@ def stop(run_id: RunId) -> None:
         return await service.stop_run((await find_run(service, run_id)).run_id)
 
     stopped = ask(end)
-    print(f"Stopped {stopped.run_id} at step {stopped.step}.")
+    print(f"Stopped {called(stopped)} at step {stopped.step}.")
 
 
 @runs.command("delete")
@@ -170,12 +194,18 @@ def delete_run(
 ) -> None:
     """Forget a run and its metrics for good. Its checkpoints stay, unless asked otherwise."""
     run = ask(lambda service: find_run(service, run_id))
-    what = f"{run.run_id}{' and its checkpoints' if checkpoints else ''}"
+    what = f"{called(run)}{' and its checkpoints' if checkpoints else ''}"
     confirm(f"Delete {what}?", yes)
     ask(lambda service: service.delete_run(run.run_id, checkpoints=checkpoints))
     print(f"Deleted {what}.")
 
 
 async def find_run(service: Service, run_id: str) -> TrainingRun:
-    """The run with this id, which may be abbreviated."""
-    return find(run_id, await service.list_runs(), name=lambda run: run.run_id, what="runs")
+    """The run with this id or name, which may be abbreviated."""
+    known = await service.list_runs()
+    return find(run_id, known, name=lambda run: run.run_id, alias=lambda run: run.name, what="runs")
+
+
+def called(run: TrainingRun) -> str:
+    """By its name, if it has one, and its id."""
+    return f"{run.name} ({run.run_id})" if run.name else run.run_id

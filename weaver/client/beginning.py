@@ -1,4 +1,7 @@
-"""Runs that begin from a checkpoint, in which stands what kind of run it is. For `create_model`."""
+"""Runs that begin from a checkpoint, in which stands what kind of run it is; and those that exist.
+
+For `create_model` and `attach`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ def begin_from(
     include_optimizer: bool,
     head: types.Head | None,
     user_metadata: types.JsonDict,
+    name: str | None,
 ) -> OperationHandle[AsyncTrainingClient]:
     """A new run like the checkpoint's, with its weights; one that cannot load them is deleted."""
     parts: list[OperationHandle[Any]] = []
@@ -45,6 +49,7 @@ def begin_from(
             training_mode=info.training_mode,
             lora_config=info.lora_config,
             user_metadata=user_metadata,
+            name=name,
         )
         created = session.submit(create, Answer(protocol.ModelCreated, lambda made: made))
         parts.append(created)
@@ -61,3 +66,25 @@ def begin_from(
         return AsyncTrainingClient(session, made.run, made.model)
 
     return session.compose(f"create_model from {path}", parts, finish)
+
+
+async def find_run(service: protocol.Service, called: str) -> types.TrainingRun:
+    """The run of this id, or of this name.
+
+    Raises:
+        RunNotFoundError: there is none, or several projects have one of that name.
+    """
+    try:
+        return await service.get_run(called)
+    except errors.RunNotFoundError:
+        found = [run for run in await service.list_runs() if run.name == called]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            ids = ", ".join(run.run_id for run in found)
+            raise errors.RunNotFoundError(
+                f"{called!r} is the name of {len(found)} runs: {ids}.",
+                field="run_id",
+                hint="Give the id of one.",
+            ) from None
+        raise

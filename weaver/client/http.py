@@ -185,6 +185,9 @@ class HttpService:
     async def get_run(self, run_id: str) -> types.TrainingRun:
         return self._read(await self._call("GET", "runs", run_id), RUN)
 
+    async def rename_run(self, run_id: str, name: str) -> types.TrainingRun:
+        return self._read(await self._call("PATCH", "runs", run_id, body={"name": name}), RUN)
+
     async def stop_run(self, run_id: str) -> types.TrainingRun:
         return self._read(await self._call("POST", "runs", run_id, "stop"), RUN)
 

@@ -15,7 +15,7 @@ from typing import Self
 
 from weaver import errors, protocol, types
 from weaver.checks import CheckpointPath, as_path, as_value, check_ttl
-from weaver.client.beginning import begin_from
+from weaver.client.beginning import begin_from, find_run
 from weaver.client.exports import export_to
 from weaver.client.handle import OperationHandle
 from weaver.client.imports import import_from
@@ -27,6 +27,7 @@ from weaver.client.training import AsyncTrainingClient
 from weaver.config import load_settings
 from weaver.exchange import Selection
 from weaver.keywords import suggesting
+from weaver.names import check_run_name
 
 
 @suggesting
@@ -115,6 +116,7 @@ class AsyncServiceClient:
         training_mode: types.TrainingMode = "lora",
         head: types.Head | None = None,
         seed: int = 0,
+        name: str | None = None,
         user_metadata: types.JsonDict | None = None,
         from_checkpoint: CheckpointPath | None = None,
         include_optimizer: bool = False,
@@ -129,18 +131,20 @@ class AsyncServiceClient:
             lora_config: rank, alpha, seed, and train_attn, train_mlp, train_unembed.
             head: "scalar" makes a reward model, whose output is one number a sequence; LoRA alone.
             seed: of the adapter's initial values, where `lora_config` has none.
+            name: for people; `words-2` where the project has a run called `words`.
             user_metadata: kept with the run, for `list_training_runs`.
             from_checkpoint: a weaver:// path, a `CheckpointInfo`, or a folder that `save_state`
                 wrote; `import_checkpoint` takes adapters and models from elsewhere.
             include_optimizer: go on with the checkpoint's optimizer, too.
 
         Raises:
-            InvalidRequestError, InvalidParamsError: at the call.
+            InvalidRequestError, InvalidParamsError, InvalidNameError: at the call.
             UnknownModelError, UnsupportedError, CheckpointNotFoundError: from the handle; there is
                 no run then.
             CheckpointCorruptError, CheckpointMismatchError: the same.
         """
         session = self._session
+        check_run_name(name)
         if base_model is not None:
             _check_model_name(base_model)
         if from_checkpoint is not None:
@@ -155,6 +159,7 @@ class AsyncServiceClient:
                 include_optimizer=include_optimizer,
                 head=head,
                 user_metadata=user_metadata or {},
+                name=name,
             )
         if base_model is None or include_optimizer:
             raise errors.InvalidRequestError(
@@ -184,6 +189,7 @@ class AsyncServiceClient:
             lora_config=lora,
             seed=seed,
             user_metadata=user_metadata or {},
+            name=name,
         )
         reply = Answer(
             protocol.ModelCreated, lambda made: AsyncTrainingClient(session, made.run, made.model)
@@ -207,13 +213,13 @@ class AsyncServiceClient:
         )
 
     async def attach(self, model_id: str) -> AsyncTrainingClient:
-        """Another client of a run; within one service client they share the run's order.
+        """Another client of a run, by id or name; within one service client they share its order.
 
         Raises:
             RunNotFoundError: the service has no such run.
         """
         session = self._session
-        run = await session.service.get_run(model_id)
+        run = await find_run(session.service, model_id)
         model = await session.service.get_model(run.base_model)
         return AsyncTrainingClient(session, run, model)
 
@@ -276,8 +282,13 @@ class AsyncServiceClient:
         return list(await self._session.service.list_runs())
 
     async def get_training_run(self, model_id: str) -> types.TrainingRun:
-        """Raises RunNotFoundError."""
-        return await self._session.service.get_run(model_id)
+        """By its id or name; raises RunNotFoundError."""
+        return await find_run(self._session.service, model_id)
+
+    async def rename_training_run(self, model_id: str, name: str) -> types.TrainingRun:
+        """Gives a run another name, as `create_model` does; raises InvalidNameError, too."""
+        service, name = self._session.service, check_run_name(name)
+        return await service.rename_run((await find_run(service, model_id)).run_id, name)
 
     async def list_checkpoints(self, model_id: str | None = None) -> list[types.CheckpointInfo]:
         """All checkpoints, or those of one run, oldest first."""

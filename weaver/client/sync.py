@@ -143,6 +143,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     def __init__(self, inner: AsyncTrainingClient, portal: Portal) -> None:
         super().__init__(inner, portal)
         self.model_id = inner.model_id
+        self.name = inner.name
         self.base_model = inner.base_model
         self.model_info = inner.model_info
         self.deterministic = inner.deterministic
@@ -308,6 +309,7 @@ class ServiceClient(Twin[AsyncServiceClient]):
     list_supported_models = blocking(AsyncServiceClient.list_supported_models)
     list_training_runs = blocking(AsyncServiceClient.list_training_runs)
     get_training_run = blocking(AsyncServiceClient.get_training_run)
+    rename_training_run = blocking(AsyncServiceClient.rename_training_run)
     list_checkpoints = blocking(AsyncServiceClient.list_checkpoints)
     delete_checkpoint = blocking(AsyncServiceClient.delete_checkpoint)
     set_checkpoint_ttl = blocking(AsyncServiceClient.set_checkpoint_ttl)

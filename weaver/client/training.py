@@ -41,6 +41,8 @@ class AsyncTrainingClient:
     def __init__(self, session: Session, run: types.TrainingRun, model: types.ModelInfo) -> None:
         self._session = session
         self.model_id = run.run_id
+        self.name = run.name
+        """The run's when this client was made; `get_info` tells that of now."""
         self.model_info = model
         self.base_model = model.name
         self.head = run.lora_config.head if run.lora_config else None
@@ -49,7 +51,8 @@ class AsyncTrainingClient:
         """No number depends on what else the service computes, or on when."""
 
     def __repr__(self) -> str:
-        return f"<AsyncTrainingClient: {self.model_id} of {self.base_model}>"
+        called = f"{self.name} ({self.model_id})" if self.name else self.model_id
+        return f"<AsyncTrainingClient: {called} of {self.base_model}>"
 
     async def get_tokenizer(self) -> PreTrainedTokenizer:
         """The model's tokenizer, a transformers one; loaded once per client."""

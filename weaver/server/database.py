@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from anyio import CancelScope, to_thread
 
 from weaver import errors
+from weaver.server.naming import name_runs
 from weaver.server.tables import metadata, schema
 from weaver.wire import LARGE_BYTES
 
@@ -36,7 +37,7 @@ Statements = list[tuple[sa.Executable, Rows]]
 ONCE: Rows = [{}]
 """The rows of a statement that has no parameters."""
 NOT_WRITTEN = errors.StorageError("the database was not written, through a defect.")
-VERSION = 7
+VERSION = 8
 """That of the tables; any change of them makes it one more."""
 LOCK = 0x57454156
 """PostgreSQL's advisory lock under which tables are made."""
@@ -255,7 +256,7 @@ def transaction(
 def open_database(home: Path, url: str | None = None, *, file: str = "server.db") -> sa.Engine:
     """Connects, and makes the tables where there are none. The SQLite file is its owner's alone.
 
-    Those of the two versions before are brought up to date.
+    Those of the three versions before are brought up to date.
 
     Raises:
         ConfigError: it cannot be reached, or another version of this program has made its tables.
@@ -326,11 +327,12 @@ def _make_tables(connection: sa.Connection) -> int:
     if version is None:
         metadata.create_all(connection)
         connection.execute(schema.insert().values(version=VERSION))
-    elif version in (5, 6):
+    elif version in (5, 6, 7):
         if version == 5:  # whose owners were kinds of things, of which runs had remained
             connection.exec_driver_sql("ALTER TABLE owners RENAME COLUMN resource TO run_id")
             connection.exec_driver_sql("UPDATE owners SET run_id = substr(run_id, 5)")  # of run/
         metadata.create_all(connection)
+        name_runs(connection)
         connection.execute(schema.update().values(version=VERSION))
         return VERSION
     return version or VERSION

@@ -266,12 +266,15 @@ class Executor:
 
     async def _keep(self, created: protocol.ModelCreated) -> protocol.ModelCreated | WeaverError:
         """Writes down a new run; one that cannot be written down is none."""
-        run = self._operations.registry.runs[created.run.run_id]
-        put = partial(self._recovery.store.put_run, created.run, model=created.model, seed=run.seed)
+        run, store = self._operations.registry.runs[created.run.run_id], self._recovery.store
+
+        async def put() -> None:
+            run.name = await store.put_run(created.run, model=created.model, seed=run.seed)
+
         hold = partial(self._recovery.hold, run)
         failure = await attempt_async(hold) or await self._outcomes.patiently(put)
         if failure is None:
-            return created
+            return created.model_copy(update={"run": run.describe()})
         del self._operations.registry.runs[run.run_id]
         await self._recovery.unload(run)
         return failure

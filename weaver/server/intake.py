@@ -18,7 +18,7 @@ from weaver.boundary import attempt, attempt_async
 from weaver.checks import check_datums
 from weaver.errors import WeaverError
 from weaver.heads import lengths_together
-from weaver.names import check_name
+from weaver.names import check_name, check_run_name
 from weaver.server.checkpoints import SCHEME, Location
 from weaver.server.records import fingerprint
 from weaver.server.registry import Access, no_run
@@ -277,6 +277,8 @@ def _check(submission: protocol.Submission, run: Run | None) -> None:
                 model=run.model,
                 head=run.head,
             )
+        case protocol.CreateModel(name=str(name)):
+            check_run_name(name)
         case protocol.SaveCheckpoint(name=str(name)):
             check_name(name)
         case protocol.LoadCheckpoint(path=path) if path.startswith(SCHEME):

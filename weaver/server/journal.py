@@ -9,19 +9,21 @@ import logging
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 from anyio import to_thread
 
 from weaver import wire
-from weaver.errors import StorageError, WeaverError
+from weaver.errors import ConflictError, StorageError, WeaverError
+from weaver.names import check_run_name, numbered
 from weaver.protocol import ForwardBackward, LoadCheckpoint, OptimStep
 from weaver.server import records, tables
 from weaver.server.database import ONCE, Writer, in_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weaver.protocol import Operation, Submission
     from weaver.server.database import Rows, Statements
@@ -192,22 +194,53 @@ class Journal:
 
     # --- runs -----------------------------------------------------------------------------------
 
-    async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> None:
-        """Writes down a run at its beginning."""
-        await self.writer.change(
-            *(
-                table.delete().where(table.c.run_id == run.run_id)
-                for table in (tables.runs, tables.owners)
-            ),
-            tables.runs.insert().values(
-                run_id=run.run_id,
-                description=wire.encode(run),
-                model=wire.encode(model),
-                seed=seed,
-                snapshot=0,
-            ),
-            tables.owners.insert().values(run_id=run.run_id, project=run.project),
+    async def put_run(self, run: TrainingRun, *, model: ModelInfo, seed: int) -> str | None:
+        """Writes down a run at its beginning; answers the name that it has in its project."""
+        id, project = run.run_id, run.project
+        mine = [one.delete().where(one.c.run_id == id) for one in (tables.runs, tables.owners)]
+        row = tables.runs.insert().values(
+            run_id=id,
+            description=wire.encode(run),
+            model=wire.encode(model),
+            seed=seed,
+            snapshot=0,
+            project=project,
         )
+        owner = tables.owners.insert().values(run_id=id, project=project)
+        return await self._named(run, run.name, lambda name: [*mine, row.values(name=name), owner])
+
+    async def rename_run(self, run: TrainingRun, name: str) -> str | None:
+        """Answers the name that it has from now on.
+
+        Raises:
+            InvalidNameError
+        """
+        row = tables.runs.update().where(tables.runs.c.run_id == run.run_id)
+        return await self._named(run, check_run_name(name), lambda name: [row.values(name=name)])
+
+    async def _named(
+        self, run: TrainingRun, name: str | None, make: Callable[[str | None], list[sa.Executable]]
+    ) -> str | None:
+        """Writes a run under a name that no other one of its project has, and answers it.
+
+        Two that ask for one name at the same time are told apart by the database, in which it is
+        unique, so that one of them looks again.
+        """
+        known, found = tables.runs.c, None
+        others = sa.and_(known.project == run.project, known.run_id != run.run_id)
+        while True:
+            if name is not None:
+                alike = known.name.startswith(name[: -len("-9999")] or name, autoescape=True)
+                query = sa.select(known.name).where(others, alike)
+                taken = {row.name for row in await self.writer.read(query)}
+                free = (one for n in count(1) if (one := numbered(name, n)) not in taken)
+                before, found = found, next(free)
+            try:
+                await self.writer.change(*make(found))
+                return found
+            except ConflictError:
+                if found == before:
+                    raise
 
     async def delete_run(self, run_id: str) -> None:
         """Forgets a run, its metrics and what it has carried out; not outcomes still to be told."""
@@ -312,10 +345,10 @@ class Journal:
         rows = await self.writer.read(part)
         return await to_thread.run_sync(lambda: [records.point_of(row) for row in rows])
 
-    async def last_metrics(self, run_id: str, count: int) -> Sequence[MetricPoint]:
-        """The `count` that were added last, in that order."""
+    async def last_metrics(self, run_id: str, most: int) -> Sequence[MetricPoint]:
+        """The `most` that were added last, in that order."""
         total = sum((await self.metric_counts(run_id)).values())
-        return await self.metrics(run_id, offset=max(0, total - count), limit=count)
+        return await self.metrics(run_id, offset=max(0, total - most), limit=most)
 
     # --- requests -------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from weaver import errors, protocol
 from weaver.boundary import attempt_async, blocking
 from weaver.checks import check_loss
 from weaver.engine.base import GradientJob
+from weaver.names import run_name_of
 from weaver.server.card import write_card
 from weaver.server.checkpoints import Location
 from weaver.server.runs import Run
@@ -114,6 +115,7 @@ class Operations:
             last_request_at=now,
             user_metadata=operation.user_metadata,
             project=project,
+            name=operation.name or run_name_of(operation.user_metadata.get("name")),
             seed=operation.seed if lora is None or lora.seed is None else lora.seed,
         )
         await self.engine.create_run(

@@ -84,8 +84,9 @@ class RunRecord:
 
     @classmethod
     def of(cls, row: sa.Row[Any]) -> Self:
+        run = _decode(row.description, RUN, row.run_id)
         return cls(
-            run=_decode(row.description, RUN, row.run_id),
+            run=run.model_copy(update={"name": row.name}),
             model=_decode(row.model, MODEL, row.run_id),
             seed=row.seed,
             snapshot=row.snapshot,

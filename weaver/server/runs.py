@@ -29,6 +29,7 @@ class Run:
     last_request_at: datetime
     user_metadata: types.JsonDict
     project: str
+    name: str | None = None
     step: int = 0
     """Optimizer steps taken; written by the operation that runs, read by anyone."""
     loaded: bool = True
@@ -76,6 +77,7 @@ class Run:
             last_request_at=run.last_request_at,
             user_metadata=run.user_metadata,
             project=run.project,
+            name=run.name,
             step=run.step,
             loaded=False,
             seed=record.seed,
@@ -97,6 +99,7 @@ class Run:
         """As clients see it; `sampled` says that its weights sample now."""
         return types.TrainingRun(
             run_id=self.run_id,
+            name=self.name,
             base_model=self.model.name,
             training_mode=self.training_mode,
             lora_config=self.lora_config,

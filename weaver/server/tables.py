@@ -42,8 +42,12 @@ runs = sa.Table(
     sa.Column("model", sa.LargeBinary, nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
     sa.Column("snapshot", sa.BigInteger, nullable=False),
+    sa.Column("project", sa.String(64)),
+    sa.Column("name", sa.String(128)),
+    sa.Index("runs_by_name", "project", "name", unique=True),
 )
-"""`snapshot` is the number of the last operation that the run's snapshot holds."""
+"""`snapshot` is the number of the last operation that the run's snapshot holds; `name` counts, not
+that in the description."""
 
 sessions = sa.Table(
     "sessions",

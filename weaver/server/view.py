@@ -202,6 +202,11 @@ class View:
         run = await self._run(run_id)
         return run.describe(sampled=run_id in self.parts.executor.sampled_runs())
 
+    async def rename_run(self, run_id: str, name: str) -> types.TrainingRun:
+        run = await self._run(run_id)
+        run.name = await self.parts.store.rename_run(run.describe(), name)
+        return await self.get_run(run_id)
+
     async def stop_run(self, run_id: str) -> types.TrainingRun:
         run = await self._run(run_id)
         await self.parts.executor.stop_run(run)

@@ -257,7 +257,7 @@ async def test_a_name_is_a_base_model_a_run_or_a_checkpoint(
     server: Server, http: httpx.AsyncClient
 ) -> None:
     caller = CallerSession(server.service, server.gateway)
-    created = await caller.carry_out(CreateModel(base_model="fake"), Note())
+    created = await caller.carry_out(CreateModel(base_model="fake", name="words"), Note())
     assert isinstance(created, ModelCreated)
     run_id = created.run.run_id
     none = await ask(http, "completions", model=run_id, prompt="a", status=404)
@@ -267,16 +267,19 @@ async def test_a_name_is_a_base_model_a_run_or_a_checkpoint(
         await caller.wait(await caller.submit(operation, Note(), run_id=run_id), 5)
     path = f"weaver://{run_id}/sampler/b"
     listed = (await http.get("/v1/models")).json()
-    assert {"fake", run_id, path} <= {model["id"] for model in listed["data"]}
+    assert {"fake", run_id, "words", path} <= {model["id"] for model in listed["data"]}
     assert listed["object"] == "list"
     shown = (await http.get(f"/v1/models/{path}")).json()
     assert (shown["id"], shown["root"]) == (path, "fake")
     assert (await http.get("/v1/models/none")).json()["error"]["code"] == "unknown_model"
     given = {"prompt": "ab", "max_tokens": 4, "seed": 1}
-    by_run, by_path = [
-        (await ask(http, "completions", model=name, **given))["choices"] for name in (run_id, path)
+    by_run, by_name, by_path = [
+        (await ask(http, "completions", model=name, **given))["choices"]
+        for name in (run_id, "words", path)
     ]
-    assert by_run == by_path
+    assert by_run == by_name == by_path
+    await server.service.rename_run(run_id, "fake")  # which stays the base model
+    assert "root" not in (await http.get("/v1/models/fake")).json()
 
 
 async def test_tokens_of_texts_and_chats(http: httpx.AsyncClient) -> None:

@@ -35,6 +35,10 @@ class SessionRequest(types.Value):
     user_metadata: types.JsonDict = Field(default_factory=dict)
 
 
+class RunRequest(types.Value):
+    name: fields.ShortText
+
+
 class CancelRequest(types.Value):
     submission_ids: tuple[fields.ShortText, ...] = Field(max_length=10_000, fail_fast=True)
 
@@ -238,6 +242,11 @@ async def list_runs(service: ServiceDep) -> Sequence[types.TrainingRun]:
 @router.get("/runs/{run_id}")
 async def get_run(run_id: str, service: ServiceDep) -> types.TrainingRun:
     return await service.get_run(run_id)
+
+
+@router.patch("/runs/{run_id}")
+async def rename_run(run_id: str, body: RunRequest, service: ServiceDep) -> types.TrainingRun:
+    return await service.rename_run(run_id, body.name)
 
 
 @router.post("/runs/{run_id}/stop")

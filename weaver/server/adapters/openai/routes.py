@@ -1,6 +1,7 @@
 """The routes of OpenAI's protocol: models, completions, chats, and tokens of a text.
 
-A model's name is a base model, the path of a checkpoint, or a run, which is its newest checkpoint.
+A model's name is a base model, the path of a checkpoint, or a run's id or name, which is its newest
+checkpoint.
 A sample whose client goes away is cancelled.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -48,10 +50,10 @@ async def list_models(service: ServiceDep) -> JsonDict:
     found = [model_json(model.name, created=0) for model in await service.list_models()]
     checkpoints = await service.list_checkpoints()
     saved = {info.run_id for info in checkpoints}
-    for run in await service.list_runs():
+    for name, run in (await _runs(service)).items():
         if run.run_id in saved:
             created = int(run.created_at.timestamp())
-            found.append(model_json(run.run_id, created=created, root=run.base_model))
+            found.append(model_json(name, created=created, root=run.base_model))
     for info in checkpoints:
         if info.kind == "sampler":
             created = int(info.created_at.timestamp())
@@ -65,6 +67,15 @@ async def get_model(name: str, service: ServiceDep) -> JsonDict:
     return model_json(name, created=0, root=None if base_model == name else base_model)
 
 
+async def _runs(service: View) -> dict[str, types.TrainingRun]:
+    """The runs by their ids, and by names that are one run's alone and no base model's."""
+    runs = await service.list_runs()
+    others = Counter(run.name for run in runs)
+    others.update(model.name for model in await service.list_models())
+    names = {run.name: run for run in runs if run.name and others[run.name] == 1}
+    return {run.run_id: run for run in runs} | names
+
+
 async def _weights(service: View, name: str) -> tuple[str, str]:
     """The sampler that a name stands for, which is loaded at its first sample; its base model.
 
@@ -74,9 +85,8 @@ async def _weights(service: View, name: str) -> tuple[str, str]:
     if name.startswith(SCHEME):
         info = await service.get_checkpoint(name)
         return info.path, info.base_model
-    runs = {run.run_id for run in await service.list_runs()}
-    if name in runs:
-        checkpoints = await service.list_checkpoints(name)
+    if run := (await _runs(service)).get(name):
+        checkpoints = await service.list_checkpoints(run.run_id)
         if not checkpoints:
             raise errors.CheckpointNotFoundError(
                 f"the run {name} has no checkpoint.",

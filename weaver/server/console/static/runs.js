@@ -7,7 +7,7 @@ const FIRST = ["reward", "reward/mean", "eval/mean", "loss", "accuracy", "grad_n
 const SHOWN = 6;
 const LISTED = 8;
 
-const nameOf = (run) => (typeof run.user_metadata.name === "string" ? run.user_metadata.name : "");
+const nameOf = (run) => run.name ?? "";
 const stateOf = (run) => h("span", { class: `state ${run.status}` }, run.status);
 
 export async function runsPage(main, { live }) {

@@ -73,7 +73,7 @@ function operation(path, given) {
 }
 
 function choices(models, runs, checkpoints) {
-  const names = new Map(runs.map((run) => [run.run_id, run.user_metadata.name]));
+  const names = new Map(runs.map((run) => [run.run_id, run.name]));
   const byRun = new Map();
   for (const one of checkpoints) byRun.set(one.run_id, [...(byRun.get(one.run_id) ?? []), one]);
   const groups = [...byRun].map(([id, saved]) => [
