@@ -13,7 +13,7 @@ from weaver.cli.output import Format, Output, show_one
 from weaver.config import load_settings
 
 if TYPE_CHECKING:
-    from weaver.engine.cluster.status import GroupStatus, SamplerStatus
+    from weaver.engine.status import GroupStatus, PoolStatus, SamplerStatus
 
 app = typer.Typer(help="Samplers and trainers beyond one process.", no_args_is_help=True)
 
@@ -58,9 +58,12 @@ def status(
     if output is not Format.table:
         show_one(found, output)
         return
-    print(f"{found.ray}; server {found.pid} on {found.host}")
+    age_s = max(0.0, time.time() - found.at)
+    print(f"{found.ray}; server {found.pid} on {found.host}, as it was {age_s:.0f} s ago")
     for group in found.groups:
         _show(group)
+    for pool in found.pools:
+        _show_pool(pool)
     for sampler in found.samplers:
         _show_sampler(sampler)
 
@@ -80,12 +83,20 @@ def _show(group: GroupStatus) -> None:
         print(f"  rank {number:<3} {rank.host} process {rank.pid} on {rank.device}, {memory}")
 
 
+def _show_pool(pool: PoolStatus) -> None:
+    print(
+        f"samplers of {pool.model}: {pool.workers} run, {pool.free_rows} of {pool.rows} rows are "
+        f"free, {pool.waiting} jobs wait"
+    )
+
+
 def _show_sampler(sampler: SamplerStatus) -> None:
     since_s = max(0.0, time.time() - sampler.since)
     where = f", process {sampler.pid} on {sampler.host}" if sampler.pid else ""
+    draws = f", {sampler.rows} rows, {sampler.memory_bytes / 1e9:.2f} GB" if sampler.pid else ""
     print(
         f"{sampler.name:<24} {sampler.state} for {since_s:.0f} s, started {sampler.starts} times"
-        f"{where}"
+        f"{where}{draws}"
     )
     if sampler.waits_for:
         print(f"  waits for {sampler.waits_for}")

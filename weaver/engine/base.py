@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver import types
+    from weaver.engine.status import EngineStatus
     from weaver.errors import WeaverError
     from weaver.tensors import TensorData
 
@@ -212,6 +213,10 @@ class Engine(Trainer, Sampler, Protocol):
     @property
     def gauges(self) -> Mapping[str, float]:
         """What there is of it now, for the metrics: `{"base_models": 2}`."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """What it has in other processes; none is asked for it."""
 
     @property
     def loaded_models(self) -> Collection[str]:

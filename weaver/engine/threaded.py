@@ -22,6 +22,7 @@ from anyio.lowlevel import current_token
 from weaver.boundary import attempt
 from weaver.engine.base import SampleProgress, WeightsRef
 from weaver.engine.fair_share import FairShare
+from weaver.engine.status import EngineStatus
 from weaver.errors import ClosedError, NotFoundError, WeaverError
 from weaver.threads import Call, call_soon, out_at_exit
 
@@ -36,8 +37,7 @@ T = TypeVar("T")
 IDLE_S = 10.0
 """The thread ends when nothing was asked of it for so long."""
 PATIENCE_S = 0.01
-"""How long the device waits for the next call of a trainer whose turn it is: one that is busy calls
-again as soon as the result of its last call is written down."""
+"""How long the device waits for the next call of a trainer whose turn it is."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +72,8 @@ class ThreadedEngine:
     A caller that is cancelled does not wait for the thread: its call is dropped unless it has
     begun, and then goes on to its end.
     """
+
+    status = EngineStatus()
 
     def __init__(self, trainer: BlockingTrainer, sampler: BlockingSampler) -> None:
         self.trainer = trainer
@@ -222,8 +224,7 @@ class ThreadedEngine:
             attempt(self.sampler.cancel, told.job_id)
 
     def _tell(self, progress: SampleProgress) -> None:
-        told = self._told.get(progress.job_id)
-        if told is not None:
+        if (told := self._told.get(progress.job_id)) is not None:
             if _is_last(progress):
                 del self._told[progress.job_id]
             self._post(told.loop, partial(told.hear, progress))

@@ -80,7 +80,7 @@ class StandIn:
             error = {"error": "no such adapter"} if self._lacks(frame["adapter"]) else {}
             self._pipe.say("answer", ask=frame["ask"], **error)
         elif do == "ping" and self._how.get("fault") != "silent":
-            self._pipe.say("answer", ask=frame["ask"])
+            self._pipe.say("answer", ask=frame["ask"], memory=the_worker().resident_bytes())
         elif do == "sample":
             for index, seed in enumerate(frame["seeds"]):
                 task = asyncio.create_task(self._row(frame, index, seed))

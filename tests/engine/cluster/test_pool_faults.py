@@ -123,7 +123,7 @@ async def test_a_worker_that_cannot_be_started_is_named(
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     with standins(tmp_path) as pool:
-        for one_place in pool._places.values():
+        for one_place in pool.places.values():
             missing = worker_process.WorkerProcess(command=["/no/such"], log=tmp_path / "log")
             one_place._opener = missing.open
         with pytest.raises(EngineError, match="/no/such cannot be run"):

@@ -78,6 +78,11 @@ async def test_operations_are_seen_waiting_then_ended(
             ]
             load = (await http.get("/v1/load")).json()
             assert (load["running"], load["waiting"]) == (1, 2) and load["longest_wait_s"] > 0
+            cluster = (await http.get("/v1/cluster")).json()
+            [lane] = cluster["lanes"]
+            assert lane.pop("longest_wait_s") > 0
+            assert lane == {"lane": "", "runs": 1, "waiting": 2, "running": 1}
+            assert cluster["ray"] == "" and cluster["groups"] == cluster["samplers"] == []
             assert (
                 'weaver_operations_pending{state="waiting"} 2.0'
                 in (await http.get("/metrics")).text
@@ -147,7 +152,8 @@ async def check_load(server: Server, *, alice: str, bob: str, ops: str, run: str
     for key, project, admin in ((alice, "alice", False), (ops, "ops", True)):
         async with server.http(key) as http:
             assert (await http.get("/v1/caller")).json() == {"project": project, "admin": admin}
-            assert (await http.get("/v1/load")).status_code == (200 if admin else 403)
+            for route in ("load", "cluster"):
+                assert (await http.get(f"/v1/{route}")).status_code == (200 if admin else 403)
     async with server.http(ops) as http:
         load = (await http.get("/v1/load")).json()
         tenants = {tenant["project"]: tenant for tenant in load["tenants"]}

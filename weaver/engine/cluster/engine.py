@@ -22,17 +22,27 @@ from weaver.engine.cluster.lanes import GroupLanes
 from weaver.engine.cluster.models import ModelsOf
 from weaver.engine.cluster.placed_worker import PlacedWorker
 from weaver.engine.cluster.placement import Cluster
-from weaver.engine.cluster.status import forget_status, write_status
+from weaver.engine.cluster.status import (
+    forget_status,
+    status_of_group,
+    status_of_placed,
+    status_of_pool,
+    write_status,
+)
+from weaver.engine.status import EngineStatus
 from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError, EngineLostError, UnknownModelError, nearest
 
 if TYPE_CHECKING:
     from weaver import types
     from weaver.engine.base import GradientJob, SampleJob, SampleProgress
+    from weaver.engine.cluster.pool import SamplerPool
     from weaver.errors import WeaverError
 
 FOLDER = "cluster"
 """In the home, where no shared folder is named."""
+TELL_S = 5.0
+"""How old the file of the status may be, if this process runs at all."""
 
 
 class ClusterEngine(ModelsOf):
@@ -87,13 +97,19 @@ class ClusterEngine(ModelsOf):
             )
             for name, group in config.named().items()
         }
-        self._samplers: list[PlacedWorker] = []
+        self._samplers: dict[str, list[PlacedWorker]] = {}
+        """By model."""
+        self.pools: dict[str, SamplerPool] = {}
+        """Those that draw with them, by model, once they are open; only watched here."""
         self._lanes = GroupLanes()
         self._of: dict[str, TrainerGroup] = {}
         """By run."""
         self._snapshots: dict[str, Path] = {}
         """By run, the newest."""
+        self._closed = threading.Event()
+        self._teller = threading.Thread(target=self._tell, name="weaver-status", daemon=True)
         self._write_status()
+        self._teller.start()
 
     @property
     def description(self) -> str:
@@ -165,7 +181,6 @@ class ClusterEngine(ModelsOf):
         run_ids = [run_id for run_id, _ in steps]
         answer: Sequence[types.OptimStepResult | WeaverError]
         answer = await self._group(run_ids[0]).call(run_ids, "optim_step", steps)
-        self._write_status()
         return answer
 
     async def clear_gradients(self, run_id: str) -> None:
@@ -242,7 +257,7 @@ class ClusterEngine(ModelsOf):
             )
             for i in range(pool.workers)
         }
-        self._samplers += workers.values()
+        self._samplers[pool.model] = list(workers.values())
         return workers
 
     # --- models ---------------------------------------------------------------------------------
@@ -267,12 +282,35 @@ class ClusterEngine(ModelsOf):
 
     # --- the whole ------------------------------------------------------------------------------
 
+    @property
+    def status(self) -> EngineStatus:
+        pools = dict(self.pools)
+        return EngineStatus(
+            ray=self._cluster.description,
+            groups=tuple(map(status_of_group, self._groups.values())),
+            pools=tuple(map(status_of_pool, pools.values())),
+            samplers=tuple(
+                status_of_placed(
+                    model, worker, pools[model].places[worker.name] if model in pools else None
+                )
+                for model, workers in list(self._samplers.items())
+                for worker in workers
+            ),
+        )
+
     def _write_status(self) -> None:
         """For `weaver cluster status`; in the threads of pools, too."""
         with self._writing:
-            write_status(self.folder, self._groups, self._samplers, ray=self._cluster.description)
+            if not self._closed.is_set():
+                write_status(self.folder, self.status)
+
+    def _tell(self) -> None:
+        while not self._closed.wait(TELL_S):
+            self._write_status()
 
     def close(self) -> None:
+        self._closed.set()
+        self._teller.join()
         for group in self._groups.values():
             group.close()
         self._cluster.close()

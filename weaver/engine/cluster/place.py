@@ -85,7 +85,13 @@ class Place:
         """Of the worker that runs."""
         self.fault: str | None = None
         """Why none could be started, the last time."""
+        self.last_loss: str | None = None
+        """Why the last one has ended."""
         self.starts = 0
+        self.since = time.time()
+        """When the worker that runs was ready, or the last one had ended."""
+        self.memory_bytes = 0
+        """Of main memory, as the worker said the last time."""
         self.load = 0
         """Rows."""
         self._runs: dict[int, SampleRun] = {}
@@ -181,7 +187,7 @@ class Place:
             except TimeoutError:
                 raise WorkerLostError(f"it was not ready in {START_S:.0f} s") from None
             self._some = anyio.Event()
-            self.facts, self.fault = facts, None
+            self.facts, self.fault, self.since = facts, None, time.time()
             logger.info("the sampler's worker %s draws %d rows at once", self.name, facts.rows)
             self._changed()
             async with anyio.create_task_group() as group:
@@ -201,11 +207,11 @@ class Place:
 
     async def _beat(self) -> None:
         while True:
-            await anyio.sleep(BEAT_S)
             try:
                 await self.ask("ping", ANSWER_S)
             except EngineError as error:
                 raise WorkerLostError(error.message) from None
+            await anyio.sleep(BEAT_S)
 
     def _hear(self, frame: Frame) -> None:
         say = frame["say"]
@@ -215,6 +221,7 @@ class Place:
                 if run is not None and run.take(index, *drawn):
                     self.post({"do": "stop", "job": number, "index": index})
         elif say == "answer":
+            self.memory_bytes = int(frame.get("memory", self.memory_bytes))
             if (ask := self._asks.get(frame["ask"])) is not None:
                 ask.end(error=frame.get("error"))
         elif say == "failed":
@@ -226,7 +233,8 @@ class Place:
     def _lose(self, why: str) -> None:
         if self.facts is None:
             self.fault = why
-        self.facts, self.load = None, 0
+        self.last_loss, self.since = why, time.time()
+        self.facts, self.load, self.memory_bytes = None, 0, 0
         self._out.clear()
         runs, self._runs = list(self._runs.values()), {}
         for run in runs:

@@ -91,7 +91,7 @@ class SamplerPool:
         self.max_rank = max_rank
         self._shelf = shelf
         self._check = check
-        self._places = {
+        self.places: Mapping[str, Place] = {
             name: Place(name, opener, start=start, versions=versions or {}, changed=self._on_change)
             for name, opener in workers.items()
         }
@@ -111,12 +111,12 @@ class SamplerPool:
     @property
     def counts(self) -> Mapping[str, int]:
         """See `Engine`; and `repeated_samples` after a worker's death, `worker_starts`."""
-        starts = sum(place.starts for place in self._places.values())
+        starts = sum(place.starts for place in self.places.values())
         return {**self._counts, "worker_starts": starts}
 
     def room(self) -> Room:
         """As it is now."""
-        places = list(self._places.values())
+        places = list(self.places.values())
         up = [(place, facts) for place in places if (facts := place.facts) is not None]
         return Room(
             workers=len(up),
@@ -198,7 +198,7 @@ class SamplerPool:
 
     async def _keep(self) -> None:
         async with anyio.create_task_group() as group:
-            for place in self._places.values():
+            for place in self.places.values():
                 group.start_soon(place.keep)
 
     def _on_change(self) -> None:
@@ -213,13 +213,13 @@ class SamplerPool:
 
     def _faults(self) -> Mapping[str, str]:
         """Why there is no worker, unless there is one, or one may come at once."""
-        faults = {p.name: p.fault for p in self._places.values() if p.fault is not None}
-        return faults if len(faults) == len(self._places) else {}
+        faults = {p.name: p.fault for p in self.places.values() if p.fault is not None}
+        return faults if len(faults) == len(self.places) else {}
 
     async def _any(self) -> Place:
         """One with a worker, the least loaded; a start has a deadline, at which this ends too."""
         while True:
-            up = [place for place in self._places.values() if place.facts is not None]
+            up = [place for place in self.places.values() if place.facts is not None]
             if up:
                 return min(up, key=lambda place: place.load)
             if faults := self._faults():
@@ -279,7 +279,7 @@ class SamplerPool:
 
     async def _put_away(self, weights: Weights) -> None:
         if weights.folder is not None:
-            for place in self._places.values():
+            for place in self.places.values():
                 place.post({"do": "forget", "number": weights.number})
             with anyio.CancelScope(shield=True):
                 await blocking(self._shelf.drop, weights.folder)
@@ -346,27 +346,27 @@ class SamplerPool:
         except anyio.get_cancelled_exc_class():
             self._turns.remove(run.job.tenant, run)
             if run.worker is not None:
-                self._places[run.worker].end(run)
+                self.places[run.worker].end(run)
                 self._turns.end(run.job.tenant, rows=run.rows)
             self._admit()
             raise
-        return None if run.worker is None else self._places[run.worker]
+        return None if run.worker is None else self.places[run.worker]
 
     def _admit(self) -> None:
         """Gives workers to those whose turn it is, up to the first for whom none has room."""
         while (run := self._turns.next()) is not None:
-            loads = {p.name: p.load for p in self._places.values() if p.facts is not None}
+            loads = {p.name: p.load for p in self.places.values() if p.facts is not None}
             has_room = partial(self._has_room, rows=run.rows)
             name = choose(run.key, loads, has_room=has_room)
             if name is None:
                 return
             self._turns.begin(run.job.tenant, rows=run.rows)
             run.worker = name
-            self._places[name].begin(run)
+            self.places[name].begin(run)
             run.placed.set()
 
     def _has_room(self, name: str, *, rows: int) -> bool:
-        return self._places[name].has_room(rows)
+        return self.places[name].has_room(rows)
 
 
 def _drop(listener: Listener) -> None:

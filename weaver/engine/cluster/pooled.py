@@ -16,6 +16,7 @@ from weaver.boundary import blocking
 from weaver.engine.base import SampleProgress, WeightsRef
 from weaver.engine.cluster.models import ModelsOf
 from weaver.engine.cluster.sample_run import Listener, no_weights
+from weaver.engine.cluster.status import status_of_pool, status_of_worker
 from weaver.engine.cluster.vllm_params import check_structure
 from weaver.engine.cluster.weights import STATE
 from weaver.errors import InvalidParamsError, UnsupportedError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from weaver.engine.base import Engine, GradientJob, SampleJob
     from weaver.engine.cluster.pool import SamplerPool
     from weaver.engine.cluster.weights import Shelf
+    from weaver.engine.status import EngineStatus
     from weaver.errors import WeaverError
 
 
@@ -74,6 +76,22 @@ class PooledEngine(ModelsOf):
         rooms = [pool.room() for pool in list(self._pools.values())]
         workers, waiting = sum(r.workers for r in rooms), sum(r.waiting for r in rooms)
         return {**self.trainer.gauges, "sampler_workers": workers, "sampler_waiting": waiting}
+
+    @property
+    def status(self) -> EngineStatus:
+        told = self.trainer.status
+        if told.samplers:  # where Ray places them, the cluster tells of its pools, too
+            return told
+        pools = list(self._pools.values())
+        of_pools = {
+            "pools": tuple(map(status_of_pool, pools)),
+            "samplers": tuple(
+                status_of_worker(pool.model.name, place)
+                for pool in pools
+                for place in pool.places.values()
+            ),
+        }
+        return told.model_copy(update=of_pools)
 
     @property
     def loaded_models(self) -> Collection[str]:

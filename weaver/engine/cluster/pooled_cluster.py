@@ -114,7 +114,7 @@ def with_pools(
         start = ["env", "-u", "PYTHONPATH", *(f"{k}={v}" for k, v in VARIABLES.items())]
         wanted = ON_CPU if on_cpu else ON_CUDA
         dtype = "float32" if on_cpu else "bfloat16"
-        return SamplerPool(
+        opened = engine.pools[base_model] = SamplerPool(
             model,
             {
                 name: worker.open
@@ -142,5 +142,6 @@ def with_pools(
             versions=wanted,
             check=partial(check_adapter, facts=facts),
         )
+        return opened
 
     return PooledEngine(engine, open_pool, shelf=shelf, prepare=engine.prepare)

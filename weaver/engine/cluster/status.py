@@ -1,7 +1,7 @@
-"""`Status`: what the groups and samplers of a server do, in a file.
+"""`Status`: what the groups and samplers of a server do, as its engine tells it and in a file.
 
-`weaver cluster status` reads it, another process, so that it tells of a server that hangs, too.
-Nothing of Ray is needed.
+`weaver cluster status` reads the file, another process, so that it tells of a server that hangs,
+too.
 """
 
 from __future__ import annotations
@@ -9,77 +9,45 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from weaver.engine.status import (
+    EngineStatus,
+    GroupStatus,
+    PoolStatus,
+    RankStatus,
+    SamplerStatus,
+)
 from weaver.errors import ConfigError
-from weaver.values import Value
 
 if TYPE_CHECKING:
     from weaver.engine.cluster.group import TrainerGroup
+    from weaver.engine.cluster.place import Place
     from weaver.engine.cluster.placed_worker import PlacedWorker
+    from weaver.engine.cluster.pool import SamplerPool
 
 FILE = "status.json"
 
 
-class RankStatus(Value):
-    host: str
-    pid: int
-    device: str
-    memory_bytes: int
-    """Of main memory, at its last call; 0 before."""
-
-
-class GroupStatus(Value):
-    name: str
-    mode: str
-    ranks_wanted: int
-    state: str
-    """`stopped` until a run needs it, `waiting` for room, `starting`, `ready`."""
-    since: float
-    """Seconds since 1970."""
-    waits_for: str | None
-    starts: int
-    last_loss: str | None
-    """Why its ranks were given up, the last time."""
-    runs: int
-    ranks: tuple[RankStatus, ...]
-
-
-class SamplerStatus(Value):
-    name: str
-    state: str
-    """`stopped`, `waiting` for room, `starting`, `running`."""
-    since: float
-    """Seconds since 1970."""
-    waits_for: str | None
-    starts: int
-    last_loss: str | None
-    host: str | None
-    pid: int
-    """Of its process there; 0 before there is one."""
-
-
-class Status(Value):
+class Status(EngineStatus):
     host: str
     pid: int
     """Of the server."""
     at: float
-    ray: str
-    groups: tuple[GroupStatus, ...]
-    samplers: tuple[SamplerStatus, ...] = ()
+    """Seconds since 1970."""
 
 
-def _status_of(name: str, group: TrainerGroup) -> GroupStatus:
+def status_of_group(group: TrainerGroup) -> GroupStatus:
     ranks = group.ranks
     facts = ranks.facts if ranks else []
     memory = ranks.memory if ranks and ranks.memory else [0] * len(facts)
     return GroupStatus(
-        name=name,
+        name=group.name,
+        model=group.config.model,
         mode=group.config.mode,
         ranks_wanted=group.config.ranks,
         state=group.state,
@@ -95,10 +63,41 @@ def _status_of(name: str, group: TrainerGroup) -> GroupStatus:
     )
 
 
-def _status_of_sampler(worker: PlacedWorker) -> SamplerStatus:
+def status_of_pool(pool: SamplerPool) -> PoolStatus:
+    room = pool.room()
+    return PoolStatus(
+        model=pool.model.name,
+        workers=room.workers,
+        rows=room.rows,
+        free_rows=room.free_rows,
+        waiting=room.waiting,
+    )
+
+
+def status_of_worker(model: str, place: Place) -> SamplerStatus:
+    """Of one that the server has started itself."""
+    up = place.facts is not None
+    return SamplerStatus(
+        name=f"{model}/{place.name}",
+        model=model,
+        state="running" if up else "starting",
+        since=place.since,
+        waits_for=None,
+        starts=place.starts,
+        last_loss=place.last_loss,
+        host=None,
+        pid=0,
+        rows=place.load,
+        memory_bytes=place.memory_bytes,
+    )
+
+
+def status_of_placed(model: str, worker: PlacedWorker, place: Place | None) -> SamplerStatus:
+    """Of one that Ray has placed; without its place, if its pool was not opened yet."""
     ground = worker.ground
     return SamplerStatus(
         name=worker.name,
+        model=model,
         state=worker.state,
         since=worker.since,
         waits_for=worker.waits_for,
@@ -106,25 +105,14 @@ def _status_of_sampler(worker: PlacedWorker) -> SamplerStatus:
         last_loss=worker.last_loss,
         host=ground.host if ground is not None else None,
         pid=worker.pid,
+        rows=place.load if place is not None else 0,
+        memory_bytes=place.memory_bytes if place is not None else 0,
     )
 
 
-def write_status(
-    folder: Path,
-    groups: Mapping[str, TrainerGroup],
-    samplers: Sequence[PlacedWorker] = (),
-    *,
-    ray: str,
-) -> None:
+def write_status(folder: Path, status: EngineStatus) -> None:
     """In the place of what was there, at once. One that cannot be written is left out."""
-    told = Status(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        at=time.time(),
-        ray=ray,
-        groups=tuple(_status_of(name, group) for name, group in groups.items()),
-        samplers=tuple(map(_status_of_sampler, samplers)),
-    )
+    told = Status(host=socket.gethostname(), pid=os.getpid(), at=time.time(), **dict(status))
     new = folder / f"{FILE}.{os.getpid()}"
     with suppress(OSError):
         new.write_text(told.model_dump_json(indent=2))

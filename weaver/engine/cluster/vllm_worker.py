@@ -8,7 +8,8 @@ a JSON object. What it is to do, in `do`, and what it says, in `say`::
              packages: whose versions
     load     adapter, ask                    ->  answer  ask, perhaps error
     forget   number
-    ping     ask                             ->  answer  ask, once the engine itself has turned
+    ping     ask                             ->  answer  ask, once the engine itself has turned,
+                                                         memory: bytes of its processes
     sample   job, adapter, prompt, params,   ->  rows    [[job, index, tokens, logprobs, drawn,
              seeds, pieces                                 ended, prompt_logprobs], ...]
                                              or  failed  job, error
@@ -29,6 +30,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -130,6 +132,17 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def resident_bytes() -> int:
+    """In main memory, of this process and those that it has started."""
+    session, pages = os.getsid(0), 0
+    for pid in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with suppress(OSError, IndexError):  # it has ended meanwhile
+            if os.getsid(int(pid)) == session:
+                with open(f"/proc/{pid}/statm") as file:
+                    pages += int(file.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Pipe:
@@ -244,7 +257,7 @@ class Worker:
 
     async def _ping(self, ask: int) -> None:
         await self._engine.collective_rpc("weaver_beat")
-        self._pipe.say("answer", ask=ask)
+        self._pipe.say("answer", ask=ask, memory=resident_bytes())
 
     async def _sample(
         self,

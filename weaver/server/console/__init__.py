@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from weaver import errors, types
+from weaver.engine.status import EngineStatus
 from weaver.server.activity import OperationInfo
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
 
+    from weaver.server.keys import Caller
     from weaver.server.records import Answer
+    from weaver.server.sessions import Ticket
 
 POINTS = 400
 """A curve has at most so many: more than a chart has pixels to tell apart."""
@@ -96,6 +99,23 @@ class ServerLoad(types.Value):
     tenants: tuple[TenantLoad, ...]
 
 
+class LaneLoad(types.Value):
+    lane: str
+    """The trainer group that computes them; empty: the server's own process."""
+    runs: int = 0
+    """Those with an operation that waits or runs."""
+    waiting: int = 0
+    running: int = 0
+    longest_wait_s: float = 0.0
+
+
+class ClusterLoad(EngineStatus):
+    at: float
+    """Seconds since 1970, by the server's clock."""
+    lanes: tuple[LaneLoad, ...]
+    """What operations of runs wait for: each lane that has any."""
+
+
 class Pages(StaticFiles):
     """Files with the headers that let a page run nothing but its own scripts."""
 
@@ -147,9 +167,7 @@ async def read_curves(
 @router.get("/load")
 async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     """The load of the whole server, by project: for administrators, who see all projects."""
-    admin = request.state.caller
-    if not admin.admin:
-        raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")
+    admin = _administrator(request)
     activity, owners = gateway.service.parts.activity, gateway.service.parts.registry.owners
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
@@ -176,6 +194,46 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
             TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
         ),
     )
+
+
+@router.get("/cluster")
+async def get_cluster(request: Request, gateway: GatewayDep) -> ClusterLoad:
+    """Groups, ranks, samplers, and what waits for what: for administrators.
+
+    All is empty on a server of one process.
+    """
+    _administrator(request)
+    parts = gateway.service.parts
+    lanes: dict[str, list[Ticket]] = {}
+    for ticket in parts.activity.pending():
+        run = parts.registry.runs.get(ticket.submission.run_id or "")
+        if run is not None:
+            lane = parts.engine.lane(run.run_id, run.model.name)
+            lanes.setdefault(lane, []).append(ticket)
+    return ClusterLoad(
+        at=time.time(),
+        lanes=tuple(_lane_load(lane, lanes[lane]) for lane in sorted(lanes)),
+        **dict(parts.engine.status),
+    )
+
+
+def _lane_load(lane: str, pending: Sequence[Ticket]) -> LaneLoad:
+    waits = [ticket.waited_s for ticket in pending if ticket.began_at is None]
+    return LaneLoad(
+        lane=lane,
+        runs=len({ticket.submission.run_id for ticket in pending}),
+        waiting=len(waits),
+        running=len(pending) - len(waits),
+        longest_wait_s=max(waits, default=0.0),
+    )
+
+
+def _administrator(request: Request) -> Caller:
+    """Raises PermissionDeniedError."""
+    caller: Caller = request.state.caller
+    if not caller.admin:
+        raise errors.PermissionDeniedError("the load of the server needs an administrator's key.")
+    return caller
 
 
 # --- curves -------------------------------------------------------------------------------------
