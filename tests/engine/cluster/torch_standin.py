@@ -47,7 +47,7 @@ class TorchStandIn:
     def __init__(self, pipe: Any, how: dict[str, Any]) -> None:
         self._pipe = pipe
         self._model = how["model"]
-        self._engine = TorchEngine(device="cpu", dtype=how["dtype"])
+        self._engine = TorchEngine(device="cpu", dtype=how["dtype"], deterministic=True)
         self._published: set[str] = set()
         self._drops: dict[tuple[int, int], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -311,5 +311,6 @@ def _why(name: str, error: Exception, within_s: float) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "cause", None) or error  # what a rank raised, which Ray has wrapped
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

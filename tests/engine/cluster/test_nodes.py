@@ -1,0 +1,147 @@
+"""Nodes leave and join while a client trains: a pause, and every number as if none had."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+pytest.importorskip("ray")
+
+from typer.testing import CliRunner
+
+from tests.engine.cluster.kit import until
+from tests.engine.cluster.nodes import nodes
+from tests.engine.cluster.torch_standin import an_environment
+from weaver import AsyncServiceClient
+from weaver.cli import app
+from weaver.config import EngineSettings
+from weaver.engine.cluster.config import ClusterConfig, GroupConfig, PoolConfig
+from weaver.engine.cluster.engine import ClusterEngine
+from weaver.engine.cluster.pooled_cluster import with_pools
+from weaver.engine.torch.engine import TorchEngine
+from weaver.server.database import open_database
+from weaver.server.journal import Journal
+from weaver.server.service import LocalService
+from weaver.types import Datum
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from tests.engine.cluster.nodes import Nodes
+    from weaver.engine.cluster.pooled import PooledEngine
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(300)]
+MODEL = "weaver-nano"
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+DRAWN = {"max_tokens": 24, "ignore_eos": True}
+STEPS = 3
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[Nodes]:
+    with nodes() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def engine(ray_nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PooledEngine]:
+    """Two ranks that do not fit one node, and two samplers beside them."""
+    part = {"model": MODEL, "device": "cpu"}
+    config = ClusterConfig(
+        address=ray_nodes.address,
+        trainer=(GroupConfig(**part, ranks=2, cpus=0.6, threads=1),),
+        pool=(
+            PoolConfig(
+                **part,
+                workers=2,
+                cpus=0.2,
+                rows=16,
+                environment=an_environment(tmp_path_factory.mktemp("made") / "env"),
+            ),
+        ),
+    )
+    local = TorchEngine(device="cpu", threads=1)
+    ranks = ClusterEngine(local, config, home=tmp_path_factory.mktemp("home"))
+    engine = with_pools(ranks, config, EngineSettings())
+    yield engine
+    engine.close()
+
+
+async def loop_of(
+    engine: PooledEngine, home: Path, disturbed: Callable[[int], Awaitable[None]] | None = None
+) -> list[Any]:
+    """All that a client sees of some steps; `disturbed` runs beside each."""
+    seen = list[Any]()
+    database = open_database(home, None)
+    with anyio.fail_after(240):
+        async with (
+            LocalService(engine, home=home, store=Journal(database)) as service,
+            AsyncServiceClient(service=service, home=home) as client,
+            anyio.create_task_group() as tasks,
+        ):
+            trainer = await client.create_model(MODEL, {"rank": 4, "seed": 0})
+            for step in range(STEPS):
+                if disturbed is not None:
+                    tasks.start_soon(disturbed, step)
+                sampler = await trainer.save_weights_and_get_sampling_client()
+                drawn = await sampler.sample(PROMPTS, {**DRAWN, "seed": step}, num_samples=4)
+                datums = [
+                    scored(prompt, one.tokens, one.logprobs)
+                    for prompt, result in zip(PROMPTS, drawn, strict=True)
+                    for one in result.sequences
+                ]
+                passing = trainer.forward_backward(datums * 20, "importance_sampling")
+                stepping = trainer.optim_step({"learning_rate": 1e-2})
+                done = await passing
+                seen.append(
+                    ([one.sequences for one in drawn], done, dict((await stepping).metrics))
+                )
+    database.dispose()
+    return seen
+
+
+def scored(prompt: list[int], tokens: tuple[int, ...], logprobs: tuple[float, ...]) -> Datum:
+    """A sample; the larger its tokens, the better."""
+    before = len(prompt) - 1
+    row = [*prompt, *tokens]
+    return Datum(
+        model_input=row[:-1],
+        loss_fn_inputs={
+            "target_tokens": row[1:],
+            "logprobs": [0.0] * before + list(logprobs),
+            "advantages": [0.0] * before + [sum(tokens) / len(tokens) / 128 - 1] * len(tokens),
+        },
+    )
+
+
+async def test_nodes_leave_and_join_during_a_loop(
+    engine: PooledEngine, ray_nodes: Nodes, tmp_path: Path
+) -> None:
+    trainer = engine.trainer
+    assert isinstance(trainer, ClusterEngine)
+    [group] = trainer._groups.values()
+    second = [ray_nodes.join(1) for _ in range(2)][1]
+    undisturbed = await loop_of(engine, tmp_path / "undisturbed")
+    assert [metrics["step"] for _, _, metrics in undisturbed] == [1, 2, 3]
+    starts = group.starts
+
+    async def disturbed(step: int) -> None:
+        if step == 1:
+            await anyio.sleep(0.2)
+            await anyio.to_thread.run_sync(ray_nodes.remove, second)
+            await until(lambda: group.state == "waiting" and group.waits_for is not None)
+            told = CliRunner().invoke(app, ["cluster", "status", "--folder", str(trainer.folder)])
+            assert "waits for 2 x (0.6 CPU); free" in told.output
+            await anyio.to_thread.run_sync(ray_nodes.join, 1)
+
+    seen = await loop_of(engine, tmp_path / "disturbed", disturbed)
+    assert seen == undisturbed
+    assert group.starts == starts + 1
