@@ -26,7 +26,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from random import Random
 from statistics import fmean
 
 import tyro
@@ -39,14 +38,12 @@ from recipes._cluster import served
 from weaver import SamplingClient, ServiceClient, TrainingClient, types
 from weaver_rl.conversations import from_pieces
 from weaver_rl.storage import read_lines
-from weaver_rl.tasks.words import LETTERS, VOWELS, reverse_tasks, ubbi_dubbi
+from weaver_rl.tasks.words import reverse_tasks, ubbi_dubbi, ubbi_dubbi_tasks
 
 HELD_OUT = (
     "coffee table", "blue sky", "strong wind", "under water",
     "chess player", "new idea", "hello world", "magic garden",
 )  # fmt: skip
-ALPHABET = LETTERS + 3 * VOWELS
-"""What words are made of: with as many vowels as English ones have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +130,8 @@ def backwards(task: rl.Task, reply: rl.Reply) -> float:
 def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float]:
     """The training loop; answers the loss of every step, in nats per answer token."""
     tokenizer = trainer.get_tokenizer()
-    rng = Random(flags.seed)
+    size = flags.batch_size
+    tasks = ubbi_dubbi_tasks(flags.steps * size, seed=flags.seed)
     rate = flags.learning_rate
     if rate is None:
         rate = 2 * rl.schedules.for_model(trainer.model_info.num_parameters)
@@ -141,20 +139,15 @@ def train(trainer: TrainingClient, flags: Flags, console: Console) -> list[float
     losses: list[float] = []
     with closing(rl.Display(steps=flags.steps, stream=console.file)) as display:
         for step in range(flags.steps):
-            phrases = [f"{word(rng)} {word(rng)}" for _ in range(flags.batch_size)]
             datums = [
-                from_pieces(tokenizer, [(prompt_of(one), False), (f" {ubbi_dubbi(one)}\n\n", True)])
-                for one in phrases
+                from_pieces(tokenizer, [(one["prompt"], False), (f" {one['answer']}\n\n", True)])
+                for one in tasks[step * size : (step + 1) * size]
             ]
             gradients = trainer.forward_backward(datums, "cross_entropy")
             trainer.optim_step(adam)
             losses.append(gradients.result().metrics["loss"])
             display.log({"train/loss": losses[-1]}, step + 1)
     return losses
-
-
-def word(rng: Random) -> str:
-    return "".join(rng.choices(ALPHABET, k=rng.randint(3, 7)))
 
 
 def prompt_of(phrase: str) -> str:

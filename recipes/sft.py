@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, on weaver-nano: it learns pig latin from given answers.
+"""Supervised fine-tuning, on weaver-nano: it learns Ubbi Dubbi, of which it knows nothing.
 
     python -m recipes.sft                                      # offline, about a minute
     python -m recipes.sft --dry-run                            # validate, score four replies, leave
@@ -35,12 +35,12 @@ import tyro
 import weaver_rl as rl
 from weaver import AsyncServiceClient
 from weaver_rl.algorithms.supervised import to_datums
-from weaver_rl.tasks.words import exact, pig_latin_tasks
+from weaver_rl.tasks.words import exact, ubbi_dubbi_tasks
 
 from . import _run
 
-TASKS = pig_latin_tasks(6100, seed=1)
-"""`{"prompt": "English: hello world\\nPig Latin:", "answer": "ello-hay orld-way"}`"""
+TASKS = ubbi_dubbi_tasks(6100, seed=1, words=1)
+"""`{"prompt": "English: hello\\nUbbi Dubbi:", "answer": "hubellubo"}`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class Flags(_run.Flags):
     tasks: str | None = None
     """JSONL, Parquet or a dataset's folder of prompts with answers, or of examples such as chats;
     none: the recipe's own."""
-    epochs: int = 2
-    steps: int = 150
+    epochs: int = 4
+    steps: int = 240
     """The most, where the epochs would take more."""
     batch_tokens: int = 2048
     """The most tokens of a step."""
@@ -57,7 +57,7 @@ class Flags(_run.Flags):
     """Tokens of the longest example; none: what the model's context holds."""
     too_long: rl.TooLong = "refuse"
     """What is done with longer ones; cut and dropped ones are counted."""
-    max_tokens: int = 40
+    max_tokens: int = 24
     """Tokens of an answer in the evaluation, at most."""
     learning_rate: float | None = None
     """AdamW's; none: 2e-3 for weaver-nano, else by the model's size."""

@@ -15,11 +15,15 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 import weaver
-from recipes import _skills
+import weaver_rl as rl
+from recipes import _skills, custom_reward, demo, distillation, sft
 from weaver import AsyncServiceClient, ServiceClient
+from weaver.types import SamplingParams
+from weaver_rl import proofs
+from weaver_rl.tasks.words import exact, preference_pairs, ubbi_dubbi, vowel_first
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 FOLDER = Path(weaver.__file__).parent / "models" / "nano"
 CARD = (FOLDER / "README.md").read_text()
@@ -109,3 +113,36 @@ def test_it_has_the_skills_that_its_card_states(home: Path, skill: str, temperat
 def test_it_leaves_reinforcement_a_gap() -> None:
     assert 0.35 <= SKILLS["reverse"]["sampled"] <= 0.6
     assert 0.25 <= SKILLS["pig_latin"]["sampled"] <= 0.6
+
+
+TAUGHT: dict[str, tuple[Sequence[rl.Task], rl.Reward, float]] = {
+    "sft": (sft.TASKS, exact, 0.0),
+    "supervised": (proofs.UNKNOWN, exact, 0.0),
+    "demo": (
+        [{"prompt": demo.prompt_of(one), "answer": ubbi_dubbi(one)} for one in demo.HELD_OUT],
+        exact,
+        0.0,
+    ),
+    "distillation": (distillation.ROWS, exact, 0.05),
+    "preference": (preference_pairs(100), vowel_first, 0.4),
+    "custom_reward": (custom_reward.TASKS, exact, 0.6),
+    "importance sampling": (proofs.HELD_OUT, exact, 0.6),
+}
+"""Tasks, their reward, and the most that the bundled model earns untaught. By examples it is taught
+what it never gets right; a reward can only make likelier what it gets right at times."""
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_it_lacks_what_recipes_and_proofs_teach(home: Path, name: str) -> None:
+    tasks, reward, most = TAUGHT[name]
+
+    async def measure() -> rl.Evaluation:
+        sampling = SamplingParams(max_tokens=48, temperature=float(most >= 0.4), stop=["\n"])
+        async with AsyncServiceClient(home=home) as service:
+            sampler = await service.create_sampling_client(base_model="weaver-nano")
+            return await rl.evaluate(sampler, tasks[:100], reward=reward, sampling=sampling, seed=1)
+
+    found = anyio.run(measure)
+    assert found.failed == 0
+    assert found.mean is not None
+    assert found.mean.value <= most

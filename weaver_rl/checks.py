@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import anyio
+from anyio.from_thread import start_blocking_portal
 
 from weaver_rl.data import check_tasks
 from weaver_rl.rewards import GroupReward, Reward, scorer
@@ -67,7 +67,8 @@ def check(
     Raises:
         InvalidRequestError: no tasks.
     """
-    return anyio.run(_check, reward, tasks, tries, timeout_s)
+    with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
+        return portal.call(_check, reward, tasks, tries, timeout_s)
 
 
 def strange_replies(task: Task) -> dict[str, str]:

@@ -19,12 +19,14 @@ import weaver_rl as rl
 from weaver import AsyncSamplingClient, AsyncServiceClient, AsyncTrainingClient
 from weaver.types import AdamParams, SamplingParams
 from weaver_rl.tasks.guess_number import guess_by_halving, guess_number, guess_number_tasks
-from weaver_rl.tasks.words import exact, preference_pairs, reverse_tasks
+from weaver_rl.tasks.words import exact, preference_pairs, reverse_tasks, ubbi_dubbi_tasks
 from weaver_rl.types import BoolPG, FloatPG
 
 MODEL, LORA = "weaver-nano", {"rank": 8, "alpha": 32}
 WORDS = reverse_tasks(1100, seed=1)
 TRAIN, HELD_OUT = WORDS[:1000], WORDS[1000:]
+UNKNOWN = ubbi_dubbi_tasks(6100, seed=1, words=1)
+"""Of which the model has every answer wrong."""
 SAMPLING = SamplingParams(max_tokens=12)
 PLAN = rl.Plan(steps=60, sampling=SAMPLING, max_failure_rate=0.0, adam=AdamParams())
 """Without clipping: what a control shows must not be what clipping hides."""
@@ -94,12 +96,14 @@ def held_out_after(
 
 async def supervised_tuning(service: AsyncServiceClient, seed: int) -> Outcome:
     trainer = await service.create_model(MODEL, LORA, seed=seed)
-    given = [one for one in reverse_tasks(6100, seed=1) if one not in HELD_OUT]
-    examples = [{"prompt": one["prompt"], "completion": one["answer"]} for one in given]
-    plan = rl.SupervisedPlan(epochs=3, batch_tokens=2048, learning_rate=2e-3, seed=seed)
-    done = await rl.supervised(trainer, examples, plan)
-    greedy, curve = await _held_out(done.sampler), await _curve(trainer, "train/loss")
-    return Outcome(value=greedy, passed=greedy >= 0.99, curve=curve)
+    given = [{**one, "completion": f" {one['answer']}"} for one in UNKNOWN[100:]]
+    plan = rl.SupervisedPlan(epochs=2, batch_tokens=2048, learning_rate=2e-3, seed=seed)
+    done = await rl.supervised(trainer, given, plan)
+    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    found = await rl.evaluate(done.sampler, UNKNOWN[:100], reward=exact, sampling=sampling)
+    assert found.mean is not None
+    greedy, curve = found.mean.value, await _curve(trainer, "train/loss")
+    return Outcome(value=greedy, passed=greedy >= 0.80, curve=curve)
 
 
 def preferring(
@@ -263,8 +267,8 @@ PROOFS: tuple[Proof, ...] = (
     ),
     Proof(
         name="supervised",
-        claim="Fine-tuning on given answers learns to reverse words.",
-        gate="held-out greedy ≥ 0.99",
+        claim="Fine-tuning on given answers learns Ubbi Dubbi, of which nothing was known.",
+        gate="held-out greedy ≥ 0.80; 0 before",
         run=supervised_tuning,
     ),
     Proof(

@@ -60,6 +60,11 @@ def test_each_problem_is_told_once() -> None:
     assert "ZeroDivisionError" in str(report)
 
 
+@pytest.mark.anyio
+async def test_where_a_loop_runs_already_as_in_a_notebook() -> None:
+    assert rl.check(exact, TASKS).ok
+
+
 def test_without_answers_and_without_tasks() -> None:
     assert rl.check(lambda task, reply: 0.5, [{"prompt": "x"}]).problems[0].kind == "constant"
     with pytest.raises(InvalidRequestError):

@@ -28,6 +28,7 @@ def reply(text: str) -> rl.Reply:
 MAKERS: dict[str, Callable[..., list[Task]]] = {
     "reverse": words.reverse_tasks,
     "pig_latin": words.pig_latin_tasks,
+    "ubbi_dubbi": words.ubbi_dubbi_tasks,
     "sum": arithmetic.sum_tasks,
     "calculator": arithmetic.calculator_tasks,
     "countdown": arithmetic.countdown_tasks,
@@ -49,6 +50,7 @@ def test_words() -> None:
     assert words.exact(task, reply("nope")) == 0.0
     assert len({t["prompt"] for t in words.reverse_tasks(500)}) == 500
     assert words.pig_latin("hello apple split") == "ello-hay apple-way plit-say"
+    assert words.ubbi_dubbi("hello apple") == "hubellubo ubapplube"
     assert words.closeness({"answer": "abcd"}, reply("abxd")) == 0.75
     assert words.closeness({"answer": "ab"}, reply("abab")) == 0.5
 

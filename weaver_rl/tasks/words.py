@@ -9,6 +9,8 @@ from weaver_rl.types import Reply, Task
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+SPEAKABLE = LETTERS + 3 * VOWELS
+"""With as many vowels as English words have."""
 
 
 def reverse_tasks(count: int, *, seed: int = 0, lengths: tuple[int, int] = (3, 6)) -> list[Task]:
@@ -22,6 +24,18 @@ def pig_latin_tasks(count: int, *, seed: int = 0, words: int = 2) -> list[Task]:
     rng = Random(seed)
     texts = [" ".join(_word(rng, (3, 6)) for _ in range(words)) for _ in range(count)]
     return [{"prompt": f"English: {text}\nPig Latin:", "answer": pig_latin(text)} for text in texts]
+
+
+def ubbi_dubbi_tasks(count: int, *, seed: int = 0, words: int = 2) -> list[Task]:
+    """Tasks `{"prompt": "English: hello apple\\nUbbi Dubbi:", "answer": "hubellubo ubapplube"}`.
+
+    Other than pig latin, weaver-nano was made without a word of it.
+    """
+    rng = Random(seed)
+    texts = [" ".join(_word(rng, (3, 7), SPEAKABLE) for _ in range(words)) for _ in range(count)]
+    return [
+        {"prompt": f"English: {text}\nUbbi Dubbi:", "answer": ubbi_dubbi(text)} for text in texts
+    ]
 
 
 def preference_pairs(count: int, *, seed: int = 0) -> list[Task]:
@@ -49,10 +63,7 @@ def pig_latin(text: str) -> str:
 
 
 def ubbi_dubbi(text: str) -> str:
-    """`hello apple` becomes `hubellubo ubapplube`: "ub" before each vowel.
-
-    Other than pig latin, weaver-nano was made without any of it.
-    """
+    """`hello apple` becomes `hubellubo ubapplube`: "ub" before each vowel."""
     return "".join(f"ub{letter}" if letter in VOWELS else letter for letter in text)
 
 
@@ -72,8 +83,8 @@ def _pig_word(word: str) -> str:
     return f"{word}-way" if word[0] in VOWELS else f"{word[1:]}-{word[0]}ay"
 
 
-def _word(rng: Random, lengths: tuple[int, int]) -> str:
-    return "".join(rng.choices(LETTERS, k=rng.randint(*lengths)))
+def _word(rng: Random, lengths: tuple[int, int], letters: str = LETTERS) -> str:
+    return "".join(rng.choices(letters, k=rng.randint(*lengths)))
 
 
 def _words(count: int, *, seed: int, lengths: tuple[int, int]) -> list[str]:
