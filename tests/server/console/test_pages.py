@@ -2,129 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
 import httpx
 import pytest
 
-from tests.contracts.caller import BAD_GRADIENT, GRADIENT, STEP, Caller
-from tests.fake_engine import FakeEngine
+from tests.contracts.caller import Caller
 from tests.server.console.browser import CHROMIUM, browsing
-from tests.server.http.helpers import serving
+from tests.server.console.site import HOSTILE
 from weaver import ServiceClient
 from weaver.client.http import HttpService
 from weaver.protocol import (
-    CreateModel,
-    GradientsDone,
-    ModelCreated,
     Sample,
     Sampled,
-    SaveCheckpoint,
-    StepDone,
 )
-from weaver.server.database import open_database
-from weaver.server.keys import Keys
-from weaver.server.settings import ServerSettings
 from weaver.types import AdamParams, Datum, MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.server.console.browser import Browser
+    from tests.server.console.site import Site
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-HOSTILE = '<img src=x onerror="window.hostile=1"><script>window.hostile=1</script>'
 NAMED = {"button", "link", "textbox", "searchbox", "combobox", "spinbutton", "checkbox", "dialog"}
-
-
-@dataclass(frozen=True)
-class Site:
-    address: str
-    alice: str
-    """A key, as is the next."""
-    admin: str
-    run: str
-    paths: tuple[str, ...]
-    browser: Browser
-
-    def visit(self, place: str, *, key: str | None = None) -> Browser:
-        """Opens a page anew, with a key in the tab."""
-        self.browser.screen()
-        self.browser.open("about:blank")
-        self.browser.open(f"{self.address}/console/icon.svg")
-        self.browser.wait("location.pathname.endsWith('icon.svg')")
-        secret = json.dumps(self.alice if key is None else key)
-        self.browser.value(f"sessionStorage.setItem('weaver-api-key', {secret})")
-        self.browser.open(f"{self.address}/{place}")
-        return self.browser
-
-    def metrics(self, *points: MetricPoint) -> None:
-        async def log() -> None:
-            async with HttpService(self.address, api_key=self.alice) as service:
-                await service.log_metrics(self.run, points)
-
-        anyio.run(log)
-
-
-async def settle(address: str, key: str) -> tuple[str, tuple[str, ...]]:
-    """A run of three steps with a hostile name, metrics and two checkpoints."""
-    async with HttpService(address, api_key=key) as service:
-        caller = await Caller.open(service)
-        create = CreateModel(base_model="fake", user_metadata={"name": HOSTILE, HOSTILE: HOSTILE})
-        run = (await caller.do(create, ModelCreated)).run.run_id
-        paths = []
-        for step in range(1, 4):
-            await caller.do(GRADIENT, GradientsDone, run_id=run)
-            await caller.do(STEP, StepDone, run_id=run)
-            points = [MetricPoint(name=n, value=step / 10, step=step) for n in ("reward", HOSTILE)]
-            await service.log_metrics(run, points)
-            paths.append(await caller.save(run, "sampler", name=f"step-{step}"))
-        await caller.refused(BAD_GRADIENT, run_id=run)
-        save = SaveCheckpoint(purpose="state", name="short", ttl_seconds=90_000)
-        await caller.result(await caller.start(save, run))
-    return run, tuple(paths)
-
-
-@contextmanager
-def site_at(folder: Path) -> Iterator[Site]:
-    database = open_database(folder / "home")
-    keys = Keys(database)
-    alice, admin = keys.create("alice")[1], keys.create("ops", admin=True)[1]
-    database.dispose()
-    settings = ServerSettings(home=folder / "home", port=0)
-    with (
-        serving(FakeEngine(), settings) as server,
-        browsing(folder / "profile") as browser,
-    ):
-        run, paths = anyio.run(settle, server.address, alice)
-        yield Site(server.address, alice, admin, run, paths, browser)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with site_at(tmp_path_factory.mktemp("console")) as site:
-        yield site
-
-
-@pytest.fixture
-def site(shared: Site) -> Iterator[Site]:
-    """Fails a test in which the browser's console has had anything to say, or a script has run."""
-    shared.browser.problems.clear()
-    yield shared
-    assert shared.browser.value("window.hostile") is None
-    shared.browser.rest()
-    refusals = ("401", "403", "404")  # which the browser itself writes down
-    assert [p for p in shared.browser.problems if not any(f"of {n}" in p for n in refusals)] == []
 
 
 def test_a_wrong_key_is_rejected_and_a_right_one_opens(site: Site) -> None:

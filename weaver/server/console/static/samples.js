@@ -13,7 +13,7 @@ const FIELDS = [
 export async function samplesPage(main, { params, signal, fail }) {
   main.replaceChildren(h("h1", {}, "Samples"), h("p", { class: "quiet" }, "Loading models and checkpoints."));
   const [models, runs, checkpoints] = await Promise.all(
-    ["v1/models", "v1/runs", "v1/checkpoints"].map((path) => get(path, signal)));
+    ["v1/base-models", "v1/runs", "v1/checkpoints"].map((path) => get(path, signal)));
   const groups = choices(models, runs, checkpoints);
   checkpoints.sort((a, b) => b.created_at.localeCompare(a.created_at));
   const defaults = { a: `base:${models[0]?.name}`, b: checkpoints[0]?.path ?? `base:${models[0]?.name}` };
