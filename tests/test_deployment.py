@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 BIN = Path(sys.executable).parent
 KUBERNETES = DEPLOY / "kubernetes"
-CLUSTER = KUBERNETES / "cluster"
+CLUSTERS = ("cluster", "pool")
 FILES = (
     "Dockerfile",
     "compose.yaml",
@@ -95,13 +95,34 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def resources(folder: Path) -> list[dict[str, Any]]:
-    """Of a kustomization and those that it is made of."""
+    """Of a kustomization and those that it is made of, patched as it says."""
     [told] = read(folder / "kustomization.yaml")
     found = []
     for name in told["resources"]:
         path = folder / name
         found += resources(path) if path.is_dir() else read(path)
+    for patch in told.get("patches", []):
+        [target] = [one for one in found if meant(one, patch["target"])]
+        for operation in yaml.safe_load(patch["patch"]):
+            change(target, **operation)
     return found
+
+
+def meant(resource: dict[str, Any], target: dict[str, str]) -> bool:
+    return (resource["kind"], resource["metadata"]["name"]) == (target["kind"], target["name"])
+
+
+def change(resource: Any, *, op: str, path: str, value: Any = None) -> None:
+    """By RFC 6902, of something that is there."""
+    *places, last = [part.replace("~1", "/") for part in path.split("/")[1:]]
+    for place in places:
+        resource = resource[int(place) if isinstance(resource, list) else place]
+    assert last in resource
+    if op == "remove":
+        del resource[last]
+    else:
+        assert op == "replace"
+        resource[last] = value
 
 
 def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,12 +133,12 @@ def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
     return [spec["template"]] if "template" in spec else []
 
 
-def raycluster() -> dict[str, Any]:
-    [one] = read(CLUSTER / "raycluster.yaml")
+def raycluster(name: str) -> dict[str, Any]:
+    [one] = [one for one in resources(KUBERNETES / name) if one["kind"] == "RayCluster"]
     return one
 
 
-@pytest.mark.parametrize("name", ["server", "cluster"])
+@pytest.mark.parametrize("name", ["server", *CLUSTERS])
 def test_kubernetes_takes_what_a_kustomization_has(name: str) -> None:
     found = resources(KUBERNETES / name)
     assert {one["kind"] for one in found} >= {"PersistentVolumeClaim", "Service", "NetworkPolicy"}
@@ -129,7 +150,7 @@ def test_kubernetes_takes_what_a_kustomization_has(name: str) -> None:
             kubernetes_validate.validate(whole, OLDEST_KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", ["server", "cluster"])
+@pytest.mark.parametrize("name", ["server", *CLUSTERS])
 def test_what_is_named_in_a_kustomization_is_there(name: str) -> None:
     found = resources(KUBERNETES / name)
     claims = {one["metadata"]["name"] for one in found if one["kind"] == "PersistentVolumeClaim"}
@@ -155,24 +176,44 @@ def test_what_is_named_in_a_kustomization_is_there(name: str) -> None:
     assert len(served) == 1 and "http" in served[0]
 
 
-def test_the_ranks_fit_the_gpus_that_are_asked_for() -> None:
-    config = read_cluster_file(CLUSTER / "cluster.toml")
-    [group] = raycluster()["spec"]["workerGroupSpecs"]
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ranks_and_samplers_fit_the_gpus_that_are_asked_for(name: str) -> None:
+    config = read_cluster_file(KUBERNETES / name / "cluster.toml")
+    [group] = raycluster(name)["spec"]["workerGroupSpecs"]
+    assert group["minReplicas"] == group["maxReplicas"] == group["replicas"]
     [container] = group["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     gpus = group["replicas"] * int(limits["nvidia.com/gpu"])
     cpus = group["replicas"] * int(limits["cpu"])
-    assert sum(one.ranks for one in config.trainer if one.device == "cuda") <= gpus
-    assert sum(one.ranks * one.cpus for one in config.trainer) <= cpus
+    counted = [(one.ranks, one) for one in config.trainer]
+    counted += [(pool.workers, pool) for pool in config.pool]
+    assert sum(count for count, one in counted if one.device == "cuda") <= gpus
+    assert sum(count * one.cpus for count, one in counted) <= cpus
     home = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}["home"]
     assert config.shared is not None and config.shared.is_relative_to(home)
-    head = raycluster()["spec"]["headGroupSpec"]["rayStartParams"]
-    assert (head["num-cpus"], head["num-gpus"]) == ("0", "0")  # the server's GPU is not Ray's
+    head = raycluster(name)["spec"]["headGroupSpec"]
+    given = head["rayStartParams"]
+    assert (given["num-cpus"], given["num-gpus"]) == ("0", "0")  # the server's GPU is not Ray's
+    [server] = head["template"]["spec"]["containers"]
+    sampled_by_the_server = "nvidia.com/gpu" in server["resources"]["limits"]
+    assert sampled_by_the_server == (not config.pools())
+
+
+def test_the_pool_has_the_environment_that_the_image_makes() -> None:
+    [pool] = read_cluster_file(KUBERNETES / "pool" / "cluster.toml").pool
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert f"install-sampler --folder {pool.environment} " in text
+    assert f"COPY --from=build {pool.environment} {pool.environment}\n" in text
+    command = typer.main.get_command(app).get_command(None, "cluster")  # type: ignore[attr-defined]
+    options = [o for p in command.commands["install-sampler"].params for o in p.opts]
+    head = (KUBERNETES / "pool" / "kustomization.yaml").read_text()
+    [option] = re.findall(r"SAMPLER=(\S+)", head)
+    assert {option, "--folder"} <= {*options}
 
 
 def test_the_clusters_ray_is_the_one_that_is_installed_with_it() -> None:
     [pin] = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert raycluster()["spec"]["rayVersion"] == pin
+    assert raycluster("cluster")["spec"]["rayVersion"] == pin
 
 
 # --- Slurm ------------------------------------------------------------------------------------
@@ -190,7 +231,13 @@ def test_the_scripts_have_no_fault_that_shellcheck_knows() -> None:
     run(BIN / "shellcheck", DEPLOY / "weaver.sbatch", DEPLOY / "backup.sh")
 
 
-def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pool", "rays", "kept"), [(False, 7, "7"), (True, 8, "")])
+def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(
+    tmp_path: Path, pool: bool, rays: int, kept: str
+) -> None:
+    """With a pool Ray has all GPUs, as the server samples nothing."""
+    text = (KUBERNETES / ("pool" if pool else "cluster") / "cluster.toml").read_text()
+    (tmp_path / "cluster.toml").write_text(text)
     programs = tmp_path / "venv" / "bin"
     programs.mkdir(parents=True)
     for name, body in STUBS.items():
@@ -222,11 +269,12 @@ def test_the_slurm_job_starts_ray_then_the_server_which_ends_in_order(tmp_path: 
         os.killpg(job.pid, signal.SIGKILL)
     told = log.read_text().splitlines()
     head = next(line for line in told if "ray start --head" in line)
-    assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6" in head and "--num-gpus=7" in head
+    shown = ",".join(map(str, range(rays)))
+    assert f"CUDA_VISIBLE_DEVICES={shown} " in head and f"--num-gpus={rays} " in head
     ranks = next(line for line in told if "ray start --block" in line)
     assert "--exclude=node1" in ranks and "--address=10.0.0.1:6379" in ranks
     server = next(line for line in told if "weaver serve" in line)
-    assert "--nodelist=node1" in server and "CUDA_VISIBLE_DEVICES=7" in server
+    assert "--nodelist=node1" in server and f"CUDA_VISIBLE_DEVICES={kept} " in server
     assert told[-1] == "stopped"
 
 
