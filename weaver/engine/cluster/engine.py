@@ -306,11 +306,12 @@ class ClusterEngine(ModelsOf):
 
     def _tell(self) -> None:
         while not self._closed.wait(TELL_S):
+            self._cluster.look()
             self._write_status()
 
     def close(self) -> None:
         self._closed.set()
-        self._teller.join()
+        self._teller.join(TELL_S)  # it may wait for a Ray that has ended
         for group in self._groups.values():
             group.close()
         self._cluster.close()

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from anyio import CancelScope, to_thread
@@ -38,6 +39,8 @@ class Cluster:
 
     def __init__(self, *, started: bool) -> None:
         self.started = started
+        self._has: dict[str, float] = {}
+        """As it said the last time."""
 
     @classmethod
     def open(cls, config: ClusterConfig) -> Cluster:
@@ -70,6 +73,7 @@ class Cluster:
             )
             raise ConfigError(f"{what}: {error}", field="address", hint=hint) from None
         cluster = cls(started=started)
+        cluster.look()
         try:
             cluster._check_room(config)
         except ConfigError:
@@ -77,11 +81,15 @@ class Cluster:
             raise
         return cluster
 
+    def look(self) -> None:
+        """Asks what it has; where Ray has ended, that stays as it was."""
+        with suppress(ray.exceptions.RayError):
+            self._has = ray.cluster_resources()
+
     @property
     def description(self) -> str:
-        total = ray.cluster_resources()
         how = "started here" if self.started else "joined"
-        return f"Ray {ray.__version__} ({how}) with {_said(total)}"
+        return f"Ray {ray.__version__} ({how}) with {_said(self._has)}"
 
     def bundle(self, part: GroupConfig | PoolConfig) -> dict[str, float]:
         """What Ray keeps for each rank or worker."""
