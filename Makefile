@@ -15,7 +15,7 @@ help:
 	@echo "make test-vllm  an exported adapter in vLLM, transformers and PEFT"
 	@echo "make test-trl   losses and their gradients against TRL's"
 	@echo "make tinker-methods  write the table of docs/tinker.md anew"
-	@echo "make test-cluster  the sampler's contract over vLLM, in an environment of its own"
+	@echo "make test-cluster  the contracts of sampler and service over vLLM, in an environment of its own"
 	@echo "make docs       the documentation as a site, in site/"
 	@echo "make proto      compile tinker.proto, after it was changed"
 	@echo "make check      formatting, lint, types, layers"
@@ -179,7 +179,8 @@ tinker-methods: $(CLIENTS)
 	@touch $@
 
 test-cluster: .venv/.installed-dev .venv-sampler/.installed
-	$(BIN)/python -m pytest -m slow --timeout 1200 tests/contracts/test_sampler.py
+	$(BIN)/python -m pytest -m slow --timeout 1200 tests/contracts/test_sampler.py -k vllm
+	$(BIN)/python -m pytest -m slow --timeout 1200 tests/engine/cluster/test_engine.py -k vllm
 
 # Against peers, each in an environment of its own, then the service's own; ARGS="--only ..." chooses.
 bench: .venv/.installed-dev

@@ -2,29 +2,26 @@
 
 `pool` has workers that stand in for vLLM's and compute with our own engine; `vllm` has vLLM's, in
 the environment that `make test-cluster` makes. `cluster` trains in two ranks and samples by
-stand-ins that Ray places.
+stand-ins that Ray places, `vllm_cluster` by workers of vLLM that it places.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.engine.cluster.kit import a_job, begin
+from tests.engine.cluster.kit import a_job, begin, vllm_environment
 from tests.engine.cluster.torch_standin import an_environment
 from tests.engine.conftest import reference_model
 from weaver.checks import check_datums
 from weaver.config import load_settings
 from weaver.engine.base import GradientJob, WeightsRef
-from weaver.engine.cluster.sampler_env import faults_of, wanted_here
 from weaver.engine.local import open_engine
 from weaver.engine.torch.catalog import NANO
 from weaver.errors import (
@@ -39,6 +36,7 @@ from weaver.types import AdamParams, Datum, ForwardBackwardResult, LoraConfig, M
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
 
     from weaver.config import Settings
     from weaver.engine.base import Engine
@@ -51,7 +49,6 @@ LORA = LoraConfig(rank=8, alpha=16.0)
 PROMPT = list(b"reverse: hello world")
 CLOSE = 1e-5
 """Nats, in float32, between a sampler and the trainer."""
-ENVIRONMENT = Path(__file__).parents[2] / ".venv-sampler"
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Kind:
         return self.name != "torch"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vllm", "cluster")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vllm", "cluster", "vllm_cluster")]
 CLUSTER = """
 address = "local"
 [[trainer]]
@@ -88,13 +85,13 @@ def kind(
     given = {"WEAVER_HOME": str(tmp_path_factory.mktemp("home")), "WEAVER_KV_CACHE_GB": "0.2"}
     given |= {"WEAVER_DEVICE": "cpu", "WEAVER_SAMPLE_ROWS": "16"}
     if request.param != "torch":
-        environment = Path(os.environ.get("WEAVER_TEST_SAMPLER_ENV", ENVIRONMENT))
-        if request.param != "vllm":
+        if request.param.startswith("vllm"):
+            environment = vllm_environment()
+        else:
             environment = an_environment(tmp_path_factory.mktemp("made") / "env")
-        elif faults := faults_of(environment, wanted_here()):
-            pytest.skip(f"{faults[0]}; `make test-cluster` makes it")
         given |= {"WEAVER_SAMPLER": "vllm", "WEAVER_SAMPLER_ENV": str(environment)}
-    engine = (_open_cluster if request.param == "cluster" else open_engine)(load_settings(given))
+    open_it = _open_cluster if request.param.endswith("cluster") else open_engine
+    engine = open_it(load_settings(given))
     yield Kind(request.param, engine)
     engine.close()
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import pytest
 
 from tests.fake_engine.model import EOS, ByteTokenizer
 from weaver.engine.base import SampleJob, SampleProgress, WeightsRef
 from weaver.engine.cluster.pool import SamplerPool
 from weaver.engine.cluster.sampled_model import SampledModel
+from weaver.engine.cluster.sampler_env import faults_of, wanted_here
 from weaver.engine.cluster.weights import Shelf
 from weaver.engine.cluster.worker_process import Opener, WorkerProcess
 from weaver.types import SampleResult, SamplingParams
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from weaver.errors import WeaverError
     from weaver.types import SampleDelta
 
+ENVIRONMENT = Path(__file__).parents[3] / ".venv-sampler"
 STANDIN = Path(__file__).with_name("standin.py")
 COMMAND = [sys.executable, str(STANDIN)]
 BASE = WeightsRef(base_model="letters")
@@ -41,6 +44,14 @@ MODEL = SampledModel(
     read_tokenizer=ByteTokenizer,
     read_ends=lambda: frozenset([EOS]),
 )
+
+
+def vllm_environment() -> Path:
+    """That of `make test-cluster`; skips the test where it is not there, or not right."""
+    environment = Path(os.environ.get("WEAVER_TEST_SAMPLER_ENV", ENVIRONMENT))
+    if faults := faults_of(environment, wanted_here()):
+        pytest.skip(f"{faults[0]}; `make test-cluster` makes it")
+    return environment
 
 
 @contextmanager

@@ -13,12 +13,14 @@ pytest.importorskip("ray")
 
 from tests.contracts import test_service_order, test_service_runs, test_service_samples
 from tests.contracts.caller import Caller
+from tests.engine.cluster.kit import vllm_environment
 from tests.engine.cluster.test_ranks import data_of
 from tests.engine.cluster.torch_standin import an_environment
 from tests.engine.conftest import job
 from weaver.config import EngineSettings
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig, PoolConfig
 from weaver.engine.cluster.engine import ClusterEngine
+from weaver.engine.cluster.pooled import PooledEngine
 from weaver.engine.cluster.pooled_cluster import with_pools
 from weaver.engine.torch.catalog import NANO
 from weaver.engine.torch.engine import TorchEngine
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver.engine.base import Engine
-    from weaver.engine.cluster.pooled import PooledEngine
     from weaver.protocol import Service
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -51,27 +52,39 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", params=["replicated", "fsdp", "pooled"])
+VLLM = pytest.param("vllm", marks=pytest.mark.timeout(900))
+"""It takes minutes to start where others compute, too."""
+
+
+@pytest.fixture(scope="module", params=["replicated", "fsdp", "pooled", VLLM])
 def engine(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ClusterEngine | PooledEngine]:
-    """`pooled`: samples come from workers that Ray places, which stand in for vLLM's."""
+    """`pooled`: samples come from workers that Ray places and that stand in for vLLM's; `vllm`:
+    from vLLM's."""
     mode = "fsdp" if request.param == "fsdp" else "replicated"
     group = partial(GroupConfig, device="cpu", threads=1, cpus=0.4, mode=mode)
     config = ClusterConfig(
         address="local", trainer=(group(model="fake", ranks=2), group(model="other"))
     )
-    if request.param == "pooled":
-        environment = an_environment(tmp_path_factory.mktemp("made") / "env")
+    if request.param in POOLED:
+        if request.param == "vllm":
+            workers, environment = 1, vllm_environment()
+        else:
+            workers, environment = 2, an_environment(tmp_path_factory.mktemp("made") / "env")
         pool = partial(PoolConfig, device="cpu", cpus=0.1, rows=16, environment=environment)
-        pools = pool(model="fake", workers=2), pool(model="other")
+        pools = pool(model="fake", workers=workers, cache_gb=0.2), pool(model="other", cache_gb=0.2)
         config = config.model_copy(update={"pool": pools})
     ranks = ClusterEngine(local(), config, home=tmp_path_factory.mktemp("home"))
     engine = with_pools(ranks, config, EngineSettings()) if config.pool else ranks
+    if request.param == "vllm":  # its start takes longer than tests of the service wait
+        assert isinstance(engine, PooledEngine)
+        anyio.run(engine.pool("fake").ready)
     yield engine
     engine.close()
 
 
+POOLED = ("pooled", "vllm")
 VLLM_LACKS = {
     "test_a_run_describes_itself": "full fine-tuning",
     "test_a_checkpoint_of_another_architecture_is_refused": "full fine-tuning",
@@ -83,7 +96,7 @@ VLLM_LACKS = {
 @pytest.fixture(autouse=True)
 def possible(request: pytest.FixtureRequest) -> None:
     lacks = VLLM_LACKS.get(request.node.originalname)
-    if lacks and request.node.callspec.params.get("engine") == "pooled":
+    if lacks and request.node.callspec.params.get("engine") in POOLED:
         pytest.skip(f"pools refuse {lacks}")
 
 
