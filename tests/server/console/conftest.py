@@ -1,4 +1,4 @@
-"""The console of a server on a socket, in Chromium: one for each file of tests."""
+"""One server and one browser for all tests of the pages in a module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.server.console.browser import CHROMIUM
 from tests.server.console.site import site_at
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
     with site_at(tmp_path_factory.mktemp("console")) as site:
         yield site
 

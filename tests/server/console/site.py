@@ -1,4 +1,4 @@
-"""`Site`: a served console in a browser, with a run and two keys; for the tests beside it."""
+"""`Site`: a server on a socket with a run in it, before a browser; for the tests of the pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weaver.server.settings import ServerSettings
 from weaver.types import MetricPoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.server.console.browser import Browser
@@ -38,6 +38,7 @@ class Site:
     run: str
     paths: tuple[str, ...]
     browser: Browser
+    engine: FakeEngine
 
     def visit(self, place: str, *, key: str | None = None) -> Browser:
         """Opens a page anew, with a key in the tab."""
@@ -78,15 +79,18 @@ async def settle(address: str, key: str) -> tuple[str, tuple[str, ...]]:
 
 
 @contextmanager
-def site_at(folder: Path) -> Iterator[Site]:
+def site_at(
+    folder: Path, *, hook: Callable[[str, object], None] = lambda name, argument: None
+) -> Iterator[Site]:
     database = open_database(folder / "home")
     keys = Keys(database)
     alice, admin = keys.create("alice")[1], keys.create("ops", admin=True)[1]
     database.dispose()
     settings = ServerSettings(home=folder / "home", port=0)
+    engine = FakeEngine(hook=hook)
     with (
-        serving(FakeEngine(), settings) as server,
+        serving(engine, settings) as server,
         browsing(folder / "profile") as browser,
     ):
         run, paths = anyio.run(settle, server.address, alice)
-        yield Site(server.address, alice, admin, run, paths, browser)
+        yield Site(server.address, alice, admin, run, paths, browser, engine)

@@ -19,10 +19,8 @@ from tests.server.console.browser import CHROMIUM, browsing
 from tests.server.console.site import HOSTILE
 from weaver import ServiceClient
 from weaver.client.http import HttpService
-from weaver.protocol import (
-    Sample,
-    Sampled,
-)
+from weaver.engine.status import EngineStatus, GroupStatus, PoolStatus, RankStatus, SamplerStatus
+from weaver.protocol import Sample, Sampled
 from weaver.types import AdamParams, Datum, MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
@@ -195,12 +193,65 @@ def test_load_is_for_administrators_and_others_runs_are_not_found(site: Site) ->
     browser.see("0 running, 0 waiting.")
     rows = "[...document.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)"
     assert browser.value(rows) == ["alice", "ops"]
+    for words in ("fake engine", "Memory of the server", "free of", "The home takes"):
+        assert words in browser.text()
+    assert "Cluster" not in browser.text()
     browser.wait("document.querySelectorAll('.curve').length == 3")
     browser = site.visit("#/load")
     browser.see("needs an administrator's key")
     assert browser.value("document.querySelector('#load-link').hidden")
     for place in ("#/runs/run-000000000000", "#/nowhere"):
         site.visit(place).see("Go to the runs")
+
+
+def test_load_shows_what_waits_for_what_in_a_cluster(site: Site) -> None:
+    rank = RankStatus(host="node-a", pid=7, device="cuda:0", memory_bytes=500_000_000)
+    group = GroupStatus(
+        name="nano#0",
+        model="nano",
+        mode="replicated",
+        ranks_wanted=2,
+        state="waiting",
+        since=time.time() - 90,
+        waits_for="2 x (1 CPU, 1 GPU)",
+        starts=2,
+        last_loss="ActorDiedError",
+        runs=3,
+        ranks=(rank,),
+    )
+    sampler = SamplerStatus(
+        name="nano/sampler-0",
+        model="nano",
+        state="running",
+        since=time.time(),
+        waits_for=None,
+        starts=1,
+        last_loss=None,
+        host="node-b",
+        pid=8,
+        rows=5,
+        memory_bytes=2_000_000_000,
+    )
+    pool = PoolStatus(model="nano", workers=1, rows=64, free_rows=59, waiting=3)
+    site.engine.status = EngineStatus(
+        ray="Ray at 10.0.0.1", groups=(group,), pools=(pool,), samplers=(sampler,)
+    )
+    try:
+        browser = site.visit("#/load", key=site.admin)
+        for words in (
+            "Ray at 10.0.0.1",
+            "waits for 2 x (1 CPU, 1 GPU)",
+            "last lost: ActorDiedError",
+            "waiting, 1 min",
+            "nano#0, rank 0",
+            "500 MB",
+            "59 of 64",
+            "8 on node-b",
+            "2.0 GB",
+        ):
+            browser.see(words)
+    finally:
+        site.engine.status = EngineStatus()
 
 
 def test_every_page_fits_narrow_screens_and_both_schemes(site: Site) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 from anyio import to_thread
 
+import weaver
 from tests.contracts.caller import BAD_GRADIENT, FORWARD, GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from tests.server.http.helpers import running
 from weaver.protocol import GradientsDone, Sample, Sampled, StepDone
 from weaver.server.console import thin
+from weaver.server.machine import size_bytes
 from weaver.types import MetricPoint, SamplingParams
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ async def test_operations_are_seen_waiting_then_ended(
             ]
             load = (await http.get("/v1/load")).json()
             assert (load["running"], load["waiting"]) == (1, 2) and load["longest_wait_s"] > 0
+            [tenant] = load["tenants"]
+            assert tenant["longest_wait_s"] == load["longest_wait_s"]
             cluster = (await http.get("/v1/cluster")).json()
             [lane] = cluster["lanes"]
             assert lane.pop("longest_wait_s") > 0
@@ -123,6 +127,15 @@ async def test_curves_hold_what_was_logged_and_what_operations_answered(home: Pa
         assert [step for step, _ in curves["optim_step", "grad_norm"]["points"]] == [1, 2, 3]
 
 
+def test_a_home_is_counted_by_its_files_each_once(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a").write_bytes(bytes(1000))
+    (tmp_path / "inner" / "same").hardlink_to(tmp_path / "a")
+    (tmp_path / "inner" / "b").write_bytes(bytes(234))
+    assert size_bytes(tmp_path) == 1234
+    assert size_bytes(tmp_path / "not there") == 0
+
+
 def test_thinning_keeps_the_extremes() -> None:
     points = [(float(i), 0.0) for i in range(10_000)]
     points[1234], points[8000] = (1234.0, 9.0), (8000.0, -9.0)
@@ -162,6 +175,15 @@ async def check_load(server: Server, *, alice: str, bob: str, ops: str, run: str
         assert tenants["bob"]["runs"] == tenants["bob"]["stored_bytes"] == 0
         assert load["trained_tokens"] == 10 and load["sampled_tokens"] == 4
         assert load["prompt_tokens"] > 0 and load["reused_prompt_tokens"] == 0
+        assert tenants["alice"]["longest_wait_s"] == 0
+        machine = load["machine"]
+        assert machine["version"] == weaver.__version__ and machine["engine"] == "fake engine"
+        assert 0 < machine["process_bytes"] < machine["memory_bytes"]
+        assert 0 < machine["memory_free_bytes"] < machine["memory_bytes"]
+        assert machine["device_bytes"] is machine["device_used_bytes"] is None
+        assert 0 < machine["disk_free_bytes"] < machine["disk_bytes"]
+        assert machine["uptime_s"] > 0
+        assert machine["home_bytes"] > tenants["alice"]["stored_bytes"]
         metrics = (await http.get("/metrics")).text
         assert 'weaver_tokens_total{kind="sampled"} 4.0' in metrics
         prompts = float(load["prompt_tokens"])

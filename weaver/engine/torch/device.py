@@ -143,6 +143,14 @@ def free_bytes(place: torch.device) -> int | None:
     return min(known, default=None)
 
 
+def device_gauges(place: torch.device) -> dict[str, float]:
+    """Memory of an accelerator, in bytes: all, and what whichever process has; none of a CPU."""
+    if place.type != "cuda":
+        return {}
+    free, whole = torch.cuda.mem_get_info(place)
+    return {"device_bytes": whole, "device_used_bytes": whole - free}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """In bytes."""

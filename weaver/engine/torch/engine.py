@@ -21,6 +21,7 @@ from weaver.engine.torch.catalog import Catalog, ModelFacts
 from weaver.engine.torch.device import (
     DTYPES,
     choose_device,
+    device_gauges,
     free_bytes,
     size_text,
     threads_text,
@@ -161,6 +162,7 @@ class TorchEngine(ThreadedEngine):
             "base_model_bytes": room.residents.nbytes,
             "own_model_bytes": room.owned_bytes,
             "waiting_for_models": len(self._sampler.waiting) + len(self._wanted()),
+            **device_gauges(self.device.place),
         }
 
     @property

@@ -21,6 +21,7 @@ from weaver.engine.status import EngineStatus
 from weaver.server.activity import OperationInfo
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
+from weaver.server.machine import MachineLoad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -78,6 +79,8 @@ class TenantLoad(types.Value):
     """Those with an operation that waits or runs."""
     waiting: int = 0
     running: int = 0
+    longest_wait_s: float = 0.0
+    """The longest that one of its operations which wait now has waited."""
     stored_bytes: int = 0
     """What its checkpoints take."""
 
@@ -97,6 +100,7 @@ class ServerLoad(types.Value):
     reused_prompt_tokens: int
     """Those of them that were not read, as others had."""
     tenants: tuple[TenantLoad, ...]
+    machine: MachineLoad
 
 
 class LaneLoad(types.Value):
@@ -172,27 +176,34 @@ async def get_load(request: Request, gateway: GatewayDep) -> ServerLoad:
     keys = [] if gateway.keys is None else await to_thread.run_sync(gateway.keys.list)
     projects = {admin.project, *owners.values(), *(k.project for k in keys if not k.revoked_at)}
     loads: defaultdict[str, Counter[str]] = defaultdict(Counter, {p: Counter() for p in projects})
+    waits: defaultdict[str, float] = defaultdict(float)
     for run in await gateway.service.list_runs():
         loads[run.project].update(runs=1, active_runs=run.status == "active")
     for checkpoint in await gateway.service.list_checkpoints():
         loads[owners.get(checkpoint.run_id, "")].update(stored_bytes=checkpoint.size_bytes)
     pending = list(activity.pending())
     for ticket in pending:
-        state = "waiting" if ticket.began_at is None else "running"
-        loads[ticket.session.caller.project][state] += 1
+        project = ticket.session.caller.project
+        if ticket.began_at is None:
+            waits[project] = max(waits[project], ticket.waited_s)
+        loads[project]["waiting" if ticket.began_at is None else "running"] += 1
     counts = gateway.service.parts.engine.counts
     return ServerLoad(
         at=time.time(),
         waiting=sum(load["waiting"] for load in loads.values()),
         running=sum(load["running"] for load in loads.values()),
-        longest_wait_s=max((t.waited_s for t in pending if t.began_at is None), default=0.0),
+        longest_wait_s=max(waits.values(), default=0.0),
         trained_tokens=activity.trained_tokens,
         sampled_tokens=activity.sampled_tokens,
         prompt_tokens=counts.get("prompt_tokens", 0),
         reused_prompt_tokens=counts.get("reused_prompt_tokens", 0),
         tenants=tuple(
-            TenantLoad(project=project or "(nobody)", **loads[project]) for project in sorted(loads)
+            TenantLoad(
+                project=project or "(nobody)", longest_wait_s=waits[project], **loads[project]
+            )
+            for project in sorted(loads)
         ),
+        machine=await gateway.machine.load(gateway.service.parts.engine),
     )
 
 

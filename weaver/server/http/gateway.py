@@ -20,6 +20,7 @@ from weaver.config import is_loopback
 from weaver.server.http.errors import Envelope, native_envelope
 from weaver.server.http.telemetry import ServerMetrics
 from weaver.server.keys import Caller, Keys
+from weaver.server.machine import Machine
 from weaver.tokenizers import store_tokenizer
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Gateway:
         self.keys = keys
         self.folder = folder
         self.metrics = ServerMetrics(service.parts.activity, service.parts.engine)
+        self.machine = Machine(service.parts.live.root.parent)
         self.tracing: Tracing | None = None
         self.stopping = anyio.Event()
         """Once set, long polls end and new requests are told to come back."""
