@@ -103,9 +103,13 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **fields)
         self.send("Input.dispatchKeyEvent", type="keyUp", **fields)
 
-    def screen(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def screen(
+        self, *, width: int = 1280, height: int = 900, dark: bool = False, still: bool = False
+    ) -> None:
+        """`still`: with as little motion as may be."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else ""}
+        self.send("Emulation.setEmulatedMedia", features=[scheme, motion])
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,

@@ -30,5 +30,5 @@ def site(shared: Site) -> Iterator[Site]:
     yield shared
     assert shared.browser.value("window.hostile") is None
     shared.browser.rest()
-    refusals = ("401", "403", "404")  # which the browser itself writes down
+    refusals = ("401", "403", "404", "422")  # which the browser itself writes down
     assert [p for p in shared.browser.problems if not any(f"of {n}" in p for n in refusals)] == []

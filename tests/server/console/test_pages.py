@@ -188,6 +188,28 @@ def test_a_sample_that_fails_says_why(site: Site) -> None:
     browser.wait("document.querySelectorAll('.tokens').length == 2")
 
 
+def test_a_long_sample_is_folded_and_opens_by_click_keyboard_and_reading(site: Site) -> None:
+    browser = site.visit("#/samples?prompt=x&max_tokens=400&num_samples=1&seed=1")
+    browser.screen(width=390)
+    browser.wait("document.querySelector('form.sampling')")
+    browser.value("document.querySelector('form.sampling').requestSubmit()")
+    browser.wait("document.querySelectorAll('.fold:not([hidden])').length == 2")
+    text, button = "document.querySelector('.tokens')", "document.querySelector('.fold')"
+    cut = f"{text}.scrollHeight > {text}.clientHeight + 1"
+    assert browser.value(cut) and browser.value(f"{button}.ariaExpanded") == "false"
+    browser.value(f"{button}.click()")
+    assert not browser.value(cut) and browser.value(f"{button}.ariaExpanded") == "true"
+    browser.value(f"{button}.focus()")
+    browser.press("Enter")
+    assert browser.value(cut)
+    browser.value("document.querySelector('article').focus()")
+    for _ in range(400):
+        browser.press("ArrowRight")
+        if not browser.value(cut):
+            break
+    assert not browser.value(cut), "read beyond what is shown"
+
+
 def test_load_is_for_administrators_and_others_runs_are_not_found(site: Site) -> None:
     browser = site.visit("#/load", key=site.admin)
     browser.see("0 running, 0 waiting.")

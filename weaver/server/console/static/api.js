@@ -15,16 +15,21 @@ export class ApiError extends Error {
   }
 }
 
-async function ask(path, { method = "GET", body, type = "application/json", signal, keepalive } = {}) {
+/** An answer as it comes, whatever its status. */
+export async function raw(path, { method = "GET", body, type = "application/json", signal, keepalive } = {}) {
   const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
   if (body) headers["Content-Type"] = type;
-  let reply;
   try {
-    reply = await fetch(path, { method, body, headers, signal, keepalive, cache: "no-store" });
+    return await fetch(path, { method, body, headers, signal, keepalive, cache: "no-store" });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new ApiError("The server cannot be reached.");
   }
+}
+
+/** An answer that is none of an error: those are thrown. */
+export async function ask(path, options) {
+  const reply = await raw(path, options);
   if (reply.ok) return reply;
   const { error = {} } = await reply.json().catch(() => ({}));
   const message = error.message ?? `The server answered ${reply.status}.`;
@@ -61,20 +66,31 @@ export async function sample(operations, { piece, failed, signal }) {
 }
 
 async function follow(path, piece, signal) {
-  const reader = (await ask(path, { signal })).body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (let { value, done } = await reader.read(); !done; { value, done } = await reader.read()) {
-    const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const field = (name) => event.match(new RegExp(`^${name}: (.*)$`, "m"))?.[1];
-      if (field("event") === "error") {
-        const { message, hint } = JSON.parse(field("data"));
-        throw new ApiError(message, { hint });
-      }
-      if (field("event") === "end") return;
-      if (field("data")) piece(JSON.parse(field("data")));
+  for await (const { event, data } of events(path, { signal })) {
+    if (event === "error") {
+      const { message, hint } = JSON.parse(data);
+      throw new ApiError(message, { hint });
     }
+    if (event === "end") return;
+    if (data) piece(JSON.parse(data));
   }
   throw new ApiError("The stream broke off.", { hint: "Sample again: the same seed repeats it." });
+}
+
+/** The server-sent events of an answer: `{ event, data }`, each undefined where there is none. */
+export async function* events(path, options) {
+  const { signal } = options;
+  const reader = (await ask(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
+  const read = () => reader.read().catch((error) => {
+    throw signal?.aborted ? error : new ApiError("The connection to the server broke off.");
+  });
+  let rest = "";
+  for (let { value, done } = await read(); !done; { value, done } = await read()) {
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const field = (name) => part.match(new RegExp(`^${name}: (.*)$`, "m"))?.[1];
+      yield { event: field("event"), data: field("data") };
+    }
+  }
 }

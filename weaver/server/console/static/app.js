@@ -3,6 +3,7 @@ import { ApiError, get, key } from "./api.js";
 import { listen } from "./chart.js";
 import { h } from "./dom.js";
 import { loadPage } from "./load.js";
+import { playgroundPage } from "./playground.js";
 import { runPage, runsPage } from "./runs.js";
 import { samplesPage } from "./samples.js";
 
@@ -16,7 +17,7 @@ async function open() {
   const { signal } = (shown = new AbortController());
   const [path, query = ""] = (location.hash.slice(2) || "runs").split("?");
   const [name, ...rest] = path.split("/").map(decodeURIComponent);
-  const page = { runs: rest.length ? runPage : runsPage, samples: samplesPage, load: loadPage }[name];
+  const page = { runs: rest.length ? runPage : runsPage, samples: samplesPage, playground: playgroundPage, load: loadPage }[name];
   document.title = `${rest[0] ?? (page ? name[0].toUpperCase() + name.slice(1) : "Not found")} · Weaver`;
   for (const link of at("nav").children) {
     if (link.getAttribute("href") === `#/${name}`) link.setAttribute("aria-current", "page");
@@ -102,7 +103,7 @@ let before = "";
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select, dialog");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-  const go = before === "g" && { r: "#/runs", s: "#/samples", l: caller?.admin && "#/load" }[event.key];
+  const go = before === "g" && { r: "#/runs", s: "#/samples", p: "#/playground", l: caller?.admin && "#/load" }[event.key];
   before = event.key;
   if (go) location.hash = go;
   else if (event.key === "?") at("shortcuts").showModal();

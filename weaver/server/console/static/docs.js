@@ -1,6 +1,7 @@
 // A page of the OpenAPI document: every route with its parameters, bodies and answers.
 import { get } from "./api.js";
 import { h, table } from "./dom.js";
+import { tryForm } from "./try.js";
 
 const main = document.getElementById("main");
 const METHODS = ["get", "post", "put", "patch", "delete"];
@@ -35,11 +36,21 @@ function contents(what, content, schemas) {
     [h("h3", {}, what), h("p", {}, h("code", {}, type), " ", typeOf(schema)), ...shape(schema, schemas)]);
 }
 
+/** The form is made when the route is unfolded: there are many. */
+function trying(path, method, operation, schemas) {
+  const place = h("div", {}, h("h3", {}, "Try it"));
+  const unfold = ({ target }) => {
+    if (target.open && place.childElementCount === 1) place.append(tryForm(path, method, operation, schemas));
+  };
+  return { place, unfold };
+}
+
 function route(path, method, operation, schemas) {
   const { summary = "", description = "", parameters = [], requestBody, responses = {} } = operation;
-  return h("details", { class: "route", id: `${method}-${path}` },
+  const { place, unfold } = trying(path, method, operation, schemas);
+  return h("details", { class: "route", id: `${method}-${path}`, toggle: unfold },
     h("summary", {}, h("b", {}, method.toUpperCase()), h("code", {}, path), h("span", { class: "quiet" }, summary)),
-    h("div", {}, h("p", {}, description),
+    h("div", {}, h("p", {}, description), place,
       parameters.length ? table("Parameters", [["Parameter", "name"], ["In"], ["Type", "long"]], parameters.map((one) =>
         [h("code", {}, one.name + (one.required ? "" : "?")), one.in, typeOf(one.schema)]), "") : null,
       contents("Body", requestBody?.content, schemas),

@@ -1,6 +1,7 @@
 // Samples of two checkpoints side by side: same prompt, same seed.
-import { get, sample } from "./api.js";
+import { sample } from "./api.js";
 import { h, number } from "./dom.js";
+import { choices, picker } from "./models.js";
 
 const FIELDS = [
   ["temperature", "Temperature", 1, { min: 0, step: "any" }],
@@ -12,20 +13,9 @@ const FIELDS = [
 
 export async function samplesPage(main, { params, signal, fail }) {
   main.replaceChildren(h("h1", {}, "Samples"), h("p", { class: "quiet" }, "Loading models and checkpoints."));
-  const [models, runs, checkpoints] = await Promise.all(
-    ["v1/base-models", "v1/runs", "v1/checkpoints"].map((path) => get(path, signal)));
-  const groups = choices(models, runs, checkpoints);
-  checkpoints.sort((a, b) => b.created_at.localeCompare(a.created_at));
-  const defaults = { a: `base:${models[0]?.name}`, b: checkpoints[0]?.path ?? `base:${models[0]?.name}` };
+  const { groups, ...first } = await choices(signal);
   const value = (name, other) => params.get(name) ?? other;
-  const select = (name, label) => {
-    const wanted = value(name, defaults[name]);
-    const known = groups.some(([, options]) => options.some(([path]) => path === wanted));
-    const gone = known ? [] : [["Not found", [[wanted, wanted]]]];
-    return h("label", { class: "source" }, label, h("select", { name }, [...gone, ...groups].map(
-      ([group, options]) => h("optgroup", { label: group }, options.map(
-        ([path, text]) => h("option", { value: path, selected: path === wanted }, text))))));
-  };
+  const select = (name, label) => picker(name, label, groups, value(name, first[name]));
   const form = h("form", { class: "sampling" },
     h("div", { class: "pair" }, select("a", "Left"), select("b", "Right")),
     h("label", {}, "Prompt", h("textarea", { name: "prompt", rows: 3, required: true, spellcheck: "false" }, value("prompt", ""))),
@@ -72,17 +62,6 @@ function operation(path, given) {
   return { kind: "sample", sampler_id: path, prompt, params, num_samples: Number(given.num_samples), stream: true };
 }
 
-function choices(models, runs, checkpoints) {
-  const names = new Map(runs.map((run) => [run.run_id, run.name]));
-  const byRun = new Map();
-  for (const one of checkpoints) byRun.set(one.run_id, [...(byRun.get(one.run_id) ?? []), one]);
-  const groups = [...byRun].map(([id, saved]) => [
-    titled(names.get(id), id),
-    saved.map((one) => [one.path, `${one.name}, step ${number(one.step)}, of ${titled(names.get(id), id)}`]),
-  ]);
-  return [["Base models", models.map((model) => [`base:${model.name}`, `${model.name}, base model`])], ...groups];
-}
-
 /** One side's samples, which grow as pieces come. */
 function column(title) {
   const list = h("div", {}, h("p", { class: "quiet" }, "Sampling."));
@@ -94,9 +73,10 @@ function column(title) {
     for (let i = rows.length; i <= index; i++) {
       const text = h("p", { class: "tokens", dir: "auto" });
       const note = h("small", {});
-      rows.push({ text, note, held: [], logprobs: [] });
+      const fold = folded(text);
+      rows.push({ text, note, fold, held: [], logprobs: [] });
       const label = `Sample ${i + 1}. Arrow keys read its tokens.`;
-      const article = h("article", { "aria-label": label, role: "group", tabindex: 0 }, text, note);
+      const article = h("article", { "aria-label": label, tabindex: 0 }, text, fold.button, note);
       readable(article, text, note);
       list.append(article);
     }
@@ -110,6 +90,7 @@ function column(title) {
       at.logprobs.push(...logprobs);
       all.push(...logprobs);
       if (text) at.text.append(token(text, at.held.splice(0)));
+      at.fold.grown();
       if (!stop_reason) return;
       if (at.held.length) at.text.append(token("", at.held.splice(0)));
       at.note.textContent = `${at.logprobs.length} tokens, log-probability ${number(sum(at.logprobs))}, ended by ${stop_reason}`;
@@ -124,8 +105,20 @@ function column(title) {
   };
 }
 
-const titled = (name, id) => (typeof name === "string" && name ? name : id);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+/** A long sample shows its first lines, and the rest by a button. */
+function folded(text) {
+  const button = h("button", { type: "button", class: "fold", hidden: true, "aria-expanded": "false", click: toggle }, "Show all");
+  text.classList.add("folded");
+  function toggle() {
+    const open = !text.classList.toggle("folded");
+    button.setAttribute("aria-expanded", `${open}`);
+    button.textContent = open ? "Show less" : "Show all";
+  }
+  const grown = () => { if (button.hidden) button.hidden = text.scrollHeight <= text.clientHeight + 1; };
+  return { button, grown };
+}
 
 /** A piece of text, shaded by how unlikely its tokens were; without text, the end of the sample. */
 function token(text, logprobs) {
@@ -154,5 +147,8 @@ function readable(article, text, note) {
     if (!next) return;
     event.preventDefault();
     read(next);
+    if (text.classList.contains("folded") && next.offsetTop + next.offsetHeight > text.offsetTop + text.clientHeight) {
+      article.querySelector(".fold").click();
+    }
   });
 }
