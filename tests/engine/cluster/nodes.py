@@ -24,12 +24,11 @@ class Nodes:
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         self.address: str = self._tell("start", 0)
 
-    def join(self, cpus: float, env: Mapping[str, str] | None = None) -> int:
+    def join(self, cpus: int, env: Mapping[str, str] | None = None) -> int:
         """A node that has joined, whose processes have those variables."""
         return int(self._tell("join", cpus, dict(env or {})))
 
@@ -45,7 +44,9 @@ class Nodes:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, "the nodes have ended"
+        return json.loads(answer)
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -31,6 +31,7 @@ from weaver.engine.cluster.rank import Facts
 from weaver.engine.cluster.status import read_status
 from weaver.engine.torch.engine import TorchEngine
 from weaver.errors import ConfigError, EngineError
+from weaver.files import hold_lock, release_lock
 from weaver.protocol import (
     CreateModel,
     ForwardBackward,
@@ -220,7 +221,7 @@ async def test_a_group_without_room_waits_and_says_for_what(
     engine: ClusterEngine, group: TrainerGroup, home: Path
 ) -> None:
     group.close()
-    taken = Room({"CPU": float(os.cpu_count() or 1)}, 1)
+    taken = Room(engine._cluster.session, {"CPU": float(os.cpu_count() or 1)}, 1)
     assert taken.wait()
     try:
         with pytest.raises(EngineError, match=r"no room for weaver-nano#0 in 6 s: 2 x \(0.5 CPU\)"):
@@ -309,6 +310,25 @@ def test_an_address_at_which_nothing_listens_is_named_in_time() -> None:
     with pytest.raises(ConfigError, match=f"address: nothing listens at '127.0.0.1:{port}'"):
         Cluster.open(config)
     assert time.monotonic() - began < 10
+
+
+def test_a_shared_folder_is_one_servers_and_is_tidied(home: Path) -> None:
+    """Whatever becomes of the start, which finds no Ray here."""
+    folder, left = home / "cluster", home / "cluster" / "live-of-a-server-that-was-killed"
+    left.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = ClusterConfig(address=f"127.0.0.1:{port}", trainer=(GROUP(),))
+    local = TorchEngine(device="cpu", threads=1)
+    lock = hold_lock(folder, what="It", hint="")
+    with pytest.raises(ConfigError, match=r"shared: The folder .* is in use by another process"):
+        ClusterEngine(local, config, home=home)
+    assert left.exists()
+    release_lock(lock)
+    with pytest.raises(ConfigError, match="nothing listens at"):
+        ClusterEngine(local, config, home=home)
+    assert [file.name for file in folder.iterdir()] == ["lock"]
+    release_lock(hold_lock(folder, what="It", hint=""))
 
 
 SERVER = """

@@ -130,7 +130,7 @@ async def test_a_killed_one_is_started_again_and_its_samples_are_repeated(
 async def test_without_room_it_waits_says_for_what_and_fails_in_time(
     placing: Placing, tmp_path: Path
 ) -> None:
-    taken = Room({"CPU": float(os.cpu_count() or 1)}, 1)
+    taken = Room(cluster.session, {"CPU": float(os.cpu_count() or 1)}, 1)
     assert taken.wait()
     worker = placing("late", place_s=3.0)
     try:

@@ -150,14 +150,20 @@ async def test_workers_that_die_while_they_load_are_a_named_error(tmp_path: Path
 
 
 async def test_a_folder_that_is_gone_fails_its_jobs_alone(tmp_path: Path) -> None:
+    """Also those of others that are being drawn when it goes."""
     ref = WeightsRef(base_model="letters", uri=save_adapter(tmp_path / "a").as_uri())
-    with standins(tmp_path) as pool:
+    with standins(tmp_path, pace_s=0.02) as pool:
         await pool.publish("base", BASE)
         await pool.publish("w", ref)
+        before = [begin(pool, a_job([i], f"before-{i}")) for i in range(3)]
+        await until(lambda: pool.room().free_rows < 8)
         [folder] = [f for f in (tmp_path / "shelf").glob("*/*") if f.is_dir()]
         folder.rename(tmp_path / "elsewhere")
-        error = await begin(pool, a_job(weights_id="w")).error()
-        assert isinstance(error, EngineError) and "no such adapter" in error.message
+        behind = [begin(pool, a_job([i], f"behind-{i}", weights_id="w")) for i in range(3)]
+        for told in behind:
+            error = await told.error()
+            assert isinstance(error, EngineError) and "no such adapter" in error.message
+        assert all([(await told.result()).sequences for told in before])
         assert (await one(pool)).tokens and len(pids(tmp_path)) == 1
 
 

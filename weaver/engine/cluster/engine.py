@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -31,7 +32,14 @@ from weaver.engine.cluster.status import (
 )
 from weaver.engine.status import EngineStatus
 from weaver.engine.torch.engine import TorchEngine
-from weaver.errors import ConfigError, EngineLostError, UnknownModelError, nearest
+from weaver.errors import (
+    ConfigError,
+    ConflictError,
+    EngineLostError,
+    UnknownModelError,
+    nearest,
+)
+from weaver.files import hold_lock, release_lock
 
 if TYPE_CHECKING:
     from weaver import types
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
 
 FOLDER = "cluster"
 """In the home, where no shared folder is named."""
+LIVE = "live-"
+"""What snapshots lie in, of one engine alone."""
 TELL_S = 5.0
 """How old the file of the status may be, if this process runs at all."""
 
@@ -69,21 +79,13 @@ class ClusterEngine(ModelsOf):
                 local.facts(model)
             except UnknownModelError as error:
                 raise ConfigError(error.message, field=field, hint=error.hint) from None
-        self._live = self.folder / f"live-{uuid4().hex}"
-        """Snapshots, of this engine alone."""
-        proof = self._live / "proof", uuid4().hex
-        try:
-            self._live.mkdir(parents=True)
-            proof[0].write_text(proof[1])
-        except OSError as error:
-            raise ConfigError(
-                f"{self.folder} cannot be written to: {error.strerror}.",
-                field="shared",
-                hint="Name a folder of yours that all machines of the cluster see.",
-            ) from None
-        self._proof = proof
+        with ExitStack() as stack:
+            self._live = _a_folder_in(self.folder, stack)
+            self._proof = self._live / "proof", uuid4().hex
+            self._proof[0].write_text(self._proof[1])
+            self._cluster = Cluster.open(config)
+            self._opened = stack.pop_all()
         self._pooled = list(config.pools())
-        self._cluster = Cluster.open(config)
         self._writing = threading.Lock()
         self._groups = {
             name: TrainerGroup(
@@ -92,7 +94,7 @@ class ClusterEngine(ModelsOf):
                 cluster=self._cluster,
                 source=local.facts(group.model).source,
                 deterministic=deterministic,
-                proof=proof,
+                proof=self._proof,
                 changed=self._write_status,
             )
             for name, group in config.named().items()
@@ -306,7 +308,7 @@ class ClusterEngine(ModelsOf):
 
     def _tell(self) -> None:
         while not self._closed.wait(TELL_S):
-            self._cluster.look()
+            self._cluster.refresh()
             self._write_status()
 
     def close(self) -> None:
@@ -316,5 +318,36 @@ class ClusterEngine(ModelsOf):
             group.close()
         self._cluster.close()
         self.local.close()
-        rmtree(self._live, ignore_errors=True)
         forget_status(self.folder)
+        self._opened.close()
+
+
+def _a_folder_in(shared: Path, stack: ExitStack) -> Path:
+    """An empty one, while no other server has the shared folder, which `stack` lets go of.
+
+    What servers that are gone have left there goes.
+
+    Raises:
+        ConfigError: another has it, or it cannot be written to.
+    """
+    try:
+        lock = hold_lock(
+            shared,
+            what=f"The folder {shared}",
+            hint="Each server needs one of its own: name another in its cluster file.",
+        )
+        stack.callback(release_lock, lock)
+        for left in shared.glob(f"{LIVE}*"):
+            rmtree(left, ignore_errors=True)
+        folder = shared / f"{LIVE}{uuid4().hex}"
+        folder.mkdir()
+    except ConflictError as error:
+        raise ConfigError(error.message, field="shared", hint=error.hint) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{shared} cannot be written to: {error.strerror}.",
+            field="shared",
+            hint="Name a folder of yours that all machines of the cluster see.",
+        ) from None
+    stack.callback(rmtree, folder, ignore_errors=True)
+    return folder

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
 
 import anyio
@@ -23,6 +24,7 @@ from anyio import CancelScope, to_thread
 
 from weaver.boundary import attempt, converting
 from weaver.engine.cluster.answers import gather
+from weaver.engine.cluster.placement import BURY_S, find_room, in_time
 from weaver.engine.cluster.rank import Answer, Facts, Rank, Setup
 from weaver.errors import ConfigError, EngineError, EngineLostError
 
@@ -31,9 +33,8 @@ if TYPE_CHECKING:
     from weaver.engine.cluster.placement import Cluster, Room
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 State = Literal["stopped", "waiting", "starting", "ready"]
-BURY_S = 10.0
-"""How long the end of a group is waited for; Ray goes on with it."""
 AGREE_S = 10.0
 """In which the other ranks have answered, when one has failed in a way that all can."""
 
@@ -132,13 +133,10 @@ class TrainerGroup:
 
     def _write(self, ranks: Ranks, copy_id: str, folder: Path) -> None:
         """In any thread; in the first rank it waits for the call that runs there."""
-        import ray
-
-        answer = ranks.actors[0].call.remote("write", (copy_id, str(folder.absolute())))
-        try:
-            done: Answer = ray.get(answer, timeout=self.config.call_s)
-        except ray.exceptions.RayError as error:
-            raise EngineLostError(f"the copy of a run is lost: {_first_line(error)}") from None
+        session = ranks.room.session
+        with converting(lambda error: EngineLostError(_why("write", error, self.config.call_s))):
+            answer = ranks.actors[0].call.remote("write", (copy_id, str(folder.absolute())))
+            done: Answer = session.result(answer, self.config.call_s)
         if done.error is not None:
             raise done.error
 
@@ -147,9 +145,12 @@ class TrainerGroup:
 
         if ranks.lost is not None:
             raise EngineLostError(f"the ranks of {self.name} have ended ({ranks.lost})")
-        given = await to_thread.run_sync(ray.put, arguments) if len(ranks.actors) > 1 else arguments
+        given, within_s = arguments, self.config.call_s
+        if len(ranks.actors) > 1:
+            put = partial(to_thread.run_sync, ray.put, arguments, abandon_on_cancel=True)
+            given = await self._asked(ranks, name, put, within_s)
         answers = await self._gather(
-            ranks, name, lambda actor: actor.call.remote(name, given), self.config.call_s
+            ranks, name, lambda actor: actor.call.remote(name, given), within_s
         )
         ranks.memory = [answer.memory for answer in answers]
         if len({answer.mark for answer in answers}) > 1:
@@ -163,9 +164,22 @@ class TrainerGroup:
         self, ranks: Ranks, name: str, ask: Callable[[Any], Any], within_s: float
     ) -> list[Any]:
         """What each rank answers, by rank; the first that does not gives all up."""
+
+        async def answers() -> list[Any]:
+            return await gather([ask(actor) for actor in ranks.actors], within_s, AGREE_S)
+
+        return await self._asked(ranks, name, answers, within_s)
+
+    async def _asked(
+        self, ranks: Ranks, name: str, work: Callable[[], Awaitable[T]], within_s: float
+    ) -> T:
+        """What comes of work with the ranks; they are given up if that fails, or Ray is lost."""
         try:
-            with converting(lambda error: EngineLostError(_why(name, error, within_s))):
-                return await gather([ask(actor) for actor in ranks.actors], within_s, AGREE_S)
+            with (
+                converting(lambda error: EngineLostError(_why(name, error, within_s))),
+                ranks.room.session.needed(),
+            ):
+                return await work()
         except EngineLostError as lost:
             raise await self._lose(ranks, lost.message) from lost
 
@@ -177,8 +191,7 @@ class TrainerGroup:
             if self.ranks is ranks:
                 self.ranks, self.last_loss = None, why
                 self._turn("stopped")
-            with anyio.move_on_after(BURY_S, shield=True):
-                await to_thread.run_sync(attempt, bury, ranks, abandon_on_cancel=True)
+            await in_time(ranks.room, bury, ranks)
         return EngineLostError(f"the ranks of {self.name} have ended ({ranks.lost})")
 
     # --- starting -------------------------------------------------------------------------------
@@ -215,14 +228,12 @@ class TrainerGroup:
 
     async def _placed(self) -> Room:
         """Waits for room, saying for what."""
-        from weaver.engine.cluster.placement import find_room
-
         config, there = self.config, False
         try:
             room = await find_room(
                 self.name,
                 self._cluster,
-                self._cluster.bundle(config),
+                partial(self._cluster.bundle, config),
                 config.ranks,
                 within_s=config.place_s,
                 waiting=lambda what: self._turn("waiting", waits_for=what),
@@ -260,11 +271,13 @@ class TrainerGroup:
             self._changed()
 
     def close(self) -> None:
-        """Blocks until its ranks are told to end."""
+        """Blocks until its ranks are told to end; not long, where Ray does not answer."""
         ranks, self.ranks = self.ranks, None
         if ranks is not None and ranks.lost is None:
             ranks.lost = "the engine is closed"
-            attempt(bury, ranks)
+            burying = Thread(target=attempt, args=(bury, ranks), daemon=True)
+            burying.start()
+            burying.join(BURY_S)
 
 
 Writer = Callable[[Path], None]
@@ -272,11 +285,7 @@ Writer = Callable[[Path], None]
 
 def bury(ranks: Ranks) -> None:
     """Ends processes that may be in the midst of a collective, and gives their places back."""
-    import ray
-
-    for actor in ranks.actors:
-        ray.kill(actor, no_restart=True)
-    ranks.room.give_back()
+    ranks.room.give_back(ranks.actors)
 
 
 def check_alike(facts: Sequence[Facts]) -> None:
@@ -305,6 +314,8 @@ def check_alike(facts: Sequence[Facts]) -> None:
 
 def _why(name: str, error: Exception, within_s: float) -> str:
     """Raised errors of a rank are defects: what users can mend is answered."""
+    if isinstance(error, EngineLostError):
+        return error.message
     if isinstance(error, TimeoutError):
         return f"not all have answered {name}, of which {within_s:g} s were left at most"
     return f"{name}: {_first_line(error)}"

@@ -14,23 +14,23 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import CancelScope, to_thread
+from anyio import to_thread
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from weaver.boundary import attempt
 from weaver.engine.cluster.answers import gather
+from weaver.engine.cluster.placement import find_room, in_time
 from weaver.engine.cluster.sampler_env import faults_of
 from weaver.engine.cluster.vllm_worker import die_with_parent
 from weaver.engine.cluster.worker_process import LEAVE_S, Link, Pipe, WorkerLostError, last_words
-from weaver.errors import EngineError
+from weaver.errors import EngineError, EngineLostError
 
 if TYPE_CHECKING:
     from weaver.engine.cluster.placement import Cluster, Room
@@ -39,6 +39,8 @@ IN, OUT = b"i", b"o"
 """Which stream of the worker a connection becomes."""
 CONNECT_S = 30.0
 """In which both connections are there."""
+END_S = LEAVE_S + 4.0
+"""In which a starter has ended its worker."""
 START_S = 120.0
 """In which Ray has started the actor."""
 
@@ -175,9 +177,10 @@ class PlacedWorker:
                 room = await self._placed()
                 actors: list[Any] = []
                 stack.push_async_callback(_end, room, actors)
-                actors += await to_thread.run_sync(room.actors, Starter, [()])
                 self._turn("starting")
-                link = await self._started(actors[0], stack)
+                with _needing(room):
+                    actors += await to_thread.run_sync(room.actors, Starter, [()])
+                    link = await self._started(actors[0], stack)
                 self._turn("running")
                 yield link
         finally:
@@ -190,13 +193,11 @@ class PlacedWorker:
             self.last_loss = _words(error)
 
     async def _placed(self) -> Room:
-        from weaver.engine.cluster.placement import find_room
-
         try:
             return await find_room(
                 self.name,
                 self._cluster,
-                self._bundle,
+                lambda: self._bundle,
                 1,
                 within_s=self._place_s,
                 waiting=lambda what: self._turn("waiting", what),
@@ -240,6 +241,16 @@ class PlacedWorker:
         self._changed()
 
 
+@contextmanager
+def _needing(room: Room) -> Iterator[None]:
+    """Raises WorkerLostError: Ray is lost, and the room with it."""
+    try:
+        with room.session.needed():
+            yield
+    except EngineLostError as error:
+        raise WorkerLostError(error.message) from None
+
+
 async def _answer(reference: Any, within_s: float) -> Any:
     """Raises WorkerLostError: what kept the actor from answering."""
     import ray
@@ -256,18 +267,16 @@ async def _answer(reference: Any, within_s: float) -> Any:
 
 async def _end(room: Room, actors: Sequence[Any]) -> None:
     """After the streams were closed."""
-    with CancelScope(shield=True):
-        await to_thread.run_sync(attempt, _bury, room, actors)
+    await in_time(room, _bury, room, actors)
 
 
 def _bury(room: Room, actors: Sequence[Any]) -> None:
     import ray
 
     for actor in actors:
-        with suppress(ray.exceptions.RayError):
-            ray.get(actor.end.remote(), timeout=LEAVE_S + CONNECT_S)
-        ray.kill(actor, no_restart=True)
-    room.give_back()
+        with suppress(ray.exceptions.RayError, EngineLostError, TimeoutError):
+            room.session.result(actor.end.remote(), END_S)
+    room.give_back(actors)
 
 
 def _words(error: BaseException) -> str:

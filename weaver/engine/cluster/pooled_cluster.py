@@ -96,6 +96,7 @@ def with_pools(
         StorageError: the shared folder cannot be written to.
     """
     pools, place = config.pools(), engine.folder / WEIGHTS
+    Shelf.sweep(place)  # the engine holds the folder
     shelf = Shelf(place)
     program = shelf.new() / PROGRAM.name  # alone in its folder: nothing else can be imported
     shutil.copyfile(PROGRAM, program)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -138,6 +139,13 @@ class Shelf:
             if pid.isdecimal() and not _runs(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
         self.folder = self._made(parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex}")
+
+    @staticmethod
+    def sweep(parent: Path) -> None:
+        """Removes what processes of any machine have left, where none but this uses the parent."""
+        for left in parent.glob("*-*-*"):
+            if re.fullmatch(r".+-\d+-[0-9a-f]{32}", left.name):
+                shutil.rmtree(left, ignore_errors=True)
 
     def new(self) -> Path:
         """An empty folder, of a name that was never used."""
