@@ -57,7 +57,7 @@ format: .venv/.installed-dev
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	printf 'torch==2.13.0\npip\nhatchling>=1.26\n' > .venv-lock/more.in
+	printf 'torch==2.13.0\npip\nhatchling>=1.26\nhatch-fancy-pypi-readme>=25.1\n' > .venv-lock/more.in
 	UV_FIND_LINKS="$$PIP_FIND_LINKS" .venv-lock/bin/uv pip compile --quiet --universal \
 		--python-version 3.11 --all-extras --no-annotate --no-header --upgrade \
 		pyproject.toml .venv-lock/more.in -o .venv-lock/all.txt

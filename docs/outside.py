@@ -1,11 +1,13 @@
-"""Links of pages to files outside docs/, such as ../recipes/README.md: `mkdocs build` calls this.
+"""Pages that are no file of docs/: `mkdocs build` calls this.
 
-Such a file becomes a page of the site below `files/`, and the links lead there; in a checkout they
-lead to the file itself.
+A notebook of docs/notebooks becomes a page, with its outputs as they are kept. A file outside docs/
+that a page links to, such as ../recipes/README.md, becomes a page of the site below `files/`. The
+links lead there; in a checkout they lead to the file itself.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -22,7 +24,10 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])([^)#\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds what pages link to outside docs/, and what the pages among that link to."""
+    """Adds notebooks, what pages link to outside docs/, and what the pages among that link to."""
+    for notebook in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        name = f"notebooks/{notebook.stem}.md"
+        files.append(File.generated(config, name, content=_page(notebook)))
     waiting = list(files.documentation_pages())
     while waiting:
         page = waiting.pop()
@@ -49,11 +54,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def inside(link: re.Match[str]) -> str:
         path = _path(here, link[1])
         uri = path.removeprefix("docs/") if path.startswith("docs/") else _uri(path)
+        shown = uri.replace(".ipynb", ".md")
+        uri = shown if shown in files.src_uris and shown != here else uri  # here: to the file
         known = uri in files.src_uris
         return posixpath.relpath(uri, posixpath.dirname(here) or ".") if known else link[1]
 
     # SOURCE[,context=TOKENS][,load=start] is no link, though mkdocs-autorefs would read it as one.
     return LINK.sub(inside, markdown).replace("][,", r"]\[,")
+
+
+def _page(notebook: Path) -> str:
+    parts = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            said = output.get("data", {}).get("text/plain", output.get("text", ()))
+            if output.get("name") != "stderr":
+                parts.append(f"```text\n{''.join(said).rstrip()}\n```")
+    return "\n\n".join([*parts, f"[The notebook]({notebook.name}), to run and to change."])
 
 
 def _path(page: str, target: str) -> str:

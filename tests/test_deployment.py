@@ -51,6 +51,21 @@ def test_the_compose_file_is_one() -> None:
     run(BIN / "check-jsonschema", *schema, DEPLOY / "compose.yaml")
 
 
+def test_the_quick_start_is_of_the_image_that_the_dockerfile_makes() -> None:
+    """No daemon and no base image are at hand here: what its lines name is looked up instead."""
+    image = (DEPLOY / "Dockerfile").read_text()
+    page = (ROOT / "docs/deployment.md").read_text()
+    [lines] = re.findall(r"```bash\n(docker build .*?)```", page, re.DOTALL)
+    built, started, keys, asked = lines.splitlines()
+    [file, tag] = re.findall(r"-[ft] (\S+)", built)
+    assert ROOT / file == DEPLOY / "Dockerfile" and started.endswith(f" {tag}")
+    assert f":{re.search('EXPOSE (.+)', image)[1]} " in started  # type: ignore[index]
+    assert f":{re.search('VOLUME (.+)', image)[1]} " in started  # type: ignore[index]
+    assert 'ENTRYPOINT ["weaver"]' in image and 'CMD ["serve"]' in image
+    assert keys.startswith("docker exec weaver weaver keys create")
+    assert asked.split()[-1].endswith("/readyz") and "/readyz" in image
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_the_unit_is_one_and_is_hardened(tmp_path: Path) -> None:
     text = (DEPLOY / "weaver.service").read_text()

@@ -1,22 +1,19 @@
-"""Every ```python block of the README and of docs/ runs, each page from top to bottom."""
+"""Every ```python block of the README and of docs/ runs, each page from top to bottom.
+
+A block with a title is a file, which is written."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
-if TYPE_CHECKING:
-    from types import CodeType
+from tests.journeys import cell
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^```(python|\w+ title="([^"]+)")\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
@@ -27,21 +24,12 @@ def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in BLOCK.finditer(page.read_text()):
+        _, file, source = block.groups()
+        if file is not None:
+            Path(file).write_text(source)
+            continue
         line = page.read_text()[: block.start()].count("\n") + 1
-        source = "\n" * line + block[1]
-        code = compile(source, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        _run(code, namespace)
-
-
-def _run(code: CodeType, namespace: dict[str, object]) -> None:
-    if not code.co_flags & inspect.CO_COROUTINE:
-        exec(code, namespace)
-        return
-
-    async def body() -> None:
-        await eval(code, namespace)
-
-    anyio.run(body)
+        cell.run("\n" * line + source, page.name, namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

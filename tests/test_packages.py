@@ -18,7 +18,7 @@ from tests.clients.server import serving
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-"""Those that the classifiers name; one that this machine lacks is skipped by name."""
+"""One that this machine lacks is skipped by name."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -51,6 +51,9 @@ def test_the_wheel_has_what_runs_and_nothing_else(built: tuple[Path, Path]) -> N
     said = email.message_from_bytes(metadata)
     assert said["Requires-Python"] == ">=3.11"
     assert said["License-Expression"] == "Apache-2.0"
+    page = str(said.get_payload())
+    assert page.startswith("# Weaver") and "## Train" in page and "Read on" in page
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", page) == []  # an index resolves no relative link
     assert "torch" not in " ".join(
         line for line in said.get_all("Requires-Dist", []) if "extra ==" not in line
     )

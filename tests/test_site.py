@@ -41,8 +41,10 @@ def pages(nav: object) -> Iterator[str]:
 
 
 def test_the_navigation_has_every_page_once() -> None:
-    there = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-    assert sorted(pages(CONFIG["nav"])) == there
+    there = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
+    assert sorted(pages(CONFIG["nav"])) == sorted(
+        str(path.relative_to(DOCS).with_suffix(".md")) for path in there
+    )
 
 
 def test_every_job_is_in_the_navigation_and_has_its_lines() -> None:
@@ -52,7 +54,7 @@ def test_every_job_is_in_the_navigation_and_has_its_lines() -> None:
     sections = (DOCS / "jobs.md").read_text().split("\n## ")[1:]
     assert [section.partition("\n")[0] for section in sections] == [*JOBS, "From Tinker, or TRL"]
     for section in sections:
-        assert re.search(r"^```(python|text)$", section, re.MULTILINE), section
+        assert re.search(r"^```(python|bash)$", section, re.MULTILINE), section
 
 
 def referred(page: str) -> list[str]:
@@ -90,5 +92,7 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
         )
         assert [one for one in loaded if re.match(r"(https?:)?//", one)] == [], page
     assert "TrainingClient" in (site / "reference/weaver.html").read_text()
+    assert "rl.fine_tune" in (site / "notebooks/first-fine-tuning.html").read_text()
+    assert (site / "notebooks/first-fine-tuning.ipynb").exists()
     assert "recipes.sft" in (site / "files/recipes/index.html").read_text()
     assert "checkpoint_mismatch" in (site / "search/search_index.json").read_text()

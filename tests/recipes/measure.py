@@ -3,9 +3,10 @@
     python -m tests.recipes.measure --seeds 0 1 2
     python -m tests.recipes.measure --pages credit --only turns kl
 
-`recipes/README.md` gets the recipes without a flag; `docs/objectives.md` gets the curve of each
-objective, other pages those of `cards`. A recipe's run is a process of its own, whose CPU time
-includes loading. What stands between a page's marks is replaced; the rest is written by hand.
+`recipes/README.md` gets the recipes without a flag, and the gallery their curves;
+`docs/objectives.md` gets the curve of each objective, other pages those of `cards`. A recipe's run
+is a process of its own, whose CPU time includes loading. What stands between a page's marks is
+replaced; the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 import tyro
 
 import weaver
+from tests.recipes import gallery
 from tests.recipes.cards import CARDS, Card
 from weaver import AsyncServiceClient
 
@@ -117,7 +119,13 @@ def texts(page: str, seeds: Sequence[int]) -> dict[str, Callable[[], str]]:
 
 
 def recipe_table(name: str, seeds: Sequence[int]) -> str:
-    return table(name, [measure(name, seed) for seed in seeds], seeds)
+    runs = [measure(name, seed) for seed in seeds]
+    gallery.keep(
+        name,
+        RECIPES[name][1],
+        {seed: (run.held_out, run.curve) for seed, run in zip(seeds, runs, strict=True)},
+    )
+    return table(name, runs, seeds)
 
 
 def objective_card(flags: Sequence[str], seeds: Sequence[int]) -> str:

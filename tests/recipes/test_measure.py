@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.recipes import measure
+from tests.recipes import gallery, measure
 from tests.recipes.cards import Card
 from tests.recipes.measure import Measured
 from weaver_rl.proofs import Outcome
@@ -49,6 +49,23 @@ def test_the_pages_have_their_marks_and_no_others(page: str) -> None:
     assert sorted(re.findall(r"<!-- (\w+): begin -->\n", text)) == sorted(wanted)
     empty = re.findall(r"<!-- \w+: begin -->\n<!-- \w+: end -->", text)
     assert not empty, "measure them"
+
+
+def test_the_gallery_has_the_drawing_of_every_curve_that_is_kept() -> None:
+    drawn = {name: gallery.drawing(name, one) for name, one in gallery.kept().items()}
+    assert {file.stem: file.read_text() for file in gallery.FOLDER.glob("*.svg")} == drawn
+    page = (gallery.FOLDER.parent / "gallery.md").read_text()
+    assert re.findall(r"gallery/(\w+)\.svg", page) == list(drawn)
+
+
+def test_a_curve_is_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "FOLDER", tmp_path)
+    gallery.keep("one", "loss", {3: (0.5, [2.0, 1.0, 0.0])})
+    gallery.keep("two", "loss", {0: (0.25, [0.5])})
+    assert list(gallery.kept()) == ["one", "two"]
+    drawing = (tmp_path / "one.svg").read_text()
+    assert 'points="42.0,34.0 216.0,92.0 390.0,150.0"' in drawing
+    assert "held out, greedy: 0.50" in drawing and "step 3" in drawing
 
 
 def test_only_what_is_asked_for_is_measured_and_filled(
