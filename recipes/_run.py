@@ -6,18 +6,21 @@ Nothing of an algorithm is here; read a recipe first.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import weaver_rl as rl
-from weaver import AsyncServiceClient
+from weaver import AsyncServiceClient, AsyncTrainingClient
 from weaver.errors import ConfigError, WeaverError
-from weaver.types import LoraConfig, SamplingParams
+from weaver.types import Head, LoraConfig, SamplingParams
 
+F = TypeVar("F")
+Train = Callable[[F], Coroutine[Any, Any, Mapping[str, float]]]
 Plan = TypeVar("Plan", rl.Plan, rl.SupervisedPlan, rl.PreferencePlan, rl.DistilPlan)
 
 
@@ -61,8 +64,9 @@ class Flags:
     wandb_entity: str | None = None
     """The user or team of --wandb-project."""
     run_name: str | None = None
-    """For the trackers, with the two below; none: they invent one."""
+    """On the service and for the trackers; none: that of --out, or the recipe's."""
     run_group: str | None = None
+    """For the trackers, like the tags; none: the recipe's name."""
     run_tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -123,17 +127,55 @@ def opened(
     tasks: Sequence[rl.Task],
     plan: Mapping[str, object],
 ) -> Iterator[rl.Run]:
-    """`rl.open_run` in `--out`, or a new folder called `name` and the time."""
+    """`rl.open_run` in `--out`, or a new folder called `name` and the time.
+
+    Raises:
+        FinishedError: the run has its result.
+    """
+    evaluation = {"held_out": flags.held_out, "max_tokens": flags.max_tokens}
     with rl.open_run(
         flags.out or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}"),
-        {"model": flags.model, "lora": flags.lora, **plan},
+        {"model": flags.model, "lora": flags.lora, **plan, "evaluation": evaluation},
         tasks=tasks,
         steps=flags.steps,
+        name=flags.run_name or (None if flags.out else name),
         resume=flags.resume,
         track=flags.track,
+        group=name,
+        tags=(flags.model.rstrip("/").rpartition("/")[2], name),
     ) as run:
+        if run.finished is not None:
+            raise FinishedError(run.finished.metrics)
         run.delete = service.delete_checkpoint
         yield run
+
+
+class FinishedError(Exception):
+    """The run has its result already: `metrics`."""
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        super().__init__("the run is finished.")
+        self.metrics = metrics
+
+
+def once(train: Train[F]) -> Train[F]:
+    """Decorates a recipe: one that is repeated, with `--resume`, answers the result that it has."""
+
+    @wraps(train)
+    async def play(flags: F) -> Mapping[str, float]:
+        try:
+            return await train(flags)
+        except FinishedError as done:
+            return done.metrics
+
+    return play
+
+
+async def trainer(
+    service: AsyncServiceClient, flags: Flags, run: rl.Run, *, head: Head | None = None
+) -> AsyncTrainingClient:
+    """The run's model on the service, the same if the run goes on."""
+    return await run.open_trainer(service, flags.model, flags.lora, head=head, seed=flags.seed)
 
 
 async def dry_run(
@@ -157,13 +199,14 @@ async def dry_run(
 
 
 def finished(run: rl.Run, metrics: Mapping[str, float]) -> Mapping[str, float]:
-    """Writes the report; says how good the model became, and where to read on."""
+    """Keeps the result, writes the report; says how good the model became, and where to read on."""
     assert run.folder is not None
     if "eval/mean" in metrics:
         low, high = metrics["eval/low"], metrics["eval/high"]
         print(f"Held out, greedy: {metrics['eval/mean']:.3f} [{low:.3f}, {high:.3f}]")
     elif "eval/loss" in metrics:
         print(f"Held out: a loss of {metrics['eval/loss']:.3f} nats per token")
+    run.finish(metrics)
     print(f"Report: {rl.write_report(run.folder)}")
     return metrics
 

@@ -68,6 +68,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     own = guess_number_tasks(flags.upper, upper=flags.upper)
     tasks, held_out = _run.split_tasks(flags, own, asked=("upper", "answer"))
@@ -84,7 +85,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         planned = {"program": PROGRAM[-1], **plan.as_config()}
         with _run.opened(service, flags, "agent", tasks=tasks, plan=planned) as run:
             result = await rl.off_policy(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 tasks,
                 played,
                 plan,

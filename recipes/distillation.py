@@ -73,6 +73,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     rows, held_out = _run.split_tasks(flags, ROWS, asked=())
     plan = _run.plan_of(rl.DistilPlan, flags, evaluate_every=20)
@@ -94,7 +95,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         config = {"teacher": name, **plan.as_config()}
         with _run.opened(service, flags, "distillation", tasks=rows, plan=config) as run:
             result = await rl.distil(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 rows,
                 plan,
                 teacher=teacher,

@@ -66,6 +66,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS)
     objective = rl.Objective(loss_fn=flags.objective, correction=flags.correction)
@@ -77,7 +78,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
         planned = {"reward": exact, **plan.as_config()}
         with _run.opened(service, flags, "importance-sampling", tasks=tasks, plan=planned) as run:
             result = await rl.off_policy(  # the synchronous on_policy where staleness is 0
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 tasks,
                 rl.single_turn(exact),
                 plan,

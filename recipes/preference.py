@@ -62,6 +62,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     pairs, held_out = _run.split_tasks(flags, PAIRS, asked=())
     plan = _run.plan_of(rl.PreferencePlan, flags, evaluate_every=20)
@@ -76,7 +77,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
             return {}
         with _run.opened(service, flags, "preference", tasks=pairs, plan=plan.as_config()) as run:
             result = await rl.preference(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 pairs,
                 plan,
                 held_out=held_out,

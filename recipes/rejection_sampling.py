@@ -58,6 +58,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS)
     keep = rl.Keep(threshold=flags.threshold, top_k=flags.top_k, unique=flags.unique)
@@ -68,7 +69,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
             return await _run.dry_run(service, flags, tasks, exact)
         with _run.opened(service, flags, "rejection-sampling", tasks=tasks, plan=planned) as run:
             result = await rl.rejection(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 tasks,
                 rl.single_turn(exact),
                 plan,

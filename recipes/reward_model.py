@@ -68,6 +68,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     pairs, held_out = _run.split_tasks(flags, PAIRS, asked=())
     plan = _run.plan_of(rl.PreferencePlan, flags, loss="bradley_terry", evaluate_every=20)
@@ -78,10 +79,8 @@ async def train(flags: Flags) -> Mapping[str, float]:
             await rl.check_pairs(sampler, [*pairs, *held_out], plan)
             print(f"{len(pairs)} pairs for {flags.model} are sound; nothing was trained.")
             return {}
-        trainer = await service.create_model(
-            flags.model, flags.lora, head="scalar", seed=flags.seed
-        )
         with _run.opened(service, flags, "reward-model", tasks=pairs, plan=plan.as_config()) as run:
+            trainer = await _run.trainer(service, flags, run, head="scalar")
             learned = await rl.preference(trainer, pairs, plan, held_out=held_out, run=run)
         saved = await trainer.save_weights_for_sampler("rewards", overwrite=True)
         metrics = {f"pairs{name[4:]}": n for name, n in learned.metrics.items() if "eval/" in name}
@@ -100,14 +99,14 @@ async def train(flags: Flags) -> Mapping[str, float]:
         below = replace(flags, out=run.folder.path / "policy", steps=flags.policy_steps)
         with _run.opened(service, below, "policy", tasks=prompts, plan=policy.as_config()) as run:
             reinforced = await rl.on_policy(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 prompts,
                 rl.single_turn(reward),
                 policy,
                 run=run,
                 evaluate=evaluate if unseen else None,
             )
-        return {**metrics, **_run.finished(run, reinforced.metrics)}
+        return _run.finished(run, {**metrics, **reinforced.metrics})
 
 
 def _prompt(row: rl.Task) -> rl.Task:

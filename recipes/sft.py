@@ -68,6 +68,7 @@ def main(flags: Flags) -> Mapping[str, float]:
     return anyio.run(train, flags)
 
 
+@_run.once
 async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, TASKS, asked=())
     examples, tests = ([example_of(one) for one in part] for part in (tasks, held_out))
@@ -86,7 +87,7 @@ async def train(flags: Flags) -> Mapping[str, float]:
             return {"data/cut": found.cut, "data/dropped": found.dropped}
         with _run.opened(service, flags, "sft", tasks=tasks, plan=plan.as_config()) as run:
             result = await rl.supervised(
-                await service.create_model(flags.model, flags.lora, seed=flags.seed),
+                await _run.trainer(service, flags, run),
                 examples,
                 plan,
                 held_out=tests,

@@ -365,3 +365,12 @@ def as_prompt(
         )
     check_tokens(tokens.to_ints(), model, field=field, max_new_tokens=max_tokens)
     return tokens
+
+
+def check_model_name(base_model: object) -> None:
+    if not isinstance(base_model, str) or not base_model.strip():
+        raise errors.InvalidRequestError(
+            f"is {base_model!r}.",
+            field="base_model",
+            hint='Pass a name such as "weaver-nano", a Hugging Face id or a folder.',
+        )

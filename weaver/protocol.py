@@ -383,6 +383,13 @@ class Service(Protocol):
 
     async def log_metrics(self, run_id: str, points: Sequence[types.MetricPoint]) -> None: ...
 
+    async def rewind_metrics(self, run_id: str, step: int) -> None:
+        """Forgets the numbers of a run that has gone back, for its curves to go on from there.
+
+        Those that were logged for steps behind `step`, and those that operations answered behind
+        the optimizer step at which it now stands.
+        """
+
     async def read_metrics(
         self, run_id: str, *, name: str | None = None
     ) -> Sequence[types.MetricPoint]: ...

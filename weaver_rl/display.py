@@ -50,7 +50,7 @@ class Display(Logger):
         self.expect = self._pace.expect
         self._stream = stream or sys.stdout
         self._history: list[Mapping[str, float]] = []
-        self._waiting = ""
+        self._waiting = self._called = ""
         self._sample: Rollout | None = None
         self._hints: dict[str, str] = {}
         self._live: Any = self._open_live() if self._stream.isatty() else None
@@ -73,6 +73,13 @@ class Display(Logger):
         """Keeps the best reply of the first group to show."""
         scored = [r for group in groups for r in group.rollouts if r.failure is None]
         self._sample = max(scored[:16], key=lambda r: r.reward, default=None)
+        self._refresh()
+
+    def introduce(self, called: str) -> None:
+        """Shows what the run is called."""
+        self._called = one_line(called)
+        if self._live is None:
+            self._print(f"run {self._called}")
         self._refresh()
 
     def waiting_for(self, what: str) -> None:
@@ -105,10 +112,11 @@ class Display(Logger):
         from rich.text import Text
 
         head = table.Table.grid(padding=(0, 2))
+        name = Text(self._called, style="dim")
         pace = self._pace
         bar = progress_bar.ProgressBar(total=pace.steps, completed=pace.step, width=24)
         head.add_row(bar, Text(step_text(pace), style="bold"), str(pace), self._waiting)
-        rows: list[Any] = [head]
+        rows: list[Any] = [name, head] if self._called else [head]
         numbers = shown(self._history[-1]) if self._history else []
         if numbers:
             grid = table.Table.grid(padding=(0, 3))
@@ -134,7 +142,7 @@ class Display(Logger):
 
 
 class Progress(Logger):
-    """One line for a loop without a run, `step 3/60  reward 0.531  1.2 s a step, 1 m 8 s left`.
+    """One line for a loop without a run, `words (run-...)  step 3/60  reward 0.531  1 m 8 s left`.
 
     On a terminal it is written over itself; elsewhere again after every half minute at most, so
     that what takes less leaves nothing.
@@ -149,11 +157,15 @@ class Progress(Logger):
         self._live = self._stream.isatty()
         self._told = time.monotonic()
         self._width = 0
+        self._called = ""
+
+    def introduce(self, called: str) -> None:
+        self._called = f"{one_line(called)}  "
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._pace.reach(step)
         numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics)[:2])
-        line = f"{step_text(self._pace)}  {numbers}  {self._pace}".rstrip()
+        line = f"{self._called}{step_text(self._pace)}  {numbers}  {self._pace}".rstrip()
         if self._live:
             self._write(f"\r{line:<{self._width}}")
             self._width = len(line)

@@ -10,8 +10,9 @@ from weaver import AsyncTrainingClient
 from weaver.keywords import suggesting
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.algorithms.supervised import SupervisedPlan, TooLong, supervised
-from weaver_rl.data import check_tasks
+from weaver_rl.data import check_tasks, digest
 from weaver_rl.evaluation import Evaluate
+from weaver_rl.guard import name_of
 from weaver_rl.plan import Schedule
 from weaver_rl.trackers import Tracking
 from weaver_rl.train import LORA, Trained, chosen_plan, in_one_call
@@ -40,6 +41,7 @@ def fine_tune(
     evaluate_every: int = 20,
     lora_config: Mapping[str, object] | None = None,
     seed: int = 0,
+    name: str | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 50,
@@ -56,8 +58,10 @@ def fine_tune(
         held_out: examples whose mean loss per token is logged as `eval/loss`.
         evaluate: another measure of the weights, such as `rl.evaluator(tasks, reward=exact)`.
         lora_config: rank 8, alpha 32 by default.
+        name: of the run, on the service and for trackers; None: that of the folder.
         folder: gets config, metrics, checkpoints and the report; None: nothing.
-        resume: goes on in that folder behind its last checkpoint, exactly, if there is one.
+        resume: goes on in that folder behind its last checkpoint, exactly, if there is one. What
+            has finished there is answered at once.
         wandb_project: another place for the numbers; see `open_run`.
         track: more such places.
         base_url: a server; None: WEAVER_BASE_URL, or this process.
@@ -90,11 +94,14 @@ def fine_tune(
         )
         return result.metrics
 
+    asked = [digest(held_out), evaluate and name_of(evaluate)]
     opening = open_run(
         Path(folder) if folder is not None else None,
-        {"model": model, "lora_config": lora, **chosen.as_config()},
+        {"model": model, "lora_config": lora, **chosen.as_config(), "evaluation": asked},
         tasks=examples,
         steps=chosen.steps,
+        name=name,
+        tags=(model.rstrip("/").rpartition("/")[2], "supervised"),
         resume=resume,
         checkpoint_every=checkpoint_every,
         display=display,

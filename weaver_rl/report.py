@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from weaver.errors import NotFoundError
 from weaver_rl.metrics import find_hints
-from weaver_rl.run_folder import RunFolder, read_config
+from weaver_rl.run_folder import RunFolder, read_config, read_service
 from weaver_rl.storage import encode, flattened, read_lines, write_atomically
 from weaver_rl.transcripts import read_transcripts, steps_with_transcripts
 
@@ -69,8 +69,10 @@ def report_data(folder: RunFolder) -> dict[str, Any]:
         notes.append(f"Curves show {len(shown)} of {len(rows)} steps.")
     if len(steps) < len(kept):
         notes.append(f"Samples of {len(steps)} of {len(kept)} steps are shown.")
+    run_id, name = read_service(folder)
+    called = f"{name} ({run_id})" if name else run_id
     return {
-        "subtitle": _subtitle(dict(config), rows),
+        "subtitle": " · ".join(filter(None, [called, _subtitle(dict(config), rows)])),
         "last_step": rows[-1]["step"] if rows else 0,
         "seconds": rows[-1]["time"] - rows[0]["time"] if len(rows) > 1 else 0,
         "steps": [row["step"] for row in shown],

@@ -3,9 +3,11 @@
 runs/reverse/
 ├── lock                        held by the process that writes the folder
 ├── config.json                 what the run was started with
+├── service.json                which run of the service it is
 ├── metrics.jsonl               one line a step
 ├── transcripts/000012.jsonl    the rollouts of step 12
 ├── checkpoints/000010.json     one manifest each, for all that a step left behind
+├── finished.json               its result, once it has one
 └── report.html                 see `weaver_rl.report`
 
 A manifest is written, atomically, after the weights it names are safe. So at any moment, a kill -9
@@ -49,6 +51,14 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def service(self) -> Path:
+        return self.path / "service.json"
+
+    @property
+    def finished(self) -> Path:
+        return self.path / "finished.json"
 
     @property
     def metrics(self) -> Path:
@@ -132,6 +142,47 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
             f"{folder.config} is not JSON: {error}.", hint="Restore it, or choose another folder."
         ) from None
     return config
+
+
+def note_service(folder: RunFolder, trainer: AsyncTrainingClient) -> None:
+    """Keeps which run of the service trains, for the same to go on."""
+    known = {"run_id": trainer.model_id, "name": trainer.name}
+    storage.write_atomically(folder.service, storage.encode(known, indent=2) + b"\n")
+
+
+def read_service(folder: RunFolder) -> tuple[str | None, str | None]:
+    """Id and name of that run; None: it is not known."""
+    try:
+        known = json.loads(folder.service.read_bytes())
+        return known["run_id"], known["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What a run ended with."""
+
+    steps: int
+    metrics: Mapping[str, float]
+    weights: str | None = None
+    """`weaver://...` of the final ones, where they were saved."""
+
+
+def note_finished(folder: RunFolder, done: Finished, *, asked: Mapping[str, object]) -> None:
+    """Keeps the result, with what was `asked` of that the run may be asked otherwise."""
+    content = {**asdict(done), "asked": storage.plain(asked)}
+    storage.write_atomically(folder.finished, storage.encode(content, indent=2) + b"\n")
+
+
+def read_finished(folder: RunFolder, *, asked: Mapping[str, object]) -> Finished | None:
+    """The result, if it is of just what is asked."""
+    try:
+        content = json.loads(folder.finished.read_bytes())
+        same = content.pop("asked") == storage.plain(asked)
+        return Finished(**content) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def rewind(folder: RunFolder, step: int) -> None:

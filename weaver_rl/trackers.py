@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +35,8 @@ BEST: Mapping[str, Callable[[float, float], float]] = {
 }
 """Of these the best value is kept."""
 Tracker = Literal["wandb", "mlflow", "trackio"]
+LONGEST_TAG = 64
+"""wandb takes no longer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ class Tracking:
     """wandb's and Trackio's project, MLflow's experiment."""
     to: Tracker = "wandb"
     name: str | None = None
-    """Of the run; None: that of its folder, and without one the tracker invents it."""
+    """Of the run; None: the run's own, and without one the tracker invents it."""
     group: str | None = None
-    """Runs of a group stand together."""
+    """Runs of a group stand together; None: the recipe's or the sweep's."""
     tags: tuple[str, ...] = ()
+    """None: the base model and what is done with it."""
     entity: str | None = None
     """wandb's user or team."""
     uri: str | None = None
@@ -69,6 +72,15 @@ class Tracking:
                 )
         if isinstance(self.tags, str):
             raise ConfigError(f"is {self.tags!r}.", field="track.tags", hint="Give several texts.")
+
+    def named(self, *, name: str | None, group: str | None, tags: Sequence[str]) -> Tracking:
+        """With these where it has none of its own."""
+        return replace(
+            self,
+            name=self.name or name,
+            group=self.group or group,
+            tags=self.tags or tuple(tag[:LONGEST_TAG] for tag in tags),
+        )
 
     def open(
         self,

@@ -24,7 +24,7 @@ from weaver_rl.algorithms.policy import off_policy
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.credit.marks import Credit
 from weaver_rl.curriculum import Curriculum
-from weaver_rl.data import check_tasks
+from weaver_rl.data import check_tasks, digest
 from weaver_rl.evaluation import evaluator
 from weaver_rl.objectives import Objective
 from weaver_rl.plan import MaxGap, Plan, Schedule, Steps
@@ -90,16 +90,19 @@ def in_one_call(
 
     async def work(run: Run) -> tuple[Mapping[str, float], str]:
         async with AsyncServiceClient(base_url, deterministic=deterministic) as service:
-            run.delete = service.delete_checkpoint
-            trainer = await service.create_model(model, lora_config, seed=seed)
+            trainer = await run.open_trainer(service, model, lora_config, seed=seed)
             with serving(service):
                 metrics = await play(trainer, run)
             saved = await trainer.save_weights_for_sampler("final", overwrite=True)
+            run.finish(metrics, weights=saved.path)
             return metrics, saved.path
 
     with opening as run:
-        with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
-            metrics, weights = portal.call(work, run)
+        if done := run.finished:
+            metrics, weights = done.metrics, done.weights or ""
+        else:
+            with start_blocking_portal() as portal:  # a loop of its own: works in notebooks too
+                metrics, weights = portal.call(work, run)
     report = write_report(run.folder) if run.folder is not None else None
     return Trained(metrics=metrics, weights=weights, report=report)
 
@@ -127,6 +130,7 @@ def train(
     max_logprob_gap: MaxGap = "auto",
     lora_config: Mapping[str, object] | None = None,
     seed: int = 0,
+    name: str | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 10,
@@ -143,8 +147,10 @@ def train(
             only there, such as `passes`.
         held_out: tasks that are only evaluated, greedily.
         lora_config: rank 8, alpha 32 by default.
+        name: of the run, on the service and for trackers; None: that of the folder.
         folder: gets config, metrics, transcripts, checkpoints and the report; None: nothing.
-        resume: goes on in that folder behind its last checkpoint, exactly, if there is one.
+        resume: goes on in that folder behind its last checkpoint, exactly, if there is one. What
+            has finished there is answered at once.
         wandb_project: another place for the numbers; see `open_run`.
         track: more such places.
         base_url: a server; None: WEAVER_BASE_URL, or this process.
@@ -186,9 +192,11 @@ def train(
 
     opening = open_run(
         Path(folder) if folder is not None else None,
-        {**given, **plan.as_config()},
+        {**given, **plan.as_config(), "evaluation": digest(held_out)},
         tasks=tasks,
         steps=plan.steps,
+        name=name,
+        tags=(model.rstrip("/").rpartition("/")[2], plan.loss.loss_fn),
         resume=resume,
         checkpoint_every=checkpoint_every,
         display=display,

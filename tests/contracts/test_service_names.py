@@ -1,4 +1,4 @@
-"""The contract of `Service`: what runs are called."""
+"""The contract of `Service`: what runs are called, and curves that go back with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import pytest
 from tests.contracts.caller import GRADIENT, STEP, Caller
 from tests.fake_engine import FakeEngine
 from weaver.errors import InvalidNameError, RunNotFoundError
-from weaver.protocol import CreateModel, GradientsDone, ModelCreated, StepDone
+from weaver.protocol import (
+    CheckpointLoaded,
+    CreateModel,
+    GradientsDone,
+    LoadCheckpoint,
+    ModelCreated,
+    StepDone,
+)
+from weaver.types import MetricPoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,3 +112,22 @@ async def test_names_are_there_after_a_restart(open_service: ServiceOpener, home
         if kept := await service.list_runs():  # one in memory keeps nothing
             assert [(run.name, run.step) for run in kept] == [("letters", 1)]
             assert (await create(await Caller.open(service), "letters")).name == "letters-2"
+
+
+async def test_a_curve_goes_back_with_its_run(caller: Caller, service: Service) -> None:
+    run = await caller.create()
+    other = await caller.create()
+    path = await caller.save(run)
+    for step in (1, 2, 3):
+        await service.log_metrics(run, [MetricPoint(name="reward", value=0.1, step=step)])
+    await service.log_metrics(run, [MetricPoint(name="note", value=1.0)])
+    await service.log_metrics(other, [MetricPoint(name="reward", value=0.1, step=3)])
+    await caller.do(GRADIENT, GradientsDone, run_id=run)
+    await caller.do(STEP, StepDone, run_id=run)
+    await caller.do(LoadCheckpoint(path=path), CheckpointLoaded, run_id=run)
+    await service.rewind_metrics(run, 1)
+    left = [(point.name, point.step) for point in await service.read_metrics(run)]
+    assert left == [("reward", 1), ("note", None)]
+    assert len(await service.read_metrics(other)) == 1
+    with pytest.raises(RunNotFoundError):
+        await service.rewind_metrics("run-0", 1)

@@ -101,6 +101,8 @@ async def test_answers_are_written_with_outcomes_and_go_with_their_run(store: Jo
         await store.settle([replace(ended(str(number), number, number=number), answer=answer)])
     assert list(await store.answers("r")) == answers
     assert list(await store.answers("s")) == []
+    await store.rewind_metrics("r", logged=0, computed=1)
+    assert list(await store.answers("r")) == answers[:1]
     await store.delete_run("r")
     assert list(await store.answers("r")) == []
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from recipes import distillation, importance_sampling, preference, rejection_sampling, sft
-from tests.rl.test_trackers import settled_history, wandb_files
+from tests.rl.test_trackers import settled_history, wandb_files, wandb_records
 from weaver.errors import (
     ConfigError,
     ConflictError,
@@ -87,6 +87,9 @@ def test_a_short_run_leaves_its_report_and_goes_on(
     said = capsys.readouterr().out
     assert "Report: run/report.html" in said
     assert "Held out, greedy: " in said
+    assert short(recipe, "run", steps=3, resume=True) == rows
+    again = capsys.readouterr().out
+    assert again.startswith("run is finished (3 steps, eval/mean ") and again.count("\n") == 1
     assert Path("run/report.html").stat().st_size > 10_000
 
 
@@ -145,6 +148,9 @@ def test_wandb_has_what_metrics_jsonl_has(monkeypatch: pytest.MonkeyPatch) -> No
         del row["time"]
         assert len(row) > 20
         assert {name: logged[name] for name in row} == row
+    (run,) = (r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run")
+    assert (run.display_name, run.run_group) == ("run", "importance-sampling")
+    assert list(run.tags) == ["weaver-nano", "importance-sampling"]
 
 
 def test_sampling_may_run_ahead() -> None:

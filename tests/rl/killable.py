@@ -62,12 +62,12 @@ def main(folder: Path, loop: str) -> None:
 async def run(folder: Path, loop: str) -> None:
     call, plan = LOOPS[loop]
     async with AsyncServiceClient() as service:
-        trainer = await service.create_model("weaver-nano", {"rank": 8})
         config = plan.as_config()
         with rl.open_run(
             folder, config, tasks=TASKS, steps=STEPS, resume=True, checkpoint_every=2, display=False
         ) as opened:
             opened.exact = loop != "in_flight"
+            trainer = await opened.open_trainer(service, "weaver-nano", {"rank": 8})
             await call(trainer, plan=plan, run=opened)
         await trainer.save_weights_for_sampler("final", overwrite=True)
 

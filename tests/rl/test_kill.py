@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.rl.killable import STEPS
+from weaver import ServiceClient
 from weaver_rl.report import write_report
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.storage import read_lines
@@ -80,6 +81,10 @@ def test_killed_at_three_random_steps_the_weights_are_the_same(loop: str, tmp_pa
             k: v for k, v in other.items() if not k.startswith(VARYING)
         }
     assert ours[1]["time"] < last_start  # it went on, and did not start over
+    with ServiceClient(home=tmp_path / "killed-home") as service:
+        (run,) = service.list_training_runs()
+        logged = service.attach("killed").read_metrics("train/loss")
+    assert run.name == "killed" and [one.step for one in logged] == list(range(1, STEPS + 1))
     if loop != "supervised":
         assert steps_with_transcripts(killed / "transcripts") == list(range(1, STEPS + 1))
     assert write_report(RunFolder(killed)).stat().st_size > 10_000

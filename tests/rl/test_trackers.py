@@ -14,7 +14,7 @@ import pytest
 
 from tests.rl.helpers import group
 from weaver.errors import ConfigError, MissingDependencyError
-from weaver_rl.algorithms.run import open_run
+from weaver_rl.algorithms.run import open_run, sweep_of
 from weaver_rl.loggers import SAMPLE_COLUMNS, JsonlLogger, Loggers, TensorBoardLogger, sample_rows
 from weaver_rl.storage import read_lines
 from weaver_rl.trackers import MlflowLogger, Tracking, TrackioLogger, WandbLogger
@@ -202,6 +202,23 @@ def test_trackio_in_its_own_database(tmp_path: Path) -> None:
 def test_bad_trackers_are_named(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="track"):
         wrong()
+
+
+def test_a_tracker_takes_what_the_run_has_unless_it_is_told_otherwise() -> None:
+    asked = Tracking("p", name="mine", group="ours", tags=("seed-0",))
+    given: Any = {"name": "words", "group": "sweep", "tags": ("weaver-nano", "x" * 100)}
+    assert asked.named(**given) == asked
+    filled = Tracking("p").named(**given)
+    assert (filled.name, filled.group) == ("words", "sweep")
+    assert filled.tags == ("weaver-nano", "x" * 64)
+
+
+def test_a_run_of_a_sweep_is_of_its_group(tmp_path: Path) -> None:
+    below = tmp_path / "rates" / "lr=1"
+    below.mkdir(parents=True)
+    assert sweep_of(below) is None
+    (tmp_path / "rates" / "results.json").touch()
+    assert (sweep_of(below), sweep_of(None)) == ("rates", None)
 
 
 def test_one_tracker_of_a_kind(tmp_path: Path) -> None:

@@ -246,6 +246,9 @@ class HttpService:
         body = {"points": [point.model_dump(mode="json") for point in points]}
         await self._call("POST", "runs", run_id, "metrics", body=body)
 
+    async def rewind_metrics(self, run_id: str, step: int) -> None:
+        await self._call("DELETE", "runs", run_id, "metrics", params={"after": step})
+
     async def read_metrics(
         self, run_id: str, *, name: str | None = None
     ) -> Sequence[types.MetricPoint]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from weaver import errors, protocol, types
-from weaver.checks import CheckpointPath, as_path, as_value, check_ttl
+from weaver.checks import CheckpointPath, as_path, as_value, check_model_name, check_ttl
 from weaver.client.beginning import begin_from, find_run
 from weaver.client.exports import export_to
 from weaver.client.handle import OperationHandle
@@ -146,7 +146,7 @@ class AsyncServiceClient:
         session = self._session
         check_run_name(name)
         if base_model is not None:
-            _check_model_name(base_model)
+            check_model_name(base_model)
         if from_checkpoint is not None:
             if lora_config is not None:
                 raise errors.InvalidParamsError(
@@ -244,7 +244,7 @@ class AsyncServiceClient:
                 hint='Pass base_model="weaver-nano", or the path of saved weights.',
             )
         if base_model is not None:
-            _check_model_name(base_model)
+            check_model_name(base_model)
         return open_sampler(
             self._session,
             model_path=None if model_path is None else as_path(model_path, field="model_path"),
@@ -267,7 +267,7 @@ class AsyncServiceClient:
             CheckpointMismatchError, CheckpointCorruptError: from the handle.
         """
         if base_model is not None:
-            _check_model_name(base_model)
+            check_model_name(base_model)
         path = as_path(model_path, field="model_path")
         return open_rewards(self._session, model_path=path, base_model=base_model)
 
@@ -289,6 +289,16 @@ class AsyncServiceClient:
         """Gives a run another name, as `create_model` does; raises InvalidNameError, too."""
         service, name = self._session.service, check_run_name(name)
         return await service.rename_run((await find_run(service, model_id)).run_id, name)
+
+    async def delete_training_run(self, model_id: str, *, checkpoints: bool = False) -> None:
+        """Forgets a run and its metrics for good; its checkpoints only if that is asked.
+
+        Raises:
+            RunNotFoundError, ConflictError: another process has it.
+        """
+        service = self._session.service
+        run = await find_run(service, model_id)
+        await service.delete_run(run.run_id, checkpoints=checkpoints)
 
     async def list_checkpoints(self, model_id: str | None = None) -> list[types.CheckpointInfo]:
         """All checkpoints, or those of one run, oldest first."""
@@ -357,7 +367,7 @@ class AsyncServiceClient:
         """
         check_ttl(ttl_seconds)
         if base_model is not None:
-            _check_model_name(base_model)
+            check_model_name(base_model)
         return await import_from(
             self._session.service, folder, base_model=base_model, name=name, ttl_seconds=ttl_seconds
         )
@@ -386,12 +396,3 @@ class AsyncServiceClient:
                 "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
             )
         return self._open
-
-
-def _check_model_name(base_model: object) -> None:
-    if not isinstance(base_model, str) or not base_model.strip():
-        raise errors.InvalidRequestError(
-            f"is {base_model!r}.",
-            field="base_model",
-            hint='Pass a name such as "weaver-nano", a Hugging Face id or a folder.',
-        )

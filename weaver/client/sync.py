@@ -256,6 +256,7 @@ class TrainingClient(Twin[AsyncTrainingClient]):
     list_checkpoints = blocking(AsyncTrainingClient.list_checkpoints)
     log_metrics = blocking(AsyncTrainingClient.log_metrics)
     read_metrics = blocking(AsyncTrainingClient.read_metrics)
+    rewind_metrics = blocking(AsyncTrainingClient.rewind_metrics)
 
 
 class ServiceClient(Twin[AsyncServiceClient]):
@@ -310,6 +311,7 @@ class ServiceClient(Twin[AsyncServiceClient]):
     list_training_runs = blocking(AsyncServiceClient.list_training_runs)
     get_training_run = blocking(AsyncServiceClient.get_training_run)
     rename_training_run = blocking(AsyncServiceClient.rename_training_run)
+    delete_training_run = blocking(AsyncServiceClient.delete_training_run)
     list_checkpoints = blocking(AsyncServiceClient.list_checkpoints)
     delete_checkpoint = blocking(AsyncServiceClient.delete_checkpoint)
     set_checkpoint_ttl = blocking(AsyncServiceClient.set_checkpoint_ttl)

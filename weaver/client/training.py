@@ -301,6 +301,13 @@ class AsyncTrainingClient:
         """The numbers logged so far, oldest first; of one name where it is given."""
         return list(await self._session.service.read_metrics(self.model_id, name=name))
 
+    async def rewind_metrics(self, step: int) -> None:
+        """Forgets the numbers of later steps, after the run was loaded as it was at `step`.
+
+        Its curves go on from there, in place of a second time from an earlier step.
+        """
+        await self._session.service.rewind_metrics(self.model_id, step)
+
     # --- shared ---
 
     def _gradients(

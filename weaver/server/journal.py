@@ -328,6 +328,15 @@ class Journal:
         kept = [] if key is None else _kept(key)
         await self.writer.write(lambda: [(tables.metrics.insert(), rows), *kept])
 
+    async def rewind_metrics(self, run_id: str, *, logged: int, computed: int) -> None:
+        """Forgets what was logged for steps behind `logged`, and answered behind `computed`."""
+        await self.writer.change(
+            *(
+                table.delete().where(table.c.run_id == run_id, table.c.step > last)
+                for table, last in ((tables.metrics, logged), (tables.answers, computed))
+            )
+        )
+
     async def metric_counts(self, run_id: str) -> Mapping[str, int]:
         """How many there are of each name."""
         name, mine = tables.metrics.c.name, tables.metrics.c.run_id == run_id

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 from weaver import types
 from weaver.boundary import blocking
 from weaver.errors import ClosedError, NotFoundError
-from weaver.protocol import CheckpointLoaded, CheckpointSaved, SessionInfo
+from weaver.protocol import SessionInfo
+from weaver.server.afar import bare, told
 from weaver.server.imports import run_of
 from weaver.server.records import SessionRecord
 from weaver.server.registry import Access, no_run
@@ -112,7 +113,7 @@ class View:
         session = self._session(session_id)
         self.forget(session_id, after)
         outcomes = await session.collect(after=after, timeout_s=timeout_s)
-        return outcomes if self._caller.local else [_told(outcome) for outcome in outcomes]
+        return outcomes if self._caller.local else [told(outcome) for outcome in outcomes]
 
     def forget(self, session_id: str, cursor: int) -> None:
         """Lets go of the outcomes up to a cursor."""
@@ -243,6 +244,11 @@ class View:
         await self._run(run_id)
         return await self.parts.store.metrics(run_id, name=name, offset=offset, limit=limit)
 
+    async def rewind_metrics(self, run_id: str, step: int) -> None:
+        run = await self._run(run_id)
+        await self.parts.store.rewind_metrics(run_id, logged=step, computed=run.step)
+        run.metric_counts = None
+
     # --- checkpoints ----------------------------------------------------------------------------
 
     async def list_checkpoints(self, run_id: str | None = None) -> Sequence[types.CheckpointInfo]:
@@ -298,8 +304,8 @@ class View:
         run = self.parts.registry.runs.get(info.run_id)
         points = await self.parts.store.last_metrics(info.run_id, CARD_POINTS)
         metrics = {p.name: p.value for p in points if p.step is None or p.step <= info.step}
-        told = partial(describe, metadata=run.user_metadata if run else {}, metrics=metrics)
-        return await self._disk(told, limiter=exports.merging)
+        known = partial(describe, metadata=run.user_metadata if run else {}, metrics=metrics)
+        return await self._disk(known, limiter=exports.merging)
 
     async def read_exported(
         self, path: str, name: str, *, merge: bool = False, offset: int = 0
@@ -384,16 +390,4 @@ class View:
         return await blocking(work, *args, limiter=limiter)
 
     def _shown(self, checkpoint: types.CheckpointInfo) -> types.CheckpointInfo:
-        return checkpoint if self._caller.local else _bare(checkpoint)
-
-
-def _told(outcome: Outcome) -> Outcome:
-    match outcome.result:
-        case CheckpointSaved() | CheckpointLoaded() as result:
-            bare = result.model_copy(update={"checkpoint": _bare(result.checkpoint)})
-            return outcome.model_copy(update={"result": bare})
-    return outcome
-
-
-def _bare(checkpoint: types.CheckpointInfo) -> types.CheckpointInfo:
-    return checkpoint.model_copy(update={"folder": None})
+        return checkpoint if self._caller.local else bare(checkpoint)

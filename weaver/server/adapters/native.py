@@ -268,6 +268,13 @@ async def log_metrics(
     await service.log_metrics(run_id, body.points, key=key)
 
 
+@router.delete("/runs/{run_id}/metrics", status_code=204)
+async def rewind_metrics(
+    run_id: str, service: ServiceDep, after: Annotated[int, Query(ge=-(2**63), lt=2**63)]
+) -> None:
+    await service.rewind_metrics(run_id, after)
+
+
 @router.get("/runs/{run_id}/metrics")
 async def read_metrics(
     run_id: str,
