@@ -35,7 +35,7 @@ ENVIRONMENT = Path(__file__).parents[3] / ".venv-sampler"
 STANDIN = Path(__file__).with_name("standin.py")
 COMMAND = [sys.executable, str(STANDIN)]
 BASE = WeightsRef(base_model="letters")
-WAIT_S = 30
+WAIT_S = 120
 MODEL = SampledModel(
     name="letters",
     source="letters",
