@@ -89,19 +89,19 @@ class Cluster:
             }
         else:
             _check_answers(address)
-        try:
+
+        def refused(error: Exception) -> Exception:
+            ray.shutdown()
+            if self.started:
+                what, hint = "Ray does not start here", "See Ray's own logs in /tmp/ray."
+            else:
+                what, hint = f"no Ray at {address!r}", "Start one: `ray start --head`."
+            return ConfigError(f"{what}: {error}", field="address", hint=hint)
+
+        with converting(refused):  # a Ray that is not ready in time raises Exception itself
             ray.init(log_to_driver=False, configure_logging=False, namespace="weaver", **given)
             session = Session()
             self._total = _sum([node.total for node in resources(session.address)])
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            what = "Ray does not start here" if self.started else f"no Ray at {address!r}"
-            hint = (
-                "See Ray's own logs in /tmp/ray."
-                if self.started
-                else "Start one: `ray start --head`."
-            )
-            ray.shutdown()
-            raise ConfigError(f"{what}: {error}", field="address", hint=hint) from None
         return session
 
     def rejoin(self) -> str | None:
@@ -114,7 +114,7 @@ class Cluster:
                 return lost.fault
             try:
                 self.session = _lasting(self._join, lost.address)
-            except ConfigError as error:
+            except WeaverError as error:
                 time.sleep(PAUSE_S)
                 return f"{lost.fault}; {error.message}"
         logger.warning("Ray is back at %s", self.session.address)
