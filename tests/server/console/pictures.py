@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (390, 1440)
 BUILT = Path(__file__).parents[3] / "site"
-DOCUMENTS = (
-    "",
-    "jobs/",
-    "quickstart/",
-    "concepts/",
-    "console/",
-    "errors/",
-    "reference/",
-    "recipes/",
-)
+DOCUMENTS = ("index", "jobs", "quickstart", "concepts", "gallery", "errors", "reference/weaver")
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -54,10 +45,19 @@ def documents() -> Iterator[str]:
         server.server_close()
 
 
-def take(browser: Browser, folder: Path, name: str) -> None:
+def take(browser: Browser, folder: Path, name: str, *, address: str | None = None) -> None:
+    """`address`: opened anew for each picture, as the documentation keeps its first scheme."""
     for width in WIDTHS:
         for dark in (False, True):
             browser.screen(width=width, dark=dark)
+            if address is not None:
+                browser.open("about:blank")
+                browser.wait("location.href == 'about:blank'")
+                browser.send(
+                    "Storage.clearDataForOrigin", origin=address, storageTypes="local_storage"
+                )
+                browser.open(address)
+                browser.wait(f"location.href == '{address}' && document.readyState == 'complete'")
             browser.value("new Promise(done => setTimeout(done, 200))")  # layout, transitions
             browser.picture(folder / f"{name}-{width}-{'dark' if dark else 'light'}.png")
 
@@ -73,10 +73,8 @@ def main(folder: Path) -> None:
             return
         with documents() as address:
             for place in DOCUMENTS:
-                if (BUILT / place / "index.html").exists():
-                    site.browser.open(f"{address}/{place}")
-                    site.browser.wait("document.readyState == 'complete' && document.body")
-                    take(site.browser, folder, f"docs-{place.strip('/') or 'home'}")
+                name = f"docs-{place.replace('/', '-')}"
+                take(site.browser, folder, name, address=f"{address}/{place}.html")
 
 
 if __name__ == "__main__":
