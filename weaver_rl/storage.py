@@ -22,9 +22,16 @@ from weaver.files import flush
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path`, durably: readers see the old bytes or the new ones, never a part.
 
+    A link stays one, and a device or a pipe is written to as it is.
+
     Raises:
         StorageError: disk full or not writable; what stood at `path` is untouched.
     """
+    if path.exists() and not path.is_file():
+        with naming_storage(path):
+            path.write_bytes(data)
+        return
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming_storage(path):

@@ -40,6 +40,25 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         append_line(tmp_path / "file" / "b.jsonl", {})
 
 
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    link, file, pipe = tmp_path / "link", tmp_path / "shared" / "a", tmp_path / "pipe"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    for words in (b"old", b"new"):
+        write_atomically(link, words)
+        assert link.is_symlink() and file.read_bytes() == words
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, b"words")
+        assert pipe.is_fifo() and os.read(reader, 9) == b"words"
+    finally:
+        os.close(reader)
+    with pytest.raises(StorageError, match="Is a directory"):
+        write_atomically(tmp_path / "shared", b"")
+    assert {each.name for each in tmp_path.iterdir()} == {"link", "shared", "pipe"}
+
+
 def test_kill_while_writing_never_shows_a_part(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     script = """
