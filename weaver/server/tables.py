@@ -5,7 +5,12 @@ Arrays and values are kept as messages of `weaver.wire`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 metadata = sa.MetaData()
 IDENTITY = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -241,3 +246,31 @@ def snapshotted(run_id: str, number: int) -> list[sa.Executable]:
         operations.delete().where(columns.run_id == run_id, IS_PASSED, passed),
         operations.update().where(held, columns.body.is_not(None)).values(body=None),
     ]
+
+
+def newest(
+    numbers: sa.Table, run_ids: Sequence[str], which: sa.ColumnElement[bool], *, by: str
+) -> sa.Select[Any]:
+    """Of `metrics` or `answers` the last row of each run and value of the column `by`, in order.
+
+    Looked for among the newest 128 of each run, so that it costs the same however long a run is.
+    """
+    of_run = numbers.alias()
+    first = (
+        sa.select(of_run.c.position)
+        .where(of_run.c.run_id == runs.c.run_id)
+        .order_by(of_run.c.position.desc())
+        .offset(127)
+        .limit(1)
+        .correlate(runs)
+        .scalar_subquery()
+    )
+    since = (
+        sa.select(runs.c.run_id, sa.func.coalesce(first, 0).label("position"))
+        .where(runs.c.run_id.in_(run_ids))
+        .cte("since")
+    )
+    mine = (numbers.c.run_id == since.c.run_id) & (numbers.c.position >= since.c.position)
+    last = sa.select(sa.func.max(numbers.c.position)).join_from(since, numbers, mine).where(which)
+    last = last.group_by(numbers.c.run_id, numbers.c[by])
+    return sa.select(numbers).where(numbers.c.position.in_(last)).order_by(numbers.c.position)

@@ -96,7 +96,8 @@ class Browser:
         self.send("Input.insertText", text=text)
 
     def press(self, key: str, *, ctrl: bool = False) -> None:
-        code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
+        code = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36}
+        code |= {"ArrowLeft": 37, "ArrowRight": 39}
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         fields: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": code.get(key, 0)}
         fields["modifiers"] = 2 if ctrl else 0

@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 from weaver import errors, types
 from weaver.engine.status import EngineStatus
 from weaver.server.activity import OperationInfo
+from weaver.server.console import archives, overview
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.machine import MachineLoad
@@ -292,8 +293,10 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> Sequence[tuple[flo
 CONSOLE = Adapter(
     routes=[
         *(Route(path, get_page) for path in PAGE_FILES),
+        *archives.router.routes,
         Mount("/console", PAGES),
         *router.routes,
+        *overview.router.routes,
     ],
     prefix="",
     open_paths=tuple(PAGE_FILES),

@@ -6,19 +6,24 @@ Adapters whose clients download from a bare address ask for them and answer thos
 from __future__ import annotations
 
 import secrets
+import tarfile
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 
 from weaver.errors import NotFoundError, PermissionDeniedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from weaver.exchange import Export
     from weaver.server.view import View
 
 URL_LIFE_S = 900
+BLOCK, CHUNK_BYTES = tarfile.BLOCKSIZE, 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,13 @@ class Grant:
             raise NotFoundError(f"there is no file {name[:80]!r}.")
         return FileResponse(f"{export.folder}/{name}", media_type="application/octet-stream")
 
+    async def archive(self) -> StreamingResponse:
+        """All of them, as a tar archive."""
+        members = _members(await self.export())
+        padded = (len(head) + -(-size // BLOCK) * BLOCK for head, _, size in members)
+        length = {"Content-Length": str(sum(padded) + 2 * BLOCK)}
+        return StreamingResponse(_tar(members), media_type="application/x-tar", headers=length)
+
 
 class Grants:
     """Those of one server, since it started; asked in its event loop."""
@@ -68,3 +80,25 @@ class Grants:
                 "this address is not valid, or no longer.", hint="Ask for a new one."
             )
         return grant
+
+
+def _members(export: Export) -> list[tuple[bytes, Path, int]]:
+    """Of each file its header in the archive, its place, and its size in bytes."""
+    members = []
+    for file in export.files:
+        info = tarfile.TarInfo(file.name)
+        info.size = file.size_bytes
+        head = info.tobuf(tarfile.GNU_FORMAT)
+        members.append((head, Path(export.folder or "", file.name), file.size_bytes))
+    return members
+
+
+def _tar(members: list[tuple[bytes, Path, int]]) -> Iterator[bytes]:
+    """The archive, read as it is sent; a file that is gone meanwhile breaks it off."""
+    for head, path, size in members:
+        yield head
+        with path.open("rb") as file:
+            for at in range(0, size, CHUNK_BYTES):
+                yield file.read(min(CHUNK_BYTES, size - at))
+        yield bytes(-size % BLOCK)
+    yield bytes(2 * BLOCK)

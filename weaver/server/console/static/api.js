@@ -38,6 +38,12 @@ export async function ask(path, options) {
 
 export const get = async (path, signal) => (await ask(path, { signal })).json();
 
+/** Asks for a change, with a body of JSON; answers what the server does, or null. */
+export async function change(method, path, body) {
+  const reply = await ask(path, { method, body: body && JSON.stringify(body) });
+  return reply.status === 204 ? null : reply.json();
+}
+
 /** A message of docs/wire.md that has no arrays: magic, two lengths, JSON. */
 function message(tree) {
   const header = new TextEncoder().encode(JSON.stringify(tree));

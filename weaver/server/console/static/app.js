@@ -4,7 +4,8 @@ import { listen } from "./chart.js";
 import { h } from "./dom.js";
 import { loadPage } from "./load.js";
 import { playgroundPage } from "./playground.js";
-import { runPage, runsPage } from "./runs.js";
+import { runPage } from "./run.js";
+import { runsPage } from "./runs.js";
 import { samplesPage } from "./samples.js";
 
 const at = (id) => document.getElementById(id);
@@ -29,7 +30,7 @@ async function open() {
     identify();
     if (!page) throw new ApiError("There is no such page.");
     const params = new URLSearchParams(query);
-    await page(main, { rest, params, signal, fail, live: (every, step) => live(every, step, signal) });
+    await page(main, { rest, params, signal, fail, caller, live: (every, step) => live(every, step, signal) });
   } catch (error) {
     if (!signal.aborted) fail(error);
   }

@@ -30,6 +30,7 @@ export function morph(old, fresh) {
   for (const { name, value } of fresh.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
+  if (old.type === "checkbox") old.checked = fresh.checked;
   const [mine, theirs] = [[...old.childNodes], [...fresh.childNodes]];
   theirs.forEach((child, i) => (i < mine.length ? morph(mine[i], child) : old.append(child)));
   mine.slice(theirs.length).forEach((child) => child.remove());

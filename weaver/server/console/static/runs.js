@@ -1,130 +1,90 @@
-// The list of runs, and the page of one: curves, operations, checkpoints.
+// The list of runs: found, a hundred at a time, and chosen to lay their curves over each other.
 import { get } from "./api.js";
-import { chart, reread } from "./chart.js";
-import { bytes, facts, h, link, morph, number, span, table, when } from "./dom.js";
+import { h, link, morph, number, table, when } from "./dom.js";
+import { MOST_RUNS, stateOf } from "./run.js";
 
-const FIRST = ["reward", "reward/mean", "eval/mean", "loss", "accuracy", "grad_norm", "learning_rate"];
-const SHOWN = 6;
-const LISTED = 8;
+const PAGE = 100;
 
-const nameOf = (run) => run.name ?? "";
-const stateOf = (run) => h("span", { class: `state ${run.status}` }, run.status);
-
-export async function runsPage(main, { live }) {
+export async function runsPage(main, { live, params, caller, signal }) {
+  const chosen = new Set((params.get("with") ?? "").split(",").filter(Boolean));
   const filter = h("input", {
-    id: "filter", type: "search", placeholder: "Filter", "aria-label": "Filter the runs by name, id or model",
-    input: () => draw(),
+    id: "filter", type: "search", placeholder: "Filter", value: params.get("find") ?? "",
+    "aria-label": "Filter the runs by name, id, model or project", input: () => turn(0),
   });
-  const list = h("div", {}, h("p", { class: "quiet" }, "Loading the runs."));
-  main.replaceChildren(h("div", { class: "head" }, h("h1", {}, "Runs"), filter), list);
-  let runs = null;
-  function draw() {
-    if (!runs) return;
-    const wanted = filter.value.trim().toLowerCase();
-    const shown = runs.filter((run) =>
-      `${run.run_id} ${nameOf(run)} ${run.base_model}`.toLowerCase().includes(wanted));
-    const empty = runs.length
-      ? "No run has this in its name, id or model."
-      : "There are no runs yet. A program makes one with create_model; it then appears here.";
-    morph(list.firstChild, table("Runs",
-      [["Run", "name"], ["Base model"], ["Rank", "figure"], ["Steps", "figure"], ["State"], ["Last activity"], ["Created", "wide"]],
-      shown.map((run) => [
-        [h("a", { class: "row", href: `#/runs/${run.run_id}` }, nameOf(run) || run.run_id),
-          nameOf(run) ? h("small", {}, run.run_id) : null],
-        run.base_model,
-        run.lora_config ? number(run.lora_config.rank) : "full",
-        number(run.step), stateOf(run), when(run.last_request_at), when(run.created_at),
-      ]), empty));
+  const list = h("div", { change: choose }, h("p", { class: "quiet" }, "Loading the runs."));
+  const foot = h("div", { class: "foot" });
+  main.replaceChildren(h("div", { class: "head" }, h("h1", {}, "Runs"), filter), list, foot);
+  let [now, page, asked] = [null, Math.max(0, (Number(params.get("page")) || 1) - 1), 0];
+
+  function keep() {
+    const kept = { find: filter.value.trim(), page: page ? page + 1 : "", with: [...chosen].join() };
+    const query = new URLSearchParams(Object.entries(kept).filter(([, value]) => value));
+    history.replaceState(null, "", `#/runs${query.size ? `?${query}` : ""}`);
   }
-  await live(5, async (signal) => {
-    runs = await get("v1/runs", signal);
-    runs.sort((a, b) => b.last_request_at.localeCompare(a.last_request_at));
+  function turn(to) {
+    page = to;
+    keep();
+    return look().catch(() => {}); // the page goes on looking, and tells what is wrong
+  }
+  function choose({ target }) {
+    if (target.checked) chosen.add(target.value);
+    else chosen.delete(target.value);
+    keep();
     draw();
+  }
+  async function look() {
+    const mine = ++asked;
+    const query = new URLSearchParams({ find: filter.value.trim(), offset: PAGE * page, limit: PAGE });
+    const answer = await get(`v1/overview?${query}`, signal);
+    if (mine !== asked) return; // another question was asked meanwhile
+    if (page && !answer.runs.length) return turn(0);
+    now = answer;
+    draw();
+  }
+  function draw() {
+    const { runs, total } = now;
+    const empty = filter.value.trim()
+      ? "No run has this in its name, id, model or project."
+      : "There are no runs yet. A program makes one with create_model; it then appears here.";
+    morph(list.firstChild, table("Runs", columns(caller), runs.map((run) => row(run, chosen, caller)), empty));
+    morph(foot, h("div", { class: "foot" }, pager(total, page), compare(chosen)));
+  }
+  foot.addEventListener("click", ({ target }) => {
+    const step = Number(target.dataset?.step);
+    if (step && target.getAttribute("aria-disabled") !== "true") turn(page + step);
   });
+  await live(5, look);
 }
 
-export async function runPage(main, { live, rest: [id] }) {
-  main.replaceChildren(h("div", {}, h("p", { class: "quiet" }, "Loading the run.")));
-  const path = `v1/runs/${encodeURIComponent(id)}`;
-  await live(3, async (signal) => {
-    const [run, curves, operations, checkpoints] = await Promise.all([
-      get(path, signal), get(`${path}/curves`, signal), get(`${path}/operations`, signal),
-      get(`v1/checkpoints?run_id=${encodeURIComponent(id)}`, signal),
-    ]);
-    morph(main.firstChild, h("div", {}, heading(run), curveSection(curves),
-      operationSection(operations), checkpointSection(run, checkpoints)));
-    reread(main);
-  });
-}
+const columns = (caller) => [["Run", "name"], ...(caller.admin ? [["Project"]] : []), ["Base model"], ["Steps", "figure"],
+  ["Reward or loss", "figure"], ["Tokens/s", "figure"], ["State"], ["Last activity"], ["Compare"]];
 
-function heading(run) {
-  const { lora_config: lora, user_metadata: { name, ...metadata } } = run;
-  const pairs = [
-    ["Base model", run.base_model],
-    ["Training", lora ? `LoRA, rank ${lora.rank}, alpha ${number(lora.alpha)}` : "all weights"],
-    ["Steps", number(run.step)], ["State", stateOf(run)],
-    ["Last activity", when(run.last_request_at)], ["Created", when(run.created_at)],
+function row(run, chosen, caller) {
+  const { run_id: id, telling } = run;
+  return [
+    [h("a", { class: "row", href: `#/runs/${encodeURIComponent(id)}` }, run.name || id), run.name ? h("small", {}, id) : null],
+    ...(caller.admin ? [run.project] : []),
+    run.base_model, number(run.step),
+    telling ? [number(telling.value), h("small", {}, telling.name)] : "",
+    run.tokens_per_s === null ? "" : number(Number(run.tokens_per_s.toPrecision(3))),
+    stateOf(run), when(run.last_request_at),
+    h("input", { type: "checkbox", value: id, checked: chosen.has(id), "aria-label": `Compare ${run.name || id}` }),
   ];
-  const extra = Object.entries(metadata).map(([field, value]) => [field, typeof value === "string" ? value : JSON.stringify(value)]);
-  return h("section", {},
-    h("p", { class: "crumb" }, link("#/runs", "Runs")),
-    h("h1", {}, nameOf(run) || run.run_id),
-    nameOf(run) ? h("p", { class: "quiet" }, h("code", {}, run.run_id)) : null,
-    facts([...pairs, ...extra]));
 }
 
-function curveSection(curves) {
-  const rank = (curve) => {
-    const known = FIRST.findIndex((name) => curve.name === name || curve.name.endsWith(`/${name}`));
-    return (known < 0 ? FIRST.length : known) * 2 + (curve.source === "logged" ? 0 : 1);
-  };
-  const ordered = [...curves].sort((a, b) => rank(a) - rank(b)).map(
-    (curve) => chart({ ...curve, source: curve.source.replaceAll("_", " ") }));
-  const more = ordered.slice(SHOWN);
-  const grid = (charts) => h("div", { class: "curves" }, charts);
-  return h("section", { "aria-labelledby": "curves" }, h("h2", { id: "curves" }, "Curves"),
-    ordered.length
-      ? grid(ordered.slice(0, SHOWN))
-      : h("p", { class: "quiet" }, "Nothing yet. Losses appear with forward_backward, everything that a program logs with log_metrics."),
-    more.length ? h("details", {}, h("summary", {}, `${more.length} more`), grid(more)) : null);
+function pager(count, page) {
+  const last = Math.ceil(count / PAGE) - 1;
+  const button = (step, words, possible) => h("button", { type: "button", "data-step": step, "aria-disabled": !possible && "true" }, words);
+  if (last < 1) return h("p", { class: "quiet" }, count ? `${number(count)} ${count === 1 ? "run" : "runs"}` : "");
+  return h("nav", { "aria-label": "Pages of the list" },
+    button(-1, "Previous", page > 0),
+    h("span", {}, `${number(PAGE * page + 1)} to ${number(Math.min(count, PAGE * (page + 1)))} of ${number(count)}`),
+    button(1, "Next", page < last));
 }
 
-function operationSection({ pending, num_pending, ended }) {
-  const columns = [["Operation"], ["Seq", "figure"], ["State"], ["Waited", "figure"], ["Ran", "figure"], ["Outcome", "long"]];
-  const row = (one) => [
-    one.kind.replaceAll("_", " "), one.seq === null ? "" : number(one.seq),
-    h("span", { class: `state ${one.state}` }, one.state), span(one.waited_s),
-    one.state === "waiting" ? "" : span(one.ran_s),
-    one.error ? [one.error.message, one.error.hint ? h("small", {}, one.error.hint) : null] : brief(one.metrics),
-  ];
-  const short = (label, titles, rows, more, empty) => [table(label, titles, rows.slice(0, LISTED), empty),
-    rows.length > LISTED
-      ? h("details", {}, h("summary", {}, more), table(label, titles, rows.slice(LISTED)))
-      : null];
-  const waiting = pending.map((one) => row(one).slice(0, 5));
-  return h("section", { "aria-labelledby": "operations" }, h("h2", { id: "operations" }, "Operations"),
-    h("h3", {}, `Pending${num_pending ? ` (${number(num_pending)})` : ""}`),
-    short("Pending operations", columns.slice(0, 5), waiting,
-      num_pending > waiting.length ? `The first ${waiting.length}` : `${waiting.length - LISTED} more`, "Nothing waits or runs."),
-    h("h3", {}, "Lately ended"),
-    short("Ended operations", columns, ended.map(row), `${ended.length - LISTED} before`, "None since the server started."));
-}
-
-function brief(metrics) {
-  const known = ["loss", "num_tokens", "grad_norm", "learning_rate", "tokens"].filter((name) => name in metrics);
-  return known.map((name) => `${name.replaceAll("_", " ")} ${number(metrics[name])}`).join(", ");
-}
-
-function checkpointSection(run, checkpoints) {
-  const base = encodeURIComponent(`base:${run.base_model}`);
-  const newest = [...checkpoints].sort((a, b) => b.created_at.localeCompare(a.created_at));
-  const life = (one) => (one.expires_at ? ["expires ", when(one.expires_at)] : "kept");
-  return h("section", { "aria-labelledby": "checkpoints" }, h("h2", { id: "checkpoints" }, "Checkpoints"),
-    table("Checkpoints",
-      [["Name", "name"], ["Holds"], ["Step", "figure"], ["Size", "figure"], ["Time to live"], ["Saved"], ["", "end"]],
-      newest.map((one) => [
-        h("span", { title: one.path }, one.name), one.kind.replaceAll("_", " "), number(one.step),
-        bytes(one.size_bytes), life(one), when(one.created_at),
-        link(`#/samples?a=${base}&b=${encodeURIComponent(one.path)}`, "Sample"),
-      ]), "None are saved."));
+function compare(chosen) {
+  const [first, ...others] = chosen;
+  if (!others.length) return h("p", { class: "quiet" }, first ? "Tick one more run to compare the two." : "Tick two runs to compare their curves.");
+  if (chosen.size > MOST_RUNS) return h("p", { class: "quiet" }, `At most ${MOST_RUNS} runs can be compared; ${chosen.size} are ticked.`);
+  return h("p", {}, link(`#/runs/${encodeURIComponent(first)}?${new URLSearchParams({ with: others.join() })}`, `Compare ${chosen.size} runs`));
 }
