@@ -389,3 +389,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # what vLLM spawns reads this file first
+    die_with_parent()
