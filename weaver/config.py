@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -45,6 +46,9 @@ def setting(
     """
     how = {"help": help, "name": name, "least": least, "most": most, "variables": variables}
     return field(default=default, repr=not secret, metadata=how)
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,13 @@ def _value(option: Option, text: str) -> Any:
     if option.type is float:
         return float(text)
     return Path(text) if option.type is Path else text
+
+
+def command(words: str, home: Path) -> str:
+    """A command for somebody to run, which names the home where that is not the default."""
+    default = EngineSettings().home
+    same = home.expanduser().absolute() == default.expanduser()
+    return words if same else f"{words} --home {shlex.quote(str(home))}"
 
 
 def is_loopback(host: str) -> bool:

@@ -123,7 +123,7 @@ def test_the_engine_is_closed_however_the_server_ends(
     closed: list[TorchEngine] = []
     monkeypatch.setattr(TorchEngine, "close", lambda engine: closed.append(engine))
     # It would be for this whole process.
-    monkeypatch.setattr(telemetry, "configure_logs", lambda *, as_json: None)
+    monkeypatch.setattr(telemetry, "configure_logs", lambda **how: None)
     given = ["--port=0", "--otel-endpoint=collector:4318", f"--home={home}"]
     result = CliRunner().invoke(app, ["serve", *given])
     assert isinstance(result.exception, ConfigError)

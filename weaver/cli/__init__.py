@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from weaver.cli import checkpoints, cluster, doctor, evaluation, models, runs, serve
+from weaver.cli import checkpoints, cluster, doctor, evaluation, logs, models, runs, serve, up
+from weaver.config import LogLevel, environment
 from weaver.errors import WeaverError
 
 app = typer.Typer(
@@ -38,11 +39,24 @@ def _begin(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end.")
     ] = False,
+    log_level: Annotated[
+        LogLevel | None,
+        typer.Option(envvar="WEAVER_LOG_LEVEL", help="What is said on stderr at least."),
+    ] = None,
 ) -> None:
-    """Without a text of its own: the command's is above."""
+    if log_level is not None:
+        import logging
+
+        environment()["WEAVER_LOG_LEVEL"] = log_level  # `weaver serve` reads it
+        number = logging.getLevelNamesMapping()[log_level.upper()]
+        form = "%(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=max(number, logging.INFO), format=form)
+        logging.getLogger("weaver").setLevel(number)
 
 
+app.command("up")(up.up)
 app.command("serve")(serve.serve)
+app.command("logs")(logs.logs)
 app.command("doctor")(doctor.doctor)
 app.command("sessions")(runs.sessions)
 app.command("sample")(models.sample)
@@ -53,7 +67,6 @@ app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.runs, name="runs")
 checkpoints.app.command("eval")(evaluation.evaluate)
 app.add_typer(checkpoints.app, name="checkpoints")
-app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weaver.cli.output import Format, Output, Wide, Yes, ask, confirm, find, show, show_one
+from weaver.cli.output import (
+    Format,
+    Output,
+    Wide,
+    Yes,
+    ask,
+    confirm,
+    find,
+    seconds_of,
+    show,
+    show_one,
+)
 from weaver.errors import InvalidParamsError
 
 if TYPE_CHECKING:
@@ -117,7 +128,7 @@ def _delete_many(
 ) -> None:
     from weaver.exchange import Selection
 
-    age_s = None if older_than is None else seconds_of(older_than)
+    age_s = None if older_than is None else seconds_of(older_than, field="older-than")
 
     async def choose(service: Service) -> tuple[Selection, Sequence[CheckpointInfo]]:
         owner = None if run is None else await find_owner(service, run)
@@ -136,16 +147,6 @@ def _delete_many(
 def _count(checkpoints: Sequence[CheckpointInfo]) -> str:
     size_bytes = sum(one.size_bytes for one in checkpoints)
     return f"{len(checkpoints)} checkpoints of {size_bytes:,} bytes"
-
-
-def seconds_of(age: str) -> float:
-    """Raises InvalidParamsError."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-    if not (age[-1:] in units and age[:-1].isdecimal()):
-        raise InvalidParamsError(
-            f"is {age!r}.", field="older-than", hint="A number and s, m, h, d or w: 7d."
-        )
-    return float(age[:-1]) * units[age[-1]]
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from weaver.config import environment
-from weaver.errors import NotFoundError
+from weaver.errors import InvalidParamsError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -118,6 +118,16 @@ def ago(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
+def seconds_of(age: str, *, field: str) -> float:
+    """Of `7d` and the like. Raises InvalidParamsError."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    if not (age[-1:] in units and age[:-1].isdecimal()):
+        raise InvalidParamsError(
+            f"is {age!r}.", field=field, hint="A number and s, m, h, d or w: 7d."
+        )
+    return float(age[:-1]) * units[age[-1]]
+
+
 def show_one(item: Value, output: Format = Format.table, **more: object) -> None:
     """One thing, and `more` of it: a line for each field, or a JSON object."""
     fields = {**item.model_dump(mode="json"), **more}
@@ -155,6 +165,7 @@ def find(
     what: str,
     within: bool = False,
     alias: Callable[[T], str | None] = lambda item: None,
+    shown_by: str = "",
 ) -> T:
     """The item that is called `given`, or the only one whose name begins so.
 
@@ -177,7 +188,7 @@ def find(
         names = ", ".join(name(item) for item in found[:5])
         raise NotFoundError(
             f"{len(found) or 'no'} {what} match {given!r}{': ' + names if names else ''}.",
-            hint=f"`weaver {what} list` shows them.",
+            hint=f"`{shown_by or f'weaver {what} list'}` shows them.",
         )
     return found[0]
 

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weaver.cli.output import Format, Output, Wide, find, show, show_one
-from weaver.config import changed, options
+from weaver.config import changed, command, options
 from weaver.engine.sources import parse_models, table_text
 from weaver.errors import ConfigError, nearest, requiring
 from weaver.server.preflight import check_start
 from weaver.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weaver.engine.cluster.engine import ClusterEngine
     from weaver.engine.cluster.pooled import PooledEngine
     from weaver.engine.torch.engine import TorchEngine
@@ -103,9 +105,14 @@ Config = Annotated[
 
 def serve(config: Config = None, **given: Any) -> None:
     """Serve models to many clients, until Ctrl-C or SIGTERM."""
+    settings = changed(DEFAULTS, given)
+    serve_until_stopped(settings, started=partial(_tell, settings))
+
+
+def serve_until_stopped(settings: ServerSettings, *, started: Callable[[Running], None]) -> None:
+    """Looks whether it can start, loads what it has to, and serves."""
     import anyio
 
-    settings = changed(DEFAULTS, given)
     models = parse_models(settings.models or [])
     check_start(settings)
     with requiring("the server", "server,engine"):
@@ -113,7 +120,7 @@ def serve(config: Config = None, **given: Any) -> None:
         from weaver.engine.torch.device import size_text
         from weaver.server.http.telemetry import configure_logs
         from weaver.server.serve import run_server
-    configure_logs(as_json=settings.log_json)
+    configure_logs(as_json=settings.log_json, level=settings.log_level, home=settings.home)
     engine: TorchEngine | PooledEngine | ClusterEngine
     if settings.cluster or settings.ray:
         from weaver.engine.cluster.pooled_cluster import open_cluster
@@ -129,12 +136,12 @@ def serve(config: Config = None, **given: Any) -> None:
             size = f"{size_text(model.size_bytes)}, context of {model.context_length:,} tokens"
             words = f"{model.num_parameters:,} parameters, {size}{', loaded' * bool(model.loaded)}"
             print(f"serving {model.name} ({words})", file=sys.stderr)
-        anyio.run(partial(run_server, engine, settings, started=partial(_tell, settings.auth)))
+        anyio.run(partial(run_server, engine, settings, started=started))
 
 
-def _signature() -> inspect.Signature:
-    """That of `serve` with a parameter for each option, as typer wants it."""
-    signature = inspect.signature(serve, eval_str=True)
+def signature_of(function: Callable[..., None]) -> inspect.Signature:
+    """Its own parameters, with one for each option in place of `given`, as typer wants it."""
+    *own, _given = inspect.signature(function, eval_str=True).parameters.values()
     named = (
         inspect.Parameter(
             name,
@@ -144,17 +151,18 @@ def _signature() -> inspect.Signature:
         )
         for name, option in OPTIONS.items()
     )
-    return signature.replace(parameters=[signature.parameters["config"], *named])
+    return inspect.Signature([*own, *named])
 
 
-vars(serve)["__signature__"] = _signature()
+vars(serve)["__signature__"] = signature_of(serve)
 
 
-def _tell(auth: bool, server: Running) -> None:
-    how = "with API keys" if auth else "without keys, to this machine only"
+def _tell(settings: ServerSettings, server: Running) -> None:
+    how = "with API keys" if settings.auth else "without keys, to this machine only"
     print(f"Weaver at {server.address} ({how}); Ctrl-C stops it.", file=sys.stderr)
-    if auth:
-        print("`weaver keys create --project NAME` makes a key.", file=sys.stderr)
+    if settings.auth:
+        create = command("weaver keys create --project NAME", settings.home)
+        print(f"`{create}` makes a key.", file=sys.stderr)
 
 
 @keys.command()
@@ -167,7 +175,7 @@ def create(
     output: Output = Format.table,
 ) -> None:
     """Make a key. It is shown this once and cannot be read again."""
-    info, secret = _keys(home, database_url).create(project, name=name, admin=admin)
+    info, secret = open_keys(home, database_url).create(project, name=name, admin=admin)
     if output is not Format.table:
         show_one(info, output, key=secret)
         return
@@ -183,8 +191,9 @@ def list_keys(
     wide: Wide = False,
 ) -> None:
     """List keys, without their secrets."""
-    found = _keys(home, database_url).list()
-    show(found, output, wide=wide, empty="No keys; `weaver keys create` makes one.")
+    found = open_keys(home, database_url).list()
+    create = command("weaver keys create --project NAME", home)
+    show(found, output, wide=wide, empty=f"No keys; `{create}` makes one.")
 
 
 @keys.command()
@@ -194,13 +203,14 @@ def revoke(
     database_url: Database = None,
 ) -> None:
     """End a key; requests with it are refused from now on."""
-    known = _keys(home, database_url)
-    info = find(key_id, known.list(), name=lambda key: key.id, what="keys")
+    known = open_keys(home, database_url)
+    listed = command("weaver keys list", home)
+    info = find(key_id, known.list(), name=lambda key: key.id, what="keys", shown_by=listed)
     known.revoke(info.id)
     print(f"Revoked key {info.id} of project {info.project}.")
 
 
-def _keys(home: Path, database_url: str | None) -> Keys:
+def open_keys(home: Path, database_url: str | None) -> Keys:
     with requiring("a list of keys", "server"):
         from weaver.server.database import open_database
         from weaver.server.keys import Keys

@@ -55,6 +55,10 @@ class Activity:
     """What the sessions and runs of one service do."""
 
     registry: Registry
+    ended: int = 0
+    """Operations."""
+    failed: int = 0
+    """Those of them that have an error, but for what was cancelled."""
     trained_tokens: int = 0
     """Tokens that went through `forward_backward` and `forward`."""
     sampled_tokens: int = 0
@@ -92,6 +96,8 @@ class Activity:
         if self.on_end is not None:
             self.on_end(ticket, outcome)
         run_id, told = run_of(ticket), _told(ticket, outcome, step=step)
+        self.ended += 1
+        self.failed += told.state == "failed"
         match outcome.result:
             case protocol.GradientsDone():
                 self.trained_tokens += int(told.metrics.get("num_tokens", 0))

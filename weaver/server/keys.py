@@ -73,11 +73,7 @@ class Keys:
         Raises:
             InvalidNameError: a project or key name with other characters than letters, digits, _.-
         """
-        for field, text in (("project", project), ("name", name or "key")):
-            if not NAME.fullmatch(text):
-                raise InvalidNameError(
-                    f"is {text!r}.", field=field, hint="Use at most 64 letters, digits, '_.-'."
-                )
+        check_names(project, name)
         secret = PREFIX + secrets.token_urlsafe(32)
         info = KeyInfo(
             id=secrets.token_hex(4),
@@ -120,6 +116,15 @@ class Keys:
                 hint="Set WEAVER_API_KEY to a key that `weaver keys create` made on this server.",
             )
         return Caller(row.project, row.admin)
+
+
+def check_names(project: str, name: str = "") -> None:
+    """Raises InvalidNameError: a project or key name with other characters than those."""
+    for field, text in (("project", project), ("name", name or "key")):
+        if not NAME.fullmatch(text):
+            raise InvalidNameError(
+                f"is {text!r}.", field=field, hint="Use at most 64 letters, digits, '_.-'."
+            )
 
 
 def _hash(secret: str) -> str:

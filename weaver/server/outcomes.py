@@ -181,10 +181,12 @@ class Outcomes:
 
 
 def _log(ticket: Ticket, outcome: Outcome) -> None:
-    if not logger.isEnabledFor(logging.INFO):
-        return
     submission = ticket.submission
     how = outcome.error.code if outcome.error else "done"
+    quiet = submission.kind == "sample" and how in ("done", "cancelled")
+    level = logging.DEBUG if quiet else logging.INFO  # they end by the thousand
+    if not logger.isEnabledFor(level):
+        return
     fields = {
         "operation_id": submission.id,
         "operation": submission.kind,
@@ -193,4 +195,4 @@ def _log(ticket: Ticket, outcome: Outcome) -> None:
         "run_id": submission.run_id,
         "seq": submission.seq,
     }
-    logger.info("%s %s: %s", submission.kind, submission.id, how, extra={"fields": fields})
+    logger.log(level, "%s %s: %s", submission.kind, submission.id, how, extra={"fields": fields})

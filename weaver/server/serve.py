@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import anyio
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -28,6 +29,7 @@ from weaver.server.journal import Journal
 from weaver.server.keys import Keys
 from weaver.server.preflight import check_keys, listen
 from weaver.server.service import LocalService
+from weaver.server.totals import tell_totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,8 +130,10 @@ async def _serve(
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     loop.call_soon(started, Running(address, lambda: _call(loop, stop)))
-    async with watch():
+    async with watch(), anyio.create_task_group() as tasks:
+        tasks.start_soon(tell_totals, gateway.service.parts.activity)
         await server.serve(sockets=[listener])
+        tasks.cancel_scope.cancel()
 
 
 class Connection(HttpToolsProtocol):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weaver.config import EngineSettings, setting
+from weaver.config import EngineSettings, LogLevel, setting
 from weaver.errors import QuotaExceededError, TooLargeError
 
 if TYPE_CHECKING:
@@ -261,6 +261,9 @@ class ServerSettings(EngineSettings):
     auth: bool = setting(True, "Ask for API keys; refused to be off unless the host is loopback.")
     durability: Durability = DURABILITY
     limits: Limits = SERVED
+    log_level: LogLevel = setting(
+        "info", "What is logged at least; at debug each sample and each request that only reads."
+    )
     log_json: bool = setting(False, "Log one JSON object a line.")
     otel_endpoint: str | None = setting(
         None,

@@ -145,6 +145,7 @@ async def submit(request: Request) -> Response:
         if count > limit:
             raise errors.TooLargeError(f"{count} submissions in a request, the limit is {limit}.")
         request.state.logged = {"operation_ids": [submission.id for submission in submissions]}
+        request.state.quiet = all(submission.kind == "sample" for submission in submissions)
         await service.submit(request.path_params["session_id"], submissions)
     gateway.metrics.submitted(submissions)
     accepted = Accepted(accepted=len(submissions)).model_dump_json()

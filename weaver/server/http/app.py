@@ -41,6 +41,13 @@ CLIENT_GONE = 499
 """In the log, of a request whose client did not wait for the answer."""
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
+QUIET = re.compile(
+    r"/(samples|asample|logprobs|completions|tokenize|retrieve_futures?"
+    r"|(session_)?heartbeat|telemetry)$"
+)
+"""Routes that are asked all the time, as are those that only read: samples have lines of their own,
+and all requests are counted."""
+
 
 class App:
     """Hands each request to the adapter that has a route for it.
@@ -136,7 +143,8 @@ class App:
             **scope["state"].get("logged", {}),
         }
         level = logging.WARNING if status >= 500 else logging.INFO
-        if method == "GET" and status < 400:  # clients, pages and probes poll; all are counted
+        quiet = method == "GET" or QUIET.search(route) or scope["state"].get("quiet")
+        if status < 400 and quiet:
             level = logging.DEBUG
         logger.log(level, "%s %s %s", method, path, status, extra={"fields": fields})
 

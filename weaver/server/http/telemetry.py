@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -20,9 +19,13 @@ import anyio
 from prometheus_client import core as prometheus
 from prometheus_client import generate_latest, registry
 
+from weaver.server.logs import CONTROL, LogFile
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
 
+    from weaver.config import LogLevel
     from weaver.engine.base import Engine
     from weaver.protocol import Outcome, Submission
     from weaver.server.activity import Activity
@@ -33,16 +36,24 @@ logger = logging.getLogger(__name__)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The request in whose course a log line is written."""
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
 
 
-def configure_logs(*, as_json: bool) -> None:
-    """Sends all logs of the process to stderr. Called once, by `weaver serve`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else TextFormatter(TEXT))
-    handler.addFilter(_add_request_id)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+def configure_logs(*, as_json: bool, level: LogLevel = "info", home: Path | None = None) -> None:
+    """Sends all logs of the process to stderr, and as JSON to the file of a home.
+
+    Called once, by `weaver serve`. Libraries are not asked for more than INFO.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setFormatter(JsonFormatter() if as_json else TextFormatter(TEXT))
+    if home is not None:
+        handlers.append(LogFile(home))
+        handlers[1].setFormatter(JsonFormatter())
+    for handler in handlers:
+        handler.addFilter(_add_request_id)
+    number = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(number, logging.INFO), handlers=handlers, force=True)
+    logging.getLogger("weaver").setLevel(number)
     for library in ("httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
 

@@ -1,0 +1,48 @@
+"""The line a minute of what a server does."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from tests.contracts.caller import Caller
+from tests.fake_engine import FakeEngine
+from weaver.protocol import OpenSampler, SamplerOpened
+from weaver.server.service import LocalService
+from weaver.server.totals import tell_totals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+
+async def told_of(caplog: pytest.LogCaptureFixture, operations: int) -> None:
+    for _ in range(400):
+        if sum(record.fields["operations"] for record in caplog.records) >= operations:
+            return
+        await anyio.sleep(0.05)
+
+
+async def test_totals_are_told_where_something_was_done(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "weaver.server.totals")
+    async with LocalService(FakeEngine(), home=home) as service:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: tell_totals(service.parts.activity, every_s=0.1))
+            await anyio.sleep(0.3)
+            assert not caplog.records  # nothing to tell
+            caller = await Caller.open(service)
+            await caller.do(OpenSampler(base_model="weaver-nano"), SamplerOpened)
+            await caller.create("weaver-nano")
+            await told_of(caplog, 2)
+            await anyio.sleep(0.25)
+            tasks.cancel_scope.cancel()
+    told = [record.fields for record in caplog.records]
+    assert sum(one["operations"] for one in told) == 2
+    assert all(one["failed"] == one["waiting"] == 0 for one in told)
+    assert "tokens/s" in caplog.records[0].getMessage()
