@@ -1,4 +1,4 @@
-"""What is asked and told of checkpoints as files: exports, imports, and which are to be deleted.
+"""What is asked and told beside operations: exports, imports, what is deleted, what a server is.
 
 Part of the protocol; `Service` takes and answers these.
 """
@@ -15,6 +15,26 @@ from weaver.errors import InvalidParamsError
 
 IMPORT_PIECE_BYTES = 4 * 2**20
 """Files of an import are sent in pieces of so many bytes, but for their last."""
+
+
+class ServerInfo(types.Value):
+    """What a server tells of itself: its versions, its device, and what its machine has left."""
+
+    version: str
+    python: str
+    platform: str
+    torch: str | None
+    """None where it is not installed."""
+    protocol: int
+    device: str
+    """`torch 2.13 on cpu (as set), float32, 2 threads`"""
+    device_free_bytes: int | None = None
+    memory_bytes: int | None = None
+    """Of the machine, or its container."""
+    memory_free_bytes: int | None = None
+    disk_bytes: int
+    """Of its home's disk."""
+    disk_free_bytes: int
 
 
 class ExportedFile(types.Value):

@@ -68,7 +68,7 @@ def test_in_a_container_what_files_fill_is_free(
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("4000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\nactive_file 300000\ninactive_file 700000\n")
-    monkeypatch.setattr("weaver.engine.torch.device.CGROUP", tmp_path)
+    monkeypatch.setattr("weaver.machine.CGROUP", tmp_path)
     assert free_bytes(torch.device("cpu")) == 2_000_000
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.output import (
     Format,
     Output,
@@ -28,14 +29,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Saved states and samplers.", no_args_is_help=True)
 PATH = "weaver://..., or a part of it that only one has."
-Path = Annotated[str, typer.Argument(help=PATH)]
+Path = Annotated[str, typer.Argument(help=PATH, autocompletion=completion.checkpoints)]
 COLUMNS = ("path", "step", "size_bytes", "created_at", "expires_at", "base_model", "kind")
 
 
 @app.command("list")
 def list_checkpoints(
     run: Annotated[
-        str | None, typer.Option(help="Only those of this run; its name, its id, or its beginning.")
+        str | None,
+        typer.Option(
+            help="Only those of this run; its name, its id, or its beginning.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     output: Output = Format.table,
     wide: Wide = False,
@@ -94,8 +99,12 @@ def import_checkpoint(
 
 @app.command("delete")
 def delete_checkpoints(
-    path: Annotated[str | None, typer.Argument(help=PATH)] = None,
-    run: Annotated[str | None, typer.Option(help="Those of this run.")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help=PATH, autocompletion=completion.checkpoints)
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Those of this run.", autocompletion=completion.runs)
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Those whose names fit, as `step-*`; or whole paths.")
     ] = None,

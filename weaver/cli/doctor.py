@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.models import ask_model
+from weaver.cli.server_side import (
+    WEAVER,
+    ask_server,
+    check_disk,
+    compare,
+    own_disk,
+    room_text,
+    told,
+)
 from weaver.config import Settings, load_settings
 from weaver.errors import ConfigError, EngineError, WeaverError, requiring
 
@@ -20,30 +30,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-WEAVER = "weaver-post-training"
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 
 
 def doctor(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="To load and sample.")
+        str,
+        typer.Option("--model", "-m", help="To load and sample.", autocompletion=completion.models),
     ] = "weaver-nano",
 ) -> None:
     """Look at the installation: packages, device, server; whether a model fits and answers."""
+    from weaver import machine, wire
     from weaver.types import SamplingParams
 
     faults: list[str] = []
     _say_what_is_installed()
     with _checking("settings", faults):
         settings = load_settings()
+        _say("protocol", str(wire.MAGIC[3]))
         _say("service", settings.base_url or "embedded")
         _say("api key", "set" if settings.api_key else "not set")
         with _checking("home", faults):  # a server's client keeps tokenizers there
             _check_home(settings.home)
+            free, room = own_disk(settings.home)
+            _say("disk", room)
+            check_disk(free, what="the home's disk")
         with _checking("sampler", faults):
             _check_sampler(settings)
-        if settings.base_url is None:  # a server has a device and memory of its own
+        if settings.base_url is None:
             _check_embedded(settings, model, faults)
+        else:  # which has a device and memory of its own
+            _say("memory", room_text(machine.free_memory_bytes(), machine.memory_bytes()))
+            with _checking("server", faults):
+                server = ask_server(settings)
+                for name, state in told(server):
+                    _say(name, state)
+                with _checking("both sides", faults):
+                    both = compare(server, version=_version(WEAVER), protocol=wire.MAGIC[3])
+                    _say("both sides", both)
+                with _checking("its disk", faults):
+                    check_disk(server.disk_free_bytes, what="the server's disk")
     if not faults:  # what does not fit might take the machine down
         with _checking(model, faults):
             began = time.perf_counter()

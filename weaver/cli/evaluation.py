@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.checkpoints import find_checkpoint
 from weaver.cli.output import Format, Output, show
 from weaver.config import EngineSettings, Settings, load_settings
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(help="weaver://..., a part of it, or a base model.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="weaver://..., a part of it, or a base model.",
+            autocompletion=completion.checkpoints,
+        ),
+    ],
     tasks: Annotated[
         list[str],
         typer.Option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.output import Format, Output, Wide, ask, show, show_one
 from weaver.errors import requiring
 
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from weaver.client.sampling import AsyncSamplingClient
 
 app = typer.Typer(help="Base models.", no_args_is_help=True)
-Model = Annotated[str, typer.Option("--model", "-m", help="A base model, or a weaver:// path.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A base model, or a weaver:// path.",
+        autocompletion=completion.models,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="Per answer.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.output import Format, Output, Wide, Yes, ask, confirm, find, show, show_one
 
 if TYPE_CHECKING:
@@ -29,7 +30,13 @@ RUN = (
 TELLING = ("reward/mean", "train/loss", "eval/mean", "loss")
 """What is drawn unless metrics are named, those that are there."""
 SESSION = ("session_id", "project", "pending", "unnamed_samplers")
-RunId = Annotated[str, typer.Argument(help="The name or id, or its beginning, without `run-` too.")]
+RunId = Annotated[
+    str,
+    typer.Argument(
+        help="The name or id, or its beginning, without `run-` too.",
+        autocompletion=completion.runs,
+    ),
+]
 
 
 def sessions(output: Output = Format.table, wide: Wide = False) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weaver.cli import completion
 from weaver.cli.output import Format, Output, Wide, find, show, show_one
 from weaver.config import changed, command, options
 from weaver.engine.sources import parse_models, table_text
@@ -45,6 +46,12 @@ def flag(name: str) -> Any:
     return typer.Option(envvar=variables, help=option.help, min=option.least, max=option.most)
 
 
+Project = Annotated[
+    str,
+    typer.Option(
+        help="What is made with the key belongs to it.", autocompletion=completion.projects
+    ),
+]
 Home = Annotated[Path, flag("home")]
 Database = Annotated[str | None, flag("database_url")]
 
@@ -167,7 +174,7 @@ def _tell(settings: ServerSettings, server: Running) -> None:
 
 @keys.command()
 def create(
-    project: Annotated[str, typer.Option(help="What is made with the key belongs to it.")],
+    project: Project,
     name: Annotated[str, typer.Option(help="A note for the list.")] = "",
     admin: Annotated[bool, typer.Option(help="May see every project.")] = False,
     home: Home = DEFAULTS.home,

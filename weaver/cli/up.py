@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from weaver.cli.serve import DEFAULTS, Config, open_keys, serve_until_stopped, signature_of
+from weaver.cli.serve import (
+    DEFAULTS,
+    Config,
+    Project,
+    open_keys,
+    serve_until_stopped,
+    signature_of,
+)
 from weaver.config import changed, command
 from weaver.errors import requiring
 
@@ -21,9 +26,7 @@ KEY = "up"
 
 
 def up(
-    project: Annotated[
-        str, typer.Option(help="What is made with the key belongs to it.")
-    ] = "default",
+    project: Project = "default",
     config: Config = None,
     **given: Any,
 ) -> None:

@@ -41,7 +41,7 @@ COMES_BACK = frozenset({429, 502, 503, 504})
 SESSION, SESSIONS = TypeAdapter(protocol.SessionInfo), TypeAdapter(list[protocol.SessionState])
 OUTCOMES = TypeAdapter(tuple[protocol.Outcome, ...])
 MODEL, MODELS = TypeAdapter(types.ModelInfo), TypeAdapter(list[types.ModelInfo])
-FILES = TypeAdapter(dict[str, bytes])
+FILES, SERVER = TypeAdapter(dict[str, bytes]), TypeAdapter(exchange.ServerInfo)
 RUN, RUNS = TypeAdapter(types.TrainingRun), TypeAdapter(list[types.TrainingRun])
 CHECKPOINT, CHECKPOINTS = TypeAdapter(types.CheckpointInfo), TypeAdapter(list[types.CheckpointInfo])
 METRICS, EXPORT = TypeAdapter(list[types.MetricPoint]), TypeAdapter(exchange.Export)
@@ -164,6 +164,10 @@ class HttpService:
                 raise httpx.ReadError("the stream ended in its middle")
             except (httpx.TransportError, ComesBackError) as error:
                 await outage.pause(error)
+
+    async def about(self) -> exchange.ServerInfo:
+        """Raises NotFoundError: a server of before 0.2 does not tell."""
+        return self._read(await self._call("GET", "server"), SERVER)
 
     async def list_models(self) -> Sequence[types.ModelInfo]:
         return self._read(await self._call("GET", "base-models"), MODELS)

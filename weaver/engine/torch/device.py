@@ -20,6 +20,7 @@ import torch
 from weaver.engine.torch.lora import roles
 from weaver.engine.torch.quantised import weights_bytes
 from weaver.errors import ConfigError
+from weaver.machine import free_memory_bytes
 from weaver.types import LoraConfig, Quantize
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ ADAM_COPIES = 4
 CACHED_TOKENS = 4096
 USABLE = 0.9
 """The rest is for activations of small batches and for everything else."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,25 +122,14 @@ def _lack_of_cuda() -> tuple[str, str] | None:
 def free_bytes(place: torch.device) -> int | None:
     """What the device has, or this machine (or its container) for the CPU; None where not told.
 
-    What torch holds and does not use, and copies of files that can be read again, are free.
+    What torch holds and does not use is free.
     """
     if place.type == "cuda":
         held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return torch.cuda.mem_get_info(place)[0] + held
     if place.type != "cpu":
         return None
-    known = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        files = int(parts["active_file"]) + int(parts["inactive_file"])
-        known.append(limit - used + files)
-    except (OSError, ValueError, KeyError):  # another system, or a container without a limit
-        pass
-    return min(known, default=None)
+    return free_memory_bytes()
 
 
 def device_gauges(place: torch.device) -> dict[str, float]:

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from starlette.routing import request_response
 
 from weaver import errors, exchange, fields, protocol, types, wire
+from weaver.server.about import about
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream, Turns
@@ -211,6 +212,12 @@ async def stream(
 ) -> Response:
     pieces = service.sample_stream(session_id, submission_id)
     return EventStream(pieces, gateway.own(Turns), after=last_event_id)
+
+
+@router.get("/server")
+async def about_server(service: ServiceDep) -> exchange.ServerInfo:
+    parts = service.parts
+    return await to_thread.run_sync(about, parts.engine, parts.checkpoints.root.parent)
 
 
 # --- models -------------------------------------------------------------------------------------
