@@ -30,8 +30,11 @@ help:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 
+# Gigabytes may be fetched: on a terminal pip shows what it is at.
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[all]'
+	@echo "Installing into .venv, once: this takes minutes, most of it to fetch torch."
+	$(if $(MAKE_TERMOUT),$(subst --quiet,--progress-bar on,$(PIP)),$(PIP)) -e '.[all]'
+	@echo "Installed."
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python

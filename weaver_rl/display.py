@@ -1,7 +1,7 @@
 """The run on the terminal: progress, numbers, a curve as it rises, hints; loops log to it.
 
-Lively where standard output is a terminal, one plain line a step where it is not. A loop that has
-no run shows its `Progress` alone.
+Lively where standard output is a terminal, or the cell of a notebook; one plain line a step where
+it is neither. A loop that has no run shows its `Progress` alone.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import IO, Any
 
 from weaver.curves import draw_curve, number_text
 from weaver.errors import requiring
 from weaver_rl.loggers import Logger, prompt_text
 from weaver_rl.metrics import find_hints
+from weaver_rl.notebook import open_area, text_html
 from weaver_rl.pace import Pace
 from weaver_rl.types import Group, Rollout
 
@@ -54,13 +56,14 @@ class Display(Logger):
         self._sample: Rollout | None = None
         self._hints: dict[str, str] = {}
         self._live: Any = self._open_live() if self._stream.isatty() else None
+        self._area = open_area() if stream is None and self._live is None else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._history.append(dict(metrics))
         self._pace.reach(step)
         self._waiting = ""
         hints = find_hints(self._history)
-        if self._live is None:
+        if self._live is None and self._area is None:
             numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics))
             self._print(f"{step_text(self._pace)}  {numbers}  {self._pace}".rstrip())
             for name, text in hints.items():
@@ -78,7 +81,7 @@ class Display(Logger):
     def introduce(self, called: str) -> None:
         """Shows what the run is called."""
         self._called = one_line(called)
-        if self._live is None:
+        if self._live is None and self._area is None:
             self._print(f"run {self._called}")
         self._refresh()
 
@@ -91,6 +94,9 @@ class Display(Logger):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._area is not None:
+            self._area.flush()
+            self._area = None
 
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -99,6 +105,8 @@ class Display(Logger):
     def _refresh(self) -> None:
         if self._live is not None:
             self._live.update(self._picture())
+        elif self._area is not None:
+            self._area.show(_as_html(self._picture()))
 
     def _open_live(self) -> Any:
         with requiring("Display", "rl"):
@@ -155,6 +163,7 @@ class Progress(Logger):
         self.expect = self._pace.expect
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
+        self._area = open_area() if stream is None and not self._live else None
         self._told = time.monotonic()
         self._width = 0
         self._called = ""
@@ -166,7 +175,9 @@ class Progress(Logger):
         self._pace.reach(step)
         numbers = "  ".join(f"{label} {number}" for label, number in shown(metrics)[:2])
         line = f"{self._called}{step_text(self._pace)}  {numbers}  {self._pace}".rstrip()
-        if self._live:
+        if self._area is not None:
+            self._area.show(text_html(line))
+        elif self._live:
             self._write(f"\r{line:<{self._width}}")
             self._width = len(line)
         elif time.monotonic() - self._told >= QUIET_S:
@@ -177,10 +188,21 @@ class Progress(Logger):
         if self._width:
             self._write("\n")
             self._width = 0
+        if self._area is not None:
+            self._area.flush()
 
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def _as_html(picture: Any) -> str:
+    """Of what rich draws, as it would look on a terminal of 100 columns."""
+    from rich.console import Console
+
+    console = Console(file=StringIO(), record=True, width=100, force_jupyter=False)
+    console.print(picture)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def step_text(pace: Pace) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import anyio
+import pytest
 
 from tests.cli.test_commands import saved, weaver
 from tests.fake_engine import FakeEngine
@@ -22,11 +24,17 @@ from weaver.server.keys import Keys
 from weaver.server.service import LocalService
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    import pytest
-
 __all__ = ["saved"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A completion says nothing from then on, which is for its own process to keep."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 LONG_S = 30.0

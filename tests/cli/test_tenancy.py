@@ -47,6 +47,7 @@ PATH = [
 EVAL = ("checkpoints", "eval", "--tasks", "x", "--out", "FOLDER")
 NO_ID = {("serve",), ("doctor",), ("sessions",), ("runs", "list"), ("models", "list")}
 NO_ID |= {("cluster", "status"), ("cluster", "install-sampler")}  # of this machine
+NO_ID |= {("up",), ("logs",)}
 NO_TENANT = {("keys", "create"), ("keys", "list"), ("keys", "revoke")}
 """They open the database of a server on this machine."""
 NO_OWNER = {("models", "check"), ("models", "download"), ("checkpoints", "import")}

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from html import escape
 from typing import Any, Generic, Literal, TypeVar
 
 import anyio
@@ -69,8 +70,9 @@ class Origin(Process):
             raise errors.UnsupportedError(
                 "the async client belongs to another event loop than the one that it is used from.",
                 field="client",
-                hint="Call it where it was entered, make a client of this event loop's own, or "
-                "use the sync ServiceClient, which serves every thread.",
+                hint="Call it where it was entered, make a client of this event loop's own, by "
+                "`await` once that one has ended, or use the sync ServiceClient, which serves "
+                "every thread.",
             )
 
 
@@ -165,6 +167,14 @@ class OperationHandle(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<OperationHandle {self.label}: {self.status}>"
+
+    def _repr_html_(self) -> str:
+        """In notebooks: what it is and how far, and behind that its result or error."""
+        text = f"<p>{escape(self.label)}: <b>{self.status}</b></p>"
+        if self.status == "done":
+            return text + getattr(self.outcome.result(), "_repr_html_", str)()
+        error = self.outcome.exception() if self.done() else None
+        return text if error is None else f"{text}<pre>{escape(str(error))}</pre>"
 
     # The session calls the rest; each handle is settled once, later calls change nothing.
 

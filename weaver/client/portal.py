@@ -11,9 +11,10 @@ import ctypes
 import inspect
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 from functools import partial, wraps
+from html import escape
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from anyio.from_thread import run_sync, start_blocking_portal
@@ -21,14 +22,15 @@ from anyio.lowlevel import current_token
 
 from weaver.client.handle import OperationHandle, Process, Status
 from weaver.client.service import AsyncServiceClient
-from weaver.errors import ClosedError
-from weaver.keywords import UnknownKeywordError
+from weaver.errors import ClosedError, WeaverError
 
 A = TypeVar("A", covariant=True)
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C")
 F = TypeVar("F", bound="Callable[..., Any]")
+ANOTHER = "] | OperationHandle["
+"""Between two of what a method may answer, in its annotation."""
 
 
 class Twin(Generic[A]):
@@ -38,8 +40,18 @@ class Twin(Generic[A]):
         self._inner = inner
         self._portal = portal
 
+    def __init_subclass__(cls) -> None:
+        """Methods that are made of async ones are its own: by name, and by what they answer."""
+        for name, method in list(vars(cls).items()):
+            if hasattr(method, "__wrapped__"):
+                _adopt(method, f"{cls.__qualname__}.{name}", cls.__module__)
+
     def __repr__(self) -> str:
         return repr(self._inner).replace("Async", "", 1)
+
+    def _repr_html_(self) -> str:
+        show = getattr(self._inner, "_repr_html_", None)
+        return show() if show else f"<code>{escape(repr(self))}</code>"
 
 
 class Handle(Twin[OperationHandle[T]]):
@@ -57,6 +69,9 @@ class Handle(Twin[OperationHandle[T]]):
             self._portal.check_caller()
             with suppress(TimeoutError):
                 self._inner.outcome.exception(wait_s)
+        error = self._inner.outcome.exception()
+        if isinstance(error, WeaverError):
+            raise error.with_traceback(None)  # which would grow with each call
         return self._inner.outcome.result()
 
     def done(self) -> bool:
@@ -136,8 +151,11 @@ def blocking(
 
     @wraps(method)
     def call(self: Twin[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with _in_own_name():
+        try:
             return self._portal.call(partial(method, self._inner, *args, **kwargs))
+        except (WeaverError, TypeError) as raised:
+            error = _own(raised)
+        raise error
 
     return call
 
@@ -146,11 +164,16 @@ def making(
     method: Callable[Concatenate[A, P], Awaitable[T]], cls: Callable[[T, Portal], C]
 ) -> Callable[Concatenate[Twin[A], P], C]:
     """A method that waits for an async client and answers its sync twin, a `cls`."""
-    wait = blocking(method)
 
     @wraps(method)
     def call(self: Twin[A], /, *args: P.args, **kwargs: P.kwargs) -> C:
-        return cls(wait(self, *args, **kwargs), self._portal)
+        try:
+            made = self._portal.call(partial(method, self._inner, *args, **kwargs))
+        except (WeaverError, TypeError) as raised:
+            error = _own(raised)
+        else:
+            return cls(made, self._portal)
+        raise error
 
     return call
 
@@ -166,30 +189,60 @@ def queued(method: Callable[..., OperationHandle[Any]], *, wait: bool) -> Callab
 
     @wraps(method)
     def call(self: Twin[Any], /, *args: Any, wait: bool = default, **kwargs: Any) -> Any:
-        queue = partial(method, self._inner, *args, **kwargs)
-        with _in_own_name():
+        try:
+            queue = partial(method, self._inner, *args, **kwargs)
             handle = Handle(self._portal.run(queue), self._portal)
-        return handle.result() if wait else handle
+            return handle.result() if wait else handle
+        except (WeaverError, TypeError) as raised:
+            error = _own(raised)
+        raise error
 
     theirs = inspect.signature(method)
-    last = inspect.Parameter("wait", inspect.Parameter.KEYWORD_ONLY, default=default)
-    signature = theirs.replace(parameters=[*theirs.parameters.values(), last])
+    last = inspect.Parameter(
+        "wait", inspect.Parameter.KEYWORD_ONLY, default=default, annotation="bool"
+    )
+    answer = theirs.return_annotation if wait else f"Handle[{_result(theirs.return_annotation)}]"
+    signature = theirs.replace(
+        parameters=[*theirs.parameters.values(), last], return_annotation=answer
+    )
     vars(call)["__signature__"] = signature
 
-    def replace(placeholder: F) -> F:
-        call.__module__, call.__qualname__ = placeholder.__module__, placeholder.__qualname__
+    def replace(_placeholder: F) -> F:
         return cast("F", call)
 
     return replace
 
 
-@contextmanager
-def _in_own_name() -> Iterator[None]:
-    """Around a call of an async twin: what is wrong with its keywords is said of the sync one."""
-    try:
-        yield
-    except UnknownKeywordError as error:
-        raise UnknownKeywordError(str(error).replace("Async", "", 1)) from None
+def _own(error: WeaverError | TypeError) -> WeaverError | TypeError:
+    """The error of an async twin as that of the sync one.
+
+    It names the sync method where a call was wrong, and its way through the event loop is left out:
+    what was raised on purpose says what is wrong; what was not keeps its traceback.
+    """
+    if isinstance(error, WeaverError):
+        return error.with_traceback(None)
+    if str(error).startswith("Async"):
+        return type(error)(str(error).replace("Async", "", 1))
+    return error
+
+
+def _adopt(method: Any, qualname: str, module: str) -> None:
+    if method.__module__ == module and not method.__qualname__.startswith("Async"):
+        return  # another name of the same method
+    signature = inspect.signature(method)
+    answer = _result(signature.return_annotation).replace("Async", "")
+    method.__signature__ = signature.replace(return_annotation=answer)
+    method.__module__, method.__qualname__ = module, qualname
+    method.__name__ = qualname.rpartition(".")[2]
+    del method.__wrapped__  # which says that it is a coroutine
+
+
+def _result(annotation: Any) -> str:
+    """What an async method answers in the end, of its annotation."""
+    text = str(annotation)
+    if not text.startswith("OperationHandle["):
+        return text
+    return " | ".join(text.removesuffix("]").removeprefix("OperationHandle[").split(ANOTHER))
 
 
 def _close(stack: ExitStack, process: Process) -> None:

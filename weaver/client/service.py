@@ -19,6 +19,7 @@ from weaver.client.beginning import begin_from, find_run
 from weaver.client.exports import export_to
 from weaver.client.handle import OperationHandle
 from weaver.client.imports import import_from
+from weaver.client.kept import Kept
 from weaver.client.opening import open_service
 from weaver.client.rewards import AsyncRewardClient, open_rewards
 from weaver.client.sampling import AsyncSamplingClient, open_sampler
@@ -31,8 +32,9 @@ from weaver.names import check_run_name
 
 
 @suggesting
-class AsyncServiceClient:
+class AsyncServiceClient(Kept):
     """Opens a session with a service; use it as `async with AsyncServiceClient() as service:`.
+    In a notebook `service = await AsyncServiceClient()` keeps it open over cells, until `close`.
 
     Without `base_url` and WEAVER_BASE_URL everything runs in this process, below `home`
     (WEAVER_HOME, ~/.weaver). Enter and leave it in one task. Leaving it fails what is still pending
@@ -105,6 +107,7 @@ class AsyncServiceClient:
         """Fails what is pending with `ClosedError` and ends the session; saved state stays."""
         if self._open is not None:
             await self._open.close()
+        await self._let_go()
 
     # --- models in training ---
 
@@ -392,7 +395,6 @@ class AsyncServiceClient:
     @property
     def _session(self) -> Session:
         if self._open is None:
-            raise errors.ClosedError(
-                "the client is not open.", hint="Use: async with AsyncServiceClient() as service"
-            )
+            hint = "Use `async with AsyncServiceClient() as service`, or `await` it first."
+            raise errors.ClosedError("the client is not open.", hint=hint)
         return self._open
