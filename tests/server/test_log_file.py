@@ -94,7 +94,10 @@ def test_it_is_followed_over_a_rotation_and_half_lines(home: Path) -> None:
     assert found == ["in halves", "of the next file"]
 
 
-def test_a_disk_that_is_full_is_said_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_full_is_said_once(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", False)  # others' files are full, too
     handler, limits = LogFile(home), resource.getrlimit(resource.RLIMIT_FSIZE)
     logger.addHandler(handler)
     try:
