@@ -234,12 +234,14 @@ def test_one_tracker_of_a_kind(tmp_path: Path) -> None:
         ("wandb", lambda path: WandbLogger("p", folder=path)),
         ("mlflow", lambda path: MlflowLogger("p")),
         ("trackio", lambda path: TrackioLogger("p")),
-        ("tensorboard.summary.writer.event_file_writer", TensorBoardLogger),
+        ("tensorboard", TensorBoardLogger),
     ],
 )
 def test_a_missing_package_names_its_extra(
     package: str, make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for loaded in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r"weaver-post-training\["):
         make(tmp_path)  # type: ignore[operator]
