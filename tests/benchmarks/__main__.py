@@ -23,6 +23,7 @@ BENCHMARKS = (
     "client",
     "cluster",
     "fairness",
+    "ray",
     "serve",
     "service",
     "softmax",

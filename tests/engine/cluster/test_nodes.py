@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -11,7 +14,7 @@ pytest.importorskip("ray")
 
 from typer.testing import CliRunner
 
-from tests.engine.cluster.kit import until
+from tests.engine.cluster.kit import gone, until
 from tests.engine.cluster.nodes import nodes
 from tests.engine.cluster.torch_standin import an_environment
 from weaver import AsyncServiceClient
@@ -19,12 +22,15 @@ from weaver.cli import app
 from weaver.config import EngineSettings
 from weaver.engine.cluster.config import ClusterConfig, GroupConfig, PoolConfig
 from weaver.engine.cluster.engine import ClusterEngine
+from weaver.engine.cluster.group import TrainerGroup
 from weaver.engine.cluster.pooled_cluster import with_pools
+from weaver.engine.cluster.status import read_status
 from weaver.engine.torch.engine import TorchEngine
+from weaver.errors import ConfigError
 from weaver.server.database import open_database
 from weaver.server.journal import Journal
 from weaver.server.service import LocalService
-from weaver.types import Datum
+from weaver.types import Datum, LoraConfig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -154,3 +160,100 @@ async def test_nodes_leave_and_join_during_a_loop(
 
     assert await loop_of(engine, tmp_path, disturbed) == undisturbed
     assert group.starts == starts + 1
+
+
+SERVER = """
+import sys, anyio
+from pathlib import Path
+from tests.engine.cluster.test_nodes import a_run
+from weaver.engine.cluster.config import ClusterConfig, GroupConfig
+from weaver.engine.cluster.engine import ClusterEngine
+from weaver.engine.torch.engine import TorchEngine
+group = GroupConfig(model="weaver-nano", device="cpu", threads=1, cpus=0.5)
+config = ClusterConfig(address=sys.argv[1], trainer=(group,))
+local = TorchEngine(device="cpu", threads=1)
+engine = ClusterEngine(local, config, home=Path(sys.argv[2]))
+anyio.run(a_run, engine)
+print("ready", flush=True)
+anyio.run(anyio.sleep_forever)
+"""
+
+
+def a_server(address: str, home: Path) -> subprocess.Popen[str]:
+    """A process with a run."""
+    program = [sys.executable, "-c", SERVER, address, str(home)]
+    server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    server.stdout.readline()
+    return server
+
+
+async def a_run(engine: ClusterEngine) -> None:
+    lora = LoraConfig(rank=4)
+    await engine.create_run("other", MODEL, training_mode="lora", lora_config=lora, seed=0)
+
+
+async def test_two_servers_on_one_ray_do_not_disturb_each_other(
+    engine: PooledEngine, ray_nodes: Nodes, tmp_path: Path, undisturbed: list[Any]
+) -> None:
+    """One of them is killed while the other trains."""
+    trainer = engine.trainer
+    assert isinstance(trainer, ClusterEngine)
+    [group] = trainer._groups.values()
+    starts = group.starts
+    ray_nodes.join(1)
+    other = await anyio.to_thread.run_sync(a_server, ray_nodes.address, tmp_path)
+    [its] = read_status(tmp_path / "cluster").groups
+    assert its.state == "ready" and len(list((tmp_path / "cluster").glob("live-*"))) == 1
+
+    async def disturbed(step: int) -> None:
+        if step == 1:
+            other.kill()
+
+    try:
+        assert await loop_of(engine, tmp_path / "one", disturbed) == undisturbed
+        assert group.starts == starts
+        await gone(its.ranks[0].pid)
+    finally:
+        other.kill()
+        other.communicate()
+
+
+VERSION = """
+import importlib.util, sys
+class Other:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+            def exec_module(module):
+                run(module)
+                module.__version__ = "2.0.0+of.this.node"
+            spec.loader.exec_module = exec_module
+            return spec
+sys.meta_path.insert(0, Other())
+"""
+
+
+async def test_another_torch_on_a_machine_is_named_before_anything_trains(
+    engine: PooledEngine, ray_nodes: Nodes, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(VERSION)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ray_nodes.join(3)
+    ray_nodes.join(3, {"PYTHONPATH": paths})
+    trainer = engine.trainer
+    assert isinstance(trainer, ClusterEngine)
+    group = TrainerGroup(
+        "mixed",
+        GroupConfig(model=MODEL, device="cpu", ranks=2, cpus=2),
+        cluster=trainer._cluster,
+        source=trainer.local.facts(MODEL).source,
+        deterministic=False,
+        proof=trainer._proof,
+        changed=lambda: None,
+    )
+    with pytest.raises(ConfigError, match=r"rank \d on .* has torch .*, rank 0 on .* has 2\."):
+        await group.create_run("run", "lora", LoraConfig(rank=4), 0)
+    assert group.ranks is None and group.state == "stopped"

@@ -219,9 +219,12 @@ class TrainerGroup:
             await self._join(ranks)
             started = True
         finally:
-            if not started and ranks.lost is None:  # also where this is cancelled
-                with CancelScope(shield=True):
-                    await self._lose(ranks, "they could not start")
+            if not started:  # also where this is cancelled
+                if ranks.lost is None:
+                    with CancelScope(shield=True):
+                        await self._lose(ranks, "they could not start")
+                self.last_loss = ranks.lost
+                self._turn("stopped")
         self.ranks = ranks
         self._turn("ready")
         return ranks
