@@ -128,7 +128,7 @@ async def test_a_killed_one_is_started_again_and_its_samples_are_repeated(
 
 @pytest.mark.slow
 async def test_without_room_it_waits_says_for_what_and_fails_in_time(
-    placing: Placing, tmp_path: Path
+    cluster: Cluster, placing: Placing, tmp_path: Path
 ) -> None:
     taken = Room(cluster.session, {"CPU": float(os.cpu_count() or 1)}, 1)
     assert taken.wait()
