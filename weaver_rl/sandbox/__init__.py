@@ -3,6 +3,8 @@
     python = rl.python_tool(cpu_s=5, memory_mb=512)
     reply = await rl.use_tools(agent, task["prompt"], tools=[python])
 
+    rl.python_tool(container="python:3.12-slim")    # in a container of docker or podman
+
 docs/security.md has what that holds, and what it does not.
 """
 
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import anyio
-from anyio.abc import Process
 
 from weaver.errors import ConfigError, UnsupportedError
+from weaver_rl.sandbox.containers import Limits, checked, run_contained, spoken
 from weaver_rl.tools import ToolError
 
 __all__ = ["python_tool"]
@@ -45,6 +47,8 @@ def python_tool(
     file_mb: int = 16,
     output_bytes: int = 16_384,
     without: Collection[Part] = (),
+    container: str | None = None,
+    runtime: str | None = None,
 ) -> Callable[[str], Awaitable[str]]:
     """A tool `python(code)`, which answers what the code prints, errors included.
 
@@ -52,19 +56,25 @@ def python_tool(
     with this Python and its packages. It has no environment, no network, no other processes and no
     signals to any; it reads Python and its libraries, and writes in its folder alone. Linux only.
 
+    With `container` each is a container of that image with the image's `python3`: no network, a
+    root that is read-only, the user nobody without capabilities, one CPU and 64 processes.
+
     Args:
         cpu_s: seconds of CPU.
         wall_s: seconds, after which it is killed.
-        memory_mb: MiB of addresses, those of the interpreter included.
-        file_mb: MiB of each file that it writes.
+        memory_mb: MiB of addresses, those of the interpreter included; in a container of memory.
+        file_mb: MiB of each file that it writes; in a container of all together, in its /work.
         output_bytes: after which it is killed, too.
         without: what need not hold: "files", "kernel" (sockets, processes), or "network" alone.
+        container: an image that the runtime has, such as "python:3.12-slim"; none is pulled.
+        runtime: "docker", "podman" or a path; by default the first of them that answers.
 
     Raises:
-        ConfigError: a limit is not positive, or `without` names something else.
-        UnsupportedError: this system cannot hold it; says which part, and why.
+        ConfigError: a limit is not positive, or `without` names something else, or stands beside
+            `container`; a runtime without a container.
+        UnsupportedError: this system cannot hold it, or has no such runtime or image; says why.
     """
-    numbers = {
+    numbers: dict[str, Any] = {
         "cpu_s": cpu_s,
         "wall_s": wall_s,
         "memory_mb": memory_mb,
@@ -79,6 +89,16 @@ def python_tool(
             raise ConfigError(
                 f"names {part!r}.", field="without", hint=f"Known: {', '.join(HELD)}, network."
             )
+    if container is None and runtime is not None:
+        raise ConfigError(
+            "is for containers.",
+            field="runtime",
+            hint='Name an image: container="python:3.12-slim"',
+        )
+    if container is not None:
+        if without:
+            raise ConfigError("is for processes, not for containers.", field="without")
+        return _in_container(container, Limits(**numbers), runtime)
     _check_held(frozenset(without))
     limits = {
         "CPU": cpu_s,
@@ -97,7 +117,7 @@ def python_tool(
                 CHILD, stderr=subprocess.STDOUT, env=env, cwd=folder, start_new_session=True
             ) as process:
                 try:
-                    said = await _spoken(process, json.dumps(orders), wall_s, output_bytes)
+                    said = await spoken(process, json.dumps(orders), wall_s, output_bytes)
                 finally:
                     if process.returncode is None:
                         process.kill()
@@ -111,28 +131,16 @@ def python_tool(
     return python
 
 
-async def _spoken(process: Process, orders: str, wall_s: float, most: int) -> str:
-    """Raises ToolError: it took too long, or said too much."""
-    assert process.stdin is not None and process.stdout is not None
-    said = b""
-    with anyio.move_on_after(wall_s) as deadline:
-        try:
-            await process.stdin.send(orders.encode())
-            await process.stdin.aclose()
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            pass  # it ended before; its output says why
-        async for piece in process.stdout:
-            said += piece
-            if len(said) > most:
-                break
-        else:  # it is waited for, since asyncio loses the status of one that is killed as it ends
-            await process.wait()
-    shown = said[:most].decode(errors="replace")
-    if deadline.cancelled_caught:
-        raise ToolError(f"took longer than {wall_s:g} s\n{shown}")
-    if len(said) > most:
-        raise ToolError(f"said more than {most} bytes\n{shown}")
-    return shown
+def _in_container(
+    image: str, limits: Limits, runtime: str | None
+) -> Callable[[str], Awaitable[str]]:
+    by = checked(image, limits, runtime=runtime)
+
+    async def python(code: str) -> str:
+        """Runs a Python program, and answers what it prints. Nothing is kept between calls."""
+        return await run_contained(by, image, limits, code)
+
+    return python
 
 
 def _environment(folder: str) -> dict[str, str]:
