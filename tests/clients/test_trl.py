@@ -1,4 +1,4 @@
-"""Losses of preferences and of distillation, by us and by the published TRL, on one batch.
+"""Losses of preferences, rewards and distillation, by us and by the published TRL, on one batch.
 
 `make test-trl` makes TRL's environment (.venv-trl) and runs this.
 """
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from weaver.losses import LOSSES as ENGINE_LOSSES
+from weaver.losses import Tokens
 from weaver_rl.divergences import divergence
 from weaver_rl.preference_losses import LOSSES, Batch, Replies
 
@@ -38,6 +40,8 @@ def batch() -> dict[str, Any]:
         lengths = rng.integers(2, T + 1, B)
         made[f"{side}_mask"] = (np.arange(T) < lengths[:, None]).astype(float).tolist()
         made[f"{side}_reference"] = (-rng.uniform(1, 20, B)).tolist()
+        made[f"{side}_score"] = rng.normal(0, 3, B).tolist()
+    made["margin"], made["centre"] = rng.uniform(0, 2, B).tolist(), 0.05
     made["other"] = (-rng.uniform(1, 20, 2 * B)).tolist()
     made["other_reference"] = (np.array(made["other"]) - rng.uniform(-1, 2, 2 * B)).tolist()
     made["student"] = (3 * rng.normal(size=(2, T, V))).tolist()
@@ -91,6 +95,21 @@ def preferred(name: str, given: Mapping[str, Any]) -> tuple[float, list[Any]]:
     return loss.item(), [g.tolist() for g in torch.autograd.grad(loss, logprobs)]
 
 
+def scored(given: Mapping[str, Any], centre: float) -> tuple[float, list[Any]]:
+    """The loss of reward models, as the engine has it, and its gradient for each score."""
+    sides = (given["chosen_score"], given["rejected_score"])
+    scores = torch.tensor(sides, dtype=torch.float64, requires_grad=True)
+    margins = torch.tensor([given["margin"], [0.0] * B], dtype=torch.float64)
+    tokens = Tokens(
+        lp=scores.T.reshape(-1),  # pairs, the preferred first
+        inputs={"margin": margins.T.reshape(-1)},
+        counted=torch.ones(2 * B, dtype=torch.bool),
+        datum=torch.arange(2 * B),
+    )
+    loss = ENGINE_LOSSES["bradley_terry"](centre=centre).per_token(tokens).value.mean()
+    return loss.item(), [g.tolist() for g in torch.autograd.grad(loss, [scores])]
+
+
 def distilled(given: Mapping[str, Any], beta: float, temperature: float) -> tuple[float, list[Any]]:
     """Ours with all V tokens as the teacher's likeliest, and its gradient for the logits."""
     student = torch.tensor(given["student"], dtype=torch.float64, requires_grad=True)
@@ -106,6 +125,8 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path) -> None:
     given = batch()
     told = of_trl(given, tmp_path)
     ours = {name: preferred(name, given) for name in ("dpo", "kto", "simpo", "orpo")}
+    ours["bradley_terry"] = scored(given, 0.0)
+    ours["bradley_terry, centred"] = scored(given, given["centre"])
     for beta, temperature in given["gkd"]:
         name = f"gkd, beta {beta:g}, temperature {temperature:g}"
         ours[name] = distilled(given, beta, temperature)
@@ -116,7 +137,7 @@ def test_losses_and_gradients_are_those_of_trl(tmp_path: Path) -> None:
         assert abs(loss) > 1e-2 and np.abs(flat).max() > 1e-4
         apart[name] = abs(loss - told[name]["loss"]), float(np.abs(flat - theirs).max())
     print(json.dumps(apart, indent=1))  # noqa: T201
-    assert len(apart) == 14 and max(map(max, apart.values())) < 1e-5, apart
+    assert len(apart) == 16 and max(map(max, apart.values())) < 1e-5, apart
 
 
 def test_their_ipo_is_ours_of_means(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 FOLDER = Path(sys.argv[1])
 BATCH: dict[str, Any] = json.loads((FOLDER / "batch.json").read_text())
@@ -152,6 +153,19 @@ def orpo() -> dict[str, Any]:
     return graded((-chosen - losses).mean(), *sides)
 
 
+def bradley_terry(centre: float) -> dict[str, Any]:
+    scores = torch.cat([tensor("chosen_score"), tensor("rejected_score")]).requires_grad_()
+
+    def model(**_: Any) -> Any:
+        return SimpleNamespace(logits=scores[:, None])
+
+    model.training = True  # type: ignore[attr-defined]
+    settings = SimpleNamespace(center_rewards_coefficient=centre or None)
+    one = trainer(RewardTrainer, model, args=settings)
+    inputs = {"margin": tensor("margin"), "attention_mask": torch.ones(len(scores), 1)}
+    return graded(one.compute_loss(model, inputs), scores)
+
+
 def gkd(beta: float, temperature: float) -> dict[str, Any]:
     student = tensor("student").requires_grad_()
     labels = torch.tensor(BATCH["labels"])
@@ -168,6 +182,8 @@ if __name__ == "__main__":
         "kto": kto(),
         "simpo": simpo(),
         "orpo": orpo(),
+        "bradley_terry": bradley_terry(0.0),
+        "bradley_terry, centred": bradley_terry(BATCH["centre"]),
     }
     for beta, temperature in BATCH["gkd"]:
         told[f"gkd, beta {beta:g}, temperature {temperature:g}"] = gkd(beta, temperature)
