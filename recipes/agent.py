@@ -9,8 +9,9 @@ OPENAI_BASE_URL names for its guesses. Each rollout:
 
 1. `rl.endpoint(agent)` opens an address for this rollout; the program is started with it, as a
    process of its own. What it asks and is answered is recorded, token by token.
-2. When it has ended, each of its guesses is rated by how well it splits what is left, from −1 to 0,
-   and so are the turns. The rollout's reward is their sum.
+2. When it has ended, each of its guesses is rated by how well it splits what is left, from −1 to 0:
+   the rewards of its turns, from which is learned. The rollout's own reward is what they are for,
+   and is what is shown: 1 where the number was found in as few guesses as halving needs, or 0.
 
 Each step is that of `recipes.importance_sampling`, with the credit of turns: a guess answers for
 itself, compared with those of the same turn in the rollouts of its group.
@@ -60,7 +61,8 @@ async def play(agent: rl.Agent, task: rl.Task) -> rl.Score:
     guesses = json.loads(done.stdout)
     for turn, reward in enumerate(rate_guesses(guesses, task)):
         agent.reward(reward, turn=turn)
-    return score_guesses(guesses, task)
+    score = score_guesses(guesses, task)
+    return rl.Score(score.metrics["won"], {"rated": score.reward})
 
 
 def main(flags: Flags) -> Mapping[str, float]:
@@ -74,7 +76,8 @@ async def train(flags: Flags) -> Mapping[str, float]:
     tasks, held_out = _run.split_tasks(flags, own, asked=("upper", "answer"))
     played = rl.each(play, budget=rl.Budget(seconds=120))
     asked = partial(rl.evaluate, environment=played, sampling=flags.sampling)
-    plan = _run.plan_of(rl.Plan, flags, credit=rl.credit.turns(discount=0.0))
+    credit = rl.credit.turns(discount=0.0)
+    plan = _run.plan_of(rl.Plan, flags, credit=credit, evaluate_every=8)
     async with AsyncServiceClient(flags.base_url) as service:
         if flags.dry_run:
             sampler = await service.create_sampling_client(base_model=flags.model)

@@ -24,7 +24,7 @@ def ask(messages: list[dict[str, str]]) -> str:
             "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}",
         },
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 

@@ -1,4 +1,4 @@
-"""What the cards of credits and preference losses are measured by; `measure` runs them.
+"""What the cards of credits, losses of pairs and divergences are measured by; `measure` runs them.
 
 A card is one line of CARDS: its page, a run of a service and a seed, as the learning proofs have,
 and what its numbers mean. All of a page learn the same from the same data, so that they compare.
@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import weaver_rl as rl
+from recipes.distillation import ROWS
 from weaver_rl.proofs import GUESSING, HELD_OUT, LORA, MODEL, PLAN, SAMPLING, TRAIN, Outcome
 from weaver_rl.tasks.guess_number import guess_by_halving, guess_number_tasks
 from weaver_rl.tasks.words import exact, preference_pairs
@@ -139,6 +140,30 @@ async def scoring(service: AsyncServiceClient, seed: int) -> Outcome:
     )
 
 
+def nearing(beta: float, lmbda: float) -> Measure:
+    """The recipe's rows, a teacher who copies words; value: held-out words that are copied."""
+
+    async def run(service: AsyncServiceClient, seed: int) -> Outcome:
+        teacher = await service.create_sampling_client(base_model=MODEL)
+        trainer = await service.create_model(MODEL, LORA, seed=seed)
+        plan = rl.DistilPlan(
+            beta=beta,
+            lmbda=lmbda,
+            top_k=16,
+            steps=30,
+            learning_rate=2e-3,
+            sampling=SAMPLING,
+            seed=seed,
+        )
+        done = await rl.distil(trainer, ROWS[:1000], plan, teacher=teacher, run=rl.Run())
+        found = await rl.evaluate(done.sampler, ROWS[1000:], reward=exact, sampling=GREEDY)
+        assert found.mean is not None
+        curve = await curve_of(trainer, "train/agreement")
+        return Outcome(value=found.mean.value, passed=True, curve=curve)
+
+    return run
+
+
 CARDS: Mapping[str, Card] = {
     "outcome": Card("credit", guessing(rl.credit.outcome), "greedy", low=-6.0, high=0.0),
     "turns": Card(
@@ -159,5 +184,8 @@ CARDS: Mapping[str, Card] = {
         for loss in ("dpo", "ipo", "kto", "simpo", "orpo")
     },
     "bradley_terry": Card("preferences", scoring, "held-out pairs right"),
+    "forward_kl": Card("objectives", nearing(0.0, 0.0), "held out"),
+    "jsd": Card("objectives", nearing(0.5, 0.5), "held out"),
+    "reverse_kl": Card("objectives", nearing(1.0, 1.0), "held out"),
 }
 """By the card's mark; one more is one more line, and the marks on its page."""

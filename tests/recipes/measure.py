@@ -47,6 +47,7 @@ RECIPES = {
     "importance_sampling": ("reward/mean", "mean reward"),
     "distillation": ("train/loss", "loss"),
     "custom_reward": ("reward/mean", "mean reward"),
+    "agent": ("reward/mean", "games won"),
 }
 """The metric whose curve is shown, and its name for people."""
 OBJECTIVES = ("importance_sampling", "ppo", "cispo", "gspo", "dro", "cross_entropy")
@@ -59,7 +60,7 @@ PAPERS = {
 all are at a quarter of the rate of the others' 48."""
 REUSE = "--steps 12 --groups-per-step 16 --learning-rate 2e-3"
 """Flags under which the objectives differ: with one pass they are the same."""
-PAGES = ("recipes", "objectives", *dict.fromkeys(one.page for one in CARDS.values()))
+PAGES = tuple(dict.fromkeys(("recipes", "objectives", *(one.page for one in CARDS.values()))))
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 24
 """Of a curve."""
@@ -104,18 +105,17 @@ def texts(page: str, seeds: Sequence[int]) -> dict[str, Callable[[], str]]:
     """What stands between the marks of a page, measured when it is called."""
     if page == "recipes":
         return {name: partial(recipe_table, name, seeds) for name in RECIPES}
-    if page == "objectives":
-        reuse = {name: f"{REUSE} --passes 4 --objective {name}" for name in OBJECTIVES}
-        papers = {mark: f"{REUSE} {flags}" for mark, flags in PAPERS.items()}
-        return {
-            mark: partial(objective_card, flags.split(), seeds)
-            for mark, flags in {**reuse, **papers}.items()
-        }
-    return {
+    cards: dict[str, Callable[[], str]] = {
         mark: partial(measured_card, one, mark, seeds)
         for mark, one in CARDS.items()
         if one.page == page
     }
+    if page == "objectives":
+        reuse = {name: f"{REUSE} --passes 4 --objective {name}" for name in OBJECTIVES}
+        papers = {mark: f"{REUSE} {flags}" for mark, flags in PAPERS.items()}
+        for mark, flags in {**reuse, **papers}.items():
+            cards[mark] = partial(objective_card, flags.split(), seeds)
+    return cards
 
 
 def recipe_table(name: str, seeds: Sequence[int]) -> str:

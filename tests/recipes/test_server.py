@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from recipes import agent, custom_reward, demo, distillation, importance_sampling, reward_model
+from recipes import (
+    agent,
+    custom_reward,
+    demo,
+    distillation,
+    importance_sampling,
+    preference,
+    reward_model,
+)
 from tests.recipes.test_recipes import RECIPES, short
 from weaver_rl.storage import read_lines
 
@@ -106,8 +114,20 @@ def test_a_program_is_trained_there_as_here(address: str) -> None:
         few = {"steps": 2, "upper": 3, "groups_per_step": 2, "group_size": 2}
         agent.main(agent.Flags(out=Path(name), base_url=base_url, **few))
     here, there = (read_lines(Path(name, "metrics.jsonl")) for name in ("here", "there"))
-    assert [row["reward/mean"] for row in here] == [row["reward/mean"] for row in there]
-    assert len(here) == 2
+    shown = ("step", "reward/mean", "score/rated", "eval/mean")
+    told = [[[row.get(name) for name in shown] for row in rows] for rows in (here, there)]
+    assert told[0] == told[1]
+    assert [row["step"] for row in here] == [0, 1, 2]
+
+
+def test_so_are_those_of_preferences(address: str) -> None:
+    found = []
+    for name, base_url in (("here", None), ("there", address)):
+        more = {"held_out": 4, "steps": 2, "batch_size": 4, "base_url": base_url}
+        preference.main(preference.Flags(out=Path(name), **more))
+        found.append(timeless(read_lines(Path(name, "metrics.jsonl"))))
+    assert len(found[0]) == 3 and found[0][1]["train/loss"] > 0
+    assert found[0] == found[1]
 
 
 def test_so_are_those_of_distillation(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -315,18 +316,28 @@ async def test_marks_that_do_not_fit_train_nothing(
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"), [(np.nan, r"\.advantages\[0\].*nan"), (None, r"\.advantages: .*\[1\]")]
+)
 @pytest.mark.anyio
-async def test_a_bad_credit_ends_the_run_before_anything_is_trained(tmp_path: Path) -> None:
+async def test_a_bad_credit_ends_the_run_before_anything_is_trained(
+    value: float | None, says: str, tmp_path: Path
+) -> None:
+    """A number that is none, or of a rollout fewer than it has tokens."""
+
     async def mine(groups: Sequence[Group]) -> list[list[Marks]]:
         marks = spread(groups, np.ones((len(groups), PLAN.group_size)))
-        marks[1][2].advantages[0] = np.nan
+        if value is None:
+            marks[1][2] = Marks(np.ones(1), marks[1][2].weights)
+        else:
+            marks[1][2].advantages[0] = value
         return marks
 
     async with fake_service(tmp_path) as service:
         trainer = await service.create_model(base_model="fake")
         await trainer.get_tokenizer()  # loads transformers, the first time
         begin = time.monotonic()
-        with pytest.raises(InvalidRequestError, match=r"mine\[1\]\[2\].advantages\[0\].*nan"):
+        with pytest.raises(InvalidRequestError, match=r"mine\[1\]\[2\]" + says):
             await on_policy(trainer, TASKS, single_turn(vowels), replace(PLAN, credit=mine))
         assert time.monotonic() - begin < 1
         assert (await trainer.get_info()).step == 0
@@ -451,6 +462,34 @@ async def test_a_teacher_with_another_vocabulary() -> None:
         [SimpleNamespace(base_model="same", get_tokenizer=longer)],  # type: ignore[list-item]
         tokenizer("a", "b", "c"),
     )
+
+
+@pytest.mark.parametrize(
+    "of", [credit.distil, partial(credit.distil, top_k=4), partial(credit.kl, beta=0.1)]
+)
+@pytest.mark.anyio
+async def test_with_such_a_teacher_nothing_is_sampled_or_trained(of: Any, tmp_path: Path) -> None:
+    async with fake_service(tmp_path) as service:
+        trainer = await service.create_model(base_model="fake")
+        words = (await trainer.get_tokenizer()).get_vocab()
+        turned = dict(zip(words, reversed(words.values()), strict=True))
+        base = await service.create_sampling_client(base_model="fake")
+
+        async def backwards() -> Any:
+            return SimpleNamespace(get_vocab=lambda: turned)
+
+        names = ("base_model", "compute_logprobs", "model_info", "sample")
+        same = {name: getattr(base, name) for name in names}
+        plan = replace(PLAN, credit=of(SimpleNamespace(**same, get_tokenizer=backwards)))
+
+        def unasked(task: Task, reply: Any) -> float:
+            raise AssertionError("a reply was sampled")
+
+        begin = time.monotonic()
+        with pytest.raises(ConfigError, match="another vocabulary"):
+            await on_policy(trainer, TASKS, single_turn(unasked), plan)
+        assert time.monotonic() - begin < 2
+        assert (await trainer.get_info()).step == 0
 
 
 @pytest.mark.anyio
