@@ -5,17 +5,16 @@ At every step the trainer's log-probabilities of what was drawn are the sampler'
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from recipes import demo, importance_sampling
-from tests.contracts.test_sampler import CLOSE, ENVIRONMENT
+from tests.contracts.test_sampler import CLOSE
+from tests.engine.cluster.kit import vllm_environment
 from tests.engine.cluster.torch_standin import an_environment
 from tests.recipes.test_recipes import short
-from weaver.engine.cluster.sampler_env import faults_of, wanted_here
 from weaver_rl.storage import read_lines
 
 if TYPE_CHECKING:
@@ -29,11 +28,8 @@ OF_A_RUN = 1e-4
 
 @pytest.fixture(params=["pool", pytest.param("vllm", marks=pytest.mark.slow)])
 def sampler(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    environment = Path(os.environ.get("WEAVER_TEST_SAMPLER_ENV", ENVIRONMENT))
-    if request.param == "pool":
-        environment = an_environment(tmp_path / "env")
-    elif faults := faults_of(environment, wanted_here()):
-        pytest.skip(f"{faults[0]}; `make test-cluster` makes it")
+    pool = request.param == "pool"
+    environment = an_environment(tmp_path / "env") if pool else vllm_environment()
     monkeypatch.setenv("WEAVER_SAMPLER", "vllm")
     monkeypatch.setenv("WEAVER_SAMPLER_ENV", str(environment))
     monkeypatch.setenv("WEAVER_DEVICE", "cpu")

@@ -90,7 +90,7 @@ def test_loops_without_a_run_show_how_far_they_are(
             await rl.supervised(trainer, [example], rl.SupervisedPlan(), run=rl.Run())
 
     anyio.run(loops)
-    said = [line.split("  ")[0] for line in terminal.getvalue().splitlines()]
+    said = [line.split("  ")[1] for line in terminal.getvalue().splitlines()]
     assert said == ["step 1/2", "step 2/2", "step 1/3", "step 2/3", "step 3/3"]
 
 
