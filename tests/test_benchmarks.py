@@ -12,12 +12,18 @@ import pytest
 from tests.benchmarks.__main__ import BENCHMARKS
 from tests.benchmarks.figures import Figure
 
+OF_RAY = ("cluster", "ray")
+"""These start processes on a Ray, again and again."""
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in OF_RAY else ()) for n in BENCHMARKS]
+)
 def test_a_benchmark_of_the_service_runs(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "tests.benchmarks", name, "--smoke", "--out", str(out)]
-    subprocess.run(command, check=True, timeout=100)
+    subprocess.run(command, check=True, timeout=300)
     result = json.loads(out.read_text())
     assert result["machine"]["cores"] > 0
     figures = result["benchmarks"][name]
