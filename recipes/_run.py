@@ -142,7 +142,7 @@ def opened(
         resume=flags.resume,
         track=flags.track,
         group=name,
-        tags=(flags.model.rstrip("/").rpartition("/")[2], name),
+        tags=(name,),
     ) as run:
         if run.finished is not None:
             raise FinishedError(run.finished.metrics)

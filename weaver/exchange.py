@@ -28,9 +28,11 @@ class ServerInfo(types.Value):
     protocol: int
     device: str
     """`torch 2.13 on cpu (as set), float32, 2 threads`"""
+    device_bytes: int | None = None
+    """Memory of the accelerator; None on a CPU, as the next."""
     device_free_bytes: int | None = None
     memory_bytes: int | None = None
-    """Of the machine, or its container."""
+    """Of the machine, or its container; None where the system does not tell, as the next."""
     memory_free_bytes: int | None = None
     disk_bytes: int
     """Of its home's disk."""

@@ -101,7 +101,7 @@ def fine_tune(
         tasks=examples,
         steps=chosen.steps,
         name=name,
-        tags=(model.rstrip("/").rpartition("/")[2], "supervised"),
+        tags=("supervised",),
         resume=resume,
         checkpoint_every=checkpoint_every,
         display=display,

@@ -55,7 +55,7 @@ class Tracking:
     group: str | None = None
     """Runs of a group stand together; None: the recipe's or the sweep's."""
     tags: tuple[str, ...] = ()
-    """None: the base model and what is done with it."""
+    """Empty: the base model and what is done with it."""
     entity: str | None = None
     """wandb's user or team."""
     uri: str | None = None

@@ -196,7 +196,7 @@ def train(
         tasks=tasks,
         steps=plan.steps,
         name=name,
-        tags=(model.rstrip("/").rpartition("/")[2], plan.loss.loss_fn),
+        tags=(plan.loss.loss_fn,),
         resume=resume,
         checkpoint_every=checkpoint_every,
         display=display,

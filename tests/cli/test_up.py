@@ -49,7 +49,7 @@ def test_a_key_is_made_once_and_anew_only_when_it_was_revoked(
     _tell(settings, "team", RUNNING)
     assert "WEAVER_API_KEY=wv-" in capsys.readouterr().out
     _tell(ServerSettings(home=home, auth=False), "team", RUNNING)
-    assert "TINKER_API_KEY=tml-none" in capsys.readouterr().out
+    assert "WEAVER_API_KEY=none" in capsys.readouterr().out
     assert len(json.loads(weaver("keys", "list", "--home", str(home), "-o", "json"))) == 2
 
 

@@ -7,7 +7,6 @@ import re
 import time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,11 +23,11 @@ from weaver.cli.server_side import (
     told,
 )
 from weaver.config import Settings, load_settings
-from weaver.errors import ConfigError, EngineError, WeaverError, requiring
+from weaver.errors import EngineError, WeaverError, requiring
+from weaver.server.preflight import check_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
 
@@ -51,7 +50,8 @@ def doctor(
         _say("service", settings.base_url or "embedded")
         _say("api key", "set" if settings.api_key else "not set")
         with _checking("home", faults):  # a server's client keeps tokenizers there
-            _check_home(settings.home)
+            check_home(settings.home, least_bytes=0)
+            _say("home", f"{settings.home}, which can be written to")
             free, room = own_disk(settings.home)
             _say("disk", room)
             check_disk(free, what="the home's disk")
@@ -126,19 +126,6 @@ def _extras() -> dict[str, bool]:
             whole = _version(package[0]) is not None
             found[extra[1]] = found.get(extra[1], True) and whole
     return found
-
-
-def _check_home(home: Path) -> None:
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=home).close()
-    except OSError as error:
-        raise ConfigError(
-            f"{home} cannot be written to: {error.strerror}.",
-            field="home",
-            hint="Choose a folder of yours with WEAVER_HOME.",
-        ) from None
-    _say("home", f"{home}, which can be written to")
 
 
 def _check_sampler(settings: Settings) -> None:

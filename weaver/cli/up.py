@@ -44,14 +44,10 @@ vars(up)["__signature__"] = signature_of(up)
 def _tell(settings: ServerSettings, project: str, server: Running) -> None:
     print(f"Weaver at {server.address}; Ctrl-C stops it.", file=sys.stderr)
     secret = _new_key(settings, project) if settings.auth else "none"
-    name = "WEAVER_API_KEY"
-    print(f"export WEAVER_BASE_URL={server.address}" + (f" {name}={secret}" if secret else ""))
-    if not settings.auth:
-        print("export OPENAI_BASE_URL=$WEAVER_BASE_URL/v1 OPENAI_API_KEY=none")
-        print("export TINKER_BASE_URL=$WEAVER_BASE_URL TINKER_API_KEY=tml-none", flush=True)
-        return
-    print(f"export OPENAI_BASE_URL=$WEAVER_BASE_URL/v1 OPENAI_API_KEY=${name}")
-    print(f"export TINKER_BASE_URL=$WEAVER_BASE_URL TINKER_API_KEY=tml-${name}", flush=True)
+    key = f" WEAVER_API_KEY={secret}" if secret else ""
+    print(f"export WEAVER_BASE_URL={server.address}{key}")
+    print("export OPENAI_BASE_URL=$WEAVER_BASE_URL/v1 OPENAI_API_KEY=$WEAVER_API_KEY")
+    print("export TINKER_BASE_URL=$WEAVER_BASE_URL TINKER_API_KEY=tml-$WEAVER_API_KEY", flush=True)
 
 
 def _new_key(settings: ServerSettings, project: str) -> str | None:

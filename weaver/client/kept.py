@@ -65,7 +65,7 @@ class Keeper:
             raise UnsupportedError(
                 "only asyncio keeps it open.", field="client", hint="Use it by `async with`."
             ) from None
-        self._entered: asyncio.Future[None] = self._loop.create_future()
+        self._entered = asyncio.Event()
         self._leave = asyncio.Event()
         # The one task without an owner here: its owner is the event loop, as of notebooks' cells.
         self._task = self._loop.create_task(self._host(kept), name="weaver client")
@@ -77,12 +77,16 @@ class Keeper:
     async def enter(cls, kept: Kept) -> Keeper:
         """Raises what entering raises; who is cancelled meanwhile leaves nothing behind."""
         keeper = cls(kept)
+        entering = keeper._loop.create_task(keeper._entered.wait())
         try:
-            await asyncio.shield(keeper._entered)
+            await asyncio.wait([keeper._task, entering], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            keeper._entered.cancel()  # nobody is told any more
             keeper._task.cancel()
             raise
+        finally:
+            entering.cancel()
+        if keeper.done:
+            keeper._task.result()
         return keeper
 
     @property
@@ -115,14 +119,9 @@ class Keeper:
         self._loop.run_until_complete(asyncio.wait([self._task], timeout=EXIT_S))
 
     async def _host(self, kept: Kept) -> None:
-        try:
-            async with kept:
-                self._entered.set_result(None)
-                await self._leave.wait()
-        except BaseException as error:
-            if self._entered.done():
-                raise
-            self._entered.set_exception(error)
+        async with kept:
+            self._entered.set()
+            await self._leave.wait()
 
 
 def _leave_if_alive(keeper: weakref.ref[Keeper]) -> None:

@@ -1,18 +1,19 @@
-"""`Machine`: what a server has of its machine: memory, device, disk; for `GET /v1/load`."""
+"""`Machine`: a server's versions, device, memory and disk, for `GET /v1/server` and `/v1/load`."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
 
-from weaver import types
+from weaver import machine, wire
+from weaver.exchange import ServerInfo
 
 if TYPE_CHECKING:
     from weaver.engine.base import Engine
@@ -21,25 +22,10 @@ COUNT_S = 60.0
 """A home is walked through so often at most: a large one takes a second."""
 
 
-class MachineLoad(types.Value):
-    version: str
-    """Of Weaver, on the server."""
+class MachineLoad(ServerInfo):
     uptime_s: float
-    engine: str
-    """What computes, in words: library, device, dtype, threads."""
     process_bytes: int | None
-    """Main memory of the server's own process; None where the system does not tell, as the next."""
-    memory_bytes: int | None
-    """Main memory of the machine."""
-    memory_free_bytes: int | None
-    """What processes could have of it."""
-    device_bytes: int | None
-    """Memory of the accelerator; None on a CPU, as the next."""
-    device_used_bytes: int | None
-    """By whichever process."""
-    disk_bytes: int
-    """Of the disk with the server's home."""
-    disk_free_bytes: int
+    """Main memory of the server's own process; None where the system does not tell."""
     home_bytes: int
     """What the home takes, counted once a minute; a database elsewhere is not in it."""
 
@@ -54,24 +40,35 @@ class Machine:
         self._home_bytes = 0
         self._counting = anyio.Lock()
 
+    def about(self, engine: Engine) -> ServerInfo:
+        """Blocks for as long as the disk takes to answer."""
+        total, free = machine.disk_bytes(self._home)
+        gauges = engine.gauges
+        return ServerInfo(
+            version=_version("weaver-post-training") or "",
+            python=platform.python_version(),
+            platform=platform.platform(),
+            torch=_version("torch"),
+            protocol=wire.MAGIC[3],
+            device=engine.description,
+            device_bytes=_whole(gauges.get("device_bytes")),
+            device_free_bytes=_whole(gauges.get("device_free_bytes")),
+            memory_bytes=machine.memory_bytes(),
+            memory_free_bytes=machine.free_memory_bytes(),
+            disk_bytes=total,
+            disk_free_bytes=free,
+        )
+
     async def load(self, engine: Engine) -> MachineLoad:
         async with self._counting:
             if time.monotonic() - self._counted_at >= COUNT_S:
                 self._home_bytes = await to_thread.run_sync(size_bytes, self._home)
                 self._counted_at = time.monotonic()
-        disk, gauges = shutil.disk_usage(self._home), engine.gauges
-        whole, free = _memory_bytes()
+        about = await to_thread.run_sync(self.about, engine)
         return MachineLoad(
-            version=version("weaver-post-training"),
+            **dict(about),
             uptime_s=time.monotonic() - self._began,
-            engine=engine.description,
             process_bytes=_process_bytes(),
-            memory_bytes=whole,
-            memory_free_bytes=free,
-            device_bytes=_whole(gauges.get("device_bytes")),
-            device_used_bytes=_whole(gauges.get("device_used_bytes")),
-            disk_bytes=disk.total,
-            disk_free_bytes=disk.free,
             home_bytes=self._home_bytes,
         )
 
@@ -101,11 +98,8 @@ def _process_bytes() -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _memory_bytes() -> tuple[int | None, int | None]:
-    """All of the machine's, and what is free."""
+def _version(package: str) -> str | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None, None
-    fields = {name: 1024 * int(rest.split()[0]) for name, rest in (x.split(":") for x in lines)}
-    return fields.get("MemTotal"), fields.get("MemAvailable")
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -280,7 +280,7 @@ def open_run(
         wandb_project: short for `track=[Tracking(wandb_project)]`.
         track: where the numbers go as well; one of a kind.
         group: for trackers that name none; None: the sweep's, in whose folder this one is.
-        tags: for trackers that name none.
+        tags: for trackers that name none, behind the config's `model`.
 
     Raises:
         ConfigError: two trackers of a kind; `resume` without a folder, or another config or other
@@ -317,9 +317,10 @@ def open_run(
                 return
             loggers.append(JsonlLogger(folder.metrics))
         newest = next(run_folder.manifests(folder), None) if folder is not None else None
+        model = [Path(str(config["model"])).name] if "model" in config else []
         for one in track:
             state = newest.loggers.get(one.to) if newest is not None else None
-            one = one.named(name=name, group=group or sweep_of(path), tags=tags)
+            one = one.named(name=name, group=group or sweep_of(path), tags=[*model, *tags])
             loggers.append(one.open(config=config, folder=path, state=state))
         if display:  # the last, since it takes the terminal until it is closed
             shown = Display(steps=steps)

@@ -177,10 +177,10 @@ async def check_load(server: Server, *, alice: str, bob: str, ops: str, run: str
         assert load["prompt_tokens"] > 0 and load["reused_prompt_tokens"] == 0
         assert tenants["alice"]["longest_wait_s"] == 0
         machine = load["machine"]
-        assert machine["version"] == weaver.__version__ and machine["engine"] == "fake engine"
+        assert machine["version"] == weaver.__version__ and machine["device"] == "fake engine"
         assert 0 < machine["process_bytes"] < machine["memory_bytes"]
         assert 0 < machine["memory_free_bytes"] < machine["memory_bytes"]
-        assert machine["device_bytes"] is machine["device_used_bytes"] is None
+        assert machine["device_bytes"] is machine["device_free_bytes"] is None
         assert 0 < machine["disk_free_bytes"] < machine["disk_bytes"]
         assert machine["uptime_s"] > 0
         assert machine["home_bytes"] > tenants["alice"]["stored_bytes"]

@@ -133,11 +133,11 @@ def free_bytes(place: torch.device) -> int | None:
 
 
 def device_gauges(place: torch.device) -> dict[str, float]:
-    """Memory of an accelerator, in bytes: all, and what whichever process has; none of a CPU."""
-    if place.type != "cuda":
+    """Memory of an accelerator, in bytes: all, and what is free of it; none of a CPU."""
+    free = free_bytes(place) if place.type == "cuda" else None
+    if free is None:
         return {}
-    free, whole = torch.cuda.mem_get_info(place)
-    return {"device_bytes": whole, "device_used_bytes": whole - free}
+    return {"device_bytes": torch.cuda.mem_get_info(place)[1], "device_free_bytes": free}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,9 +156,8 @@ class TorchEngine(ThreadedEngine):
 
     @property
     def gauges(self) -> Mapping[str, float]:
-        room, free = self._store.room, free_bytes(self.device.place)
+        room = self._store.room
         return {
-            **({} if free is None else {"device_free_bytes": free}),
             "base_models": len(room.residents.names),
             "base_model_bytes": room.residents.nbytes,
             "own_model_bytes": room.owned_bytes,

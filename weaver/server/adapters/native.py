@@ -17,7 +17,6 @@ from pydantic import Field, TypeAdapter
 from starlette.routing import request_response
 
 from weaver import errors, exchange, fields, protocol, types, wire
-from weaver.server.about import about
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import Adapter, GatewayDep, ServiceDep
 from weaver.server.http.streaming import EventStream, Turns
@@ -215,9 +214,8 @@ async def stream(
 
 
 @router.get("/server")
-async def about_server(service: ServiceDep) -> exchange.ServerInfo:
-    parts = service.parts
-    return await to_thread.run_sync(about, parts.engine, parts.checkpoints.root.parent)
+async def about_server(gateway: GatewayDep, service: ServiceDep) -> exchange.ServerInfo:
+    return await to_thread.run_sync(gateway.machine.about, service.parts.engine)
 
 
 # --- models -------------------------------------------------------------------------------------

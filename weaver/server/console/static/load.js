@@ -40,14 +40,14 @@ function curves(history, now) {
 }
 
 function machineSection(machine) {
-  const { engine, version, uptime_s, process_bytes, memory_bytes, memory_free_bytes } = machine;
-  const { device_bytes, device_used_bytes, disk_bytes, disk_free_bytes, home_bytes } = machine;
+  const { device, version, uptime_s, process_bytes, memory_bytes, memory_free_bytes } = machine;
+  const { device_bytes, device_free_bytes, disk_bytes, disk_free_bytes, home_bytes } = machine;
   const free = (left, whole) => `${bytes(left)} free of ${bytes(whole)}`;
   return h("section", { "aria-labelledby": "machine" }, h("h2", { id: "machine" }, "Machine"), facts([
-    ["Computes with", engine], ["Version", version], ["Up for", span(uptime_s)],
+    ["Computes with", device], ["Version", version], ["Up for", span(uptime_s)],
     process_bytes === null ? null : ["Memory of the server", bytes(process_bytes)],
     memory_bytes === null ? null : ["Memory", free(memory_free_bytes, memory_bytes)],
-    device_bytes === null ? null : ["Memory of the device", free(device_bytes - device_used_bytes, device_bytes)],
+    device_bytes === null ? null : ["Memory of the device", free(device_free_bytes, device_bytes)],
     ["Disk", free(disk_free_bytes, disk_bytes)], ["The home takes", bytes(home_bytes)],
   ].filter(Boolean)));
 }
