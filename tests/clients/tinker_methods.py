@@ -36,7 +36,8 @@ DATA = [
 ADAM = types.AdamParams(learning_rate=1e-4)
 SAMPLING = types.SamplingParams(max_tokens=4, seed=1)
 NOTES = {
-    "ServiceClient.create_lora_training_client": "a model that the server has; alpha is 32",
+    "ServiceClient.create_lora_training_client": "a model that the server has; alpha is 32; `name` "
+    "in `user_metadata` is the run's [name](concepts.md#names)",
     "ServiceClient.create_custom_loss": "the client computes it, under the same constraints",
     "TrainingClient.forward_backward_custom": "the client computes the loss",
     "TrainingClient.optim_step": "without a gradient it changes nothing: `skipped:sum`",
