@@ -17,6 +17,15 @@ from weaver import ServiceClient, types
 torch.set_num_threads(1)
 transport, compression = sys.argv[1:]
 
+
+
+def assert_alike(drawn, expected):
+    """The same tokens; other tenants' samples beside them may move a number's last bits."""
+    for one, other in zip(drawn["sequences"], expected["sequences"], strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert torch.allclose(*(torch.tensor(s["logprobs"]) for s in (one, other)), atol=2e-5)
+
+
 service = ServiceClient(tensor_transport=transport, tensor_compression=compression)
 service.connect()
 assert "weaver-nano" in service.list_supported_models()
@@ -80,7 +89,7 @@ for sequence in sampled["sequences"]:
     assert sequence["stop_reason"] in ("stop", "length")
     assert sequence["weight_version"] == 2
 again = sampler.sample(prompt=prompt, num_samples=4, sampling_params=limit)
-assert again["sequences"] == sampled["sequences"]
+assert_alike(again, sampled)
 scores = sampler.compute_logprobs(prompt=types.ModelInput.from_ints(ids))
 assert scores[0] is None
 after = trainer.forward([datum()], "cross_entropy")["result"]["loss_fn_outputs"][0]["logprobs"]
@@ -90,10 +99,7 @@ assert base.tokenizer_path == trainer.tokenizer_path
 assert base.sample(prompt=prompt, sampling_params=limit)["sequences"]
 path = trainer.save_weights_for_sampler(name="step-2", ttl_seconds=60)
 exported = service.create_sampling_client(model_path=path, base_model="weaver-nano")
-assert (
-    exported.sample(prompt=prompt, num_samples=4, sampling_params=limit)["sequences"]
-    == (sampled["sequences"])
-)
+assert_alike(exported.sample(prompt=prompt, num_samples=4, sampling_params=limit), sampled)
 
 # state
 saved = trainer.save_state(name="two", checkpoint_type="weight_and_optimizer")
@@ -101,9 +107,10 @@ assert (saved.name, saved.status) == ("two", "completed")
 trainer.forward_backward([datum()], "cross_entropy")
 trainer.optim_step(adam)
 moved = trainer.forward([datum()], "cross_entropy")["metrics"]["loss"]
-assert moved != scored["metrics"]["loss"]
+assert not math.isclose(moved, scored["metrics"]["loss"], rel_tol=1e-4)
 trainer.load_state(saved)
-assert trainer.forward([datum()], "cross_entropy")["metrics"]["loss"] == scored["metrics"]["loss"]
+restored = trainer.forward([datum()], "cross_entropy")["metrics"]["loss"]
+assert math.isclose(restored, scored["metrics"]["loss"], rel_tol=2e-5)
 trainer.load_state_with_optimizer(saved.path)
 assert saved.path in [checkpoint.path for checkpoint in trainer.list_checkpoints()]
 trainer.set_checkpoint_ttl(saved, 3600)
