@@ -18,7 +18,6 @@ torch.set_num_threads(1)
 transport, compression = sys.argv[1:]
 
 
-
 def assert_alike(drawn, expected):
     """The same tokens; other tenants' samples beside them may move a number's last bits."""
     for one, other in zip(drawn["sequences"], expected["sequences"], strict=True):

@@ -16,14 +16,12 @@ import weaver_rl as rl
 from recipes.agent import play
 from weaver import AsyncServiceClient
 from weaver.types import SamplingParams
-from weaver_rl.advantages import group_centred
-from weaver_rl.proofs import LORA
+from weaver_rl.proofs import LORA, flipped
 from weaver_rl.tasks.guess_number import guess_by_halving, guess_number_tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weaver_rl.types import BoolPG, FloatPG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -80,10 +78,6 @@ def test_a_program_learns_what_the_agent_in_python_learns(tmp_path: Path) -> Non
     assert exact[0] == exact[1] and len(set(exact[0])) == 3
     gains = {name: gained(learned(agent, tmp_path / name)) for name, agent in agents.items()}
     assert min(gains.values()) >= 0.4, gains
-
-
-def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
-    return -group_centred(rewards_P_G, valid_P_G)
 
 
 def test_with_the_wrong_sign_the_program_unlearns(tmp_path: Path) -> None:

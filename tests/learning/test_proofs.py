@@ -10,15 +10,13 @@ import pytest
 
 import weaver_rl as rl
 from weaver import AsyncServiceClient
-from weaver_rl.advantages import group_centred
-from weaver_rl.proofs import HELD_OUT, PROOFS, SAMPLING, TRAIN, Outcome, Proof
+from weaver_rl.proofs import HELD_OUT, PROOFS, SAMPLING, TRAIN, Outcome, Proof, flipped
 from weaver_rl.tasks.words import exact
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from weaver_rl.advantages import AdvantageFn
-    from weaver_rl.types import BoolPG, FloatPG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -38,10 +36,6 @@ def test_proof(proof: Proof, seed: int, tmp_path: Path, monkeypatch: pytest.Monk
 
     outcome = anyio.run(run)
     assert outcome.passed, f"{proof.gate}: got {outcome.value:.3f}; {outcome.note}"
-
-
-def flipped(rewards_P_G: FloatPG, valid_P_G: BoolPG) -> FloatPG:
-    return -group_centred(rewards_P_G, valid_P_G)
 
 
 @pytest.mark.parametrize(

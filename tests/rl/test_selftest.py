@@ -91,5 +91,8 @@ def test_every_claim_of_the_table_has_its_proof() -> None:
         "rejection sampling", "supervised", "number guessing", "staleness 8",
     }  # fmt: skip
     controls = {one.name for one in PROOFS if one.control}
-    assert controls >= {"random reward", "flipped advantage", "zero learning rate"}
+    assert controls >= {
+        "random reward", "flipped advantage", "zero learning rate", "dealt rewards",
+        "dealt rewards, cispo", "dealt rewards, gspo", "swapped pairs by dpo",
+    }  # fmt: skip
     assert len(next(one for one in PROOFS if one.name == "importance sampling").seeds) == 5
