@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import pytest
 
+import weaver
 import weaver_rl as rl
 from weaver import AsyncServiceClient, ServiceClient, types
-from weaver.errors import InvalidParamsError
+from weaver.errors import InvalidDatumError, InvalidParamsError, InvalidRequestError
 from weaver.keywords import UnknownKeywordError, suggesting
 
 
@@ -33,6 +36,8 @@ def test_what_is_called_says_what_was_meant(service: ServiceClient) -> None:
         (rl.Objective, {"loss": "ppo"}, "Did you mean 'loss_fn'?"),
         (rl.train, {"learningrate": 1}, "Did you mean 'learning_rate'?"),
         (rl.fine_tune, {"lr": 1}, "Did you mean 'learning_rate'?"),
+        (rl.judge, {"questions": "?"}, "Did you mean 'question'?"),
+        (ServiceClient, {"uri": "http://server"}, "ServiceClient.__init__() got"),
     ]  # fmt: skip
     for function, keywords, words in said:
         with pytest.raises(UnknownKeywordError) as refused:
@@ -40,6 +45,53 @@ def test_what_is_called_says_what_was_meant(service: ServiceClient) -> None:
         assert words in str(refused.value) and "Async" not in str(refused.value)
     with pytest.raises(InvalidParamsError, match="Did you mean 'learning_rate'"):
         trainer.optim_step({"lr": 1e-3})
+
+
+GIVEN = {
+    (module, name): value
+    for module in (weaver, rl, rl.credit, rl.curriculum, rl.schedules)
+    for name in getattr(module, "__all__", dir(module))
+    if callable(value := getattr(module, name))
+    and not name.startswith("_")
+    and str(getattr(value, "__module__", "")).startswith("weaver")
+}
+"""Whatever can be called by users."""
+UNASKED = ("Handle", "OperationHandle", *(f"{m}{n}Client" for m in ("", "Async") for n in
+           ("Training", "Sampling", "Reward")))  # fmt: skip
+"""Of these a service client makes them."""
+
+
+def takes_keywords(value: Callable[..., object]) -> bool:
+    if inspect.isclass(value) and issubclass(value, BaseException):
+        return False
+    kinds = {one.kind for one in inspect.signature(value).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD not in kinds and len(kinds) > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(value, id=f"{module.__name__}.{name}")
+        for (module, name), value in GIVEN.items()
+        if name not in UNASKED and not getattr(value, "_is_protocol", False)
+        and takes_keywords(value)
+    ],
+)  # fmt: skip
+def test_all_that_is_called_knows_its_keywords(value: Callable[..., object]) -> None:
+    async def call() -> None:
+        made = value(zzz=1)
+        if inspect.isawaitable(made):
+            await made
+
+    with pytest.raises((UnknownKeywordError, InvalidRequestError), match=r"Known|zzz: .* no such"):
+        anyio.run(call)
+    if inspect.isfunction(value):
+        assert pickle.loads(pickle.dumps(value)) is value  # as functions of rewards' processes are
+
+
+def test_an_unknown_field_is_told_before_one_that_is_missing() -> None:
+    with pytest.raises(InvalidDatumError, match="Did you mean 'model_input'"):
+        types.Datum(model_inputs=[1])  # type: ignore[call-arg]
 
 
 def test_what_is_wrong_inside_is_not_explained_away() -> None:

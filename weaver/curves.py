@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from weaver.keywords import suggesting
+
 
 def number_text(value: float) -> str:
     """Three or four figures: 0.531, 4,210, 1.2e-06."""
@@ -14,6 +16,7 @@ def number_text(value: float) -> str:
     return f"{value:,.0f}" if 100 <= abs(value) < 1e7 else f"{value:.1e}"
 
 
+@suggesting
 def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]:
     """A line of values as `height` rows of braille characters, the scale at the left.
 

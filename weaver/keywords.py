@@ -1,13 +1,14 @@
 """`suggesting`: what people call says which keyword was meant, in place of an unknown one.
 
-Clients, plans and the functions of `weaver_rl` that take many keywords are decorated with it.
+Clients are decorated with it; `suggest_throughout` decorates all that a package gives to users.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -25,10 +26,26 @@ def suggesting(target: T) -> T:
     """A function, or a class with its public methods, whose errors of keywords have a hint."""
     if not inspect.isclass(target):
         return _suggesting(target)
+    if getattr(target, "_is_protocol", False):
+        return target
     for name, value in list(vars(target).items()):
         if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
             setattr(target, name, _suggesting(value))
     return target
+
+
+def suggest_throughout(*packages: str) -> None:
+    """Decorates what these give to users, there and in their modules that define it."""
+    for package in packages:
+        given: dict[str, Any] = dict(vars(sys.modules[package]))
+        for name, value in given.items():
+            module = str(getattr(value, "__module__", None))
+            ours = callable(value) and module.startswith(package.partition(".")[0])
+            there: Any = getattr(sys.modules.get(module), name, None)
+            if ours and there is value:
+                decorated = suggesting(value)
+                for each in (module, package):
+                    setattr(sys.modules[each], name, decorated)
 
 
 def _suggesting(function: T) -> T:
@@ -37,10 +54,9 @@ def _suggesting(function: T) -> T:
         @wraps(function)
         async def called(*args: Any, **kwargs: Any) -> Any:
             try:
-                coroutine = function(*args, **kwargs)
+                return await function(*args, **kwargs)
             except TypeError as error:
-                raise _meant(function, error) from error.__cause__
-            return await coroutine
+                raise _meant(function, error, args, kwargs) from error.__cause__
 
         return called  # type: ignore[return-value]
 
@@ -49,21 +65,24 @@ def _suggesting(function: T) -> T:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            raise _meant(function, error) from error.__cause__
+            raise _meant(function, error, args, kwargs) from error.__cause__
 
     return call  # type: ignore[return-value]
 
 
-def _meant(function: Callable[..., Any], error: TypeError) -> TypeError:
+def _meant(
+    function: Callable[..., Any], error: TypeError, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> TypeError:
     """With a hint, if the call itself was wrong, and not one inside the function."""
     found = UNKNOWN.match(str(error))
-    inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-    if found is None or inside:
-        return error
+    signature = inspect.signature(function)
     known = [
         name
-        for name, one in inspect.signature(function).parameters.items()
+        for name, one in signature.parameters.items()
         if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD) and name != "self"
     ]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    if found is None or takes_any or found[2] in known or found[2] not in kwargs:
+        return error
     said = f"{found[1]} got an unexpected keyword argument {found[2]!r}."
     return UnknownKeywordError(f"{said} {nearest(found[2], known)}")

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weaver.errors import InvalidDatumError
+from weaver.keywords import suggesting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ class Numbers:
         return [None if x != x else x for x in values] if self.array.dtype.kind == "f" else values
 
 
+@suggesting
 class TensorData:
     """An immutable array of dtype int64 or float32 and any shape.
 

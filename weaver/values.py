@@ -65,8 +65,10 @@ def _html(value: object) -> str:
 
 
 def _named(error: ValidationError, cls: type[Value]) -> InvalidRequestError:
-    """The first problem that pydantic found, as our error: the field, the value, the bound."""
-    problem = error.errors(include_url=False)[0]
+    """A problem that pydantic found, as our error: an unknown field, which may be why another is
+    missing, or the first; with the field, the value, the bound."""
+    problems = error.errors(include_url=False)
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequestError):
         return cause

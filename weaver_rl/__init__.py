@@ -6,6 +6,7 @@ with a trainer of yours; the verbs of `weaver`.
 Every module lists what it gives to users in `__all__`.
 """
 
+from weaver.keywords import suggest_throughout
 from weaver_rl import credit, curriculum, schedules
 from weaver_rl.advantages import *
 from weaver_rl.agent import *
@@ -39,3 +40,6 @@ from weaver_rl.tools import *
 from weaver_rl.trackers import *
 from weaver_rl.train import *
 from weaver_rl.types import *
+
+suggest_throughout(__name__, credit.__name__, curriculum.__name__, schedules.__name__)
+del suggest_throughout

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from weaver import AsyncTrainingClient
-from weaver.keywords import suggesting
 from weaver_rl.algorithms.run import Run, open_run
 from weaver_rl.algorithms.supervised import SupervisedPlan, TooLong, supervised
 from weaver_rl.data import check_tasks, digest
@@ -23,7 +22,6 @@ DEFAULT = SupervisedPlan(evaluate_every=20)
 """What `fine_tune` does unless it is told otherwise."""
 
 
-@suggesting
 def fine_tune(
     model: str,
     examples: Sequence[Mapping[str, Any]],

@@ -26,7 +26,6 @@ from typing import Literal
 from weaver import losses
 from weaver.checks import check_loss
 from weaver.errors import ConfigError, nearest
-from weaver.keywords import suggesting
 from weaver.types import SamplingParams
 
 __all__ = ["Objective"]
@@ -43,7 +42,6 @@ Aggregate = Literal["token", "sequence", "constant"]
 Correction = Literal["ratio", "token", "sequence", "none"]
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """`Objective(loss_fn="ppo", config={"clip_high_threshold": 1.28}, correction="ratio")`

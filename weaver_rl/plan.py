@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from weaver.errors import ConfigError, WeaverError
-from weaver.keywords import suggesting
 from weaver.types import AdamParams, ModelInfo, SamplingParams
 from weaver_rl.advantages import AdvantageFn
 from weaver_rl.credit.combined import check_credits
@@ -130,7 +129,6 @@ class Steps:
         return values
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Steps):
     """`Plan(steps=60, learning_rate=1e-3, objective="ppo", passes=2)`

@@ -17,7 +17,6 @@ from anyio.from_thread import start_blocking_portal
 
 from weaver import AsyncServiceClient, AsyncTrainingClient
 from weaver.errors import ConfigError
-from weaver.keywords import suggesting
 from weaver.types import SamplingParams
 from weaver_rl.advantages import AdvantageFn
 from weaver_rl.algorithms.policy import off_policy
@@ -107,7 +106,6 @@ def in_one_call(
     return Trained(metrics=metrics, weights=weights, report=report)
 
 
-@suggesting
 def train(
     model: str,
     tasks: Sequence[Task],

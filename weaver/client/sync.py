@@ -19,6 +19,7 @@ from weaver.client.rewards import AsyncRewardClient, TokenPrompts
 from weaver.client.sampling import AsyncSamplingClient
 from weaver.client.service import AsyncServiceClient
 from weaver.client.training import AsyncTrainingClient
+from weaver.keywords import suggesting
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -272,6 +273,7 @@ class ServiceClient(Twin[AsyncServiceClient]):
         MissingDependencyError: embedded, and the `engine` extra is not installed.
     """
 
+    @suggesting
     def __init__(
         self,
         base_url: str | None = None,

@@ -23,7 +23,6 @@ from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.checks import check_length
 from weaver.errors import ConfigError, InvalidRequestError
 from weaver.fields import MOST_ALTERNATIVES
-from weaver.keywords import suggesting
 from weaver.tokenizers import encode_text, end_tokens
 from weaver.types import Datum, ModelInput, SamplingParams
 from weaver_rl.agent import derive_seed
@@ -47,7 +46,6 @@ HELD_OUT = -1
 """In the place of a step, where the teacher answers held-out prompts."""
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilPlan(Steps):
     """`DistilPlan(beta=1.0, lmbda=1.0, top_k=32, epochs=2, learning_rate=1e-3)`

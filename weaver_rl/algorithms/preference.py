@@ -19,7 +19,6 @@ from anyio.lowlevel import checkpoint
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient
 from weaver.errors import ConfigError, InvalidRequestError
-from weaver.keywords import suggesting
 from weaver.types import Datum, ModelInfo
 from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.conversations import to_datum
@@ -43,7 +42,6 @@ EQUAL = 1e-5
 """Rewards no further apart are equal: passes of other batches round otherwise."""
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePlan(Steps):
     """`PreferencePlan(loss="dpo", epochs=2, batch_size=16, learning_rate=1e-3)`"""

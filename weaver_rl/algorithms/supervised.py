@@ -18,7 +18,6 @@ from anyio.lowlevel import checkpoint
 
 from weaver import AsyncSamplingClient, AsyncTrainingClient, OperationHandle
 from weaver.errors import ConfigError, InvalidRequestError
-from weaver.keywords import suggesting
 from weaver.types import Datum, ForwardBackwardResult, OptimStepResult
 from weaver_rl.algorithms.run import Result, Run, shows_progress
 from weaver_rl.conversations import cut_datum, to_datum
@@ -48,7 +47,6 @@ class Encoded:
     dropped: int = 0
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedPlan(Steps):
     """`SupervisedPlan(epochs=3, batch_tokens=4096, learning_rate=1e-3)`"""
