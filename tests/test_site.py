@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
 import weaver
+from tests.server.console.browser import CHROMIUM, browsing
+from tests.server.console.pictures import documents, open_anew
+from tests.server.console.test_access import FOUND, RULES
 from weaver import errors, types
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +32,9 @@ JOBS = (
     "Export to vLLM",
     "Debug a run that does not learn",
 )
+
+LOOKED_AT = ("index", "jobs", "losses", "cli", "gallery", "notebooks/first-fine-tuning")
+"""Of each kind of page one: prose, wide code and tables, pictures, a notebook."""
 
 
 def pages(nav: object) -> Iterator[str]:
@@ -74,10 +83,12 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted(referred("weaver_rl.md")) == sorted(modules)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not MKDOCS.exists(), reason="`make docs` installs mkdocs")
-def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It builds strictly."""
+    if not MKDOCS.exists():
+        pytest.skip("`make docs` installs mkdocs")
+    site = tmp_path_factory.mktemp("docs") / "site"
     done = subprocess.run(
         [MKDOCS, "build", "--strict", "--site-dir", site],
         cwd=ROOT,
@@ -86,6 +97,11 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+@pytest.mark.slow
+def test_it_loads_nothing_from_elsewhere_and_has_what_is_not_in_docs(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", page.read_text()
@@ -96,3 +112,24 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
     assert (site / "notebooks/first-fine-tuning.ipynb").exists()
     assert "recipes.sft" in (site / "files/recipes/index.html").read_text()
     assert "checkpoint_mismatch" in (site / "search/search_index.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_axe_finds_nothing_and_no_page_scrolls_sideways(site: Path, tmp_path: Path) -> None:
+    axe = (files(pytest.importorskip("axe_core_python")) / "axe.min.js").read_text()
+    asked = FOUND % json.dumps({"runOnly": RULES, "resultTypes": ["violations"]})
+    found = []
+    with documents(site) as address, browsing(tmp_path) as browser:
+        for page, width, dark in product(LOOKED_AT, (390, 1440), (False, True)):
+            browser.screen(width=width, dark=dark, still=True)
+            open_anew(browser, f"{address}/{page}.html")
+            browser.wait("document.querySelector('.md-search[aria-label]')")
+            browser.value(f"{axe}; 0")
+            found += [f"{page}, {width}, {dark}: {one}" for one in browser.value(asked)]
+            wide = browser.value("document.documentElement.scrollWidth")
+            found += [f"{page} is {wide} px wide"] * (wide > width)
+        browser.rest()
+        found += browser.problems
+    assert found == [], "\n".join(found)

@@ -34,9 +34,9 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def documents() -> Iterator[str]:
+def documents(built: Path = BUILT) -> Iterator[str]:
     """The address of the built documentation."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(BUILT)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(built)))
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -45,19 +45,22 @@ def documents() -> Iterator[str]:
         server.server_close()
 
 
+def open_anew(browser: Browser, address: str) -> None:
+    """A page of the documentation, which has no scheme in mind."""
+    browser.open("about:blank")
+    browser.wait("location.href == 'about:blank'")
+    browser.send("Storage.clearDataForOrigin", origin=address, storageTypes="local_storage")
+    browser.open(address)
+    browser.wait(f"location.href == '{address}' && document.readyState == 'complete'")
+
+
 def take(browser: Browser, folder: Path, name: str, *, address: str | None = None) -> None:
     """`address`: opened anew for each picture, as the documentation keeps its first scheme."""
     for width in WIDTHS:
         for dark in (False, True):
             browser.screen(width=width, dark=dark)
             if address is not None:
-                browser.open("about:blank")
-                browser.wait("location.href == 'about:blank'")
-                browser.send(
-                    "Storage.clearDataForOrigin", origin=address, storageTypes="local_storage"
-                )
-                browser.open(address)
-                browser.wait(f"location.href == '{address}' && document.readyState == 'complete'")
+                open_anew(browser, address)
             browser.value("new Promise(done => setTimeout(done, 200))")  # layout, transitions
             browser.picture(folder / f"{name}-{width}-{'dark' if dark else 'light'}.png")
 
