@@ -57,6 +57,9 @@ def stages(site: Site, *, run: str, path: str) -> Iterator[tuple[str, Browser]]:
     browser = visit(f"#/runs/{run}", "document.querySelectorAll('.curve').length >= 4")
     browser.value("document.querySelectorAll('details').forEach(e => { e.open = true })")
     yield "run", browser
+    yield from dialogs(browser, run)
+    over = f"#/runs/{run}?with={site.run}&smooth=0.5"
+    yield "compared", visit(over, "document.querySelector('.curve .swatch.tone-1')")
     query = f"a=base:fake&b={path}&max_tokens=420&num_samples=1&seed=1&prompt=Write+a+story."
     browser = visit(f"#/samples?{query}", "document.querySelector('form.sampling')")
     browser.value(SUBMIT % "'form.sampling'")
@@ -81,6 +84,10 @@ def stages(site: Site, *, run: str, path: str) -> Iterator[tuple[str, Browser]]:
     browser.value("[...document.querySelectorAll('form.try')].at(-1).requestSubmit()")
     browser.wait("document.querySelector('.answer pre')")
     yield "api", browser
+    post = "document.querySelector('form.try[aria-label^=\"Try POST\"]')"
+    browser.value(f"{post}.elements[0].value = {json.dumps(run)}; {post}.requestSubmit()")
+    browser.wait("document.querySelector('dialog.question')")
+    yield "question", browser
     browser = visit("#/runs", "document.querySelector('tbody tr')")
     browser.value("document.getElementById('help').click()")
     yield "shortcuts", browser
@@ -90,6 +97,23 @@ def stages(site: Site, *, run: str, path: str) -> Iterator[tuple[str, Browser]]:
     browser.value("document.getElementById('leave').click()")
     browser.see("Open the console")
     yield "key", browser
+
+
+def dialogs(browser: Browser, run: str) -> Iterator[tuple[str, Browser]]:
+    """What the buttons of a run's page ask, and how one says what was refused."""
+    shown = "document.querySelector('dialog.ask')"
+    browser.value("Object.defineProperty(navigator, 'clipboard', { value: undefined }); 0")
+    for act in ("copy", "stop", "delete", "keep", "export", "drop", "rename"):
+        browser.value(f"document.querySelector('[data-act={act}]').click()")
+        browser.wait(shown)
+        yield act, browser
+        if act == "rename":
+            browser.fill("dialog.ask input", run)
+            browser.value(SUBMIT % "'dialog.ask form'")
+            browser.wait(f"{shown}.querySelector('.problem')")
+            yield "refused", browser
+        browser.press("Escape")
+        browser.wait(f"!{shown}")
 
 
 def run_of(site: Site) -> tuple[str, str]:

@@ -43,7 +43,7 @@ def test_axe_finds_nothing_on_any_page(site: Site) -> None:
             found.append(f"{name} moves")
         seen.append(name)
     assert found == []
-    assert len(seen) == 9
+    assert len(seen) == 19
     site.browser.value("document.querySelector('h1').style.color = '#444'")
     [fault] = site.browser.value(asked)
     assert fault.startswith("color-contrast"), "what has a fault is found"

@@ -87,7 +87,7 @@ def test_a_run_is_renamed_and_a_refusal_is_shown_in_words(site: Site, run: str) 
         json={"name": run},
         headers={"Authorization": f"Bearer {site.alice}"},
     ).json()["error"]
-    assert refusal["message"] in browser.text() and refusal["hint"] in browser.text()
+    assert f"name: {refusal['message']}" in browser.text() and refusal["hint"] in browser.text()
     browser.fill("dialog.ask input", "better")
     agree(browser)
     browser.see("It is called better now.")

@@ -33,7 +33,7 @@ const ACTS = {
     title: "Delete the run", verb: "Delete it", harm: true,
     text: () => "The run, its curves and its operations are forgotten for good. Its checkpoints stay, unless you tick them.",
     fields: ({ checkpoints }) => (checkpoints.length
-      ? [check("checkpoints", `Delete its ${number(checkpoints.length)} checkpoints, too (${bytes(checkpoints.reduce((sum, one) => sum + one.size_bytes, 0))})`)] : []),
+      ? [check("checkpoints", `Delete its ${checkpoints.length === 1 ? "checkpoint" : `${number(checkpoints.length)} checkpoints`}, too (${bytes(checkpoints.reduce((sum, one) => sum + one.size_bytes, 0))})`)] : []),
     send: async (at, given) => {
       await change("DELETE", `${runPath(at)}?checkpoints=${Boolean(given.checkpoints)}`);
       location.hash = "#/runs";

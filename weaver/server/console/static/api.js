@@ -15,6 +15,9 @@ export class ApiError extends Error {
   }
 }
 
+/** What an error of the server says, behind the name of the field that it is about. */
+export const messageOf = ({ field, message }) => (field ? `${field}: ${message}` : message);
+
 /** An answer as it comes, whatever its status. */
 export async function raw(path, { method = "GET", body, type = "application/json", signal, keepalive } = {}) {
   const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
@@ -32,8 +35,9 @@ export async function ask(path, options) {
   const reply = await raw(path, options);
   if (reply.ok) return reply;
   const { error = {} } = await reply.json().catch(() => ({}));
-  const message = error.message ?? `The server answered ${reply.status}.`;
-  throw new ApiError(message, { status: reply.status, hint: error.hint });
+  const { message = `The server answered ${reply.status}.`, field } = error;
+  const words = reply.status === 404 ? message : messageOf({ field, message }); // what is missing is named already
+  throw new ApiError(words, { status: reply.status, hint: error.hint });
 }
 
 export const get = async (path, signal) => (await ask(path, { signal })).json();
@@ -74,8 +78,8 @@ export async function sample(operations, { piece, failed, signal }) {
 async function follow(path, piece, signal) {
   for await (const { event, data } of events(path, { signal })) {
     if (event === "error") {
-      const { message, hint } = JSON.parse(data);
-      throw new ApiError(message, { hint });
+      const error = JSON.parse(data);
+      throw new ApiError(messageOf(error), { hint: error.hint });
     }
     if (event === "end") return;
     if (data) piece(JSON.parse(data));

@@ -1,6 +1,6 @@
 // The page of a run: facts, curves, operations, checkpoints, and what can be done to them.
 import { operate, opener } from "./actions.js";
-import { get } from "./api.js";
+import { get, messageOf } from "./api.js";
 import { reread } from "./chart.js";
 import { curveSection } from "./curves.js";
 import { bytes, facts, h, link, morph, number, span, table, when } from "./dom.js";
@@ -99,7 +99,7 @@ function operationSection({ pending, num_pending, ended }) {
     one.kind.replaceAll("_", " "), one.seq === null ? "" : number(one.seq),
     h("span", { class: `state ${one.state}` }, one.state), span(one.waited_s),
     one.state === "waiting" ? "" : span(one.ran_s),
-    one.error ? [one.error.message, one.error.hint ? h("small", {}, one.error.hint) : null] : brief(one.metrics),
+    one.error ? [messageOf(one.error), one.error.hint ? h("small", {}, one.error.hint) : null] : brief(one.metrics),
   ];
   const short = (label, titles, rows, more, empty) => [table(label, titles, rows.slice(0, LISTED), empty),
     rows.length > LISTED
