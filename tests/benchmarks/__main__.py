@@ -22,6 +22,7 @@ BENCHMARKS = (
     "chats",
     "client",
     "cluster",
+    "console",
     "fairness",
     "ray",
     "serve",

@@ -32,10 +32,12 @@ async def create(caller: Caller, name: str) -> str:
     return made.run.run_id
 
 
+@pytest.mark.parametrize("on", ["sqlite", "postgresql"])
 async def test_the_overview_tells_by_what_a_run_is_judged_to_those_who_may_see_it(
-    home: Path,
+    on: str, home: Path, request: pytest.FixtureRequest
 ) -> None:
-    async with running(home, auth=True) as server:
+    url = request.getfixturevalue("postgres").emptied() if on == "postgresql" else None
+    async with running(home, auth=True, url=url) as server:
         alice, bob, ops = (
             server.keys.create(name, admin=name == "ops")[1] for name in ("alice", "bob", "ops")
         )
