@@ -125,6 +125,11 @@ def test_objects_say_what_they_are(service: ServiceClient, tmp_path: Path) -> No
     of = f"weaver://{trainer.model_id}/sampler/best of weaver-nano, step 0"
     assert repr(sampler) == f"<SamplingClient: {of}>"
     assert repr(AsyncServiceClient("http://server:1")) == "<AsyncServiceClient: http://server:1>"
+    for client in (sampler, service.create_sampling_client(base_model="weaver-nano")):
+        shown = client._repr_html_()
+        assert "<td>base_model</td><td><pre>weaver-nano</pre></td>" in shown and "open" in shown
+    sampler.close()
+    assert "<pre>closed</pre>" in sampler._repr_html_()
     [run] = [run for run in service.list_training_runs() if run.run_id == trainer.model_id]
     assert f"<td><pre>{trainer.model_id}</pre></td>" in run._repr_html_()
     sequence = types.SampledSequence(

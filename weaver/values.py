@@ -42,9 +42,7 @@ class Value(BaseModel, Mapping[str, Any]):
 
     def _repr_html_(self) -> str:
         """In notebooks: a line for each field that is set, as text, whatever is in it."""
-        rows = [f"<tr><td>{name}</td><td>{_html(value)}</td></tr>" for name, value in self.items()
-                if value not in (None, (), {})]  # fmt: skip
-        return f"<table>{''.join(rows)}</table>"
+        return table_html(self)
 
     def __getitem__(self, key: str) -> Any:
         if key in type(self).model_fields or key in self._also:
@@ -56,6 +54,16 @@ class Value(BaseModel, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(type(self).model_fields)
+
+
+def table_html(fields: Mapping[str, object]) -> str:
+    """A line for each field that is set, as text, whatever is in it."""
+    rows = [
+        f"<tr><td>{escape(name)}</td><td>{_html(value)}</td></tr>"
+        for name, value in fields.items()
+        if value not in (None, (), {})
+    ]
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _html(value: object) -> str:

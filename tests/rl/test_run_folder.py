@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.rl.fake import fake_service, vowels
 from weaver.errors import ConfigError, ConflictError, StorageError
 from weaver_rl.agent import Budget
-from weaver_rl.algorithms.run import open_run
+from weaver_rl.algorithms.policy import on_policy
+from weaver_rl.algorithms.run import Run, open_run
+from weaver_rl.plan import Plan
 from weaver_rl.rewards import GroupReward
 from weaver_rl.rollouts import each, single_turn
 from weaver_rl.run_folder import open_run_folder, read_config, release_run_folder, rewind
@@ -21,6 +24,7 @@ from weaver_rl.storage import append_line, read_lines
 from weaver_rl.tasks.words import exact
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from weaver_rl.agent import Agent
@@ -142,3 +146,30 @@ except ConflictError as error:
     with pytest.raises(ConfigError, match="started with"):
         open_run_folder(tmp_path, {"a": 2}, resume=True)
     assert other() == ""  # what was refused holds nothing
+
+
+@pytest.mark.anyio
+async def test_a_notebook_shows_what_a_run_is_called_and_how_far_it_is(tmp_path: Path) -> None:
+    config, tasks = {"model": "fake"}, [{"prompt": "a="}]
+    plan = Plan(steps=2, groups_per_step=1, group_size=2)
+
+    def opened() -> AbstractContextManager[Run]:
+        return open_run(
+            tmp_path / "<b>", config, tasks=tasks, steps=2, resume=True, name="words", display=False
+        )
+
+    with opened() as run:
+        assert "words" in run._repr_html_() and "step" not in run._repr_html_()
+        async with fake_service(tmp_path / "home") as service:
+            trainer = await run.open_trainer(service, "fake")
+            await on_policy(trainer, tasks, single_turn(vowels), plan, run=run)
+        shown = run._repr_html_()
+        assert "<td>step</td><td><pre>2</pre></td>" in shown and "finished" not in shown
+        assert "reward/mean" in shown and trainer.model_id in shown
+        assert "&lt;b&gt;" in shown and "<b>" not in shown
+        run.finish({"eval/mean": 0.5}, weights="weaver://x")
+    with opened() as same:
+        assert same.finished is not None
+        for one in (run, same):
+            for words in ("finished", "<td>eval/mean</td><td><pre>0.500</pre></td>", "weaver://x"):
+                assert words in one._repr_html_()

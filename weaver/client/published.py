@@ -9,6 +9,7 @@ from weaver.client.session import RELEASED, Session
 from weaver.errors import ClosedError, NotFoundError
 from weaver.protocol import ReleaseSampler, SamplerOpened
 from weaver.tokenizers import PreTrainedTokenizer
+from weaver.values import table_html
 
 
 class Published:
@@ -31,6 +32,18 @@ class Published:
     def __repr__(self) -> str:
         of = f"{self.sampler_id} of {self.base_model}, step {self.weights_version}"
         return f"<{type(self).__name__}: {of}>"
+
+    def _repr_html_(self) -> str:
+        """In notebooks: whose weights they are, and of which step."""
+        return table_html(
+            {
+                "sampler_id": self.sampler_id,
+                "base_model": self.base_model,
+                "weights_version": self.weights_version,
+                "context_length": self.model_info.context_length,
+                "state": "closed" if self._closed else "open",
+            }
+        )
 
     async def close(self) -> None:
         """Ends this client, and weights that have no name of their own; checkpoints stay.

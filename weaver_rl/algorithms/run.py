@@ -27,6 +27,7 @@ from weaver.errors import ConfigError, RunNotFoundError
 from weaver.heads import check_asked
 from weaver.names import check_run_name, run_name_of
 from weaver.types import Head, LoraConfig
+from weaver.values import table_html
 from weaver_rl import run_folder
 from weaver_rl.algorithms.step import Stepped
 from weaver_rl.data import digest
@@ -77,6 +78,24 @@ class Run:
     _asked: Mapping[str, object] = field(default_factory=dict)
     _trainer: AsyncTrainingClient | None = None
     _decode: Callable[[tuple[int, ...]], str] | None = None
+    _last: Finished | None = None
+    """How far it is, and the numbers of that step."""
+
+    def _repr_html_(self) -> str:
+        """In notebooks: what it is called, where it is kept, how far and how good it is."""
+        done = self.finished or self._last
+        numbers = {} if done is None else done.metrics
+        telling = {one: number_text(numbers[one]) for one in TELLING if one in numbers}
+        fields: dict[str, object] = {
+            "name": self.name,
+            "run_id": None if self._trainer is None else self._trainer.model_id,
+            "folder": None if self.folder is None else self.folder.path,
+            "state": "finished" if self.finished else None,
+            "step": None if done is None else done.steps,
+            **telling,
+            "weights": None if done is None else done.weights,
+        }
+        return table_html(fields)
 
     async def open_trainer(
         self,
@@ -119,8 +138,8 @@ class Run:
         """Keeps the result; the same run is not played again in this folder."""
         if self.folder is not None:
             newest = next(run_folder.manifests(self.folder), Manifest(step=0))
-            done = Finished(steps=newest.step, metrics=dict(metrics), weights=weights)
-            run_folder.note_finished(self.folder, done, asked=self._asked)
+            self.finished = Finished(steps=newest.step, metrics=dict(metrics), weights=weights)
+            run_folder.note_finished(self.folder, self.finished, asked=self._asked)
 
     async def restore(
         self, trainer: AsyncTrainingClient, *, steps: int | None = None
@@ -152,6 +171,7 @@ class Run:
     async def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """The numbers of a step, from 1; the service keeps those that are finite with its run."""
         self.loggers.log(metrics, step)
+        self._last = Finished(steps=step, metrics=metrics)
         if self._trainer is not None:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             await self._trainer.log_metrics(finite, step=step)
