@@ -8,6 +8,9 @@ import numpy as np
 
 from weaver.keywords import suggesting
 
+TELLING = ("reward/mean", "reward", "eval/mean", "train/loss", "loss")
+"""What a run is judged by, the most telling first: in the console's list and by `runs watch`."""
+
 
 def number_text(value: float) -> str:
     """Three or four figures: 0.531, 4,210, 1.2e-06."""

@@ -162,8 +162,10 @@ def test_a_run_is_followed(saved: tuple[str, str]) -> None:
     )
     assert weaver("runs", "tail", run, "-n", "1", "-m", "train/loss") == "2 train/loss=0.500\n"
     assert weaver("runs", "tail", run, "-n", "0") == ""
+    log(run, {"reward": 0.25}, 2)
     drawn = weaver("runs", "watch", run, "--once")
     assert "reward/mean: 0.750" in drawn and "train/loss: 0.500" in drawn and "│" in drawn
+    assert "\nreward: 0.250" in drawn, "whatever the console's list tells of a run"
     assert "absent: nothing yet" in weaver("runs", "watch", run, "--once", "-m", "absent")
     shown = weaver("runs", "show", run)
     assert "\n  train/loss" in shown and "0.500" in shown

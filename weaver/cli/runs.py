@@ -27,8 +27,6 @@ RUN = (
     "training_mode",
     "project",
 )
-TELLING = ("reward/mean", "train/loss", "eval/mean", "loss")
-"""What is drawn unless metrics are named, those that are there."""
 SESSION = ("session_id", "project", "pending", "unnamed_samplers")
 RunId = Annotated[
     str,
@@ -150,7 +148,7 @@ def _curves(
     run: TrainingRun, points: Sequence[MetricPoint], wanted: Sequence[str] | None, width: int
 ) -> list[str]:
     """A header, and a curve for each metric: those asked for, or those that tell of learning."""
-    from weaver.curves import draw_curve, number_text
+    from weaver.curves import TELLING, draw_curve, number_text
 
     by_name: dict[str, list[float]] = {}
     for point in points:

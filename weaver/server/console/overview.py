@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from fastapi import APIRouter, Query, Request
 
 from weaver import types
+from weaver.curves import TELLING
 from weaver.server import tables
 from weaver.server.http.errors import REFUSALS
 from weaver.server.http.gateway import GatewayDep
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from weaver.server.journal import Journal
     from weaver.server.runs import Run
 
-TELLING = ("reward/mean", "reward", "eval/mean", "train/loss", "loss")
-"""What a run is judged by: the first of these that it logs; else the loss that it was answered."""
 RATE_S = 60.0
 """Tokens are counted over the last operations of a run, as far back as this."""
 router = APIRouter(prefix="/v1", responses=REFUSALS)
