@@ -7,6 +7,7 @@ draws anew what is kept.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -15,11 +16,12 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FOLDER = Path(__file__).parents[2] / "docs/gallery"
+PAGE = Path(__file__).parents[2] / "docs/gallery.md"
+FOLDER = PAGE.with_suffix("")
 WIDTH, HEIGHT = 400, 190
 LEFT, RIGHT, TOP, BOTTOM = 42, 390, 34, 150
 """Of the plot."""
-LINE, TEXT, GRID = "#00897b", "#7a7a7a", "#8884"
+LINE, TEXT, GRID = "#159a8c", "#7d7d7d", "#8886"
 """Seen on light and on dark pages: a picture does not know on which it is."""
 
 
@@ -56,18 +58,32 @@ def keep(name: str, metric: str, runs: Mapping[int, tuple[float, Sequence[float]
 
 
 def draw(name: str, recipe: Kept) -> None:
+    """Its file, and what the page says in its place."""
     (FOLDER / f"{name}.svg").write_text(drawing(name, recipe))
+    shown = f"(gallery/{name}.svg)"
+    page = re.sub(rf"!\[[^]]*\]{re.escape(shown)}", f"![{said(recipe)}]{shown}", PAGE.read_text())
+    PAGE.write_text(page)
+
+
+def said(recipe: Kept) -> str:
+    """`loss, 3.3 over the first five steps, 0.016 over the last`: means of all seeds."""
+    curves = np.array(recipe["curves"])
+    first, last = curves[:, :5].mean(), curves[:, -5:].mean()
+    return f"{recipe['metric']}, {first:.2g} over the first five steps, {last:.2g} over the last"
 
 
 def drawing(name: str, recipe: Kept) -> str:
-    """An SVG: a thin line for each seed, a thick one for their mean, from 0 to the largest."""
+    """An SVG: a thin line for each seed, a thick one for their mean, 0 and 1 within its scale."""
     curves = np.array(recipe["curves"])
-    steps, high = curves.shape[1], float(max(1.0, curves.max()))
+    steps = curves.shape[1]
+    low, high = float(min(0.0, curves.min())), float(max(1.0, curves.max()))
+
+    def height(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
 
     def line(curve: Sequence[float], width: float, opacity: float) -> str:
         points = " ".join(
-            f"{LEFT + (RIGHT - LEFT) * at / max(steps - 1, 1):.1f},"
-            f"{BOTTOM - (BOTTOM - TOP) * value / high:.1f}"
+            f"{LEFT + (RIGHT - LEFT) * at / max(steps - 1, 1):.1f},{height(value):.1f}"
             for at, value in enumerate(curve)
         )
         look = f'stroke="{LINE}" stroke-width="{width}" opacity="{opacity}"'
@@ -89,11 +105,11 @@ def drawing(name: str, recipe: Kept) -> str:
         rules,
         text(LEFT, 20, f"{recipe['metric']}, seeds {seeds} and their mean"),
         text(LEFT - 6, TOP + 4, f"{high:.2g}", "end"),
-        text(LEFT - 6, BOTTOM + 4, "0", "end"),
+        text(LEFT - 6, BOTTOM + 4, f"{low:.2g}", "end"),
         text(LEFT, BOTTOM + 18, "step 1"),
         text(RIGHT, BOTTOM + 18, f"step {steps}", "end"),
         text(LEFT, BOTTOM + 36, f"held out, greedy: {held_out}"),
-        *(line(curve, 1, 0.4) for curve in curves.tolist()),
+        *(line(curve, 1, 0.6) for curve in curves.tolist()),
         line(curves.mean(axis=0).tolist(), 2, 1),
         "</svg>",
     )

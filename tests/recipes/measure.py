@@ -45,6 +45,8 @@ RECIPES = {
     "sft": ("train/loss", "loss"),
     "rejection_sampling": ("reward/mean", "mean reward"),
     "importance_sampling": ("reward/mean", "mean reward"),
+    "preference": ("train/accuracy", "pairs right"),
+    "reward_model": ("reward/mean", "mean score of the policy's replies"),
     "distillation": ("train/loss", "loss"),
     "custom_reward": ("reward/mean", "mean reward"),
     "agent": ("reward/mean", "games won"),
@@ -165,7 +167,8 @@ def measure(name: str, seed: int, flags: Sequence[str] = ()) -> Measured:
         )
         cpu_s = children_cpu_s() - before
         (said,) = [line for line in done.stdout.splitlines() if line.startswith("Held out")]
-        rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").open()]
+        last = max(Path(place, "run").rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+        rows = [json.loads(line) for line in last.open()]  # of two runs, that of the policy
         curve = tuple(float(row[RECIPES[name][0]]) for row in rows if row["step"])
     print(name, *flags, seed, said, f"{cpu_s:.0f} s", flush=True)
     return Measured(held_out=float(said.split()[3]), curve=curve, cpu_s=cpu_s)

@@ -54,8 +54,11 @@ def test_the_pages_have_their_marks_and_no_others(page: str) -> None:
 def test_the_gallery_has_the_drawing_of_every_curve_that_is_kept() -> None:
     drawn = {name: gallery.drawing(name, one) for name, one in gallery.kept().items()}
     assert {file.stem: file.read_text() for file in gallery.FOLDER.glob("*.svg")} == drawn
-    page = (gallery.FOLDER.parent / "gallery.md").read_text()
-    assert re.findall(r"gallery/(\w+)\.svg", page) == list(drawn)
+    shown = re.findall(r"!\[([^]]*)\]\(gallery/(\w+)\.svg\)", gallery.PAGE.read_text())
+    assert [name for _, name in shown] == list(measure.RECIPES)
+    assert {name: said for said, name in shown} == {
+        name: gallery.said(one) for name, one in gallery.kept().items()
+    }
 
 
 def test_a_curve_is_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
