@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 RUNS, SHOWN, LOGGED = 1000, 100, 200
 
 
-def fill(home: Path, count: int) -> tuple[str, str]:
+def fill(home: Path, count: int, url: str | None = None) -> tuple[str, str]:
     """A home with many runs of two projects; answers the keys of one and of an administrator."""
-    database = open_database(home)
+    database = open_database(home, url)
     keys = Keys(database)
     alice, admin = keys.create("alice")[1], keys.create("ops", admin=True)[1]
     model = wire.encode(FakeEngine().get_model("fake"))
@@ -74,8 +74,9 @@ class Many:
 
 
 @contextmanager
-def many_at(folder: Path, count: int = RUNS) -> Iterator[Many]:
-    alice, admin = fill(folder / "home", count)
-    engine, settings = FakeEngine(), ServerSettings(home=folder / "home", port=0)
+def many_at(folder: Path, count: int = RUNS, url: str | None = None) -> Iterator[Many]:
+    alice, admin = fill(folder / "home", count, url)
+    engine = FakeEngine()
+    settings = ServerSettings(home=folder / "home", port=0, database_url=url)
     with serving(engine, settings) as server:
         yield Many(server.address, alice, admin, engine)
