@@ -1,4 +1,4 @@
-"""What docs/jobs.md tells to type, by job; `tests.journeys` does it, and fills the page's table."""
+"""Blocks of pages, and the jobs of docs/jobs.md, whose table `tests.journeys` fills."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs/jobs.md"
-BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 ROW = re.compile(r"^(\| \[[^]]+\]\(#([\w-]+)\) )\|([^|]*)\|([^|]*)\|([^|]*)\|", re.MULTILINE)
 NOTE = re.compile(r"(<!-- journeys: begin -->\n).*?(<!-- journeys: end -->)", re.DOTALL)
 
@@ -19,6 +19,8 @@ class Block:
     file: str | None
     """The file that the reader is to write, if it is one."""
     text: str
+    line: int = 0
+    """Of its fence, in the text in which it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +40,18 @@ class Job:
         return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
+def blocks(text: str) -> tuple[Block, ...]:
+    """All that are fenced, from top to bottom; one without a language has an empty one."""
+    return tuple(
+        Block(kind, file or None, source, text[: found.start()].count("\n") + 1)
+        for found in BLOCK.finditer(text)
+        for kind, file, source in [found.groups()]
+    )
+
+
 def jobs() -> Sequence[Job]:
     sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    return [
-        Job(
-            section.partition("\n")[0],
-            tuple(Block(kind, file or None, text) for kind, file, text in BLOCK.findall(section)),
-        )
-        for section in sections
-    ]
+    return [Job(section.partition("\n")[0], blocks(section)) for section in sections]
 
 
 def fill(minutes: Mapping[str, tuple[str, str]], note: str | None) -> None:

@@ -28,8 +28,24 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TINKER, VLLM = ROOT / ".venv-tinker/bin", ROOT / ".venv-vllm/bin"
-SERVERS = {"weaver serve": "Weaver at ", "vllm serve": "startup complete"}
+SERVERS = {
+    "weaver serve": "Weaver at ",
+    "weaver up": "TINKER_API_KEY",
+    "vllm serve": "startup complete",
+}
 """Lines that go on until their terminal is closed, and what they say when they listen."""
+NOT_RUN = {
+    r"^pip install": "tests/test_packages.py installs",
+    r"--tasks ": "its data sets are on a hub",
+    r"Qwen/|BASE": "its weights are on a hub",
+    r"^make ": "makes an environment; the suite is what it runs",
+    r"python -m recipes\.": "takes a minute; tests/recipes runs each with fewer steps",
+    r"tinker_cookbook": "`make test-cookbook` runs it",
+    r"install-sampler|--sampler vllm": "`make test-cluster` does it",
+    r"--cluster|--ray|weaver cluster": "tests/engine/cluster starts Ray",
+    r"docker |sbatch |deploy/|/readyz": "tests/test_deployment.py reads what it names",
+}
+"""Lines that no player runs, by a part of them, with the reason."""
 DEADLINE_S = 300.0
 """Of a line."""
 
@@ -71,8 +87,7 @@ class Player:
                 self._play(block)
         finally:
             for process in self._running:
-                process.terminate()
-                process.wait(30)
+                _stop(process)
             self._running.clear()
         return time.monotonic() - began
 
@@ -104,13 +119,11 @@ class Player:
 
     def _missing(self, line: str) -> str | None:
         """Why a line cannot be run here."""
-        if line.startswith("pip install"):
-            return "tests/test_packages.py installs"
-        if "--tasks arc_easy" in line:
-            return "its data sets are on a hub"
+        if reason := not_run(line):
+            return reason
         if line.startswith("vllm") and not VLLM.exists():
             return "`make test-vllm` installs vLLM"
-        if "your_program.py" in line and not TINKER.exists():
+        if self._of_tinker(line) and not TINKER.exists():
             return "`make test-clients` installs the package tinker"
         if ("your_program.py" in line or "TINKER" in line) and "address" not in self._told:
             return "needs a server"
@@ -118,16 +131,24 @@ class Player:
 
     def _filled(self, line: str) -> str:
         """The line, with what its placeholders stand for."""
-        if "RUN" in line:
+        if named := re.search(r"weaver://RUN(\S+)", line):
             listed = json.loads(self._run("weaver checkpoints list -o json"))
-            final = [one["path"] for one in listed if one["path"].endswith("/sampler/final")]
-            line = line.replace("weaver://RUN/sampler/final", final[-1])
+            paths = [one["path"] for one in listed if one["path"].endswith(named[1])]
+            line = line.replace(named[0], paths[-1])
+        elif "RUN" in line:
+            runs = json.loads(self._run("weaver runs list -o json"))
+            line = line.replace("RUN", runs[-1]["run_id"])
         line = line.replace("http://127.0.0.1:8000", self._told.get("address", ""))
         return line.replace("wv-...", self._told.get("key", ""))
 
+    def _of_tinker(self, line: str) -> bool:
+        """Whether it runs a program for that package, which has an environment of its own."""
+        program = self.folder / "your_program.py"
+        return program.name in line and program.exists() and "import tinker" in program.read_text()
+
     def _run(self, line: str) -> str:
         """What it prints; it must not fail."""
-        others = TINKER if "your_program.py" in line else None
+        others = TINKER if self._of_tinker(line) else None
         env = self._env | ({"PATH": f"{others}:{self._env['PATH']}"} if others else {})
         done = subprocess.run(
             ["bash", "-c", line],
@@ -141,7 +162,11 @@ class Player:
         return done.stdout
 
     def _start(self, line: str, listens: str) -> None:
-        """In a terminal of its own, until it listens."""
+        """In a terminal of its own, until it listens; one server of ours at a time."""
+        if line.startswith("weaver"):
+            for process in [one for one in self._running if "weaver" in str(one.args)]:
+                _stop(process)
+                self._running.remove(process)
         log = self.folder / f"server-{len(self._running)}.log"
         env = self._env | {"PATH": f"{VLLM}:{self._env['PATH']}"}
         with log.open("w") as out:
@@ -153,8 +178,19 @@ class Player:
         while listens not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.1)
-        if address := re.search(r"Weaver at (\S+)", log.read_text()):
-            self._told["address"] = address[1]
+        for name, said in (("address", r"Weaver at ([^\s;]+)"), ("key", r"\b(wv-\w\S+)")):
+            if found := re.search(said, log.read_text()):
+                self._told[name] = found[1]
+
+
+def not_run(line: str) -> str | None:
+    """Why nobody runs it, if that is so."""
+    return next((why for part, why in NOT_RUN.items() if re.search(part, line)), None)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait(30)
 
 
 @contextmanager
