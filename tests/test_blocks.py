@@ -161,6 +161,14 @@ def test_what_is_wrong_is_found(language: str, text: str, tmp_path: Path) -> Non
         LANGUAGES[language](text, "docs/page.md", tmp_path)
 
 
+def test_a_reason_is_of_the_lines_that_it_is_meant_for() -> None:
+    export = "export WEAVER_BASE_URL=http://127.0.0.1:8000 WEAVER_API_KEY=wv-..."
+    recipe = "python -m weaver_recipes.sft --tasks chat.jsonl"
+    for line in (export, recipe, "weaver serve", "weaver doctor", "vllm serve model"):
+        assert not_run(line) is None
+    assert not_run("vllm serve BASE --enable-lora")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
 @pytest.mark.timeout(600)

@@ -36,8 +36,8 @@ SERVERS = {
 """Lines that go on until their terminal is closed, and what they say when they listen."""
 NOT_RUN = {
     r"^pip install": "tests/test_packages.py installs",
-    r"--tasks ": "its data sets are on a hub",
-    r"Qwen/|BASE": "its weights are on a hub",
+    r"checkpoints eval": "its data sets are on a hub",
+    r"Qwen/|\bBASE\b": "its weights are on a hub",
     r"^make ": "makes an environment; the suite is what it runs",
     r"python -m recipes\.": "takes a minute; tests/recipes runs each with fewer steps",
     r"tinker_cookbook": "`make test-cookbook` runs it",
@@ -178,7 +178,7 @@ class Player:
         while listens not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.1)
-        for name, said in (("address", r"Weaver at ([^\s;]+)"), ("key", r"\b(wv-\w\S+)")):
+        for name, said in (("address", r"Weaver at ([^\s;]+)"), ("key", r"\b(wv-[\w-]{8,})")):
             if found := re.search(said, log.read_text()):
                 self._told[name] = found[1]
 
