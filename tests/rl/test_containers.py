@@ -22,6 +22,7 @@ import pytest
 import weaver_rl as rl
 from tests.rl.scripted import TOOLS, ScriptedSampler, byte_tokenizer
 from tests.rl.test_agent import agent_of
+from tests.rl.test_sandbox import owner, until
 from weaver.errors import ConfigError, UnsupportedError
 from weaver_rl.sandbox import containers
 from weaver_rl.tools import ToolError
@@ -85,14 +86,15 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             else:
                 yield name
                 assert listed(name) == ""
-            subprocess.run([name, "rmi", "--force", IMAGE], capture_output=True, check=True)
-            return
+                return
+            finally:
+                subprocess.run([name, "rmi", "--force", IMAGE], capture_output=True, check=True)
     pytest.skip("no container can be run: " + ("; ".join(reasons) or "no docker, no podman"))
 
 
-def listed(runtime: str) -> str:
+def listed(runtime: str, *more: str) -> str:
     """Containers of the tool that are there, running or not."""
-    command = [runtime, "ps", "--all", "--quiet", "--filter", "label=weaver=python"]
+    command = [runtime, "ps", "--all", "--quiet", "--filter", "label=weaver=python", *more]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -100,12 +102,12 @@ def listed(runtime: str) -> str:
 async def test_it_runs_python_and_answers_what_that_prints(runtime: str) -> None:
     python = rl.python_tool(container=IMAGE, runtime=runtime)
     code = (
-        "import os, sys\nopen('x', 'w').write('ok')\nprint(os.getcwd(), os.listdir(), os.getpid())"
+        "import os, sys\nopen('x', 'w').write('ok')\nprint(os.getcwd(), os.listdir(), os.getuid())"
     )
     code += "\nprint(repr(sys.stdin.read()), sys.argv)\n1 / 0"
     said = [await python(code) for _ in range(2)]
     assert said[0] == said[1]
-    assert said[0].startswith("/work ['x'] 1\n'' ['-c']\n")
+    assert said[0].startswith("/work ['x'] 65534\n'' ['-c']\n")
     assert said[0].endswith("ZeroDivisionError: division by zero\n")
 
 
@@ -200,6 +202,14 @@ async def test_what_ends_it_leaves_nothing_behind(
     assert all(says in said[code] for code, says in ENDS.items()), said
     assert all(len(text) < 1200 for text in said.values())
     assert listed(runtime) == "" and not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_owner_that_is_killed_takes_it_along(runtime: str) -> None:
+    with owner({"container": IMAGE, "runtime": runtime, "wall_s": 600}, "asyncio") as killed:
+        until(lambda: listed(runtime, "--filter=status=running"))
+        killed.kill()
+        until(lambda: not listed(runtime))
 
 
 @pytest.mark.slow

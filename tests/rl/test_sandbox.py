@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -18,6 +21,9 @@ from tests.rl.test_agent import agent_of
 from weaver.errors import ConfigError, UnsupportedError
 from weaver_rl import sandbox
 from weaver_rl.tools import ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +62,8 @@ WALLS = {
     "exec": ("import os, sys; os.execv(sys.executable, ['python'])", "rror"),
     "signal": (f"import os; os.kill({os.getpid()}, 9)", "not permitted"),
     "signals": ("import os; os.kill(-1, 9)", "not permitted"),
+    "owner": (f"import fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, {os.getpid()})", "not permitted"),
+    "owner_ioctl": ("import fcntl; fcntl.ioctl(0, 0x8901, b'1234')", "not permitted"),
     "udp": ("import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM)", "not permitted"),
     "limits": ("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))", "not allowed"),
     "others": (f"import resource as r; r.prlimit({os.getpid()}, r.RLIMIT_CPU, (1, 1))", "rror"),
@@ -112,10 +120,57 @@ async def test_who_does_not_wait_leaves_nothing_behind(anyio_backend: str) -> No
     assert not [one for one in children() if b"sandbox" in one]
 
 
+OWNER = """
+import anyio, sys, weaver_rl as rl
+anyio.run(rl.python_tool(**eval(sys.argv[1])), "import time; time.sleep(600)", backend=sys.argv[2])
+"""
+
+
+@contextmanager
+def owner(more: dict[str, Any], backend: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of its own, in a call of the tool that sleeps."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(more), backend])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(told: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not told():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_owner_that_is_killed_takes_it_along(backend: str) -> None:
+    tool()
+    with owner({"wall_s": 600}, backend) as killed:
+        until(lambda: any(map(is_shut_in, children_of(killed.pid))))
+        [mine] = filter(is_shut_in, children_of(killed.pid))
+        killed.kill()
+        until(lambda: not is_shut_in(mine))
+
+
+def is_shut_in(pid: str) -> bool:
+    """It runs the code: its filter is there, and it has not ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return "Seccomp:\t2" in status and "State:\tZ" not in status
+
+
+def children_of(pid: int) -> list[str]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for file in threads for child in file.read_text().split()]
+
+
 def children() -> list[bytes]:
     """The commands of this process's children."""
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [Path(f"/proc/{child}/cmdline").read_bytes() for child in found]
+    return [Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(os.getpid())]
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -1,6 +1,6 @@
 """What runs in the process of `python_tool`: shuts itself in, for good, then runs a model's code.
 
-It needs Python's standard library alone, and reads its orders as JSON from its standard input:
+It needs Python's standard library alone, and reads its orders, a JSON line, from standard input:
 `{"without": [], "folder": "/tmp/x", "limits": {"CPU": 5}, "read": ["/usr"], "code": "print(1)"}`.
 Without code it only tries whether this kernel can hold it, and says what it cannot, as JSON.
 
@@ -11,10 +11,13 @@ filter, for what else a process can ask for. Numbers are those of the kernel's h
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import platform
 import resource
+import select
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -31,11 +34,15 @@ RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 EPERM, ENOSYS = 1, 38
 CLONE_THREAD = 0x10000
+F_SETSIG = 10
 X32 = 0x40000000
+SET_OWNER = {"fcntl": (8, 15), "ioctl": (0x8901, 0x8902)}
+"""F_SETOWN and F_SETOWN_EX, FIOSETOWN and SIOCSPGRP: whom the kernel signals for a file."""
 MACHINES: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (
         0xC000003E,
         {
+            "fcntl": 72, "ioctl": 16,
             "socket": 41, "io_uring_setup": 425, "clone": 56, "clone3": 435, "fork": 57,
             "vfork": 58, "execve": 59, "execveat": 322, "kill": 62, "tkill": 200, "tgkill": 234,
             "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424,
@@ -54,6 +61,7 @@ MACHINES: dict[str, tuple[int, dict[str, int]]] = {
     "aarch64": (
         0xC00000B7,
         {
+            "fcntl": 25, "ioctl": 29,
             "socket": 198, "io_uring_setup": 425, "clone": 220, "clone3": 435, "execve": 221,
             "execveat": 281, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138,
             "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424, "ptrace": 117,
@@ -151,6 +159,11 @@ def keep_from_kernel(network: bool) -> None:
     for name, whose in (("kill", own), ("tgkill", own), ("prlimit64", 0)):
         program += [jump_if(refused.pop(name), 0, 4), load(16)]
         program += [jump_if(whose, 1, 0), answer(ERRNO | EPERM), answer(ALLOW)]
+    for name, commands in SET_OWNER.items():
+        for command in commands:
+            program += [jump_if(refused[name], 0, 4), load(24)]
+            program += [jump_if(command, 0, 1), answer(ERRNO | EPERM), load(0)]
+        del refused[name]
     for number in refused.values():
         program += [jump_if(number, 0, 1), answer(ERRNO | EPERM)]
     program.append(answer(ALLOW))
@@ -180,8 +193,21 @@ def shut(orders: dict[str, Any]) -> dict[str, str]:
     return failed
 
 
+def end_with_the_owner() -> None:
+    """The kernel kills this process when the other end of its standard input is closed."""
+    owner = os.dup(0)
+    fcntl.fcntl(owner, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(owner, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(owner, fcntl.F_SETFL, fcntl.fcntl(owner, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([owner], [], [], 0)[0]:  # it was closed before
+        os._exit(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
 def main() -> None:
-    orders = json.load(sys.stdin)
+    orders = json.loads(sys.stdin.readline())
+    if "code" in orders:
+        end_with_the_owner()
     failed = shut(orders)
     if "code" not in orders:
         sys.stdout.write(json.dumps(failed))

@@ -1,11 +1,13 @@
 """Containers of docker or podman, in which `python_tool` runs code where an image is named.
 
 Each call is a container of its own: `RUNTIME run --rm`, with what is refused and limited as flags,
-and the code on its standard input. docs/security.md has what that holds, and what it does not.
+and the code on its standard input, which stays open until the call is over. docs/security.md has
+what that holds, and what it does not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import secrets
@@ -32,11 +34,24 @@ START_S = 60.0
 NOBODY, PROCESSES = 65534, 64
 KILLED = 137
 """What a runtime says of a container that was killed, by the kernel for its limits too."""
-STUB = (
-    "import os, sys; os.dup2(1, 2); print(sys.argv.pop()); "
-    "exec(compile(sys.stdin.read(), '<code>', 'exec'), {'__name__': '__main__'})"
-)
-"""What the image's Python runs: one stream, whose first line says that the container has begun."""
+STUB = """
+import json, os, sys, threading
+os.dup2(1, 2)
+print(sys.argv.pop())
+code = json.loads(sys.stdin.readline() or sys.exit())
+child = os.fork()
+if child:
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(status if status >= 0 else 128 - status)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+"""
+"""What the image's Python runs: one stream, whose first line says that the container has begun.
+
+Its first process ends, and the container with it, when the code has, or when standard input is
+closed: however the run ends, the kernel closes that.
+"""
 PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "ftp", "all", "no")]
 """Of the host, which runtimes hand on, with the passwords in them."""
 
@@ -162,7 +177,9 @@ async def run_contained(runtime: str, image: str, limits: Limits, code: str) -> 
         async with await started as process:
             try:
                 first = await _begun(process, f"{mark}\n".encode())
-                said = await spoken(process, code, limits.wall_s, limits.output_bytes, said=first)
+                said = await spoken(
+                    process, json.dumps(code), limits.wall_s, limits.output_bytes, said=first
+                )
                 status, ended = await process.wait(), True
             finally:
                 if not ended:
@@ -200,7 +217,9 @@ async def _begun(process: Process, mark: bytes) -> bytes:
 async def spoken(
     process: Process, orders: str, wall_s: float, most: int, *, said: bytes = b""
 ) -> str:
-    """What a process says to its orders, behind what it has `said`.
+    """What a process says to its orders, a line, behind what it has `said`.
+
+    Its standard input stays open: where this process is killed, it is closed, and that one ends.
 
     Raises:
         ToolError: it took too long, or said too much.
@@ -208,8 +227,7 @@ async def spoken(
     assert process.stdin is not None and process.stdout is not None
     with anyio.move_on_after(wall_s) as deadline:
         try:
-            await process.stdin.send(orders.encode())
-            await process.stdin.aclose()
+            await process.stdin.send(orders.encode() + b"\n")
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # it ended before; its output says why
         while len(said) <= most:
