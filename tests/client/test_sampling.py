@@ -181,6 +181,8 @@ async def test_a_sampler_needs_weights_that_exist(tmp_path: Path) -> None:
             client.create_sampling_client()
         with pytest.raises(CheckpointNotFoundError):
             await client.create_sampling_client("weaver://nothing/sampler/x")
+        with pytest.raises(CheckpointNotFoundError, match="is given as base_model"):
+            await client.create_sampling_client("fake")
 
 
 async def test_a_cancelled_sample_ends(tmp_path: Path) -> None:

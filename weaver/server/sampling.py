@@ -250,7 +250,8 @@ class Samplers:
         raise errors.CheckpointNotFoundError(
             f"{folder} is neither an adapter nor a model.",
             field="model_path",
-            hint="Give a weaver:// path, or a folder with adapter_config.json or config.json.",
+            hint="Give a weaver:// path, or a folder with adapter_config.json or config.json; "
+            "a base model's name is given as base_model.",
         )
 
 
