@@ -122,19 +122,23 @@ async def test_who_does_not_wait_leaves_nothing_behind(anyio_backend: str) -> No
 
 OWNER = """
 import anyio, sys, weaver_rl as rl
-anyio.run(rl.python_tool(**eval(sys.argv[1])), "import time; time.sleep(600)", backend=sys.argv[2])
+python = rl.python_tool(**eval(sys.argv[1]))
+print("made", flush=True)
+anyio.run(python, "import time; time.sleep(600)", backend=sys.argv[2])
 """
 
 
 @contextmanager
 def owner(more: dict[str, Any], backend: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process of its own, in a call of the tool that sleeps."""
-    process = subprocess.Popen([sys.executable, "-c", OWNER, str(more), backend])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-c", OWNER, str(more), backend]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"made\n"  # what tried the walls is gone
+            yield process
+        finally:
+            process.kill()
 
 
 def until(told: Callable[[], object]) -> None:
