@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ SERVERS = {
 """Lines that go on until their terminal is closed, and what they say when they listen."""
 NOT_RUN = {
     r"^pip install": "tests/test_packages.py installs",
+    r"--install-completion": "changes the reader's own shell, whichever that is",
     r"checkpoints eval": "its data sets are on a hub",
     r"Qwen/|\bBASE\b": "its weights are on a hub",
     r"^make ": "makes an environment; the suite is what it runs",
@@ -121,6 +123,8 @@ class Player:
         """Why a line cannot be run here."""
         if reason := not_run(line):
             return reason
+        if "| jq" in line and not shutil.which("jq"):
+            return "jq is not installed"
         if line.startswith("vllm") and not VLLM.exists():
             return "`make test-vllm` installs vLLM"
         if self._of_tinker(line) and not TINKER.exists():
