@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -123,8 +122,6 @@ class Player:
         """Why a line cannot be run here."""
         if reason := not_run(line):
             return reason
-        if "| jq" in line and not shutil.which("jq"):
-            return "jq is not installed"
         if line.startswith("vllm") and not VLLM.exists():
             return "`make test-vllm` installs vLLM"
         if self._of_tinker(line) and not TINKER.exists():
