@@ -35,11 +35,11 @@ IN_FLIGHT = replace(
 )
 STANDARDISED = replace(PLAN, steps=40, advantage="standardised")
 VARIANTS = {
-    "ppo": replace(PLAN, objective="ppo", passes=2, minibatches=2),
+    "ppo": replace(PLAN, steps=40, objective="ppo", passes=2, minibatches=2),
     "cispo": replace(STANDARDISED, objective="cispo", minibatches=16, learning_rate=5e-4),
     "gspo": replace(STANDARDISED, objective="gspo", minibatches=4),
-    "standardised": replace(PLAN, advantage="standardised"),
-    "leave one out": replace(PLAN, advantage="leave_one_out"),
+    "standardised": STANDARDISED,
+    "leave one out": replace(PLAN, steps=40, advantage="leave_one_out"),
 }
 """With several optimizer steps for a batch, ratios leave 1 and a clip has work to do. CISPO's and
 GSPO's are those of their papers, arXiv:2506.13585 and arXiv:2507.18071."""

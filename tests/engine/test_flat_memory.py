@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SLACK = 16_000_000
 """Bytes. The lengths of what runs at the moment make reads of a flat load differ by 6 MB."""
-STEPS, LEAKING_STEPS = 2000, 800
+STEPS, LEAKING_STEPS = 1000, 800
 """A published snapshot is 0.1 MB on average, so that these many that are kept are well above it."""
 
 
