@@ -185,7 +185,7 @@ async def staleness(service: AsyncServiceClient, seed: int) -> Outcome:
     ):
         ends = []
         for one in range(seed, seed + 3):
-            plan = replace(PLAN, seed=one, objective=objective, max_staleness=8)
+            plan = replace(PLAN, steps=40, seed=one, objective=objective, max_staleness=8)
             sampler, curve = await _learn(service, plan)
             ends.append(await _held_out(sampler))
             curves.append(curve)
