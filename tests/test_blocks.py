@@ -149,7 +149,6 @@ def test_blocks_are_read(page: Path, tmp_path: Path) -> None:
         ("bash", "docker compose -f deploy/compose.yaml exec server weaver keys crate"),
         ("bash", "WEAVER_PROT=8000 weaver serve --model Qwen/Qwen3-8B"),
         ("bash", "sudo weaver serve"),
-        ("bash", "weaver doctor"),  # neither played nor listed
         ("py", "rl.python_tool(image='python')"),
         ("toml", "prot = 8100"),
         ("json", '{"error": {"code": "no_code", "message": "", "request_id": ""}}'),
@@ -158,7 +157,13 @@ def test_blocks_are_read(page: Path, tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_found(language: str, text: str, tmp_path: Path) -> None:
     with pytest.raises((Exception, SystemExit)):
-        LANGUAGES[language](text, "docs/page.md", tmp_path)
+        LANGUAGES[language](text, "README.md", tmp_path)  # of which any line may stand
+
+
+def test_a_line_that_is_neither_typed_nor_listed_is_found(tmp_path: Path) -> None:
+    shell("weaver doctor", "README.md", tmp_path)
+    with pytest.raises(AssertionError, match="neither typed"):
+        shell("weaver doctor", "docs/page.md", tmp_path)
 
 
 def test_a_reason_is_of_the_lines_that_it_is_meant_for() -> None:

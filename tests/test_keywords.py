@@ -109,6 +109,17 @@ def test_what_is_wrong_inside_is_not_explained_away() -> None:
     with pytest.raises(TypeError, match="positional"):
         suggesting(inner)(3)
 
+    @suggesting
+    def fails_twice() -> None:
+        try:
+            raise KeyError("first")
+        except KeyError:
+            len(5)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError) as both:
+        fails_twice()
+    assert isinstance(both.value.__context__, KeyError) and not both.value.__suppress_context__
+
 
 def test_signatures_stay() -> None:
     plan = rl.Plan(steps=1)

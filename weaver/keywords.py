@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -56,7 +56,9 @@ def _suggesting(function: T) -> T:
             try:
                 return await function(*args, **kwargs)
             except TypeError as error:
-                raise _meant(function, error, args, kwargs) from error.__cause__
+                if (meant := _meant(function, error, kwargs)) is None:
+                    raise
+                raise meant from None
 
         return called  # type: ignore[return-value]
 
@@ -65,16 +67,20 @@ def _suggesting(function: T) -> T:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            raise _meant(function, error, args, kwargs) from error.__cause__
+            if (meant := _meant(function, error, kwargs)) is None:
+                raise
+            raise meant from None
 
     return call  # type: ignore[return-value]
 
 
 def _meant(
-    function: Callable[..., Any], error: TypeError, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> TypeError:
-    """With a hint, if the call itself was wrong, and not one inside the function."""
+    function: Callable[..., Any], error: TypeError, given: Mapping[str, Any]
+) -> UnknownKeywordError | None:
+    """The error with a hint, if the call itself was wrong, and not one inside the function."""
     found = UNKNOWN.match(str(error))
+    if found is None:
+        return None
     signature = inspect.signature(function)
     known = [
         name
@@ -82,7 +88,7 @@ def _meant(
         if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD) and name != "self"
     ]
     takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
-    if found is None or takes_any or found[2] in known or found[2] not in kwargs:
-        return error
+    if takes_any or found[2] in known or found[2] not in given:
+        return None
     said = f"{found[1]} got an unexpected keyword argument {found[2]!r}."
     return UnknownKeywordError(f"{said} {nearest(found[2], known)}")

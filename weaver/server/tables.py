@@ -269,9 +269,7 @@ def newest(
         sa.select(runs.c.run_id, sa.func.coalesce(first, 0).label("position"))
         .where(runs.c.run_id.in_(run_ids))
         .cte("since")
-        .prefix_with(
-            "MATERIALIZED", dialect="postgresql"
-        )  # else it is looked for again for each row
+        .prefix_with("MATERIALIZED", dialect="postgresql")  # else looked for anew for each row
     )
     mine = (numbers.c.run_id == since.c.run_id) & (numbers.c.position >= since.c.position)
     last = sa.select(sa.func.max(numbers.c.position)).join_from(since, numbers, mine).where(which)
